@@ -1,0 +1,1 @@
+"""The built-in miniature task: word problems whose every step an exact rule can judge."""

@@ -1,0 +1,205 @@
+"""The command ``stepkto``: one sub-command per stage, ``run`` for all of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_stepkto import __version__
+from megatron_stepkto.errors import StageFailed, UserError
+from megatron_stepkto.progress import console, say
+from megatron_stepkto.recipe import METHODS, Method, Recipe, load_recipe
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit code 0: done; 1: a stage failed; 2: input to correct; 130 and 143: interrupted, run again to go on."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    arguments = _parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        command(arguments)
+    except UserError as error:
+        _fail(f"error: {error}", 2)
+    except StageFailed as error:
+        _fail(f"failed: {error}", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted: finished work is kept; run the same command again to go on", 130)
+    except BrokenPipeError:  # `stepkto ... | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console.print(message, style="red", markup=False)
+    raise SystemExit(code) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="stepkto", description="Step-KTO on Megatron-Core (arXiv 2501.10799)")
+    parser.add_argument("--version", action="version", version=f"megatron-stepkto {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = _recipe_command(commands, "run", _run, "run a whole recipe; continue it where it stopped")
+    run.add_argument("--iterations", type=_positive, help="instead of the recipe's number")
+    run.add_argument("--compare", type=_methods, default=[], metavar="METHODS",
+                     help="also run these methods at the same sample budget, e.g. kto,rft,irpo")
+
+    for name, text in (
+        ("problems", "choose an iteration's problems"), ("sample", "draw K solutions per problem"),
+        ("judge", "label steps and answers"), ("dataset", "choose examples and KL pairs"),
+        ("train", "train on them with Megatron-Core"), ("convert", "Megatron weights to a Hugging Face folder"),
+    ):
+        stage = _recipe_command(commands, name, _stage, text)
+        stage.add_argument("--iteration", type=_positive, required=True, metavar="T")
+        stage.add_argument("--method", choices=METHODS, help="a compared method; default: the recipe's own")
+        stage.set_defaults(stage=name)
+    evaluate = _recipe_command(commands, "evaluate", _evaluate, "measure M_T on held-out problems")
+    evaluate.add_argument("--iteration", type=_not_negative, required=True, metavar="T", help="0 is M0")
+    evaluate.add_argument("--method", choices=METHODS)
+    _recipe_command(commands, "warm-up", _warm_up, "make M0 from random weights (section warm_up)")
+
+    report = commands.add_parser("report", help="write RUN/report.html")
+    report.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/mini_cpu")
+    report.set_defaults(command=_report)
+    status = commands.add_parser("status", help="show a run's stages, progress and table")
+    status.add_argument("run", type=Path, metavar="RUN")
+    status.set_defaults(command=_status)
+
+    imports = commands.add_parser("import", help="turn a public step-label file into our records")
+    imports.add_argument("format", help="prm800k, math-shepherd, math-aps, processbench, ... (an unknown one lists all)")
+    imports.add_argument("file", type=Path)
+    imports.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder of the model to be trained")
+    imports.add_argument("--output", type=Path, required=True, help="folder for problems.jsonl and judged.jsonl")
+    imports.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and go on")
+    imports.set_defaults(command=_import)
+    return parser
+
+
+def _recipe_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, command: Command,
+                    text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as recipes/mini_cpu.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key; repeatable")
+    parser.add_argument("--force", action="store_true", help="redo stages whose settings or inputs changed")
+    parser.add_argument("--from-scratch", action="store_true", help="make M0 by warm_up, though initial_model is given")
+    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad input rows aside there and go on")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+    return value
+
+
+def _methods(text: str) -> list[Method]:
+    methods: list[Method] = []
+    for name in text.split(","):
+        found = next((method for method in METHODS if method == name.strip()), None)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        methods.append(found)  # type: ignore[arg-type]
+    return methods
+
+
+def _load(arguments: argparse.Namespace) -> Recipe:
+    overrides = list(arguments.set)
+    if getattr(arguments, "iterations", None):
+        overrides.append(f"iterations={arguments.iterations}")
+    return load_recipe(arguments.recipe, overrides)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.evaluation import results_table
+    from megatron_stepkto.pipeline import Run, run_all
+    from megatron_stepkto.report import write_report
+
+    recipe = _load(arguments)
+    if recipe.train.method in arguments.compare:
+        raise UserError(f"--compare {recipe.train.method}: that is the recipe's own method; leave it out")
+    run = Run(recipe, arguments.from_scratch, arguments.force, arguments.quarantine)
+    summary = run_all(run, arguments.compare)
+    page = write_report(run.base)
+    if summary["iterations"]:
+        sys.stdout.write(results_table(summary) + "\n")
+    say(f"summary: {run.base / 'summary.json'}\nreport:  {page}")
+
+
+def _one(arguments: argparse.Namespace) -> "Run":  # noqa: F821
+    from megatron_stepkto.pipeline import Run
+
+    recipe = _load(arguments)
+    method = arguments.method if arguments.method != recipe.train.method else None
+    return Run(recipe, arguments.from_scratch, arguments.force, arguments.quarantine, method)
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.pipeline import STAGES
+
+    STAGES[arguments.stage](_one(arguments), arguments.iteration)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.evaluation import results_table
+    from megatron_stepkto.pipeline import evaluate_stage, evaluation_problems_stage
+
+    run = _one(arguments)
+    if run.recipe.evaluate is None:
+        raise UserError(f"{arguments.recipe}: section evaluate is missing; add it (split, num_problems)")
+    evaluation_problems_stage(run)
+    row = evaluate_stage(run, arguments.iteration)
+    sys.stdout.write(results_table({"method": run.method, "iterations": [row]}) + "\n")
+
+
+def _warm_up(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.pipeline import Run, prepare
+
+    run = Run(_load(arguments), from_scratch=True, force=arguments.force, quarantine=arguments.quarantine)
+    prepare(run)
+    say(f"M0: {run.model(0)}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.report import write_report
+
+    sys.stdout.write(f"{write_report(arguments.run)}\n")
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.status import status_text
+
+    sys.stdout.write(status_text(arguments.run) + "\n")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.importing.stage import run_import
+    from megatron_stepkto.recipe import Prompt
+
+    counts = run_import(arguments.format, arguments.file, arguments.tokenizer, arguments.output, arguments.quarantine,
+                        Prompt())
+    for name, value in counts.items():
+        say(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The only place that makes Megatron-Core run without CUDA.
+
+Megatron-Core asks for ``device="cuda"`` and for CUDA's current device, streams and random state in many
+places. ``install()`` gives *named* megatron.core modules a stand-in for their global ``torch`` that answers
+these for the CPU; torch itself is left alone, but for two Tensor methods whose answer changes only when the
+caller is a megatron.core module. Nothing here is active on a GPU run.
+
+Every patched name is checked to exist, so a new Megatron-Core version fails here with a clear message and
+not later with a wrong number.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_stepkto.errors import UserError
+
+SUPPORTED_MEGATRON = ("0.16",)
+
+# Modules whose global `torch` is replaced, each because it creates tensors on "cuda", or asks for the current
+# CUDA device, a stream, a synchronisation or the CUDA random state.
+PATCHED_MODULES = (
+    "utils",
+    "models.common.embeddings.rotary_pos_embedding",
+    "transformer.utils",
+    "tensor_parallel.layers",
+    "tensor_parallel.mappings",
+    "tensor_parallel.utils",
+    "tensor_parallel.random",
+    "pipeline_parallel.schedules",
+    "pipeline_parallel.p2p_communication",
+    "distributed.param_and_grad_buffer",
+    "optimizer.optimizer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.async_utils",
+)
+
+FACTORIES = (
+    "zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like",
+)
+
+
+class _CpuCuda:
+    """``torch.cuda`` as seen by the patched modules."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def empty_cache(self) -> None:
+        return None
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+
+class _CpuTorch:
+    """``torch`` as seen by the patched modules: factories put what was meant for CUDA on the CPU."""
+
+    cuda = _CpuCuda()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(name: str) -> Callable[..., torch.Tensor]:
+    factory = getattr(torch, name)
+
+    @functools.wraps(factory)
+    def call(self: _CpuTorch, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        if device is not None and str(device).startswith("cuda"):
+            device = "cpu"
+        return factory(*args, device=device, **kwargs)
+
+    return call
+
+
+for _name in FACTORIES:
+    setattr(_CpuTorch, _name, _on_cpu(_name))
+
+_STAND_IN = _CpuTorch()
+_installed = False
+
+
+def check_megatron_version() -> str:
+    """Raises UserError unless an installed Megatron-Core is of a version this package is tested with."""
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("megatron-core is not installed; run `make setup`") from None
+    if not version.startswith(tuple(f"{v}." for v in SUPPORTED_MEGATRON)):
+        raise UserError(f"expected megatron-core {' or '.join(SUPPORTED_MEGATRON)}.x, found {version}; run `make setup`")
+    return version
+
+
+def install() -> None:
+    """Make Megatron-Core run on the CPU, in this process. Idempotent.
+
+    Raises:
+        UserError: Megatron-Core is absent or of another version.
+        RuntimeError: a name that must be patched does not exist.
+    """
+    global _installed
+    if _installed:
+        return
+    check_megatron_version()
+    for name in PATCHED_MODULES:
+        module = importlib.import_module(f"megatron.core.{name}")
+        if getattr(module, "torch", None) is not torch:
+            raise RuntimeError(f"megatron.core.{name} has no global torch to stand in for")
+        module.torch = _STAND_IN
+    _patch_rng_state()
+    _patch_tensor_methods()
+    _patch_distributed_optimizer_load()
+    _installed = True
+
+
+def _replace(owner: Any, name: str, value: Any) -> Any:
+    """Set ``owner.name``, which must exist; returns what it was."""
+    if not hasattr(owner, name):
+        raise RuntimeError(f"{owner!r} has no {name} to replace")
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    return old
+
+
+def _patch_rng_state() -> None:
+    """Recompute and the tensor-parallel tracker save and restore a CUDA random state: give them the CPU's."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+
+    def get_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    _replace(random, "_get_cuda_rng_state", get_state)
+    _replace(random, "_set_cuda_rng_state", set_state)
+
+
+def _called_from_megatron() -> bool:
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core")
+
+
+def _patch_tensor_methods() -> None:
+    """``tensor.cuda()`` stays on the CPU, and ``tensor.type()`` names the CUDA type that the optimizer matches on."""
+    original_cuda = torch.Tensor.cuda
+    original_type = torch.Tensor.type
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if _called_from_megatron() else original_cuda(self, *args, **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original_type(self, *args, **kwargs)
+        if not args and not kwargs and self.device.type == "cpu" and _called_from_megatron():
+            return str(answer).replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.cuda = cuda  # type: ignore[assignment]
+    torch.Tensor.type = type_  # type: ignore[assignment, method-assign]
+
+
+def _patch_distributed_optimizer_load() -> None:
+    """torch's AdamW keeps a ``step`` per parameter that a fully reshardable checkpoint lacks: keep the optimizer's own."""
+    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    name = "_set_main_param_and_optimizer_states"
+    if not hasattr(optimizer, name):
+        raise RuntimeError(f"{optimizer!r} has no {name} to replace")
+    original = getattr(optimizer, name)
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        group, index = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        if "step" in state:
+            tensors = {**tensors, "step": state["step"].clone()}
+        return original(self, model_param, tensors)
+
+    setattr(optimizer, name, set_states)

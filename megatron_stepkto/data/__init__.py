@@ -1,0 +1,1 @@
+"""Judged samples -> training examples -> packed micro-batches. Imports neither Megatron nor vLLM."""

@@ -1,0 +1,162 @@
+"""The dataset stage: which judged samples train, in which role, and with which KL partner."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import stable_hash
+from megatron_stepkto.records import (
+    JudgedSample,
+    KLPartner,
+    TrainExample,
+    TrainStep,
+    read_records,
+    write_records,
+)
+
+USES_KL = ("step_kto", "kto")
+USES_PAIRS = ("dpo", "irpo")
+
+
+def build_dataset(
+    judged: Path, train_out: Path, held_out: Path | None, settings: recipe.Dataset, method: recipe.Method,
+    held_out_share: float, seed: int, *, quarantine: Path | None = None,
+) -> dict[str, Any]:
+    """Write training (and held-out) examples; returns counts.
+
+    A problem is held out or not by a hash of its id, so that the split is the same for every method and run.
+
+    Raises:
+        UserError: a bad row, or nothing that the method can train on (with what was there instead).
+    """
+    by_problem: dict[str, list[JudgedSample]] = {}
+    seen: set[str] = set()
+    too_long = 0
+    for sample in read_records(judged, JudgedSample, quarantine=quarantine):
+        if sample.sample_id in seen:
+            raise UserError(f"{judged}: sample_id {sample.sample_id} stands twice; a sample trains once, remove one")
+        seen.add(sample.sample_id)
+        if settings.max_tokens and len(sample.prompt_token_ids) + len(sample.token_ids) > settings.max_tokens:
+            too_long += 1
+            continue
+        by_problem.setdefault(sample.problem_id, []).append(sample)
+    held = {problem for problem in by_problem if stable_hash("held out", problem) / 2**64 < held_out_share}
+    training = {problem: samples for problem, samples in by_problem.items() if problem not in held}
+    examples = select(training, settings, method, seed)
+    if not examples:
+        outcomes = Counter(sample.outcome for samples in training.values() for sample in samples)
+        raise UserError(
+            f"{judged}: no example that {method} can train on: it needs {_needs(method)}; got {len(training)} problems "
+            f"with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided samples"
+        )
+    counts = {
+        "samples": len(seen), "too_long": too_long, "problems": len(training), "examples": len(examples),
+        "right": sum(e.outcome == 1 for e in examples), "wrong": sum(e.outcome == 0 for e in examples),
+        "steps_right": sum(s.label == 1 for e in examples for s in e.steps),
+        "steps_wrong": sum(s.label == 0 for e in examples for s in e.steps),
+        "kl_pairs": sum(e.kl_partner is not None for e in examples),
+        "tokens": sum(len(e.prompt_token_ids) + len(e.token_ids) for e in examples),
+    }
+    write_records(train_out, examples)
+    if held_out is not None and held:
+        kept = [_example(s) for p in by_problem if p in held for s in by_problem[p] if _is_judged(s)]
+        counts["held_out_problems"] = len(held)
+        counts["held_out_examples"] = write_records(held_out, kept)
+    return counts
+
+
+def _needs(method: str) -> str:
+    if method in USES_PAIRS:
+        return "a right and a wrong sample of one problem"
+    return "a right sample" if method == "rft" else "a sample with a judged outcome or step"
+
+
+def select(
+    by_problem: dict[str, list[JudgedSample]], settings: recipe.Dataset, method: recipe.Method, seed: int
+) -> list[TrainExample]:
+    """The examples of one method.
+
+    step_kto, kto: every sample with something judged. dpo, irpo: pairs of a right and a wrong sample of the
+    same problem. rft: right samples, each distinct solution once.
+    """
+    if method in USES_PAIRS:
+        return [example for problem, samples in by_problem.items() for example in _pairs(problem, samples, settings, seed)]
+    if method == "rft":
+        chosen = {p: _distinct(s for s in samples if s.outcome == 1) for p, samples in by_problem.items()}
+    else:
+        chosen = {p: [s for s in samples if _is_judged(s)] for p, samples in by_problem.items()}
+    limit = settings.max_examples_per_problem
+    if limit:
+        chosen = {p: _rng(seed, p).sample(samples, limit) if len(samples) > limit else samples
+                  for p, samples in chosen.items()}
+    chosen = {problem: samples for problem, samples in chosen.items() if samples}
+    partners = _kl_partners(chosen, settings.kl_pair_share, seed) if method in USES_KL else {}
+    return [_example(s, kl_partner=partners.get(s.sample_id)) for samples in chosen.values() for s in samples]
+
+
+def _is_judged(sample: JudgedSample) -> bool:
+    return sample.outcome is not None or any(step.label is not None for step in sample.steps)
+
+
+def _rng(*parts: object) -> random.Random:
+    return random.Random(stable_hash(*parts))
+
+
+def _distinct(samples: Iterable[JudgedSample]) -> list[JudgedSample]:
+    found: dict[tuple[int, ...], JudgedSample] = {}
+    for sample in samples:
+        found.setdefault(tuple(sample.token_ids), sample)
+    return list(found.values())
+
+
+def _kl_partners(chosen: dict[str, list[JudgedSample]], share: float, seed: int) -> dict[str, KLPartner]:
+    """(x_i, y_j) with y_j a solution of the next problem, rotated: nobody meets itself or its own problem."""
+    if share == 0:
+        return {}
+    problems = list(chosen)
+    if len(problems) < 2:
+        raise UserError("KL pairs need at least two problems; got one. Sample more problems, or set "
+                        "train.loss.reference_point to none and dataset.kl_pair_share to 0")
+    partners = {}
+    for number, problem in enumerate(problems):
+        others = chosen[problems[(number + 1) % len(problems)]]
+        for index, sample in enumerate(chosen[problem]):
+            if stable_hash(seed, "kl", sample.sample_id) / 2**64 < share:
+                other = others[index % len(others)]
+                partners[sample.sample_id] = KLPartner(
+                    example_id=other.sample_id, token_ids=other.token_ids, steps=_steps(other)
+                )
+    return partners
+
+
+def _pairs(problem: str, samples: list[JudgedSample], settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+    rng = _rng(seed, "pairs", problem)
+    right = [s for s in samples if s.outcome == 1]
+    wrong = [s for s in samples if s.outcome == 0]
+    rng.shuffle(right)
+    rng.shuffle(wrong)
+    examples = []
+    if right and wrong:
+        for number in range(min(settings.pairs_per_problem, max(len(right), len(wrong)))):
+            pair = f"{problem}/pair/{number}"
+            for side, sample in (("chosen", right[number % len(right)]), ("rejected", wrong[number % len(wrong)])):
+                examples.append(_example(sample, example_id=f"{pair}/{side}", pair_id=pair, side=side))
+    return examples
+
+
+def _steps(sample: JudgedSample) -> list[TrainStep]:
+    return [TrainStep(token_start=s.token_start, token_end=s.token_end, label=s.label) for s in sample.steps]
+
+
+def _example(sample: JudgedSample, **extra: Any) -> TrainExample:
+    return TrainExample(**{
+        "example_id": sample.sample_id, "problem_id": sample.problem_id,
+        "prompt_token_ids": sample.prompt_token_ids, "token_ids": sample.token_ids, "steps": _steps(sample),
+        "outcome": sample.outcome, "token_log_probs": sample.token_log_probs, **extra,
+    })

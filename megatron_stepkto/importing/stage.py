@@ -1,0 +1,248 @@
+"""Files of judged solutions -> Problem and JudgedSample records, as sampling and judging leave them."""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.importing.formats import importer_of
+from megatron_stepkto.importing.solution import ImportedSolution, same_answer
+from megatron_stepkto.judging.answers import extract_answer
+from megatron_stepkto.progress import ProgressBar
+from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
+from megatron_stepkto.records import Judge, JudgedSample, Label, Problem, Step, read_rows, write_records
+
+STATES: dict[Label, str] = {1: "right", 0: "wrong", None: "unjudged"}
+GOLD_SOURCES = frozenset({"bigbench_mistake", "gsm8k_solutions", "mrben", "omegaprm", "prm800k"})
+BATCH = 256  # solutions tokenised at once
+
+
+@dataclass(frozen=True)
+class Imported:
+    """``solutions`` have distinct ids; solutions of one problem share its text, so also its prompt."""
+
+    solutions: list[ImportedSolution]
+    problems: list[Problem]
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+def read_imports(imports: Sequence[recipe.Import], *, quarantine: Path | None = None) -> Imported:
+    """Read files of public formats and bring them together.
+
+    Two problems are the same where their texts are equal up to white space. A problem's answer is the gold
+    one of any source, else the one that a right solution states; a problem whose answer nobody knows has no
+    Problem record (nothing could be sampled for it and judged), but its solutions are kept.
+
+    Args:
+        quarantine: JSON-lines file for bad rows; without it the first bad row ends the reading.
+
+    Raises:
+        UserError: unknown format, a bad row (file:line), or one solution id with two texts.
+    """
+    if quarantine is not None:
+        quarantine.parent.mkdir(parents=True, exist_ok=True)
+    first: dict[str, ImportedSolution] = {}  # problem_id -> the solution that gave the problem's text
+    kept: dict[str, ImportedSolution] = {}
+    sources: dict[str, dict[str, Any]] = {}
+    duplicates = 0
+    for item in imports:
+        counts = sources.setdefault(str(item.path), _no_counts(item.format))
+        for row in read_rows(item.path, importer_of(item.format), quarantine=quarantine):
+            counts["rows"] += 1
+            if row.skipped:
+                counts["skipped"][row.skipped] = counts["skipped"].get(row.skipped, 0) + 1
+            for solution in row.solutions:
+                shown = first.setdefault(solution.problem_id, solution)
+                solution = solution.model_copy(update={"problem": shown.problem})
+                if (known := kept.get(solution.solution_id)) is not None:
+                    if known != solution:
+                        raise UserError(
+                            f"{item.path}: solution {solution.solution_id} stands twice with different "
+                            "content; give each solution its own id, or import the files separately"
+                        )
+                    duplicates += 1
+                    continue
+                kept[solution.solution_id] = solution
+                _count(counts, solution)
+    solutions = list(kept.values())
+    problems = _problems(solutions)
+    return Imported(
+        solutions,
+        problems,
+        {
+            "problems": len(first),
+            "problems_without_answer": len(first) - len(problems),
+            "problems_with_conflicting_answers": _num_conflicts(solutions),
+            "solutions": len(solutions),
+            "duplicates_dropped": duplicates,
+            "sources": sources,
+        },
+    )
+
+
+def _no_counts(name: str) -> dict[str, Any]:
+    states = dict.fromkeys(STATES.values(), 0)
+    return {
+        "format": name, "rows": 0, "solutions": 0, "outcomes": states, "steps": dict(states), "skipped": {},
+    }  # fmt: skip
+
+
+def _count(counts: dict[str, Any], solution: ImportedSolution) -> None:
+    counts["solutions"] += 1
+    counts["outcomes"][STATES[solution.outcome]] += 1
+    for label in solution.labels:
+        counts["steps"][STATES[label]] += 1
+
+
+def _problems(solutions: Sequence[ImportedSolution]) -> list[Problem]:
+    answers: dict[str, ImportedSolution] = {}
+    for solution in solutions:
+        known = answers.get(solution.problem_id)
+        better = known is None or (known.source not in GOLD_SOURCES and solution.source in GOLD_SOURCES)
+        if solution.answer is not None and better:
+            answers[solution.problem_id] = solution
+    return [
+        Problem(problem_id=number, problem=solution.problem, answer=str(solution.answer))
+        for number, solution in answers.items()
+    ]
+
+
+def _num_conflicts(solutions: Sequence[ImportedSolution]) -> int:
+    """Problems for which two sources give different numbers: a sign of a mislabelled file."""
+    answers: dict[str, str] = {}
+    conflicting = set()
+    for solution in solutions:
+        if solution.answer is not None:
+            known = answers.setdefault(solution.problem_id, solution.answer)
+            if same_answer(solution.answer, known) == 0:
+                conflicting.add(solution.problem_id)
+    return len(conflicting)
+
+
+def judged_samples(
+    solutions: Sequence[ImportedSolution], tokenizer: Any, prompt: recipe.Prompt
+) -> Iterator[JudgedSample]:
+    """Tokenise each solution once and lay its labelled steps over the tokens, in order.
+
+    A finished solution gets the end token, and finish_reason "stop"; a beginning has "length". A token that
+    reaches over a boundary belongs to the step in which it starts. A step in which no token starts (one token
+    holds its end and the step before) keeps an empty span and loses its label: it has no log-prob of its own.
+
+    Raises:
+        UserError: the tokenizer gives no character offsets or has no end token.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError("the tokenizer gives no character offsets; expected one with a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end token; set eos_token in its tokenizer_config.json")
+    prompts: dict[str, list[int]] = {}
+    for begin in range(0, len(solutions), BATCH):
+        batch = solutions[begin : begin + BATCH]
+        texts = [solution.text for solution in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        rows = zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for solution, token_ids, offsets in rows:
+            if solution.problem_id not in prompts:
+                prompts[solution.problem_id] = prompt_token_ids(prompt, solution.problem, tokenizer)
+            end = [tokenizer.eos_token_id] if solution.finished else []
+            yield JudgedSample(
+                problem_id=solution.problem_id,
+                sample_id=solution.solution_id,
+                prompt_token_ids=prompts[solution.problem_id],
+                token_ids=[*token_ids, *end],
+                text=solution.text,
+                finish_reason="stop" if solution.finished else "length",
+                steps=_steps(solution, offsets, len(token_ids) + len(end)),
+                outcome=solution.outcome,
+                extracted_answer=extract_answer(solution.text),
+                judge=Judge(outcome=solution.source, process=solution.source),
+            )
+
+
+def _starts(offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """The character at which each token starts.
+
+    Many tokenizers trim the leading space of a token from its offsets: what lies between two tokens belongs
+    to the later one.
+    """
+    starts, reached = [], 0
+    for start, end in offsets:
+        starts.append(min(start, reached))  # less than reached: bytes of one character share its start
+        reached = max(reached, end)
+    return starts
+
+
+def _steps(solution: ImportedSolution, offsets: Sequence[tuple[int, int]], num_tokens: int) -> list[Step]:
+    starts = _starts(offsets)
+    steps = []
+    begin = token_begin = 0
+    for number, (text, label) in enumerate(zip(solution.steps, solution.labels, strict=True)):
+        end = begin + len(text)
+        last = number + 1 == len(solution.steps)
+        token_end = num_tokens if last else bisect.bisect_left(starts, end)
+        steps.append(
+            Step(
+                start=begin,
+                end=end,
+                token_start=token_begin,
+                token_end=token_end,
+                label=label if token_end > token_begin else None,
+            )
+        )
+        begin, token_begin = end, token_end
+    return steps
+
+
+def import_all(
+    imports: Sequence[recipe.Import], tokenizer_dir: Path, prompt: recipe.Prompt, problems_out: Path,
+    judged_out: Path, *, quarantine: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Import several files as one data set; both outputs are written whole or not at all.
+
+    Returns:
+        Counts of problems, solutions, steps and outcomes per file, and of tokens.
+
+    Raises:
+        UserError: see ``read_imports`` and ``judged_samples``.
+    """
+    imported = read_imports(imports, quarantine=quarantine)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokens: Counter[str] = Counter()
+
+    def counted() -> Iterator[JudgedSample]:
+        with ProgressBar("importing", len(imported.solutions), "solutions") as bar:
+            for done, sample in enumerate(judged_samples(imported.solutions, tokenizer, prompt), 1):
+                tokens["response_tokens"] += len(sample.token_ids)
+                tokens["longest_example"] = max(
+                    tokens["longest_example"], len(sample.prompt_token_ids) + len(sample.token_ids)
+                )
+                tokens["steps_without_tokens"] += sum(s.token_end == s.token_start for s in sample.steps)
+                bar.update(done)
+                yield sample
+
+    write_records(judged_out, counted())
+    write_records(problems_out, imported.problems)
+    return {**imported.counts, **tokens}
+
+
+def import_file(
+    format: str, path: Path, tokenizer_dir: Path, prompt: recipe.Prompt, problems_out: Path, judged_out: Path,
+    *, quarantine: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """``import_all`` of one file."""
+    files = [recipe.Import(format=format, path=path)]
+    return import_all(files, tokenizer_dir, prompt, problems_out, judged_out, quarantine=quarantine)
+
+
+def run_import(
+    format: str, path: Path, tokenizer: Path, output_dir: Path, quarantine: Path | None, prompt: recipe.Prompt
+) -> dict[str, Any]:
+    """``stepkto import``: problems.jsonl and judged.jsonl of one file, in ``output_dir``."""
+    problems, judged = output_dir / "problems.jsonl", output_dir / "judged.jsonl"
+    return import_file(format, path, tokenizer, prompt, problems, judged, quarantine=quarantine)

@@ -1,0 +1,1 @@
+"""Judging a sample: is its answer right (outcome), is each of its steps right (process)."""

@@ -1,0 +1,180 @@
+"""Simple equations in running text ("12 * 3 = 36", "$5 + $6 = $11", "<<12*3=36>>"), checked exactly.
+
+A text is read as runs of numbers, operators and brackets; a run with "=" is an equation. What is not plainly
+arithmetic on both sides (a variable, a unit inside, a power, a root) is passed over, not judged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+MAX_RUN_CHARS = 300  # also bounds the depth of brackets
+_LATEX = {
+    r"\times": "*",
+    r"\cdot": "*",
+    r"\div": "/",
+    r"\$": "$",
+    r"\%": "%",
+    r"\,": " ",
+    r"\left": "",
+    r"\right": "",
+}
+_SIGNS = str.maketrans("×·⋅∙÷−–$€£", "****/--   ")
+_NUMBER = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+_TIMES = re.compile(r"(?<=[\d)%])(\s*)[xX](?=\s*[(\d.$])")
+_RUN = re.compile(rf"(?:{_NUMBER}|[-+*/()%= \t])+")
+_TOKEN = re.compile(rf"\s*({_NUMBER}|[-+*/()%])")
+_MARKER = re.compile(r"\s*(?:[-*•]\s|\(?\d{1,3}[.)]\s)")  # of a list item
+_BEFORE_WORDS = re.compile(r"\b(?:of|than|times|x)\s*\}?\s*$", re.IGNORECASE)
+_CLOCK = re.compile(r"\d[:.]$")  # 3:00
+_OPEN_BEFORE = frozenset("([{<>:;,.?!*\"'`=\n\t \u2248")
+_FREE_AFTER = frozenset(")]}<>:;,.?!*\"'`\n\t ")
+
+
+class _NotArithmetic(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of an equation. ``decimals`` counts those shown, where the side is a lone number."""
+
+    value: Fraction | None  # None: a division by zero, equal to nothing
+    lone: bool
+    decimals: int
+    percents: int
+    sums: bool
+
+
+class _Parser:
+    """expression := term (("+" | "-") term)*; term := factor (("*" | "/") factor | "(" ...)*."""
+
+    def __init__(self, text: str) -> None:
+        self.tokens: list[str] = []
+        position = 0
+        text = text.rstrip()
+        while position < len(text):
+            match = _TOKEN.match(text, position)
+            if not match:
+                raise _NotArithmetic
+            self.tokens.append(match[1])
+            position = match.end()
+        self.position = 0
+
+    def peek(self) -> str:
+        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+
+    def take(self) -> str:
+        token = self.peek()
+        self.position += 1
+        return token
+
+    def expression(self) -> Fraction:
+        value = self.term()
+        while self.peek() in ("+", "-"):
+            value = value + self.term() if self.take() == "+" else value - self.term()
+        return value
+
+    def term(self) -> Fraction:
+        value = self.factor()
+        while self.peek() in ("*", "/", "("):
+            if self.peek() == "(" or self.take() == "*":  # 2(3 + 4) is a product
+                value *= self.factor()
+            else:
+                value /= self.factor()
+        return value
+
+    def factor(self) -> Fraction:
+        token = self.take()
+        if token == "-":
+            return -self.factor()
+        if token == "(":
+            value = self.expression()
+            if self.take() != ")":
+                raise _NotArithmetic
+        elif token and token[0] in "0123456789.":
+            value = Fraction(token.replace(",", ""))
+        else:
+            raise _NotArithmetic
+        if self.peek() == "%":
+            self.take()
+            value /= 100
+        return value
+
+
+def parse_side(text: str) -> Side | None:
+    """One side of an equation; None where it is not plain arithmetic."""
+    try:
+        parser = _Parser(text)
+        try:
+            value: Fraction | None = parser.expression()
+        except ZeroDivisionError:
+            return Side(None, False, 0, 0, False)
+        if parser.position != len(parser.tokens):
+            return None
+    except _NotArithmetic:
+        return None
+    numbers = [token for token in parser.tokens if token[0] in "0123456789."]
+    lone = len(numbers) == 1 and "/" not in parser.tokens
+    decimals = len(numbers[0].partition(".")[2]) if lone else 0
+    sums = any(token in "+-" for token in parser.tokens[1:])
+    return Side(value, lone, decimals, parser.tokens.count("%"), sums)
+
+
+def sides_equal(left: Side, right: Side) -> bool | None:
+    """None where percents are added to plain numbers ("100 - 20% = 80"): the reading is open."""
+    if left.value is None or right.value is None:
+        return False
+    if (left.percents and left.sums) or (right.percents and right.sums):
+        return None
+    for lone, other in ((right, left), (left, right)):
+        if lone.lone and lone.value is not None and other.value is not None:
+            # "10 / 50 * 100 = 20%" is as common as "10 / 50 = 20%"
+            values = {lone.value, lone.value * 100} if lone.percents else {lone.value}
+            slack = Fraction(1, 2 * 10**lone.decimals) if lone.decimals else Fraction(0)
+            if any(abs(other.value - value) <= slack for value in values):
+                return True
+    return left.value == right.value
+
+
+def _run_verdicts(run: str) -> list[bool]:
+    parts = run.split("=")
+    sides = [parse_side(part) if part.strip() else None for part in parts]
+    verdicts = []
+    for left, right in itertools.pairwise(sides):
+        if left is None or right is None or (left.lone and right.lone):
+            continue
+        equal = sides_equal(left, right)
+        if equal is not None:
+            verdicts.append(equal)
+    return verdicts
+
+
+def check_equations(text: str) -> list[bool]:
+    """One truth value per simple equation of the text, left to right; ``a = b = c`` is two."""
+    for name, sign in _LATEX.items():
+        text = text.replace(name, sign)
+    text = text.replace("**", "  ")  # bold type; as a power it is not judged either
+    text = _TIMES.sub(r"\1*", text).translate(_SIGNS)
+    marker = _MARKER.match(text)
+    if marker:
+        text = text[marker.end() :]
+    verdicts: list[bool] = []
+    for match in _RUN.finditer(text):
+        run = match[0]
+        if "=" not in run or len(run) > MAX_RUN_CHARS:
+            continue
+        before, after = text[: match.start()][-10:], text[match.end() : match.end() + 1]
+        stripped = run.strip()
+        glued = bool(before) and not run[0].isspace() and before[-1] not in _OPEN_BEFORE
+        glued = glued or bool(_CLOCK.search(before))
+        if glued or _BEFORE_WORDS.search(before) or (before.strip() and stripped[0] in "+*/-%)"):
+            first = stripped.find("=")  # the left side is cut off by what stands before it
+            run = run[run.find("=") + 1 :] if first >= 0 else ""
+        if after and not run[-1:].isspace() and after not in _FREE_AFTER:
+            run = run[: run.rfind("=")] if "=" in run else ""
+        verdicts += _run_verdicts(run)
+    return verdicts

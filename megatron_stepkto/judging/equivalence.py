@@ -1,0 +1,219 @@
+"""Is an answer equal to the gold answer? A check that cannot be made is "undecided", never "wrong".
+
+The exact path decides what it is certain of. The rest goes to math-verify in worker processes that are
+killed and replaced at the time limit, hold at most 2 GiB, and die with this process. Importing math-verify
+costs seconds, so workers start with the first pair that needs one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from megatron_stepkto.errors import StageFailed
+from megatron_stepkto.judging import exact
+from megatron_stepkto.records import Label
+
+START_TIMEOUT_S = 180.0  # a cold start on a loaded machine
+MAX_ANSWER_CHARS = 10_000
+
+
+_LABELS: dict[str, Label] = {"right": 1, "wrong": 0, "undecided": None}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``how``: exact, math-verify, timeout, unparsed, too-long, crashed, or "failed: <exception>"."""
+
+    verdict: Literal["right", "wrong", "undecided"]
+    how: str
+    milliseconds: float
+
+    @property
+    def label(self) -> Label:
+        return _LABELS[self.verdict]
+
+
+class _Worker:
+    """One math-verify process and the pair it works on."""
+
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_stepkto.judging.math_verify_worker", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+        )
+        self._buffer = b""
+        self.ready = False
+        self.pair: int | None = None
+        self.since = time.monotonic()
+        assert self._process.stdout is not None
+        self.fileno = self._process.stdout.fileno()
+
+    def send(self, number: int, gold: str, answer: str) -> None:
+        assert self._process.stdin is not None
+        self.pair, self.since = number, time.monotonic()
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # it died between two pairs: the end of its output says so next
+            self._process.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next reply; {} while a line is incomplete; None when the process is gone."""
+        chunk = os.read(self.fileno, 65536)
+        if not chunk:
+            return None
+        self._buffer += chunk
+        if not self._buffer.endswith(b"\n"):
+            return {}
+        line, self._buffer = self._buffer, b""
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.since
+
+    def last_words(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().decode("utf-8", "replace").strip()[-800:]
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            assert file is not None
+            with contextlib.suppress(BrokenPipeError):
+                file.close()
+
+
+class EquivalenceChecker:
+    """Compares answers; a context manager, because it may own processes.
+
+    Args:
+        workers: processes at most, each on one pair at a time.
+        timeout_s: wall-clock limit of one pair; past it the pair is undecided.
+    """
+
+    def __init__(self, workers: int, timeout_s: float) -> None:
+        self._num_workers, self._timeout_s = workers, timeout_s
+        self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in list(self._workers):
+            self._retire(worker)
+        self._selector.close()
+
+    @property
+    def num_processes(self) -> int:
+        return len(self._workers)
+
+    def check_many(
+        self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] | None = None
+    ) -> list[Verdict]:
+        """One verdict per (gold, answer), in order; equal pairs are decided once.
+
+        ``progress`` is called with the number of pairs decided so far, at most ``len(pairs)``.
+
+        Raises:
+            StageFailed: a worker cannot start (shows what it printed).
+        """
+        found: dict[tuple[str, str], Verdict] = {}
+        hard: list[tuple[str, str]] = []
+        for pair in dict.fromkeys(pairs):
+            begun = time.perf_counter()
+            certain = exact.compare(*pair) if max(map(len, pair)) <= MAX_ANSWER_CHARS else None
+            milliseconds = (time.perf_counter() - begun) * 1000
+            if certain is not None:
+                found[pair] = Verdict("right" if certain else "wrong", "exact", milliseconds)
+            elif max(map(len, pair)) > MAX_ANSWER_CHARS:
+                found[pair] = Verdict("undecided", "too-long", milliseconds)
+            else:
+                hard.append(pair)
+        report = progress or (lambda done: None)
+        report(len(found))
+        self._compute(hard, found, report)
+        return [found[pair] for pair in pairs]
+
+    def _compute(
+        self,
+        hard: list[tuple[str, str]],
+        found: dict[tuple[str, str], Verdict],
+        report: Callable[[int], None],
+    ) -> None:
+        waiting = iter(range(len(hard)))
+        left = len(hard)
+        while left:
+            while len(self._workers) < min(self._num_workers, left):
+                self._start()
+            for worker in self._workers:
+                if worker.ready and worker.pair is None and (number := next(waiting, None)) is not None:
+                    worker.send(number, *hard[number])
+            for number, verdict in self._collect():
+                found[hard[number]] = verdict
+                left -= 1
+                report(len(found))
+
+    def _start(self) -> None:
+        worker = _Worker()
+        self._workers.append(worker)
+        self._selector.register(worker.fileno, selectors.EVENT_READ, worker)
+
+    def _retire(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        self._selector.unregister(worker.fileno)
+        worker.kill()
+
+    def _collect(self) -> list[tuple[int, Verdict]]:
+        """Wait for the next reply, death or time-out; workers that died or ran late are gone afterwards."""
+        limits = [
+            (self._timeout_s if worker.ready else START_TIMEOUT_S) - worker.elapsed()
+            for worker in self._workers
+            if worker.pair is not None or not worker.ready
+        ]
+        done: list[tuple[int, Verdict]] = []
+        for key, _ in self._selector.select(max(0.0, min(limits, default=0.0))):
+            worker: _Worker = key.data
+            reply = worker.receive()
+            milliseconds = worker.elapsed() * 1000
+            if reply is None:
+                number, words = worker.pair, worker.last_words()
+                started = worker.ready
+                self._retire(worker)
+                if not started:
+                    raise StageFailed(f"a math-verify process did not start; it printed:\n{words}")
+                if number is not None:
+                    done.append((number, Verdict("undecided", "crashed", milliseconds)))
+            elif "ready" in reply:
+                worker.ready = True
+            elif reply and worker.pair is not None:
+                done.append((worker.pair, Verdict(reply["verdict"], reply["how"], milliseconds)))
+                worker.pair = None
+        for worker in list(self._workers):
+            if not worker.ready and worker.elapsed() > START_TIMEOUT_S:
+                raise StageFailed(
+                    f"a math-verify process was not ready in {START_TIMEOUT_S:.0f} s: {worker.last_words()}"
+                )
+            if worker.pair is not None and worker.elapsed() > self._timeout_s:
+                done.append((worker.pair, Verdict("undecided", "timeout", worker.elapsed() * 1000)))
+                self._retire(worker)
+        return done

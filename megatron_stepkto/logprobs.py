@@ -1,0 +1,113 @@
+"""Hidden states -> token log-probs, over a vocabulary that is split over ranks, never a full logits tensor.
+
+8,192 tokens x 128,256 words are 4.2 GB in float32. The head works through the tokens in chunks, keeps only
+each token's log-sum-exp, and computes a chunk's logits again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DEFAULT_CHUNK = 1024
+
+
+def linear_log_probs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any = None, chunk: int = DEFAULT_CHUNK
+) -> Tensor:
+    """log softmax(hidden @ weight.T)[target] of each token.
+
+    Args:
+        hidden: [T, H], the same on every rank of ``group``. Its gradient is this rank's part: the caller sums
+            it over ``group`` (Megatron's copy_to or gather_from_sequence region does that in its backward).
+        weight: [V_local, H], this rank's rows. Row i is word rank * V_local + i; rows at or past ``vocab_size``
+            are padding: they take no part and get no gradient.
+        targets: [T] int64 in [0, vocab_size).
+        vocab_size: words of the tokenizer, without padding.
+        group: process group over which the vocabulary is split; None: not split.
+        chunk: tokens whose logits exist at one time.
+    Returns:
+        [T] float32, nats.
+    """
+    out: Tensor = _LinearLogProbs.apply(hidden, weight, targets, vocab_size, group, chunk)
+    return out
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight.T in float32, also for lower-precision inputs: their logits must not be rounded."""
+    if hidden.dtype == torch.float32:
+        return hidden @ weight.t()
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return hidden.float() @ weight.float().t()
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any, chunk: int
+    ) -> Tensor:
+        rank = dist.get_rank(group) if group is not None else 0
+        first_word = rank * weight.shape[0]
+        rows = max(0, min(weight.shape[0], vocab_size - first_word))
+        log_probs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        log_sum_exp = torch.empty_like(log_probs)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(hidden[part], weight[:rows])
+            local, mine = _local_targets(targets[part], first_word, rows)
+            target_logit = torch.zeros_like(log_probs[part])
+            if rows:
+                target_logit = torch.where(mine, logits.gather(1, local[:, None])[:, 0], target_logit)
+                peak = logits.amax(dim=1)
+            else:
+                peak = torch.full_like(target_logit, float("-inf"))
+            _all_reduce(peak, dist.ReduceOp.MAX, group)
+            sums = torch.stack([logits.sub_(peak[:, None]).exp_().sum(dim=1), target_logit])
+            _all_reduce(sums, dist.ReduceOp.SUM, group)
+            log_sum_exp[part] = peak + sums[0].log()
+            log_probs[part] = sums[1] - log_sum_exp[part]
+        ctx.save_for_backward(hidden, weight, targets, log_sum_exp)
+        ctx.first_word, ctx.rows, ctx.chunk = first_word, rows, chunk
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        hidden, weight, targets, log_sum_exp = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        # Chunks add up in float32: a bf16 running sum would lose the small ones.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        rows = ctx.rows
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            if not rows:
+                grad_hidden[part] = 0
+                continue
+            # d log p_target / d logits = onehot(target) - softmax
+            d_logits = _logits(hidden[part], weight[:rows]).sub_(log_sum_exp[part, None]).exp_().neg_()
+            local, mine = _local_targets(targets[part], ctx.first_word, rows)
+            d_logits.scatter_add_(1, local[:, None], mine[:, None].to(d_logits.dtype))
+            d_logits.mul_(grad[part, None])
+            d_logits_low = d_logits.to(weight.dtype)
+            grad_hidden[part] = d_logits_low @ weight[:rows]
+            if weight.dtype == torch.float32:
+                grad_weight[:rows].addmm_(d_logits_low.t(), hidden[part])
+            else:
+                grad_weight[:rows] += (d_logits_low.t() @ hidden[part]).float()
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _local_targets(targets: Tensor, first_word: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Row of each target in this rank's weight (0 where it is another rank's) and whether it is here."""
+    local = targets - first_word
+    mine = (local >= 0) & (local < rows)
+    return torch.where(mine, local, 0), mine
+
+
+def _all_reduce(tensor: Tensor, op: Any, group: Any) -> None:
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, op=op, group=group)

@@ -1,0 +1,183 @@
+"""Megatron-Core's GPTModel for a Hugging Face architecture; its last stage returns hidden states, not logits."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import silu
+
+from megatron_stepkto.checkpoints.architecture import ModelConfig
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.layers import PackedAttention, RMSNorm
+from megatron_stepkto.logprobs import linear_log_probs
+from megatron_stepkto.recipe import Parallel
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
+    """PackedSeqParams that also holds the document bounds as Python ints (no device read per layer)."""
+
+    bounds: tuple[int, ...] = ()
+
+
+class PolicyModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose last pipeline stage returns the final hidden states [t, 1, H] ([t / TP, 1, H] under
+    sequence parallelism); ``log_probs`` turns them into token log-probs without a logits tensor."""
+
+    words: int  # tokens of the vocabulary, without the rows that pad it for tensor parallelism
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    def log_probs(self, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """log p(targets[i] | tokens up to packed position rows[i]): [n] float32, nats."""
+        if self.config.sequence_parallel:
+            # The head's gradient differs per rank (each holds other words): sum while scattering it back.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights \
+            else self.output_layer.weight
+        group = parallel_state.get_tensor_model_parallel_group()
+        return linear_log_probs(hidden[:, 0].index_select(0, rows), weight, targets, self.words, group)
+
+
+def check_layout(config: ModelConfig, parallel: Parallel) -> None:
+    """Raises UserError, naming the key to change, when the model cannot be split so."""
+    for name, size in (("attention heads", config.num_heads), ("key-value heads", config.num_kv_heads),
+                       ("feed-forward size", config.ffn_size)):
+        if size % parallel.tensor:
+            raise UserError(f"train.parallel.tensor = {parallel.tensor} does not divide the model's {name} ({size}); "
+                            "choose a divisor")
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if config.num_layers % stages:
+        raise UserError(f"train.parallel.pipeline x virtual_pipeline = {stages} does not divide the model's layers "
+                        f"({config.num_layers}); choose a divisor")
+
+
+def transformer_config(
+    config: ModelConfig, parallel: Parallel, dtype: torch.dtype, *, on_cpu: bool, recompute: bool = False
+) -> TransformerConfig:
+    """Megatron-Core's config of a model and layout."""
+    check_layout(config, parallel)
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_kv_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.ffn_size,
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=config.init_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        sequence_parallel=parallel.sequence,
+        use_cpu_initialization=on_cpu,
+        # Weights come from a checkpoint: random ones would only cost time.
+        perform_initialization=False,
+        # Micro-batches are packed to different lengths. Megatron asks for this dispatcher even when dense.
+        variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
+        # Interleaved schedules give wrong gradients with batched p2p at pipeline 2, without an error: never both.
+        batch_p2p_comm=parallel.virtual_pipeline is None,
+        overlap_p2p_comm=parallel.virtual_pipeline is not None,
+        batch_p2p_sync=False,
+        # The loss is a sum over units; Megatron divides the gradient once by the units of the global batch.
+        calculate_per_token_loss=True,
+        # These fusions are torch.compile'd: not on CPU.
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=not on_cpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        **(
+            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+            if recompute
+            else {}
+        ),
+    )
+
+
+def _block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    spec: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+def padded_vocab_size(words: int, tensor_parallel: int) -> int:
+    return -(-words // tensor_parallel) * tensor_parallel
+
+
+def _mark_tensor_parallel(chunk: PolicyModel) -> None:
+    """Say which weights are split over tensor-parallel ranks.
+
+    Megatron sets these marks while it initialises weights, which is off here. Without them the gradient norm
+    counts only rank 0's part of a split weight: clipping is wrong, with no error.
+    """
+    split_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in split_dim and weight is not None:
+            set_tensor_model_parallel_attributes(weight, True, split_dim[type(module)], 1)
+
+
+def build_model_chunks(config: ModelConfig, megatron: TransformerConfig) -> list[PolicyModel]:
+    """This rank's part of the model: one chunk, or one per virtual pipeline stage. Weights are not initialised."""
+    stages: list[int | None] = (
+        list(range(megatron.virtual_pipeline_model_parallel_size))
+        if megatron.virtual_pipeline_model_parallel_size
+        else [None]
+    )
+    chunks = []
+    for stage in stages:
+        chunk = PolicyModel(
+            config=megatron,
+            transformer_layer_spec=_block_spec(get_num_layers_to_build(megatron, vp_stage=stage)),
+            vocab_size=padded_vocab_size(config.vocab_size, megatron.tensor_model_parallel_size),
+            max_sequence_length=config.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            position_embedding_type="rope",
+            rotary_base=int(config.rope_base),
+            share_embeddings_and_output_weights=config.tied,
+            vp_stage=stage,
+        )
+        # Megatron fixes the llama3 constants and rounds the base to an int: give it the model's own frequencies.
+        chunk.rotary_pos_emb.inv_freq = config.inv_freq().to(chunk.rotary_pos_emb.inv_freq.device)
+        chunk.words = config.vocab_size
+        _mark_tensor_parallel(chunk)
+        chunk.model_type = ModelType.encoder_or_decoder
+        chunks.append(chunk)
+    return chunks

@@ -1,0 +1,322 @@
+"""The loop: which stage reads and writes what, for one recipe and method.
+
+Every stage can be run alone (``stepkto sample RECIPE --iteration 2``); ``run_all`` runs them in order, and
+each skips itself when it is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_stepkto import recipe as recipes
+from megatron_stepkto import warm_up
+from megatron_stepkto.data.dataset import build_dataset
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import atomic_writer, read_json, stable_hash, write_json
+from megatron_stepkto.problems import write_problems
+from megatron_stepkto.progress import say
+from megatron_stepkto.stages import Result, Stage, run_stage
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe being run with one method.
+
+    ``base`` is the run's folder. A compared method lives in ``base/methods/<method>`` and shares the problems,
+    M0, its evaluation and the first iteration's samples with the recipe's own method.
+    """
+
+    recipe: recipes.Recipe
+    from_scratch: bool = False
+    force: bool = False
+    quarantine: Path | None = None
+    compared: recipes.Method | None = None
+    finished: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def method(self) -> recipes.Method:
+        return self.compared or self.recipe.train.method
+
+    @property
+    def base(self) -> Path:
+        return self.recipe.run_dir
+
+    @property
+    def root(self) -> Path:
+        return self.base / "methods" / self.compared if self.compared else self.base
+
+    def iteration(self, t: int) -> Path:
+        return self.root / f"iteration_{t}"
+
+    def sampled_at(self, t: int) -> Path:
+        """Where iteration t's problems, samples and judgements stand: all methods draw the first from M0."""
+        return (self.base if t == 1 else self.root) / f"iteration_{t}"
+
+    @property
+    def makes_m0(self) -> bool:
+        return self.from_scratch or self.recipe.initial_model is None
+
+    def model(self, t: int) -> Path:
+        """Hugging Face folder of M_t."""
+        if t == 0:
+            return self.base / "M0" / "convert" / "model" if self.makes_m0 else self._initial_model()
+        return self.iteration(t) / "convert" / "model"
+
+    def _initial_model(self) -> Path:
+        path = self.recipe.initial_model
+        assert path is not None
+        if not path.is_dir():
+            raise UserError(f"initial_model: expected a Hugging Face folder, found none at {path}; set it in the recipe, "
+                            "or remove it and give warm_up")
+        return path
+
+    def name(self, t: int) -> str:
+        return f"M{t}"
+
+    def evaluation(self, t: int) -> Path:
+        return (self.base if t == 0 else self.root) / "evaluate" / self.name(t)
+
+    def run(self, stage: Stage, work: Callable[[], Result]) -> dict[str, Any]:
+        manifest = run_stage(stage, work, force=self.force)
+        self.finished.append((str(stage.directory.relative_to(self.base)), manifest))
+        return manifest
+
+
+def _title(run: Run, t: int, stage: str) -> str:
+    return f"{run.compared + ' ' if run.compared else ''}iteration {t} {stage}"
+
+
+# --- problems ------------------------------------------------------------------------------------------------
+
+
+def problems_stage(run: Run, t: int) -> None:
+    directory = run.base / f"iteration_{t}" / "problems"
+    source = run.recipe.problems
+    out = directory / "problems.jsonl"
+    settings = {**source.model_dump(mode="json"), "seed": run.recipe.seed, "iteration": t, "split": "train"}
+    inputs = {"train": source.train} if source.train else {}
+
+    def work() -> Result:
+        count = write_problems(source, "train", source.per_iteration, run.recipe.seed, t, out, run.quarantine)
+        return Result([out], {"problems": count})
+
+    run.run(Stage(f"iteration {t} problems", directory, settings, inputs), work)
+
+
+def evaluation_problems_stage(run: Run) -> None:
+    assert run.recipe.evaluate is not None
+    directory = run.base / "evaluate" / "problems"
+    source, split = run.recipe.problems, run.recipe.evaluate.split
+    out = directory / "problems.jsonl"
+    file = getattr(source, split)
+    settings = {**source.model_dump(mode="json"), "split": split, "num_problems": run.recipe.evaluate.num_problems}
+
+    def work() -> Result:
+        # a fixed seed: every run of a recipe, whatever its own seed, is measured on the same problems
+        count = write_problems(source, split, run.recipe.evaluate.num_problems, 0, 1, out, run.quarantine)  # type: ignore[union-attr]
+        return Result([out], {"problems": count})
+
+    run.run(Stage("evaluation problems", directory, settings, {split: file} if file else {}), work)
+
+
+# --- sample, judge, dataset ------------------------------------------------------------------------------------
+
+
+def sample_stage(run: Run, t: int) -> None:
+    from megatron_stepkto.sampling.draw import draw_samples
+
+    sampling = run.recipe.sample
+    assert sampling is not None
+    directory = run.sampled_at(t) / "sample"
+    problems = run.base / f"iteration_{t}" / "problems" / "problems.jsonl"
+    model = run.model(t - 1)
+    seed = stable_hash(run.recipe.seed, "sample", t) % 2**31
+    settings = {"sample": sampling.model_dump(mode="json", exclude={"workers"}),
+                "prompt": run.recipe.prompt.model_dump(mode="json"), "seed": seed}
+
+    def work() -> Result:
+        path, counts = draw_samples(model, run.name(t - 1), problems, run.recipe.prompt, sampling, seed, directory,
+                                    title=_title(run, t, "sample"))
+        return Result([path], counts)
+
+    run.run(Stage(_title(run, t, "sample"), directory, settings, {"problems": problems, "model": model}), work)
+
+
+def judge_stage(run: Run, t: int) -> None:
+    from megatron_stepkto.judging.stage import judge_file
+
+    if run.recipe.problems.source == "imports":
+        return _import_stage(run)
+    judging = run.recipe.judge
+    assert judging is not None
+    directory = run.sampled_at(t) / "judge"
+    problems = run.base / f"iteration_{t}" / "problems" / "problems.jsonl"
+    samples = run.sampled_at(t) / "sample" / "samples.jsonl"
+    out = directory / "judged.jsonl"
+    settings = {"judge": judging.model_dump(mode="json", exclude={"workers"})}
+
+    def work() -> Result:
+        counts = judge_file(problems, samples, out, run.model(t - 1), judging, quarantine=run.quarantine)
+        return Result([out], counts)
+
+    run.run(Stage(_title(run, t, "judge"), directory, settings, {"problems": problems, "samples": samples}), work)
+    return None
+
+
+def _import_stage(run: Run) -> None:
+    """Solutions judged elsewhere stand in for sampling and judging; all of them are tokenised once, here."""
+    from megatron_stepkto.importing.stage import import_all
+
+    directory = run.sampled_at(1) / "judge"
+    sources = run.recipe.problems.imports
+    tokenizer = run.base / "M0" / "tokenizer" / "model" if run.makes_m0 else run.model(0)
+    problems, judged = directory / "problems.jsonl", directory / "judged.jsonl"
+    settings = {"prompt": run.recipe.prompt.model_dump(mode="json"), "formats": [s.format for s in sources]}
+    inputs = {f"{i}-{s.format}": s.path for i, s in enumerate(sources)} | {"tokenizer": tokenizer}
+
+    def work() -> Result:
+        counts = import_all(sources, tokenizer, run.recipe.prompt, problems, judged, quarantine=run.quarantine)
+        return Result([problems, judged], counts)
+
+    run.run(Stage("import", directory, settings, inputs), work)
+
+
+def dataset_stage(run: Run, t: int) -> None:
+    directory = run.iteration(t) / "dataset"
+    judged = run.sampled_at(t) / "judge" / "judged.jsonl"
+    train, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
+    share, seed = run.recipe.problems.held_out_share, run.recipe.seed
+    settings = {"dataset": run.recipe.dataset.model_dump(mode="json"), "method": run.method, "held_out_share": share,
+                "seed": seed}
+
+    def work() -> Result:
+        counts = build_dataset(judged, train, held_out, run.recipe.dataset, run.method, share, seed,
+                               quarantine=run.quarantine)
+        return Result([path for path in (train, held_out) if path.exists()], counts)
+
+    run.run(Stage(_title(run, t, "dataset"), directory, settings, {"judged": judged}), work)
+
+
+# --- train, convert, evaluate ----------------------------------------------------------------------------------
+
+
+def train_stage(run: Run, t: int) -> None:
+    from megatron_stepkto.training.stage import train
+
+    directory = run.iteration(t) / "train"
+    data = run.iteration(t) / "dataset"
+    settings = run.recipe.train.model_copy(update={"method": run.method})
+    reference = run.model(0) if settings.reference == "initial" and t > 1 else None
+    seed = stable_hash(run.recipe.seed, "train", t) % 2**31
+    inputs = {"model": run.model(t - 1), "train": data / "train.jsonl"}
+    held_out = data / "held_out.jsonl"
+    if held_out.exists():
+        inputs["held_out"] = held_out
+    if reference:
+        inputs["reference"] = reference
+
+    stage = Stage(_title(run, t, "train"), directory, {"train": settings.model_dump(mode="json"), "seed": seed}, inputs)
+    run.run(stage, lambda: train(stage, settings, seed))
+
+
+def convert_stage(run: Run, t: int) -> None:
+    from megatron_stepkto.checkpoints.convert import megatron_to_hf
+
+    directory = run.iteration(t) / "convert"
+    source, out = run.iteration(t) / "train" / "final", directory / "model"
+
+    def work() -> Result:
+        megatron_to_hf(source, out)
+        return Result([out])
+
+    run.run(Stage(_title(run, t, "convert"), directory, {}, {"trained": source}), work)
+
+
+def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
+    from megatron_stepkto.evaluation import evaluate_model
+
+    evaluation = run.recipe.evaluate
+    assert evaluation is not None
+    directory = run.evaluation(t)
+    problems = run.base / "evaluate" / "problems" / "problems.jsonl"
+    sampling, judging = run.recipe.sample, run.recipe.judge
+    assert sampling is not None
+    assert judging is not None
+    settings = {"evaluate": evaluation.model_dump(mode="json"),
+                "sample": sampling.model_dump(mode="json", include={"backend", "max_tokens", "chunk_problems", "dtype"}),
+                "judge": judging.model_dump(mode="json", exclude={"workers"}),
+                "prompt": run.recipe.prompt.model_dump(mode="json")}
+
+    def work() -> Result:
+        evaluate_model(run.model(t), run.name(t), problems, run.recipe, directory)
+        return Result([directory / name for name in ("greedy.jsonl", "sampled.jsonl", "metrics.json")])
+
+    title = f"{run.compared + ' ' if run.compared else ''}evaluate {run.name(t)}"
+    run.run(Stage(title, directory, settings, {"problems": problems, "model": run.model(t)}), work)
+    return dict(read_json(directory / "metrics.json"))
+
+
+# --- all of it -------------------------------------------------------------------------------------------------
+
+
+STAGES: dict[str, Callable[[Run, int], object]] = {
+    "problems": problems_stage, "sample": sample_stage, "judge": judge_stage, "dataset": dataset_stage,
+    "train": train_stage, "convert": convert_stage, "evaluate": evaluate_stage,
+}
+
+
+def prepare(run: Run) -> None:
+    """What comes before the first iteration: the resolved recipe beside the output, M0, the evaluation's problems."""
+    run.base.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(run.base / "recipe.yaml") as file:
+        yaml.safe_dump(run.recipe.model_dump(mode="json"), file, sort_keys=False)
+    if run.makes_m0:
+        warm_up.tokenizer_stage(run)
+    if run.recipe.problems.source == "imports":
+        _import_stage(run)
+    if run.makes_m0:
+        warm_up.make_m0(run)
+    if run.recipe.evaluate:
+        evaluation_problems_stage(run)
+
+
+def run_iterations(run: Run) -> list[dict[str, Any]]:
+    """All iterations of one method; returns the evaluation's row of M0, M1, ..."""
+    rows = [evaluate_stage(run, 0)] if run.recipe.evaluate else []
+    for t in range(1, run.recipe.iterations + 1):
+        say(f"--- {_title(run, t, f'of {run.recipe.iterations}')} ---")
+        if run.recipe.problems.source != "imports":
+            problems_stage(run, t)
+            sample_stage(run, t)
+        judge_stage(run, t)
+        dataset_stage(run, t)
+        train_stage(run, t)
+        convert_stage(run, t)
+        if run.recipe.evaluate:
+            rows.append(evaluate_stage(run, t))
+    return rows
+
+
+def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
+    """The whole recipe, then the methods it is compared with; writes and returns ``summary.json``."""
+    begun = time.time()
+    prepare(run)
+    summary: dict[str, Any] = {
+        "recipe": run.recipe.name, "seed": run.recipe.seed, "method": run.method, "iterations": run_iterations(run),
+    }
+    for method in compare:
+        other = Run(run.recipe, run.from_scratch, run.force, run.quarantine, method, run.finished)
+        summary.setdefault("methods", {})[method] = run_iterations(other)
+    stages = {name: manifest for name, manifest in run.finished}
+    summary["stages"] = [{"name": name, "seconds": m["seconds"], "counts": m["counts"]} for name, m in stages.items()]
+    summary["seconds"] = round(sum(m["seconds"] for m in stages.values()), 1)
+    summary["seconds_of_this_command"] = round(time.time() - begun, 1)
+    write_json(run.base / "summary.json", summary)
+    return summary
+

@@ -1,0 +1,259 @@
+"""Child processes of a stage: started together, watched, and never left behind.
+
+The parent calls ``run_children``; a child that is Python of this package wraps its main function in
+``child_main``. A child dies with its parent, however that dies: the kernel sends SIGKILL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_stepkto.errors import StageFailed, UserError
+from megatron_stepkto.progress import ProgressBar, read_progress
+
+POLL_EVERY_S = 0.3
+GRACE_S = 10.0  # between SIGTERM and SIGKILL
+LOG_LINES = 15
+ERROR_FILE = "STEPKTO_ERROR_FILE"
+PARENT = "STEPKTO_PARENT"
+_PR_SET_PDEATHSIG = 1
+
+# Ties the child to this process before its program starts, so that programs that are not ours (torchrun)
+# are tied too: the setting survives exec. A preexec_fn would run Python between fork and exec, which may
+# deadlock when another thread holds a lock.
+_LAUNCHER = (
+    "import ctypes, os, sys\n"
+    f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
+    "os.getppid() == int(sys.argv[1]) or os._exit(1)\n"
+    "os.execvp(sys.argv[2], sys.argv[2:])\n"
+)
+
+
+@dataclass(frozen=True)
+class Child:
+    """A command, the log of all it prints (each attempt has its own), additions to the environment."""
+
+    command: list[str]
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Running:
+    process: subprocess.Popen[bytes]
+    log: Path
+    error_file: Path
+
+
+def run_children(
+    children: Sequence[Child],
+    *,
+    title: str,
+    unit: str,
+    progress: Sequence[Path] = (),
+    done_before: int = 0,
+    poll: Callable[[], None] | None = None,
+) -> None:
+    """Start all ``children``, show their progress as one bar, and return when all have ended well.
+
+    Args:
+        progress: a ``ProgressFile`` per child (some children may have none); their sums are shown.
+        done_before: units that earlier attempts did, counted as done and in the total.
+        poll: called about three times a second.
+
+    Raises:
+        UserError: a child reported one. StageFailed: a child died; names its log and shows its end. In both
+            cases, and on Ctrl-C, SIGTERM or any other exception, the remaining children are stopped first.
+    """
+    running: list[_Running] = []
+    try:
+        with _terminable(), contextlib.ExitStack() as stack:
+            for each in children:
+                running.append(_start(each))
+            shown = _Display(stack, title, unit, progress, done_before)
+            left = list(running)
+            while left:
+                for child in [child for child in left if _ended(child.process)]:
+                    left.remove(child)
+                    if child.process.returncode:
+                        _stop(left)
+                        raise _failure(title, child)
+                shown.update()
+                if poll:
+                    poll()
+                if left:
+                    time.sleep(POLL_EVERY_S)
+    finally:
+        _stop(running)
+
+
+class _Display:
+    """One bar over several progress files; it appears when all of them do, for then the total is known."""
+
+    def __init__(
+        self, stack: contextlib.ExitStack, title: str, unit: str, files: Sequence[Path], done_before: int
+    ) -> None:
+        self._stack, self._title, self._unit = stack, title, unit
+        self._files, self._done_before = files, done_before
+        self._bar: ProgressBar | None = None
+
+    def update(self) -> None:
+        reports = [report for report in map(read_progress, self._files) if report is not None]
+        if not reports or len(reports) < len(self._files):
+            return
+        done = self._done_before + sum(report[0] for report in reports)
+        total = self._done_before + sum(report[1] for report in reports)
+        if self._bar is None or self._bar.total != total:  # a new phase of the work counts other things
+            self._stack.close()
+            self._bar = self._stack.enter_context(ProgressBar(self._title, total, self._unit))
+        self._bar.update(done, "  ".join(report[2] for report in reports if report[2]))
+
+
+def _start(child: Child) -> _Running:
+    log = child.log
+    log.parent.mkdir(parents=True, exist_ok=True)
+    attempt = 1
+    while log.exists():
+        attempt += 1
+        log = child.log.with_name(f"{child.log.stem}-{attempt}{child.log.suffix}")
+    error_file = log.with_suffix(".error")
+    error_file.unlink(missing_ok=True)
+    parent = f"{os.getpid()}@{os.uname().nodename}"
+    env = {**os.environ, **child.env, ERROR_FILE: str(error_file), PARENT: parent}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", _LAUNCHER, str(os.getpid()), *child.command],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
+            start_new_session=True,  # a group that can be signalled whole, and that Ctrl-C does not reach
+        )  # fmt: skip
+    return _Running(process, log, error_file)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> bool:
+    """Has it ended? Then its group goes too: until the process is reaped nobody else can have its number."""
+    if process.returncode is not None:
+        return True
+    if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        return False
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+    return True
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    # no such group: the child did not get as far as making one, or only its unreaped self is left (macOS)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def _stop(children: Sequence[_Running]) -> None:
+    left = [child for child in children if not _ended(child.process)]
+    for child in left:
+        _signal_group(child.process, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left = [child for child in left if not _ended(child.process)]
+    for child in left:
+        _signal_group(child.process, signal.SIGKILL)
+        child.process.wait()
+
+
+def _failure(title: str, child: _Running) -> Exception:
+    report = _read_report(child.error_file)
+    if report and report["kind"] == "user":
+        return UserError(report["message"])
+    code = child.process.returncode
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    # under torchrun the log ends with the launcher's words about the rank that failed, not with the rank's
+    text = report["message"] if report else child.log.read_text(encoding="utf-8", errors="replace")
+    end = "\n".join(f"  {line}" for line in text.splitlines()[-LOG_LINES:])
+    return StageFailed(f"{title}: a process ended with {how}; the end of its log {child.log}:\n{end}")
+
+
+def _read_report(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit so that children are stopped first (only the main thread gets signals)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def die_with_parent() -> None:
+    """From now on the kernel kills this process when its parent dies (Linux); exits if it is dead already.
+
+    Besides the parent (which may be torchrun's agent) the process that called ``run_children`` is looked at.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getppid()
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL)):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    number, _, node = os.environ.get(PARENT, "").partition("@")
+    gone = node == os.uname().nodename and not _alive(int(number))
+    if gone or os.getppid() != parent:
+        os._exit(1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def child_main(function: Callable[[], None]) -> None:
+    """Run a child's main function, tied to its parent and reporting failure to it. Exit code 2: UserError."""
+    die_with_parent()
+    try:
+        function()
+    except UserError as error:
+        _report("user", str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Exception:
+        _report("crash", traceback.format_exc())
+        raise
+
+
+def _report(kind: str, message: str) -> None:
+    """Tell the parent, unless another rank did: the first failure is the cause, the others follow from it."""
+    path = os.environ.get(ERROR_FILE)
+    if path is None:
+        return
+    whole = Path(f"{path}.{os.getpid()}")
+    whole.write_text(json.dumps({"kind": kind, "message": message}), encoding="utf-8")
+    with contextlib.suppress(FileExistsError):
+        os.link(whole, path)
+    whole.unlink()

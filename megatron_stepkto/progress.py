@@ -1,0 +1,112 @@
+"""Progress with an estimate: a bar on a terminal, a line every few seconds elsewhere.
+
+Workers (sampling processes, training ranks) report through small JSON files that the parent polls, so that
+``stepkto status`` and a batch system can read the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+LINE_EVERY_S = 10.0
+
+
+def say(message: str) -> None:
+    console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+class ProgressBar:
+    """``with ProgressBar("sampling", total, "problems") as bar: bar.update(done, note)``."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self._began = self._last_line = time.monotonic()
+        self._done, self._first_done = 0, None  # type: int, int | None
+        self._note = ""
+        self._rich: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if console.is_terminal:
+            self._rich = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+                TextColumn(self.unit), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"), console=console,
+            )
+            self._rich.start()
+            self._task = self._rich.add_task(self.title, total=self.total, note="")
+        return self
+
+    def update(self, done: int, note: str = "") -> None:
+        if self._first_done is None:
+            self._first_done = done  # work that an earlier attempt did: it says nothing about the speed of this one
+        self._done, self._note = done, note
+        if self._rich:
+            self._rich.update(self._task, completed=done, total=self.total, note=note)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._line()
+
+    def _line(self) -> None:
+        now = time.monotonic()
+        self._last_line = now
+        elapsed, gained = now - self._began, self._done - (self._first_done or 0)
+        left = f", about {elapsed * (self.total - self._done) / gained:.0f} s left" if 0 < gained and self._done < self.total else ""
+        note = f"  {self._note}" if self._note else ""
+        say(f"{self.title}: {self._done}/{self.total} {self.unit}, {elapsed:.0f} s{left}{note}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._rich:
+            self._rich.stop()
+        else:
+            self._line()
+
+
+class ProgressFile:
+    """A worker's report, rewritten in place at most every ``every_s`` seconds."""
+
+    def __init__(self, path: Path, every_s: float = 0.3) -> None:
+        self.path, self.every_s = path, every_s
+        self._last = 0.0
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def report(self, done: int, total: int, note: str = "", *, last: bool = False) -> None:
+        now = time.monotonic()
+        if last or now - self._last >= self.every_s:
+            self._last = now
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"done": done, "total": total, "note": note}))
+            temporary.replace(self.path)
+
+
+class Report(NamedTuple):
+    done: int
+    total: int
+    note: str
+
+
+def read_progress(path: Path) -> Report | None:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Report(**json.loads(path.read_text()))
+    return None
+
+
+@contextlib.contextmanager
+def timed(title: str) -> Iterator[None]:
+    begun = time.monotonic()
+    yield
+    say(f"{title}: {time.monotonic() - begun:.1f} s")
+
+

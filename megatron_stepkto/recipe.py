@@ -1,0 +1,345 @@
+"""A recipe: one YAML file that is one complete run.
+
+Every key is declared here. An unknown key, a wrong type or a value out of range is an error that names
+file and line, and for a misspelt key the nearest one. ``--set section.key=value`` overrides a key.
+Paths are relative to the recipe's folder; ``${NAME}`` and ``${NAME:-default}`` read the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+
+from megatron_stepkto.errors import UserError
+
+METHODS = ("step_kto", "kto", "dpo", "irpo", "rft")
+Method = Literal["step_kto", "kto", "dpo", "irpo", "rft"]
+
+
+def _resolve(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder", Path())
+    return Path(os.path.normpath(folder / path))
+
+
+RecipePath = Annotated[Path, AfterValidator(_resolve)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Import(Section):
+    """Solutions judged elsewhere: they take the place of the sample and judge stages."""
+
+    format: str
+    path: RecipePath
+
+
+class Problems(Section):
+    """Where problems come from: the built-in generator, or JSON lines of Problem records per split."""
+
+    source: Literal["chained_arithmetic", "files", "imports"]
+    train: RecipePath | None = None
+    dev: RecipePath | None = None
+    test: RecipePath | None = None
+    imports: list[Import] = []
+    per_iteration: int | None = Field(None, ge=1, description="train problems per iteration; null: all of them")
+    held_out_share: float = Field(0.0, ge=0, lt=1, description="share of problems whose examples only measure")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.source == "files" and self.train is None:
+            raise ValueError("source: files needs the key train (JSON lines of problems)")
+        if self.source == "imports" and not self.imports:
+            raise ValueError("source: imports needs the key imports (a list of {format, path})")
+        if self.source == "chained_arithmetic" and self.per_iteration is None:
+            raise ValueError("source: chained_arithmetic needs the key per_iteration: the generator never ends")
+        return self
+
+
+class Prompt(Section):
+    """Text of a prompt; ``{problem}`` is replaced. With ``chat`` it is the user turn of the chat template."""
+
+    template: str = "{problem}\n"
+    chat: bool = False
+    system: str | None = None
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        if "{problem}" not in self.template:
+            raise ValueError("template must contain {problem}")
+        return self
+
+
+class Sampling(Section):
+    backend: Literal["vllm", "transformers"] = "vllm"
+    num_samples: int = Field(8, ge=1, description="K, solutions per problem")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(ge=1)
+    workers: int = Field(1, ge=1, description="processes, each with its own engine")
+    chunk_problems: int = Field(32, ge=1, description="problems in one request batch: the unit of resuming")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    tensor_parallel: int = Field(1, ge=1, description="GPUs per engine")
+    gap_problems: int = Field(8, ge=0, description="problems whose samples carry log-probs for the trainer to compare")
+
+
+class Judging(Section):
+    split: Literal["line", "blank_line"] = Field(description="where one step ends and the next begins")
+    outcome: Literal["answer"] = "answer"
+    process: Literal["chained_arithmetic", "equations", "none"]
+    workers: int = Field(2, ge=1, description="processes that decide answer equivalence")
+    timeout_s: float = Field(5.0, gt=0, description="wall-clock limit of one check; past it: undecided")
+
+
+class Dataset(Section):
+    max_examples_per_problem: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=2, description="prompt + response; longer examples are dropped and counted")
+    kl_pair_share: float = Field(1.0, ge=0, le=1, description="share of examples that carry a KL pair")
+    pairs_per_problem: int = Field(4, ge=1, description="preference pairs per problem (DPO, IRPO)")
+
+
+class Parallel(Section):
+    """Megatron-Core's layout. Data parallel size = ranks / (tensor * pipeline)."""
+
+    ranks: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int | None = Field(None, ge=2)
+    sequence: bool = False
+    distributed_optimizer: bool = False
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> Self:
+        if self.ranks % (self.tensor * self.pipeline):
+            raise ValueError(f"ranks ({self.ranks}) must be a multiple of tensor x pipeline ({self.tensor} x {self.pipeline})")
+        if self.virtual_pipeline and self.pipeline == 1:
+            raise ValueError("virtual_pipeline needs pipeline >= 2")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence parallelism needs tensor >= 2")
+        return self
+
+
+class Optimizer(Section):
+    lr: float = Field(gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_updates: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    clip_grad: float = Field(1.0, ge=0)
+
+
+class Loss(Section):
+    """Step-KTO's knobs (see losses.py). KTO is Step-KTO with step_weight = 0."""
+
+    beta_outcome: float = Field(0.1, gt=0)
+    beta_step: float = Field(0.1, gt=0)
+    desirable_weight_outcome: float = Field(1.0, gt=0)
+    undesirable_weight_outcome: float = Field(1.0, gt=0)
+    desirable_weight_step: float = Field(1.0, gt=0)
+    undesirable_weight_step: float = Field(1.0, gt=0)
+    balance: Literal["fixed", "auto"] = Field("fixed", description="auto rescales the undesirable weights per class counts")
+    outcome_weight: float = Field(1.0, ge=0)
+    step_weight: float = Field(1.0, ge=0)
+    step_reduction: Literal["mean", "sum"] = "mean"
+    reference_point: Literal["mismatched", "batch", "none"] = "mismatched"
+    nll_weight: float = Field(1.0, ge=0, description="alpha of IRPO")
+    dpo_beta: float = Field(0.1, gt=0)
+
+
+class Training(Section):
+    method: Method = "step_kto"
+    parallel: Parallel = Parallel()
+    optimizer: Optimizer
+    loss: Loss = Loss()
+    epochs: int = Field(1, ge=1)
+    max_updates: int | None = Field(None, ge=1)
+    global_batch_size: int = Field(ge=1, description="examples per update (pairs for DPO and IRPO)")
+    micro_batch_tokens: int = Field(4096, ge=1, description="tokens that one packed micro-batch may hold")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    reference: Literal["previous", "initial"] = Field("previous", description="the model the log-ratios are taken to")
+    checkpoint_every: int = Field(50, ge=1, description="updates")
+    keep_checkpoints: int = Field(2, ge=1)
+    recompute: bool = False
+    max_gap: float = Field(0.05, gt=0, description="nats: mean |sampler - trainer| log-prob above which the run warns")
+    timeout_s: float = Field(600.0, gt=0, description="limit of one collective operation")
+
+
+class Evaluation(Section):
+    split: Literal["dev", "test"] = "test"
+    num_problems: int = Field(ge=1)
+    k: int = Field(8, ge=1, description="samples per problem for maj@k")
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class WarmUp(Section):
+    """Makes M0: a new model and tokenizer, trained on solutions with plain next-token loss."""
+
+    architecture: dict[str, Any] = Field(description="keys of the Hugging Face config.json; vocab_size is filled in")
+    tokenizer: Literal["chained_arithmetic", "byte_level_bpe"]
+    vocab_size: int = Field(512, ge=300, description="of a byte_level_bpe tokenizer")
+    corpus_size: int = Field(ge=1, description="solutions to train on; each is seen `training.epochs` times")
+    training: Training
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    iterations: int = Field(1, ge=1)
+    output: Path = Path("runs")
+    initial_model: RecipePath | None = None
+    problems: Problems
+    prompt: Prompt = Prompt()
+    sample: Sampling | None = None
+    judge: Judging | None = None
+    dataset: Dataset = Dataset()
+    train: Training
+    evaluate: Evaluation | None = None
+    warm_up: WarmUp | None = None
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> Self:
+        if self.initial_model is None and self.warm_up is None:
+            raise ValueError("give initial_model (a Hugging Face folder) or warm_up (which makes one)")
+        sampled = self.problems.source != "imports"
+        if sampled and (self.sample is None or self.judge is None):
+            raise ValueError(f"problems.source: {self.problems.source} needs the sections sample and judge")
+        if not sampled and (self.sample or self.evaluate or self.iterations > 1):
+            raise ValueError("problems.source: imports takes one iteration and no section sample or evaluate")
+        if self.evaluate and self.problems.source == "files" and getattr(self.problems, self.evaluate.split) is None:
+            raise ValueError(f"evaluate.split is {self.evaluate.split}, so problems.{self.evaluate.split} must name a file")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output / self.name
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name, default)
+        if found is None:
+            raise UserError(f"{where}: environment variable {name} is not set and has no default; set it")
+        return found
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _lines(node: yaml.Node, prefix: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
+    """Line (1-based) of every key path of a YAML document."""
+    found: dict[tuple[str | int, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, key.value)
+            if path in found:
+                raise UserError(f"line {key.start_mark.line + 1}: key {'.'.join(map(str, path))} stands twice; keep one")
+            found[path] = key.start_mark.line + 1
+            found.update(_lines(value, path))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            found[(*prefix, index)] = value.start_mark.line + 1
+            found.update(_lines(value, (*prefix, index)))
+    return found
+
+
+def _section_keys(location: tuple[str | int, ...]) -> list[str]:
+    """Keys that are allowed beside ``location``."""
+    model: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return []
+    return sorted(model.model_fields)
+
+
+def _explain(error: ValidationError, path: Path, lines: dict[tuple[str | int, ...], int]) -> str:
+    messages = []
+    for item in error.errors():
+        location = tuple(item["loc"])
+        known = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), 1)
+        dotted = ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            allowed = _section_keys(location)
+            near = difflib.get_close_matches(str(location[-1]), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(allowed)}"
+            messages.append(f"{path}:{known}: unknown key {dotted}; {hint}")
+        elif item["type"] == "missing":
+            messages.append(f"{path}:{known}: key {dotted} is missing; add it")
+        else:
+            got = item["input"]
+            shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+            message = item["msg"].removeprefix("Value error, ")
+            messages.append(f"{path}:{known}: {dotted + ': ' if dotted else ''}{message}{shown}")
+    return "\n".join(messages)
+
+
+def _override(tree: dict[str, Any], assignment: str) -> None:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {assignment}: expected section.key=value")
+    *parents, last = key.split(".")
+    for part in parents:
+        if not isinstance(tree.setdefault(part, {}), dict):
+            raise UserError(f"--set {assignment}: {part} is a value, not a section")
+        tree = tree[part]
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and check a recipe.
+
+    Raises:
+        UserError: one line per fault, each with file:line and what to do.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+        raise UserError(f"{path}: expected a recipe (a YAML file), found none; see recipes/") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict) or node is None:
+        raise UserError(f"{path}:1: expected a mapping of recipe keys, got {type(tree).__name__}")
+    try:
+        lines = _lines(node)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    tree = _expand(tree, str(path))
+    for assignment in overrides or []:
+        _override(tree, assignment)
+    try:
+        return Recipe.model_validate(tree, context={"folder": path.parent})
+    except ValidationError as error:
+        raise UserError(_explain(error, path, lines)) from None

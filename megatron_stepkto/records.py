@@ -1,0 +1,216 @@
+"""The on-disk contracts between stages: JSON lines with stable keys.
+
+Spans are half-open. Token positions index the response (``token_ids``), not the prompt. A label is
+1 (right), 0 (wrong) or null (not judged: it takes no part in any loss or rate).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import atomic_writer
+
+Label = Literal[0, 1] | None
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Problem(Record):
+    """A problem to solve. Extra keys (level, subject, ...) are kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    problem_id: str
+    problem: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    solution: str | None = None
+    split: str | None = None
+
+
+class Sampler(Record):
+    """How a sample was drawn. ``model`` names the checkpoint; seed is the one of this very sample."""
+
+    model: str
+    temperature: float
+    top_p: float
+    seed: int
+
+
+class Sample(Record):
+    """One drawn solution. Token ids are the sampler's own: nothing is ever re-tokenised.
+
+    ``token_log_probs`` (nats, temperature 1, one per response token) is present on the samples that the
+    trainer compares with its own log-probs.
+    """
+
+    problem_id: str
+    sample_id: str
+    prompt_token_ids: list[int] = Field(min_length=1)
+    token_ids: list[int] = Field(min_length=1)
+    text: str
+    finish_reason: str
+    sampler: Sampler | None = None
+    token_log_probs: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _check_log_probs(self) -> Self:
+        if self.token_log_probs is not None and len(self.token_log_probs) != len(self.token_ids):
+            raise ValueError(f"{len(self.token_log_probs)} token_log_probs for {len(self.token_ids)} token_ids")
+        return self
+
+
+class Step(Record):
+    """One step: characters [start, end) of the text and tokens [token_start, token_end) of the response."""
+
+    start: int = Field(ge=0)
+    end: int = Field(ge=0)
+    token_start: int = Field(ge=0)
+    token_end: int = Field(ge=0)
+    label: Label = None
+    votes: list[Label] | None = None
+
+
+class Judge(Record):
+    """Who gave the labels: names of the outcome and the process judge."""
+
+    outcome: str
+    process: str
+
+
+class JudgedSample(Sample):
+    """A sample with its steps labelled. Every response token belongs to exactly one step."""
+
+    steps: list[Step] = Field(min_length=1)
+    outcome: Label = None
+    extracted_answer: str | None = None
+    judge: Judge
+
+    @model_validator(mode="after")
+    def _check_cover(self) -> Self:
+        position = 0
+        for number, step in enumerate(self.steps):
+            if step.token_start != position or step.token_end < step.token_start:
+                raise ValueError(
+                    f"step {number} covers tokens [{step.token_start}, {step.token_end}), expected it to start at {position}"
+                )
+            position = step.token_end
+        if position != len(self.token_ids):
+            raise ValueError(f"steps cover {position} of {len(self.token_ids)} response tokens")
+        return self
+
+
+class TrainStep(Record):
+    token_start: int
+    token_end: int
+    label: Label
+
+
+class KLPartner(Record):
+    """The solution of another problem that is paired with this example's prompt to estimate z_o and z_s."""
+
+    example_id: str
+    token_ids: list[int] = Field(min_length=1)
+    steps: list[TrainStep] = Field(min_length=1)
+
+
+class TrainExample(Record):
+    """What the trainer reads. ``chosen_of`` / ``rejected_of`` bind the two sides of a preference pair."""
+
+    example_id: str
+    problem_id: str
+    prompt_token_ids: list[int] = Field(min_length=1)
+    token_ids: list[int] = Field(min_length=1)
+    steps: list[TrainStep] = Field(min_length=1)
+    outcome: Label = None
+    kl_partner: KLPartner | None = None
+    pair_id: str | None = None
+    side: Literal["chosen", "rejected"] | None = None
+    token_log_probs: list[float] | None = None
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem of a pydantic error, as one clause: where, what was expected, what came."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "record"
+    got = first.get("input")
+    shown = "" if first["type"] in ("missing", "extra_forbidden") or isinstance(got, dict | BaseModel) else f", got {got!r:.60}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}{more}"
+
+
+def read_rows(
+    path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None
+) -> Iterator[R]:
+    """Parse a JSON-lines file row by row with ``parse``.
+
+    Blank lines are passed over. Without ``quarantine`` the first bad row ends the reading; with it bad rows
+    are appended there as ``{"file", "line", "error", "row"}`` and the good ones go on.
+
+    Raises:
+        UserError: the file is missing or empty, a row is bad, or no row is good. Names file:line.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: expected a file of JSON lines, found {'a directory' if path.is_dir() else 'none'}")
+    good = bad = 0
+    rejected: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw)
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+                record = parse(row)
+            except (ValueError, KeyError, RecursionError) as error:
+                if isinstance(error, ValidationError):
+                    reason = describe(error)
+                elif isinstance(error, json.JSONDecodeError):
+                    reason = f"broken JSON at column {error.colno}: {error.msg}"
+                elif isinstance(error, KeyError):
+                    reason = f"missing key {error}"
+                else:
+                    reason = str(error)
+                if quarantine is None:
+                    raise UserError(
+                        f"{path}:{number}: {reason}; correct the row, or pass --quarantine FILE to set bad rows aside"
+                    ) from None
+                bad += 1
+                rejected.append(
+                    {"file": str(path), "line": number, "error": reason, "row": raw.decode("utf-8", "replace").strip()}
+                )
+                continue
+            good += 1
+            yield record
+    if rejected and quarantine is not None:
+        with quarantine.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
+    if not good:
+        raise UserError(f"{path}: expected at least one record, got {bad} bad rows and no good one" if bad
+                        else f"{path}: expected at least one record, the file is empty")
+
+
+def read_records(path: Path, model: type[R], *, quarantine: Path | None = None) -> Iterator[R]:
+    """``read_rows`` for rows that are records of ours."""
+    return read_rows(path, model.model_validate, quarantine=quarantine)
+
+
+def write_records(path: Path, records: Iterable[BaseModel]) -> int:
+    """Write records as JSON lines, atomically; returns how many."""
+    count = 0
+    with atomic_writer(path) as file:
+        for record in records:
+            file.write(record.model_dump_json(exclude_none=False) + "\n")
+            count += 1
+    return count

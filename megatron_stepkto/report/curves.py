@@ -1,0 +1,186 @@
+"""Training metrics of a run as columns that a chart can draw."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.records import describe
+
+MAX_POINTS = 400  # per training: more than a chart has pixels for
+COUNTS = ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "tokens")
+
+Column = list[float | None]
+
+
+class Update(BaseModel):
+    """One row of ``metrics.jsonl``; log-ratios in nats, null where the batch had no such example."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    update: int
+    loss: float | None = None
+    loss_outcome: float | None = None
+    loss_step: float | None = None
+    kl_outcome: float | None = None
+    kl_step: float | None = None
+    z_outcome: float | None = None
+    z_step: float | None = None
+    log_ratio_right: float | None = None
+    log_ratio_wrong: float | None = None
+    log_ratio_right_steps: float | None = None
+    log_ratio_wrong_steps: float | None = None
+    grad_norm: float | None = None
+    num_right: int | None = None
+    num_wrong: int | None = None
+    num_right_steps: int | None = None
+    num_wrong_steps: int | None = None
+    tokens: int | None = None
+
+
+class HeldOut(BaseModel):
+    """Measured on examples that are not trained on, in nats."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    log_ratio_right: float | None = None
+    log_ratio_wrong: float | None = None
+    log_ratio_right_steps: float | None = None
+    log_ratio_wrong_steps: float | None = None
+    step_margin: float | None = None
+    outcome_margin: float | None = None
+
+
+class HeldOutRow(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    update: int
+    held_out: HeldOut
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, by column: ``updates["loss"][i]`` belongs to ``updates["update"][i]``.
+
+    ``totals`` are sums over all updates; ``num_updates`` counts them before the thinning for the page.
+    """
+
+    label: str
+    num_updates: int
+    updates: Mapping[str, Column]
+    held_out: Mapping[str, Column]
+    totals: Mapping[str, int]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def read_training(path: Path, label: str) -> Training:
+    """Read a ``metrics.jsonl``, which a live training may still be writing.
+
+    A last line that is cut short is left out and noted. Of two rows for one update (written before and after
+    an interruption) the later one counts.
+
+    Raises:
+        UserError: any other line that does not parse, with file:line.
+    """
+    notes: list[str] = []
+    updates: dict[int, Update] = {}
+    held_out: dict[int, HeldOutRow] = {}
+    lines = path.read_bytes().split(b"\n")
+    for number, raw in enumerate(lines, start=1):
+        if not raw.strip():
+            continue
+        try:
+            if b'"held_out"' in raw:
+                measured = HeldOutRow.model_validate_json(raw)
+                held_out[measured.update] = measured
+            else:
+                row = Update.model_validate_json(raw)
+                updates[row.update] = row
+        except ValidationError as error:
+            if number == len(lines):
+                notes.append(f"{label}: the last line of metrics.jsonl is cut short and was left out.")
+                continue
+            raise UserError(
+                f"{path}:{number}: expected a row of training metrics, {describe(error)}; "
+                "restore the file, or remove the stage folder and train again"
+            ) from None
+    rows = [updates[key] for key in sorted(updates)]
+    columns = _columns(rows, ("update", *_numbers(Update)))
+    measured_columns = _columns(
+        [{"update": key, **held_out[key].held_out.model_dump()} for key in sorted(held_out)],
+        ("update", *HeldOut.model_fields),
+    )
+    broken = sum(1 for row in rows for name in _numbers(Update) if _infinite(getattr(row, name)))
+    if broken:
+        notes.append(f"{label}: {broken} values are not finite (NaN or infinity): the training diverged.")
+    collapse = falling_below_zero(columns["log_ratio_right"])
+    if collapse is not None:
+        notes.append(
+            f"{label}: the log-ratio of right solutions fell below zero and kept falling "
+            f"(mean {_signed(collapse[0])}, then {_signed(collapse[1])} nats in the last two quarters). "
+            "Training takes probability away from right solutions: lower the learning rate or the "
+            "undesirable weights, or raise beta."
+        )
+    return Training(
+        label=label,
+        num_updates=len(rows),
+        updates={name: thin(values) for name, values in columns.items()},
+        held_out={name: thin(values) for name, values in measured_columns.items()},
+        totals={name: sum(getattr(row, name) or 0 for row in rows) for name in COUNTS},
+        notes=tuple(notes),
+    )
+
+
+def thin(values: Column, limit: int = MAX_POINTS) -> Column:
+    """At most ``limit`` values: means of equal stretches, nulls left out of each mean."""
+    if len(values) <= limit:
+        return values
+    edges = [len(values) * i // limit for i in range(limit + 1)]
+    return [mean(values[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def falling_below_zero(log_ratios: Column) -> tuple[float, float] | None:
+    """Means of the third and the last quarter (nats) when the last is below zero and below the third.
+
+    Null on fewer than 8 updates: quarters of one batch say nothing.
+    """
+    present = [value for value in log_ratios if value is not None]
+    quarter = len(present) // 4
+    if quarter < 2:
+        return None
+    third = sum(present[-2 * quarter : -quarter]) / quarter
+    last = sum(present[-quarter:]) / quarter
+    return (third, last) if last < 0 and last < third else None
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+def _numbers(model: type[BaseModel]) -> tuple[str, ...]:
+    return tuple(name for name in model.model_fields if name != "update" and name not in COUNTS)
+
+
+def _infinite(value: float | None) -> bool:
+    return value is not None and not math.isfinite(value)
+
+
+def _columns(
+    rows: Sequence[BaseModel | Mapping[str, float | None]], names: Sequence[str]
+) -> dict[str, Column]:
+    def take(row: BaseModel | Mapping[str, float | None], name: str) -> float | None:
+        value = row.get(name) if isinstance(row, Mapping) else getattr(row, name)
+        return None if _infinite(value) else value
+
+    return {name: [take(row, name) for row in rows] for name in names}

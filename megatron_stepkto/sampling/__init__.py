@@ -1,0 +1,1 @@
+"""Drawing solutions from a model with vLLM or transformers. Never imports Megatron."""

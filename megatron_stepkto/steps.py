@@ -1,0 +1,172 @@
+"""Steps of a solution: characters of the text, and the sampler's own tokens, never re-tokenised."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.records import Step
+
+SplitRule = Literal["line", "blank_line"]
+_SEPARATORS: dict[str, re.Pattern[str]] = {
+    "line": re.compile(r"\n"),
+    "blank_line": re.compile(r"\n(?:[^\S\n]*\n)+"),
+}
+REPLACEMENT = "\ufffd"  # what decoding puts where bytes are no (whole) character
+# A character has at most four bytes and a token at least one: past this many waiting tokens one of the
+# boundaries between them is a boundary between characters.
+MAX_WAITING_TOKENS = 4
+
+
+def split_text(text: str, how: SplitRule) -> list[tuple[int, int]]:
+    """Half-open character spans of the steps; joined they are the text, character for character.
+
+    ``line`` ends a step at a newline, ``blank_line`` at one or more blank lines (a line of spaces is blank);
+    the separator belongs to the step it closes. A piece of white space alone joins the step before it, at
+    the start the first step. No span is empty, but the empty text is one empty step.
+
+    Raises:
+        UserError: unknown rule.
+    """
+    if how not in _SEPARATORS:
+        raise UserError(f"judge.split: expected one of {', '.join(_SEPARATORS)}, got {how!r}")
+    cuts = [match.end() for match in _SEPARATORS[how].finditer(text)]
+    if not cuts or cuts[-1] != len(text):
+        cuts.append(len(text))
+    spans: list[tuple[int, int]] = []
+    start = piece_start = 0
+    for cut in cuts:
+        if spans and text[piece_start:cut].isspace():
+            spans[-1] = (spans[-1][0], cut)
+            start = cut
+        elif cut == len(text) or not text[start:cut].isspace():
+            spans.append((start, cut))
+            start = cut
+        piece_start = cut
+    return spans
+
+
+class _Decoder:
+    """Decodes windows of one response's token ids, special tokens left out."""
+
+    def __init__(self, tokenizer: Any, token_ids: Sequence[int]) -> None:
+        self.tokenizer, self.token_ids = tokenizer, token_ids
+
+    def __call__(self, start: int, end: int) -> str:
+        return str(
+            self.tokenizer.decode(
+                self.token_ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def _whole_characters(decoded: str) -> int:
+    return len(decoded.rstrip(REPLACEMENT))
+
+
+def _decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
+    """Text of ``token_ids`` (no special tokens among them) and the character at which each token starts.
+
+    A token starts at the first character that the tokens before it leave unfinished, so the tokens that
+    share a character start at the same one. Streaming windows: tokens [anchor, read) are decoded already and
+    give context (SentencePiece drops a leading space where there is none), tokens [read, now) wait for a
+    whole character. Each token is decoded a bounded number of times.
+    """
+    decode = _Decoder(tokenizer, token_ids)
+    pieces: list[str] = []
+    starts: list[int] = []
+    length = anchor = read = 0  # length: characters of tokens [0, read)
+    context = ""  # text of tokens [anchor, read)
+    unfinished_at = 0  # characters that are whole before the token now looked at
+    for now in range(1, len(token_ids) + 1):
+        starts.append(unfinished_at)
+        window = decode(anchor, now)
+        end = now
+        if window.endswith(REPLACEMENT) or len(window) <= len(context):
+            unfinished_at = max(unfinished_at, length + _whole_characters(window) - len(context))
+            end = now - MAX_WAITING_TOKENS + 1
+            # bytes that never make a character would wait for ever: let go what does not touch the rest
+            if end <= read or decode(anchor, end) + decode(end, now) != window:
+                continue
+            window = decode(anchor, end)
+        pieces.append(window[len(context) :])
+        length += len(pieces[-1])
+        anchor, read = read, end
+        context = decode(anchor, read)
+        if end == now:
+            unfinished_at = length
+    pieces.append(decode(anchor, len(token_ids))[len(context) :])
+    return "".join(pieces), starts
+
+
+def token_starts(text: str, token_ids: Sequence[int], tokenizer: Any) -> list[int | None]:
+    """The character of ``text`` at which each token starts; None for a special token, which has none.
+
+    Two differences between ``text`` and a plain decoding are no fault: a leading space that SentencePiece
+    drops when it does not see the prompt, and an unfinished last character, which samplers hold back.
+
+    Raises:
+        UserError: the tokens do not decode to the text; names the first character that differs.
+    """
+    special = _special_ids(tokenizer)
+    plain = [token for token in token_ids if token not in special]
+    decoded, starts = _decode_tokens(plain, tokenizer)
+    if text == decoded or text == decoded.rstrip(REPLACEMENT):
+        shift = 0
+    elif text in (" " + decoded, " " + decoded.rstrip(REPLACEMENT)):
+        shift = 1
+    else:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b),
+            min(len(text), len(decoded)),
+        )
+        raise UserError(
+            f"the tokens decode to another text: at character {at} expected {text[at : at + 20]!r}, got "
+            f"{decoded[at : at + 20]!r}; give the tokenizer of the model that sampled, and its text unchanged"
+        )
+    position = iter(starts)
+    shifted: list[int | None] = [None if token in special else next(position) + shift for token in token_ids]
+    if shift and starts:
+        shifted[next(i for i, start in enumerate(shifted) if start is not None)] = 0
+    return shifted
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that decoding leaves out; ``all_special_ids`` alone lacks the reserved ones of many models."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {token for token, entry in added.items() if entry.special}
+
+
+def step_spans(text: str, token_ids: Sequence[int], tokenizer: Any, how: SplitRule) -> list[Step]:
+    """Split a response into unlabelled steps, characters and tokens.
+
+    Every token is in exactly one step and the token spans are contiguous from 0 to ``len(token_ids)``. A
+    token that reaches over a boundary belongs to the step in which it starts; a special token (the end
+    token) to the step of the token before it. A step in which no token starts, because one token holds it
+    and the end of the step before, is merged into that step before.
+
+    Args:
+        tokenizer: the sampler's, of transformers (``decode``, ``all_special_ids``, ``added_tokens_decoder``).
+
+    Raises:
+        UserError: the tokens do not decode to the text.
+    """
+    spans = split_text(text, how)
+    begins = [start for start, _ in spans]
+    owners: list[int] = []
+    for start in token_starts(text, token_ids, tokenizer):
+        if start is None:
+            owners.append(owners[-1] if owners else 0)
+        else:
+            owners.append(bisect.bisect_right(begins, start) - 1)
+    steps: list[Step] = []
+    for number, (start, end) in enumerate(spans):
+        token_start, token_end = bisect.bisect_left(owners, number), bisect.bisect_right(owners, number)
+        if token_start == token_end and steps:
+            steps[-1] = steps[-1].model_copy(update={"end": end})
+        else:
+            steps.append(Step(start=start, end=end, token_start=token_start, token_end=token_end))
+    return steps

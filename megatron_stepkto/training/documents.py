@@ -1,0 +1,144 @@
+"""Documents (prompt plus response) and the packed micro-batches that a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_stepkto.data.batching import pack, share_out
+from megatron_stepkto.losses import UNJUDGED
+from megatron_stepkto.model import PackedDocuments
+from megatron_stepkto.records import KLPartner, TrainExample, TrainStep
+
+
+@dataclass(frozen=True)
+class Document:
+    """A prompt with a response to score.
+
+    key: what names it in logs and in the reference file.
+    reference: [S] float32 reference log-prob per step, once known.
+    """
+
+    key: str
+    prompt: Sequence[int]
+    response: Sequence[int]
+    steps: Sequence[TrainStep]
+    outcome: int | None
+    reference: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def solution_document(example: TrainExample, reference: Tensor | None = None) -> Document:
+    return Document(example.example_id, example.prompt_token_ids, example.token_ids, example.steps, example.outcome, reference)
+
+
+def kl_document(example: TrainExample, partner: KLPartner, reference: Tensor | None = None) -> Document:
+    """(x_i, y_j): this example's prompt with another problem's solution."""
+    key = f"{example.example_id} <- {partner.example_id}"
+    return Document(key, example.prompt_token_ids, partner.token_ids, partner.steps, None, reference)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed documents; T tokens, R response tokens, S steps, D documents.
+
+    tokens, position_ids: [1, T] int64. rows, targets: [R] int64, the position whose hidden state predicts a
+    response token, and that token. token_step: [R] int64, its step. step_document: [S]. step_label: [S].
+    outcome: [D]. reference: [S] float32 (zeros where unknown).
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    packed: PackedDocuments
+    rows: Tensor
+    targets: Tensor
+    token_step: Tensor
+    step_document: Tensor
+    step_label: Tensor
+    outcome: Tensor
+    reference: Tensor
+    documents: tuple[Document, ...]
+    num_padding: int
+
+    def step_sums(self, token_log_probs: Tensor) -> Tensor:
+        """[S] float32: log-prob of each step from [R] token log-probs."""
+        zeros = token_log_probs.new_zeros(self.step_document.shape[0])
+        return zeros.index_add(0, self.token_step, token_log_probs)
+
+
+def make_micro_batch(documents: Sequence[Document], multiple: int, device: torch.device) -> MicroBatch:
+    """Pack documents one behind another, padded (as a document of its own) to a multiple of ``multiple`` tokens.
+
+    The list may be empty: then the micro-batch is padding alone, and trains nothing.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    bounds = [0]
+    rows: list[int] = []
+    targets: list[int] = []
+    token_step: list[int] = []
+    step_document: list[int] = []
+    step_label: list[int] = []
+    references: list[Tensor] = []
+    for number, document in enumerate(documents):
+        first = len(tokens) + len(document.prompt)
+        tokens += [*document.prompt, *document.response]
+        positions += range(len(document))
+        bounds.append(len(tokens))
+        rows += range(first - 1, first - 1 + len(document.response))
+        targets += document.response
+        for step in document.steps:
+            token_step += [len(step_label)] * (step.token_end - step.token_start)
+            step_document.append(number)
+            step_label.append(UNJUDGED if step.label is None else step.label)
+        references.append(document.reference if document.reference is not None else torch.zeros(len(document.steps)))
+    assert len(token_step) == len(targets), "steps must cover the response"
+    padding = -len(tokens) % multiple if tokens else multiple
+    if padding:
+        tokens += [0] * padding
+        positions += range(padding)
+        bounds.append(len(tokens))
+    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+    packed = PackedDocuments(
+        qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets,
+        max_seqlen_q=longest, max_seqlen_kv=longest, bounds=tuple(bounds),
+    )
+
+    def integers(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return MicroBatch(
+        integers(tokens)[None], integers(positions)[None], packed, integers(rows), integers(targets),
+        integers(token_step), integers(step_document), integers(step_label),
+        integers([UNJUDGED if d.outcome is None else d.outcome for d in documents]),
+        torch.cat(references).to(device) if references else torch.zeros(0, device=device),
+        tuple(documents), padding,
+    )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """This rank's place among the data-parallel ranks, and what a micro-batch must satisfy."""
+
+    rank: int
+    ranks: int
+    capacity: int
+    multiple: int
+    bins_multiple: int
+    device: torch.device
+
+
+def pack_units(units: Sequence[Sequence[Document]], slot: Slot) -> list[MicroBatch]:
+    """This rank's micro-batches of one global batch; the documents of a unit (a pair) stay together."""
+    sizes = [sum(len(document) for document in unit) for unit in units]
+    shares = share_out(pack(sizes, slot.capacity), sizes, slot.ranks, slot.bins_multiple)
+    return [
+        make_micro_batch([document for index in members for document in units[index]], slot.multiple, slot.device)
+        for members in shares[slot.rank]
+    ]

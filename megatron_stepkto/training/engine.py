@@ -1,0 +1,270 @@
+"""Megatron-Core behind five verbs: start, load, score, update, save. One instance per process."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_stepkto import cpu, recipe
+from megatron_stepkto.checkpoints.architecture import ModelConfig
+from megatron_stepkto.checkpoints.metadata import read_metadata
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.model import PolicyModel, build_model_chunks, transformer_config
+from megatron_stepkto.training.documents import MicroBatch, Slot
+
+T = TypeVar("T")
+LossOf = Callable[[MicroBatch, Tensor], tuple[Tensor, int, dict[str, Tensor]]]
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Raises UserError when a GPU is asked for and none is there: nothing falls back silently."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch sees no GPU; install the CUDA build of torch or set it to cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def start_distributed(parallel: recipe.Parallel, device: torch.device, timeout_s: float) -> None:
+    """Join the ranks that torchrun (or Slurm) started, and lay out Megatron-Core's groups.
+
+    Raises:
+        UserError: the number of processes is not the recipe's.
+    """
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        cpu.install()
+        # A rank is one process per core: more threads would only fight, and one thread is reproducible.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallel.ranks))
+    else:
+        cpu.check_megatron_version()
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))
+    if dist.get_world_size() != parallel.ranks:
+        raise UserError(f"train.parallel.ranks is {parallel.ranks}, but {dist.get_world_size()} processes were started; "
+                        "make them equal")
+    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    # Nothing random is left in a pass (no dropout); Megatron's tracker wants a seed all the same.
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+class Engine:
+    """A model on this rank's place in the layout, with its optimizer.
+
+    Args:
+        optimizer: None for passes without training.
+    """
+
+    def __init__(
+        self, config: ModelConfig, settings: recipe.Training, device: torch.device, *, train: bool = True
+    ) -> None:
+        self.config, self.settings, self.device = config, settings, device
+        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+        parallel = settings.parallel
+        self.megatron = transformer_config(
+            config, parallel, self.dtype, on_cpu=device.type == "cpu", recompute=settings.recompute
+        )
+        self.policies = build_model_chunks(config, self.megatron)
+        for policy in self.policies:
+            policy.to(device)
+        modules: list[Any] = list(self.policies)
+        if self.dtype == torch.bfloat16:
+            modules = [Float16Module(self.megatron, module) for module in modules]
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer
+        )
+        self.model = [
+            DistributedDataParallel(self.megatron, ddp, module, disable_bucketing=index > 0)
+            for index, module in enumerate(modules)
+        ]
+        self.optimizer: Any = None
+        self.megatron.finalize_model_grads_func = finalize_model_grads
+        if train:
+            self._make_optimizer()
+        self.forward_backward = get_forward_backward_func()
+
+    def _make_optimizer(self) -> None:
+        o = self.settings.optimizer
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=o.lr, weight_decay=o.weight_decay, adam_beta1=o.beta1, adam_beta2=o.beta2,
+                clip_grad=o.clip_grad or math.inf, bf16=self.dtype == torch.bfloat16, params_dtype=self.dtype,
+                use_distributed_optimizer=self.settings.parallel.distributed_optimizer,
+            ),
+            self.model,
+        )
+        self.megatron.grad_scale_func = self.optimizer.scale_loss
+
+    # --- place in the layout -------------------------------------------------------------------------------
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head (of the last virtual chunk)."""
+        return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+    @property
+    def counts_once(self) -> bool:
+        """True on one rank of each data-parallel replica: the one whose sums go into a pooled number."""
+        return self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def slot(self) -> Slot:
+        parallel = self.settings.parallel
+        return Slot(
+            parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size(),
+            self.settings.micro_batch_tokens,
+            multiple=parallel.tensor if parallel.sequence else 1,
+            bins_multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
+            device=self.device,
+        )
+
+    def pool(self, sums: dict[str, float]) -> dict[str, float]:
+        """Sum of each value over the data-parallel replicas; every rank of every stage gets it."""
+        names = sorted(sums)
+        values = [sums[name] if self.counts_once else 0.0 for name in names]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return dict(zip(names, tensor.tolist(), strict=True))
+
+    # --- passes --------------------------------------------------------------------------------------------
+
+    def _run(self, batches: Sequence[MicroBatch], loss_of: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+        def forward_step(batches_left: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(batches_left)
+            hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed)
+            return hidden, functools.partial(loss_of, batch)
+
+        iterators = [iter(batches) for _ in self.model]
+        results: list[Any] = self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=self.settings.micro_batch_tokens,  # not used: shapes are sent along (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return results
+
+    def _token_log_probs(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+        return self.policies[-1].log_probs(hidden, batch.rows, batch.targets)
+
+    def score(self, batches: Sequence[MicroBatch], what: Callable[[MicroBatch, Tensor], T]) -> list[T]:
+        """One pass without gradient: ``what(batch, token_log_probs)`` per micro-batch, on the last stage only."""
+
+        def collect(batch: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> T:
+            return what(batch, self._token_log_probs(batch, hidden))
+
+        for chunk in self.model:
+            chunk.eval()
+        with torch.no_grad():
+            return self._run(batches, collect, forward_only=True) if batches else []
+
+    def accumulate(self, batches: Sequence[MicroBatch], loss_of: LossOf) -> list[dict[str, Tensor]]:
+        """Forward and backward of a global batch: gradients of sum(losses) / sum(units) over all ranks.
+
+        Returns what ``loss_of`` put aside per micro-batch (last stage only).
+        """
+
+        def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            total, units, aside = loss_of(batch, self._token_log_probs(batch, hidden))
+            return total, torch.tensor(units, dtype=torch.int, device=self.device), aside
+
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batches, loss, forward_only=False)
+
+    def step(self, lr: float) -> float:
+        """Clip, update the weights; returns the gradient norm before clipping (not finite: the weights are lost)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        _, norm, _ = self.optimizer.step()
+        return float(norm)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, Any]:
+        if len(self.policies) == 1:
+            return {"model": self.policies[0].sharded_state_dict()}
+        return {f"model{i}": policy.sharded_state_dict() for i, policy in enumerate(self.policies)}
+
+    def _state(self, *, loading: bool) -> dict[str, Any]:
+        state = self._weights()
+        state["optimizer"] = self.optimizer.sharded_state_dict(
+            state, loading, metadata={"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+        )
+        return state
+
+    def load_weights(self, directory: Path) -> None:
+        """Load weights saved at any layout.
+
+        Raises:
+            UserError: a weight is missing or left over, or the folder is no safe checkpoint.
+        """
+        self._load(directory, self._weights())
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    def load_state(self, directory: Path) -> None:
+        """Load weights and optimizer state saved by ``save_state``."""
+        loaded = self._load(directory, self._state(loading=True))
+        self.optimizer.load_state_dict(loaded["optimizer"])
+
+    def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+        read_metadata(directory)  # refuses a pickle that would run code, before Megatron's own loader reads it
+        loaded, missing, unexpected = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+        optimizer_only = {key for key in unexpected if str(key).startswith("optimizer.")}
+        if missing or set(unexpected) - optimizer_only:
+            raise UserError(f"{directory}: not a checkpoint of this model; missing: {sorted(map(str, missing))}, "
+                            f"left over: {sorted(map(str, set(unexpected) - optimizer_only))}")
+        for index, policy in enumerate(self.policies):
+            policy.load_state_dict(loaded["model" if len(self.policies) == 1 else f"model{index}"], strict=True)
+            _zero_vocab_padding(policy)
+        return dict(loaded)
+
+    def save_weights(self, directory: Path) -> None:
+        self._save(self._weights(), directory)
+
+    def save_state(self, directory: Path) -> None:
+        self._save(self._state(loading=False), directory)
+
+    def _save(self, state: dict[str, Any], directory: Path) -> None:
+        if dist.get_rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        dist_checkpointing.save(state, str(directory), ("torch_dist", 1))
+        dist.barrier()
+
+
+def _zero_vocab_padding(policy: PolicyModel) -> None:
+    """Rows that pad the vocabulary are in no checkpoint: give them one value, so that runs are reproducible."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    weights = []
+    if policy.pre_process:
+        weights.append(policy.embedding.word_embeddings.weight)
+    if policy.post_process and getattr(policy.output_layer, "weight", None) is not None:
+        weights.append(policy.output_layer.weight)
+    with torch.no_grad():
+        for weight in weights:
+            weight[max(0, policy.words - rank * weight.shape[0]):] = 0

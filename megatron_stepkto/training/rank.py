@@ -1,0 +1,59 @@
+"""Entry point of one rank: ``torchrun -m megatron_stepkto.training.rank JOB``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import read_json
+from megatron_stepkto.processes import child_main
+from megatron_stepkto.records import TrainExample, read_records
+from megatron_stepkto.training.engine import Engine, choose_device, start_distributed
+from megatron_stepkto.training.job import Job
+from megatron_stepkto.training.loop import Trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("job", type=Path)
+    job = Job.model_validate(read_json(parser.parse_args().job))
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    device = choose_device(job.settings.device)
+    start_distributed(job.settings.parallel, device, job.settings.timeout_s)
+    config, _ = read_model_config(job.initial / COMPANIONS)
+    examples = list(read_records(job.train_examples, TrainExample))
+    held_out = list(read_records(job.held_out_examples, TrainExample)) if job.held_out_examples else []
+    check_lengths(examples + held_out, job, config.max_positions, config.vocab_size)
+    Trainer(Engine(config, job.settings, device), job, examples, held_out).run()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int, vocab_size: int) -> None:
+    """Raises UserError for an example that no micro-batch or the model cannot hold, or with an unknown token."""
+    for example in examples:
+        lengths = [len(example.prompt_token_ids) + len(example.token_ids)]
+        if example.kl_partner:
+            lengths.append(len(example.prompt_token_ids) + len(example.kl_partner.token_ids))
+        # the two sides of a preference pair share a micro-batch
+        room = job.settings.micro_batch_tokens // (2 if example.pair_id else 1)
+        if max(lengths) > room:
+            raise UserError(f"{job.train_examples}: {example.example_id} has {max(lengths)} tokens (with its KL partner), "
+                            f"a micro-batch has room for {room}; raise train.micro_batch_tokens or lower sample.max_tokens")
+        if max(lengths) > max_positions:
+            raise UserError(f"{job.train_examples}: {example.example_id} has {max(lengths)} tokens, the model's "
+                            f"max_position_embeddings is {max_positions}; lower sample.max_tokens")
+        if max(*example.prompt_token_ids, *example.token_ids) >= vocab_size:
+            raise UserError(f"{job.train_examples}: {example.example_id} holds a token id past the model's vocabulary "
+                            f"({vocab_size}); the data were made with another tokenizer")
+
+
+# Saving a checkpoint starts a spawn-context process that imports this module again: keep the guard.
+if __name__ == "__main__":
+    child_main(main)

@@ -1,0 +1,79 @@
+"""Reference log-probs: per step, computed once by the layout that trains, kept as a few floats per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_stepkto.training.documents import Document, MicroBatch, pack_units
+
+if TYPE_CHECKING:
+    from megatron_stepkto.training.engine import Engine
+
+# Documents scored between two progress reports.
+REPORT_EVERY = 512
+
+
+def score_documents(
+    engine: Engine, documents: Sequence[Document], what: Callable[[MicroBatch, Tensor], list[Tensor]],
+    report: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """``what`` per document ([n] float32 each) under the engine's weights; every rank gets all of them."""
+    found: dict[str, Tensor] = {}
+    slot = engine.slot()
+    for start in range(0, len(documents), REPORT_EVERY):
+        part = documents[start : start + REPORT_EVERY]
+        batches = pack_units([[document] for document in part], slot)
+        scored = engine.score(batches, lambda batch, lp: list(zip((d.key for d in batch.documents), what(batch, lp), strict=True)))
+        mine = {key: value.cpu() for pairs in scored for key, value in pairs} if engine.counts_once else {}
+        gathered: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        for share in gathered:
+            found.update(share or {})
+        report(min(start + REPORT_EVERY, len(documents)))
+    assert len(found) == len({document.key for document in documents})
+    return found
+
+
+def per_step(batch: MicroBatch, token_log_probs: Tensor) -> list[Tensor]:
+    """Log-prob of each document's steps."""
+    return list(batch.step_sums(token_log_probs).split([len(d.steps) for d in batch.documents]))
+
+
+def per_token(batch: MicroBatch, token_log_probs: Tensor) -> list[Tensor]:
+    """Log-prob of each document's response tokens."""
+    return list(token_log_probs.split([len(d.response) for d in batch.documents]))
+
+
+def save_references(path: Path, references: dict[str, Tensor], fingerprint: str) -> None:
+    """Write atomically; ``fingerprint`` says of which data and model they are."""
+    keys = sorted(references)
+    temporary = path.with_suffix(".tmp")
+    save_file(
+        {"values": torch.cat([references[key] for key in keys]),
+         "sizes": torch.tensor([references[key].numel() for key in keys])},
+        temporary, metadata={"keys": "\0".join(keys), "fingerprint": fingerprint},
+    )
+    temporary.replace(path)
+
+
+def load_references(path: Path, fingerprint: str) -> dict[str, Tensor] | None:
+    """What ``save_references`` wrote; None when there is no such file, or it is of other data or another model."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["fingerprint"] != fingerprint:
+                return None
+            parts = file.get_tensor("values").split(file.get_tensor("sizes").tolist())
+            return dict(zip(metadata["keys"].split("\0"), parts, strict=True))
+    except (SafetensorError, KeyError):
+        return None

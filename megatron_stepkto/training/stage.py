@@ -1,0 +1,74 @@
+"""The train stage, seen from outside: weights to Megatron, ranks started and watched, final weights back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_stepkto import recipe
+from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron
+from megatron_stepkto.checkpoints.huggingface import copy_companions
+from megatron_stepkto.files import read_json, stable_hash, write_json
+from megatron_stepkto.processes import Child, run_children
+from megatron_stepkto.progress import say, warn
+from megatron_stepkto.stages import Result, Stage
+from megatron_stepkto.training.job import Job
+
+
+def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
+    """Train ``stage.inputs['model']`` on ``stage.inputs['train']``; leaves ``final/`` (torch_dist) and ``metrics.jsonl``.
+
+    An attempt that was cut short goes on at its newest checkpoint.
+
+    Raises:
+        UserError: bad input, found here or by a rank. StageFailed: a rank died; its log is named.
+    """
+    directory = stage.directory
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    initial, reference = directory / "initial", None
+    _convert_once(stage.inputs["model"], initial, dtype)
+    if "reference" in stage.inputs:
+        reference = directory / "reference"
+        _convert_once(stage.inputs["reference"], reference, dtype)
+    fingerprint = f"{stable_hash(stage.key()['inputs'], settings.dtype):016x}"
+    job = Job(
+        settings=settings, seed=seed, initial=initial, reference=reference, train_examples=stage.inputs["train"],
+        held_out_examples=stage.inputs.get("held_out"), directory=directory, fingerprint=fingerprint,
+    )
+    write_json(directory / "job.json", job.model_dump(mode="json"))
+    job.progress.unlink(missing_ok=True)
+    run_children([_launcher(job)], title=stage.title, unit="updates", progress=[job.progress])
+
+    copy_companions(stage.inputs["model"], job.final / COMPANIONS)
+    notes = read_json(job.notes)
+    for warning in notes.get("warnings", []):
+        warn(warning)
+    if gap := notes.get("gap"):
+        say(f"{stage.title}: sampler and trainer differ by {gap['mean']:.1e} nats on average, {gap['max']:.1e} at most, "
+            f"over {gap['tokens']} tokens")
+    for leftover in (initial, reference, job.checkpoints):
+        if leftover is not None and leftover.exists():
+            shutil.rmtree(leftover)
+    return Result([job.final, job.metrics], notes)
+
+
+def _convert_once(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """An earlier attempt's conversion is whole (it appears by rename) and of the same input (the stage's key)."""
+    if not target.is_dir():
+        hf_to_megatron(source, target, dtype)
+
+
+def _launcher(job: Job) -> Child:
+    ranks = job.settings.parallel.ranks
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    command = [
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+        "-m", "megatron_stepkto.training.rank", str(job.directory / "job.json"),
+    ]
+    # gloo looks up the host's name to choose an interface, which fails on machines without DNS: name it.
+    env = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+    return Child(command, job.directory / "logs" / "train.log", env)

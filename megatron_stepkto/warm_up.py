@@ -1,0 +1,136 @@
+"""Making M0: a tokenizer, random weights, a corpus of solutions, and supervised training by the same trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_stepkto import recipe
+from megatron_stepkto.chained_arithmetic.student import corpus
+from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
+from megatron_stepkto.data.dataset import build_dataset
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import stable_hash
+from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
+from megatron_stepkto.records import TrainExample, TrainStep, write_records
+from megatron_stepkto.stages import Result, Stage
+
+if TYPE_CHECKING:
+    from megatron_stepkto.pipeline import Run
+
+
+def _settings(run: Run) -> recipe.WarmUp:
+    if run.recipe.warm_up is None:
+        raise UserError("--from-scratch makes M0 by the recipe's section warm_up, which is missing; add it")
+    return run.recipe.warm_up
+
+
+def tokenizer_stage(run: Run) -> None:
+    """M0/tokenizer: the miniature task's word tokenizer, or a byte-level BPE trained on the imported texts."""
+    from megatron_stepkto.importing.stage import texts_of
+    from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
+
+    warm_up = _settings(run)
+    directory = run.base / "M0" / "tokenizer"
+    out = directory / "model"
+    sources = run.recipe.problems.imports
+    byte_level = warm_up.tokenizer == "byte_level_bpe"
+    if byte_level and not sources:
+        raise UserError("warm_up.tokenizer: byte_level_bpe is trained on problems.imports, which is empty")
+
+    def work() -> Result:
+        if byte_level:
+            train_byte_level_bpe(texts_of(sources, quarantine=run.quarantine), warm_up.vocab_size, out)
+        else:
+            build_tokenizer(out)
+        return Result([out])
+
+    settings = {"tokenizer": warm_up.tokenizer, "vocab_size": warm_up.vocab_size if byte_level else None}
+    inputs = {str(i): source.path for i, source in enumerate(sources)} if byte_level else {}
+    run.run(Stage("M0 tokenizer", directory, settings, inputs), work)
+
+
+def make_m0(run: Run) -> None:
+    """M0/initial (random weights), M0/corpus, M0/train and M0/convert."""
+    from megatron_stepkto.checkpoints.convert import megatron_to_hf
+    from megatron_stepkto.training.stage import train
+
+    warm_up = _settings(run)
+    base = run.base / "M0"
+    tokenizer = base / "tokenizer" / "model"
+    seed = run.recipe.seed
+
+    initial = base / "initial"
+    run.run(
+        Stage("M0 initial weights", initial, {"architecture": warm_up.architecture, "seed": seed}, {"tokenizer": tokenizer}),
+        lambda: Result([initialise(warm_up.architecture, tokenizer, initial / "model", seed)]),
+    )
+
+    data = base / "corpus"
+    examples = data / "train.jsonl"
+    judged = run.sampled_at(1) / "judge" / "judged.jsonl"
+    imported = run.recipe.problems.source == "imports"
+    share = run.recipe.problems.held_out_share
+
+    def make_corpus() -> Result:
+        if imported:
+            return Result([examples], build_dataset(judged, examples, None, recipe.Dataset(), "rft", share, seed))
+        return Result([examples], {"examples": write_corpus(warm_up.corpus_size, seed, tokenizer, run.recipe.prompt, examples)})
+
+    settings = {"corpus_size": warm_up.corpus_size, "seed": seed, "prompt": run.recipe.prompt.model_dump(mode="json"),
+                "held_out_share": share}
+    inputs = {"tokenizer": tokenizer} | ({"judged": judged} if imported else {})
+    run.run(Stage("M0 corpus", data, settings, inputs), make_corpus)
+
+    training = base / "train"
+    stage = Stage("M0 train", training, {"train": warm_up.training.model_dump(mode="json"), "seed": seed},
+                  {"model": initial / "model", "train": examples})
+    run.run(stage, lambda: train(stage, warm_up.training, seed))
+
+    converted = base / "convert"
+
+    def convert() -> Result:
+        megatron_to_hf(training / "final", converted / "model")
+        return Result([converted / "model"])
+
+    run.run(Stage("M0 convert", converted, {}, {"trained": training / "final"}), convert)
+
+
+def initialise(architecture: dict[str, Any], tokenizer: Path, output: Path, seed: int) -> Path:
+    """Random weights of a Hugging Face architecture, with the tokenizer's vocabulary and special tokens.
+
+    Raises:
+        UserError: transformers does not accept the architecture's keys.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokens = load_tokenizer(tokenizer)
+    keys = {**architecture, "vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id,
+            "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
+    try:
+        config = AutoConfig.for_model(**keys)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"warm_up.architecture: transformers refuses it: {error}; give model_type and that model's "
+                        "config.json keys") from None
+    torch.manual_seed(stable_hash(seed, "initial weights") % 2**31)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(output)
+    tokens.save_pretrained(output)
+    return output
+
+
+def write_corpus(size: int, seed: int, tokenizer: Path, prompt: recipe.Prompt, output: Path) -> int:
+    """The simulated student's solutions as training examples: one step each, for the supervised loss has no steps."""
+    tokens = load_tokenizer(tokenizer)
+
+    def examples() -> Iterable[TrainExample]:
+        for number, (problem, solution) in enumerate(corpus(size, stable_hash(seed, "corpus") % 2**31)):
+            response = [*tokens.encode(solution, add_special_tokens=False), tokens.eos_token_id]
+            yield TrainExample(
+                example_id=f"corpus/{number}", problem_id=problem.problem_id,
+                prompt_token_ids=prompt_token_ids(prompt, problem.problem, tokens), token_ids=response,
+                steps=[TrainStep(token_start=0, token_end=len(response), label=None)], outcome=1,
+            )
+
+    return write_records(output, examples())

@@ -1,0 +1,95 @@
+"""Finding and normalising final answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_stepkto.judging.answers import extract_answer, normalise
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"Tom has 2 + 3 = 5.\nAnswer: \boxed{5}", "5"),
+        (r"\boxed{1}, no: \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"so $\boxed{\left\{ x \right.}$", r"\left\{ x \right."),
+        (r"\boxed{ {a}_{b} }", "{a}_{b}"),
+        (r"$\framebox{204}$ minutes", "204"),
+        (r"Thus \boxed 7$", "7"),
+        (r"Answer: \boxed{1", None),  # cut while it wrote the answer
+        (r"\boxed{}", None),
+        ("6 * 2 = <<6*2=12>>12\n#### 1,012", "1,012"),
+        ("so he has 80.\nA: 80", "80"),
+        ("Answer: 12\nno, Answer: 13", "13"),
+        ("**Answer:** 42**", "42"),
+        ("Final Answer: $x=2$", "$x=2$"),
+        ("The answer is 3.5. Done", "3.5"),
+        ("the answer is 18.", "18"),
+        ("I do not know.", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "form"),
+    [
+        ("025", "25"),
+        ("000", "0"),
+        ("27.0", "27"),
+        ("+.50", "0.5"),
+        ("-0.0", "0"),
+        ("1,234,567", "1234567"),
+        ("1{,}234", "1234"),
+        ("1 000", "1000"),
+        ("(1,2)", "(1,2)"),
+        (r"\$1,000.99", "1000.99"),
+        (r"$\dfrac{3}{4}$.", r"\frac{3}{4}"),
+        (r"\frac12", r"\frac{1}{2}"),
+        (r"\frac1{12}", r"\frac{1}{12}"),
+        (r"\text{Evelyn}", "Evelyn"),
+        (r"\textbf{(073)}", "73"),
+        (r"\text{(C)}", "C"),
+        ("18 dollars", "18"),
+        (r"15\mbox{ cm}^2", "15"),
+        (r"30^\circ", "30"),
+        (r"20\%", "20"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
+        (r"2 \sqrt{5}", r"2\sqrt{5}"),
+        ("5m", "5m"),  # a product, not metres
+        ("x^2 + 1", "x^2+1"),
+    ],
+)
+def test_normalise(answer: str, form: str) -> None:
+    assert normalise(answer) == form
+
+
+def test_every_published_gold_answer_is_found(data_dir: Path) -> None:
+    """AIME answers are zero padded; among the boxes are \\framebox{204} and \\boxed{\\textbf{(073)}}."""
+    rows = [json.loads(line) for line in (data_dir / "eval/aime24.jsonl").open()]
+    assert all(normalise(extract_answer(row["solution"]) or "") == normalise(row["answer"]) for row in rows)
+    rows = [json.loads(line) for line in (data_dir / "eval/gsm8k_test.jsonl").open()]
+    assert all(normalise(extract_answer(row["solution"]) or "") == normalise(row["answer"]) for row in rows)
+
+
+def test_a_hostile_text_takes_linear_time() -> None:
+    begun = time.monotonic()
+    extract_answer("\\boxed{" * 30_000)
+    extract_answer("{" * 100_000 + "\\boxed{1}" + "}" * 100_000)
+    extract_answer("answer " * 30_000)
+    for text in (
+        "5 " + "cm " * 3000,
+        "1" * 9000,
+        "5" + " " * 9000 + "x",
+        "\\text{" * 1500,
+        "\\frac" * 1800,
+        "1," * 4500,
+    ):
+        normalise(text)
+    assert time.monotonic() - begun < 3

@@ -1,0 +1,167 @@
+"""Answer equivalence on hand-made pairs and on real answers. Those for math-verify share one checker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_stepkto.judging import exact
+from megatron_stepkto.judging.answers import extract_answer
+from megatron_stepkto.judging.equivalence import EquivalenceChecker
+
+
+@pytest.fixture(scope="module")
+def checker() -> Iterator[EquivalenceChecker]:
+    with EquivalenceChecker(workers=1, timeout_s=20.0) as checker:
+        yield checker
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        ("25", "025", True),
+        ("27.0", "27", True),
+        ("1000", "1,000.00", True),
+        ("1/2", "0.5", True),
+        (r"\frac{3}{4}", "0.75", True),
+        (r"1\frac{1}{2}", "3/2", True),
+        ("-1 1/2", "-1.5", True),
+        ("0.5", r"50\%", True),
+        ("1000.99", "1000,99", True),
+        ("Evelyn", r"\text{evelyn}", True),
+        ("(1, 1/2)", "(1.0, 0.5)", True),
+        ("52", "53", False),
+        ("1/3", "1/4", False),
+        ("1/3", "0.25", False),
+        ("A", "(B)", False),
+        ("even", "odd", False),
+        ("(1,2)", "(1,3)", False),
+        ("1/3", "0.3333", None),  # a rounding or not: not certain
+        ("listen", "silent", None),  # the same product of letters
+        ("(1,2)", "[1,2]", None),
+        ("1,2", "12", None),
+        (r"\sqrt{8}", r"2\sqrt{2}", None),
+        ("1/0", "5", None),
+        ("", "5", None),
+    ],
+)
+def test_exact(gold: str, answer: str, expected: bool | None) -> None:
+    assert exact.compare(gold, answer) is expected
+
+
+def test_processes_start_only_when_needed() -> None:
+    with EquivalenceChecker(workers=2, timeout_s=1.0) as checker:
+        verdicts = checker.check_many([("5", "5.0"), ("5", "6"), ("5", "5.0")])
+        assert [(v.verdict, v.how, v.label) for v in verdicts] == [
+            ("right", "exact", 1),
+            ("wrong", "exact", 0),
+            ("right", "exact", 1),
+        ]
+        assert checker.num_processes == 0
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        (r"\sqrt{8}", r"2\sqrt{2}", "right"),
+        ("x^2+2x+1", "(x+1)^2", "right"),
+        ("1/3", "0.333333", "right"),
+        (r"\{1,2\}", r"\{2,1\}", "right"),
+        (r"\frac{1}{2^{99}}", r"2^{-99}", "right"),
+        ("28%", r"0.28\cdot 1", "right"),
+        ("1/2004!", "1/2006!", "wrong"),  # both nothing to six decimals
+        ("1/2^{99}", "1/2^{98}", "wrong"),
+        (r"4\sqrt{2}", "4", "wrong"),
+        ("x+1", "x+2", "wrong"),
+    ],
+)
+def test_math_verify(checker: EquivalenceChecker, gold: str, answer: str, verdict: str) -> None:
+    (found,) = checker.check_many([(gold, answer)])
+    assert (found.verdict, found.how) == (verdict, "math-verify")
+
+
+def test_what_cannot_be_compared_is_undecided(checker: EquivalenceChecker) -> None:
+    (unparsed, long) = checker.check_many([("5", r"\frac{"), ("5", "x" * 20_000)])
+    assert (unparsed.verdict, unparsed.how) == ("undecided", "unparsed")
+    assert (long.verdict, long.how, long.label) == ("undecided", "too-long", None)
+
+
+def test_gsm8k_model_solutions_agree_with_their_labels(data_dir: Path, checker: EquivalenceChecker) -> None:
+    rows = [json.loads(line) for line in (data_dir / "samples/gsm8k_model_solutions.jsonl").open()]
+    answers = [extract_answer(row["response"]) for row in rows]
+    stated = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
+    assert not any(row["correct"] for row, answer in zip(rows, answers, strict=True) if answer is None)
+    verdicts = checker.check_many([(row["answer"], answer) for row, answer in stated])
+    assert [v.label for v in verdicts] == [int(row["correct"]) for row, _ in stated]
+    assert sum(v.how != "exact" for v in verdicts) <= 1
+
+
+def test_math500_solutions_match_their_answers(data_dir: Path) -> None:
+    rows = [json.loads(line) for line in (data_dir / "eval/math500.jsonl").open()]
+    assert all(exact.compare(row["answer"], extract_answer(row["solution"]) or "") for row in rows)
+
+
+def test_exact_path_equates_no_other_math500_answers(data_dir: Path) -> None:
+    """All 125,000 pairs of golds: those called equal differ in spelling or in a sign that names a unit."""
+    golds = [json.loads(line)["answer"] for line in (data_dir / "eval/math500.jsonl").open()]
+    equal = {(a, b) for a in golds for b in golds if a < b and exact.compare(a, b)}
+    spelling = {(r"2 \sqrt{5}", r"2\sqrt{5}"), (r"\frac14", r"\frac{1}{4}")}
+    units = {("15", r"15\mbox{ cm}^2"), ("36", r"\$36"), (r"36^\circ", r"\$36")}
+    assert equal == spelling | units | {(n, rf"{n}^\circ") for n in ("120", "30", "36", "90")}
+
+
+def test_grader_triples(data_dir: Path, checker: EquivalenceChecker) -> None:
+    """189 cases from the tests of seven graders, at least 95% as expected. Many are whole texts or several
+    boxes, which math-verify reads by itself; prose goes through extract_answer, as in the judge stage."""
+    rows = [json.loads(line) for line in (data_dir / "equivalence/triples.jsonl").open()]
+
+    def answer_of(text: str) -> str:
+        return text if "\\boxed" in text or "$" in text else extract_answer(text) or text
+
+    verdicts = checker.check_many([(row["gold"], answer_of(row["pred"])) for row in rows])
+    agree = sum((v.verdict == "right") == row["expected"] for v, row in zip(verdicts, rows, strict=True))
+    assert len(rows) == 189
+    assert agree / len(rows) >= 0.95
+
+
+def test_a_time_out_is_undecided_and_the_next_pair_is_decided() -> None:
+    pairs = [("9^{9^{9^9}}", "5"), (r"\sqrt{8}", r"2\sqrt{2}"), ("{" * 3000 + "}" * 3000, "1"), ("x", "y")]
+    with EquivalenceChecker(workers=2, timeout_s=2.0) as checker:
+        verdicts = checker.check_many(pairs)
+    assert [v.how for v in verdicts] == ["timeout", "math-verify", "timeout", "math-verify"]
+    assert [v.verdict for v in verdicts] == ["undecided", "right", "undecided", "wrong"]
+    assert 2000 <= verdicts[0].milliseconds < 10_000
+
+
+PARENT = """
+import sys
+from megatron_stepkto.judging.equivalence import EquivalenceChecker
+checker = EquivalenceChecker(1, 60.0)
+checker.check_many([("x+1", "1+x")])
+print(checker._workers[0]._process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_die_with_their_parent() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while (
+        Path(f"/proc/{worker}").exists() and "\nState:\tZ" not in Path(f"/proc/{worker}/status").read_text()
+    ):
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.05)

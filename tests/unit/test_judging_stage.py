@@ -1,0 +1,148 @@
+"""The judge stage on files: order, labels, counts, bad rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.judging.stage import judge_file, load_tokenizer
+from megatron_stepkto.recipe import Judging
+from megatron_stepkto.records import JudgedSample, Problem, Sample, read_records, write_records
+
+PROBLEM = Problem(
+    problem_id="p1",
+    problem="Max has 27 pens. Tom has 5 more than Max. Ann has twice as many as Tom. How many does Ann have?",
+    answer="64",
+)
+SETTINGS = Judging(split="line", process="chained_arithmetic")
+RIGHT = "Tom has 27 + 5 = 32.\nAnn has 32 * 2 = 64.\nAnswer: \\boxed{64}"
+LUCKY = "Tom has 27 + 5 = 22.\nAnn has 32 * 2 = 64.\nAnswer: \\boxed{64}"
+WRONG = "Tom has 27 + 5 = 22.\nAnn has 22 * 2 = 44.\nAnswer: \\boxed{44}"
+CUT = "Tom has 27 + 5 = 32.\nAnn has 32"
+
+
+class Folder:
+    """Problems, a tokenizer, and samples of the given texts on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems, self.samples, self.output = path / "p.jsonl", path / "s.jsonl", path / "judged.jsonl"
+        write_records(self.problems, [PROBLEM])
+        build_tokenizer(path / "model")
+        self.tokenizer = load_tokenizer(path / "model")
+
+    def sample(self, number: int, written: str, finish: str = "stop", **changes: Any) -> Sample:
+        ids = self.tokenizer.encode(written, add_special_tokens=False)
+        return Sample(
+            **{
+                "problem_id": "p1",
+                "sample_id": f"p1/{number}",
+                "prompt_token_ids": self.tokenizer.encode(PROBLEM.problem + "\n"),
+                "token_ids": [*ids, self.tokenizer.eos_token_id] if finish == "stop" else ids,
+                "text": written,
+                "finish_reason": finish,
+                **changes,
+            }
+        )
+
+    def judge(self, samples: list[Sample], **options: Any) -> dict[str, Any]:
+        write_records(self.samples, samples)
+        return judge_file(self.problems, self.samples, self.output, self.path / "model", SETTINGS, **options)
+
+    def judged(self) -> list[JudgedSample]:
+        return list(read_records(self.output, JudgedSample))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def test_labels_outcomes_and_counts(folder: Folder) -> None:
+    counts = folder.judge(
+        [folder.sample(i, text) for i, text in enumerate((RIGHT, LUCKY, WRONG))]
+        + [folder.sample(3, CUT, "length")]
+    )
+    judged = folder.judged()
+    assert [row.sample_id for row in judged] == ["p1/0", "p1/1", "p1/2", "p1/3"]
+    assert [[step.label for step in row.steps] for row in judged] == [
+        [1, 1, None],
+        [0, 1, None],
+        [0, 0, None],
+        [1, 0],
+    ]
+    assert [row.outcome for row in judged] == [1, 1, 0, 0]
+    assert [row.extracted_answer for row in judged] == ["64", "64", "44", None]
+    # Tom| has |2|7| + |5| = |3|2|.|\n makes 11 tokens; the answer line: Answer: |\boxed{|6|4|}|</s>
+    assert [(s.token_start, s.token_end) for s in judged[0].steps] == [(0, 11), (11, 22), (22, 28)]
+    assert judged[0].judge.model_dump() == {"outcome": "answer", "process": "chained_arithmetic"}
+    assert counts == {
+        "samples": 4, "right": 2, "wrong": 2, "undecided": 0, "unparsed": 1, "truncated": 1,
+        "steps_right": 4, "steps_wrong": 4, "steps_unjudged": 3,
+    }  # fmt: skip
+
+
+def test_what_the_sampler_wrote_is_kept(folder: Folder) -> None:
+    sample = folder.sample(0, RIGHT)
+    sample = sample.model_copy(update={"token_log_probs": [-0.5] * len(sample.token_ids)})
+    folder.judge([sample])
+    (row,) = folder.judged()
+    assert {name: getattr(row, name) for name in Sample.model_fields} == dict(sample)
+
+
+def test_an_answer_that_cannot_be_compared_is_null(folder: Folder) -> None:
+    write_records(folder.problems, [PROBLEM.model_copy(update={"answer": r"\frac{"})])
+    counts = folder.judge([folder.sample(0, RIGHT)])
+    assert counts["undecided"] == 1 and counts["right"] == counts["wrong"] == 0
+    assert folder.judged()[0].outcome is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"problem_id": "p9"}, "problem_id p9 is not in"),
+        ({"text": RIGHT.replace("64", "65")}, "the tokens decode to another text"),
+    ],
+)
+def test_a_bad_sample_is_named_or_set_aside(folder: Folder, changes: dict[str, Any], reason: str) -> None:
+    samples = [folder.sample(0, RIGHT), folder.sample(1, RIGHT, **changes), folder.sample(2, WRONG)]
+    with pytest.raises(UserError, match=f"sample_id p1/1: .*{reason}"):
+        folder.judge(samples)
+    assert not folder.output.exists()
+    quarantine = folder.path / "bad.jsonl"
+    counts = folder.judge(samples, quarantine=quarantine)
+    assert (counts["samples"], counts["quarantined"]) == (2, 1)
+    assert [row.sample_id for row in folder.judged()] == ["p1/0", "p1/2"]
+    (bad,) = [json.loads(line) for line in quarantine.open()]
+    assert bad["sample_id"] == "p1/1" and reason in bad["error"]
+    assert Sample.model_validate_json(bad["row"]) == samples[1]
+
+
+def test_only_bad_samples_is_an_error(folder: Folder) -> None:
+    with pytest.raises(UserError, match="all 1 were bad"):
+        folder.judge([folder.sample(0, RIGHT, problem_id="p9")], quarantine=folder.path / "bad.jsonl")
+
+
+def test_problems_that_the_rule_cannot_judge(folder: Folder) -> None:
+    write_records(folder.problems, [PROBLEM.model_copy(update={"problem": "What is 2 + 2?"})])
+    with pytest.raises(UserError, match="sample_id p1/0: not a chained-arithmetic problem"):
+        folder.judge([folder.sample(0, RIGHT)])
+
+
+def test_a_problem_id_may_not_stand_twice(folder: Folder) -> None:
+    write_records(folder.problems, [PROBLEM, PROBLEM])
+    with pytest.raises(UserError, match="problem_id p1 stands twice"):
+        folder.judge([folder.sample(0, RIGHT)])
+
+
+def test_a_folder_without_a_tokenizer(folder: Folder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"found no tokenizer\.json"):
+        load_tokenizer(tmp_path / "nothing")
+    (folder.path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="does not load"):
+        load_tokenizer(folder.path / "model")

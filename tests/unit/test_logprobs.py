@@ -1,0 +1,74 @@
+"""The chunked vocab-parallel head against torch's own log-softmax in float64, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_stepkto.logprobs import linear_log_probs
+
+
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (hidden @ weight.t()).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_equals_log_softmax(chunk: int, padding: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, size, words = 17, 8, 21
+    hidden = torch.randn(tokens, size, generator=generator)
+    weight = torch.randn(words + padding, size, generator=generator)
+    targets = torch.randint(0, words, (tokens,), generator=generator)
+    grad = torch.randn(tokens, generator=generator)
+
+    h64, w64 = hidden.double().requires_grad_(), weight[:words].double().requires_grad_()
+    truth = plain(h64, w64, targets)
+    truth.backward(grad.double())
+    assert h64.grad is not None
+    assert w64.grad is not None
+
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    ours = linear_log_probs(h, w, targets, words, chunk=chunk)
+    ours.backward(grad)
+    assert h.grad is not None
+    assert w.grad is not None
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(h.grad.double(), h64.grad, rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(w.grad[:words].double(), w64.grad, rtol=1e-6, atol=4e-6)
+    assert (w.grad[words:] == 0).all()
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden = torch.tensor([[1e4], [-1e4]])
+    weight = torch.tensor([[1.0], [0.5], [-1.0]])
+    out = linear_log_probs(hidden, weight, torch.tensor([0, 0]), 3)
+    assert out.tolist() == pytest.approx([0.0, -2e4])
+
+
+def test_bfloat16_is_within_its_rounding_of_the_truth() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(40, 64, generator=generator).bfloat16()
+    weight = (torch.randn(300, 64, generator=generator) / 8).bfloat16()
+    targets = torch.randint(0, 300, (40,), generator=generator)
+    h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    truth = plain(h64, w64, targets)
+    truth.sum().backward()
+    assert h64.grad is not None
+    assert w64.grad is not None
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    ours = linear_log_probs(h, w, targets, 300, chunk=16)
+    ours.sum().backward()
+    assert h.grad is not None
+    assert w.grad is not None
+    assert (ours.double() - truth).abs().max() < 2e-6 * truth.abs().max()  # logits are not rounded to bf16
+    assert (h.grad.double() - h64.grad).abs().max() < 2**-7 * h64.grad.abs().max()
+    assert (w.grad.double() - w64.grad).abs().max() < 2**-7 * w64.grad.abs().max()
+
+
+def test_no_tokens() -> None:
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    weight = torch.randn(6, 4, requires_grad=True)
+    linear_log_probs(hidden, weight, torch.zeros(0, dtype=torch.int64), 6).sum().backward()
+    assert weight.grad is not None
+    assert (weight.grad == 0).all()

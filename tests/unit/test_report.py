@@ -1,0 +1,326 @@
+"""The report of a small run folder, every figure counted by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import write_json
+from megatron_stepkto.records import Judge, JudgedSample, Label, Problem, Step, write_records
+from megatron_stepkto.report import write_report
+from megatron_stepkto.report.collect import collect
+from megatron_stepkto.report.curves import falling_below_zero, read_training, thin
+from megatron_stepkto.report.page import counts, duration, embed
+from megatron_stepkto.report.solutions import PositionShare, choose, error_positions, solution_of
+
+HOSTILE = '</script><img src=x onerror="document.title=1">\u2028'
+
+
+def judged(
+    problem_id: str,
+    lines: Sequence[tuple[str, Label]],
+    outcome: Label,
+    *,
+    finish: str = "stop",
+    answer: str = "1",
+) -> JudgedSample:
+    """Steps as lines of two tokens each; a span ends before its line break."""
+    text, steps = "", []
+    for index, (line, label) in enumerate(lines):
+        steps.append(
+            Step(
+                start=len(text),
+                end=len(text) + len(line),
+                token_start=2 * index,
+                token_end=2 * index + 2,
+                label=label,
+            )
+        )
+        text += line + "\n"
+    return JudgedSample(
+        problem_id=problem_id,
+        sample_id=f"{problem_id}-0",
+        prompt_token_ids=[1],
+        token_ids=[1] * (2 * len(lines)),
+        text=text,
+        finish_reason=finish,
+        steps=steps,
+        outcome=outcome,
+        extracted_answer=answer,
+        judge=Judge(outcome="answer", process="equations"),
+    )
+
+
+def row(name: str, pass_at_1: float, share: float | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "split": "test",
+        "num_problems": 3,
+        "k": 8,
+        "pass_at_1": pass_at_1,
+        "pass_at_1_interval": [0.25, 0.75],
+        "maj_at_k": 0.5,
+        "maj_at_k_interval": [0.25, 0.75],
+        "wrong_step_share_of_correct": share,
+        "wrong_step_share_of_correct_interval": share and [0.1, 0.9],
+        "wrong_step_rate_in_correct": 0.125,
+        "wrong_step_rate_in_correct_interval": [0.1, 0.2],
+        "num_correct": 1,
+        "truncated_share": 0.0,
+        "unparsed_share": 0.0,
+        "undecided_share": 0.0,
+        "mean_response_tokens": 12.5,
+    }
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "small"
+    write_records(
+        folder / "evaluate/problems/problems.jsonl",
+        [Problem(problem_id=name, problem=f"Problem {name}?", answer="7") for name in ("a", "b", "c")],
+    )
+    greedy = {
+        "M0": [
+            judged("a", [("1 + 1 = 2", 1), ("2 + 5 = 7", 1)], 1, answer="7"),
+            judged("b", [("1 + 1 = 3", 0), (HOSTILE, 1), ("so 7", None)], 1, answer="7"),
+            judged("c", [("2 + 2 = 5", 0)], 0, finish="length"),
+        ],
+        "M1": [judged(name, [("1 + 6 = 7", 1)], 1, answer="7") for name in ("a", "b", "c")],
+    }
+    rows = [row("M0", 0.5, 0.5), row("M1", 0.75, None)]
+    for (name, samples), one in zip(greedy.items(), rows, strict=True):
+        write_records(folder / f"evaluate/{name}/greedy.jsonl", samples)
+        write_json(folder / f"evaluate/{name}/metrics.json", one)
+    write_lines(
+        folder / "iteration_1/train/metrics.jsonl",
+        [
+            {
+                "update": 1,
+                "num_updates": 2,
+                "loss": 1.5,
+                "log_ratio_right": None,
+                "num_right": 3,
+                "num_wrong": 1,
+            },
+            {
+                "update": 2,
+                "num_updates": 2,
+                "loss": 1.25,
+                "log_ratio_right": 0.5,
+                "num_right": 2,
+                "num_wrong": 2,
+            },
+            {"update": 2, "held_out": {"step_margin": 0.75, "num_right": 4}},
+        ],
+    )
+    write_json(
+        folder / "summary.json",
+        {
+            "recipe": "small",
+            "seed": 3,
+            "method": "step_kto",
+            "iterations": rows,
+            "seconds": 61.0,
+            "stages": [{"name": "iteration_1/train", "seconds": 12.3, "counts": {"updates": 2}}],
+        },
+    )
+    return folder
+
+
+def test_a_finished_run_is_read_whole(run_dir: Path) -> None:
+    report = collect(run_dir)
+    assert [one.pass_at_1 for one in report.summary.iterations] == [0.5, 0.75]
+    (training,) = report.trainings["step_kto"]
+    assert training.updates["update"] == [1, 2]
+    assert training.updates["loss"] == [1.5, 1.25]
+    assert training.updates["log_ratio_right"] == [None, 0.5]
+    assert training.held_out["update"] == [2]
+    assert training.held_out["step_margin"] == [0.75]
+    assert (training.totals["num_right"], training.totals["num_wrong"]) == (5, 3)
+    assert report.positions["M0"] == [PositionShare("1", 3, 2), PositionShare("2", 2, 0)]
+    assert report.positions["M1"] == [PositionShare("1", 3, 0)]
+    assert report.browser.models == ["M0", "M1"]
+    assert report.browser.selected == "M1"
+    # Problem b comes first: M0 reached its answer over a wrong step.
+    assert [problem.problem_id for problem in report.browser.problems] == ["b", "a", "c"]
+    assert report.browser.problems[0].solutions["M0"].steps == (
+        (0, "1 + 1 = 3"),
+        (1, HOSTILE),
+        (None, "so 7"),
+    )
+    assert report.browser.problems[2].solutions["M0"].truncated
+    assert list(report.missing) == []
+
+
+def test_the_page_shows_figures_and_keeps_model_text_as_data(run_dir: Path) -> None:
+    html = write_report(run_dir).read_text()
+    assert "From M0 to M1, pass@1 rose from 50.0% to 75.0%, on 3 held-out problems." in html
+    assert '<td data-metric="pass_at_1">75.0% <span class="interval">25.0 – 75.0</span></td>' in html
+    assert '<td data-metric="wrong_step_share_of_correct">–</td>' in html
+    assert "1 min 1 s" in html
+    assert html.count("</script>") == 2  # the data and the script: text of a model ends neither
+    assert "<img" not in html
+    assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+
+
+def test_counts_and_durations_read_as_text() -> None:
+    assert counts({"steps": {"right": 5}, "held_out": 2}) == "steps (right 5), held out 2"
+    assert [duration(s) for s in (None, 9.54, 59.97, 3725)] == ["–", "9.5 s", "1 min 0 s", "1 h 2 min"]
+
+
+def test_embedded_data_survive_the_escaping() -> None:
+    text = embed({"text": HOSTILE + "<!--"})
+    assert "<" not in text
+    assert json.loads(text) == {"text": HOSTILE + "<!--"}
+    assert json.loads(embed("a lone surrogate \ud800")) == "a lone surrogate ?"
+
+
+def test_an_unfinished_run_says_what_is_missing(run_dir: Path) -> None:
+    (run_dir / "summary.json").unlink()
+    write_json(
+        run_dir / "evaluate/M1/manifest.json",
+        {"stage": "evaluate", "counts": {"problems": 3}, "seconds": 2.0},
+    )
+    report = collect(run_dir)
+    assert [one.name for one in report.summary.iterations] == ["M0", "M1"]
+    assert [(stage.name, stage.seconds) for stage in report.summary.stages] == [("evaluate/M1", 2.0)]
+    assert list(report.missing) == [
+        "The run is not finished (no summary.json): the page shows what exists so far."
+    ]
+    assert "The run is not finished" in write_report(run_dir).read_text()
+
+
+def test_a_run_without_evaluation_still_gives_a_page(tmp_path: Path) -> None:
+    write_lines(tmp_path / "run/iteration_1/train/metrics.jsonl", [{"update": 1, "loss": 0.5}])
+    write_json(
+        tmp_path / "run/summary.json",
+        {"recipe": "gsm8k", "seed": 0, "method": "step_kto", "iterations": [], "seconds": 9.5},
+    )
+    html = write_report(tmp_path / "run").read_text()
+    assert "No model has been evaluated" in html
+    assert 'id="training-charts"' in html
+    assert 'id="table"' not in html
+    assert 'id="list"' not in html
+
+
+def test_compared_methods_bring_their_last_model(run_dir: Path) -> None:
+    for name in ("M1", "M10", "M9"):
+        write_records(run_dir / f"methods/kto/evaluate/{name}/greedy.jsonl", [judged("a", [(name, 1)], 1)])
+    write_lines(run_dir / "methods/kto/iteration_1/train/metrics.jsonl", [{"update": 1, "loss": 0.25}])
+    summary = json.loads((run_dir / "summary.json").read_text())
+    write_json(
+        run_dir / "summary.json", {**summary, "methods": {"kto": [row("M0", 0.5, 0.5), row("M1", 0.6, 0.4)]}}
+    )
+    report = collect(run_dir)
+    assert report.browser.models == ["M0", "M1", "kto M10"]
+    assert report.browser.selected == "M1"
+    assert report.trainings["kto"][0].updates["loss"] == [0.25]
+    assert list(report.positions) == ["M0", "M1"]
+    html = write_report(run_dir).read_text()
+    table = html[html.index('id="methods-table"') :]
+    assert '<th scope="row">kto M1</th>' in table
+    assert "60.0%" in table
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_no_run_is_a_user_error(tmp_path: Path, create: bool) -> None:
+    folder = tmp_path / "nothing"
+    if create:
+        folder.mkdir()
+    with pytest.raises(UserError, match="nothing: expected the folder of a run"):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_a_broken_metrics_line_is_named_and_a_cut_last_line_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"update": 1, "loss": 1.0}\n{"update": 2, "lo')
+    training = read_training(path, "Iteration 1")
+    assert training.updates["loss"] == [1.0]
+    assert list(training.notes) == [
+        "Iteration 1: the last line of metrics.jsonl is cut short and was left out."
+    ]
+    path.write_text('{"update": 1, "loss": 1.0}\n{"update": 2, "lo\n{"update": 3, "loss": 1.0}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: expected a row of training metrics"):
+        read_training(path, "Iteration 1")
+
+
+def test_a_diverged_training_is_noted_and_its_nan_is_a_gap(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "metrics.jsonl", [{"update": 1, "loss": 1.0}, {"update": 2, "loss": float("nan")}]
+    )
+    training = read_training(path, "Iteration 1")
+    assert training.updates["loss"] == [1.0, None]
+    assert "1 values are not finite" in training.notes[0]
+
+
+def test_a_resumed_training_counts_an_update_once(tmp_path: Path) -> None:
+    rows = [
+        {"update": 1, "loss": 3.0, "tokens": 10},
+        {"update": 2, "loss": 2.0, "tokens": 10},
+        {"update": 2, "loss": 2.5, "tokens": 10},
+    ]
+    training = read_training(write_lines(tmp_path / "metrics.jsonl", rows), "Iteration 1")
+    assert training.updates["loss"] == [3.0, 2.5]
+    assert training.totals["tokens"] == 20
+
+
+def test_collapse_means_right_below_zero_and_still_falling() -> None:
+    assert falling_below_zero([1.0, 1.0, 0.0, 0.0, -1.0, -2.0, -3.0, -5.0]) == (-1.5, -4.0)
+    assert falling_below_zero([0.0, 0.0, 0.0, 0.0, -3.0, -3.0, -1.0, -1.0]) is None  # below zero, but rising
+    assert falling_below_zero([4.0, 4.0, 4.0, 4.0, 3.0, 3.0, 1.0, 1.0]) is None  # falling, but above zero
+    assert falling_below_zero([-1.0, -2.0, None, -3.0, -4.0, -5.0, -6.0, -7.0]) is None  # 7 values: too few
+
+
+def test_thinning_takes_means_and_leaves_nulls_out() -> None:
+    assert thin([1.0, 3.0, None, 5.0, None, None], limit=3) == [2.0, 5.0, None]
+    assert thin([1.0, None], limit=2) == [1.0, None]
+
+
+def test_no_text_is_lost_between_steps() -> None:
+    sample = JudgedSample(
+        problem_id="p",
+        sample_id="p-0",
+        prompt_token_ids=[1],
+        token_ids=[1, 2],
+        text="  First;\n\nSecond. tail",
+        finish_reason="stop",
+        steps=[
+            Step(start=2, end=8, token_start=0, token_end=1, label=1),
+            Step(start=10, end=17, token_start=1, token_end=2, label=0),
+        ],
+        outcome=1,
+        judge=Judge(outcome="answer", process="none"),
+    )
+    assert solution_of(sample).steps == ((1, "  First;"), (0, "Second. tail"))
+
+
+def test_late_positions_are_pooled() -> None:
+    labels: list[Label] = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, None]
+    shares = error_positions([solution_of(judged("p", [("x", label) for label in labels], 1))])
+    assert len(shares) == 10
+    assert shares[8] == PositionShare("9", 1, 0)
+    assert shares[9] == PositionShare("10+", 3, 2)
+
+
+def test_the_page_keeps_the_same_problems_for_every_model() -> None:
+    plain, lucky = solution_of(judged("x", [("1", 1)], 1)), solution_of(judged("x", [("1", 0)], 1))
+    solutions = {"M0": {"a": plain, "b": plain, "c": lucky}, "M1": {"a": plain, "b": plain, "c": plain}}
+    everything = choose({}, solutions, "M1")
+    assert [problem.problem_id for problem in everything.problems] == ["c", "a", "b"]
+    small = choose({}, solutions, "M1", max_bytes=500)
+    assert small.num_problems == 3
+    assert [problem.problem_id for problem in small.problems] == ["c", "a"]
+    assert all(set(problem.solutions) == {"M0", "M1"} for problem in small.problems)
