@@ -8,12 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_stepkto import __version__
 from megatron_stepkto.errors import StageFailed, UserError
 from megatron_stepkto.progress import console, say
 from megatron_stepkto.recipe import METHODS, Method, Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from megatron_stepkto.pipeline import Run
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -86,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, command: Command,
+def _recipe_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, command: Command,
                     text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as recipes/mini_cpu.yaml")
@@ -145,7 +148,7 @@ def _run(arguments: argparse.Namespace) -> None:
     say(f"summary: {run.base / 'summary.json'}\nreport:  {page}")
 
 
-def _one(arguments: argparse.Namespace) -> "Run":  # noqa: F821
+def _one(arguments: argparse.Namespace) -> Run:
     from megatron_stepkto.pipeline import Run
 
     recipe = _load(arguments)

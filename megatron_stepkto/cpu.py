@@ -125,7 +125,7 @@ def install() -> None:
         return
     check_megatron_version()
     for name in PATCHED_MODULES:
-        module = importlib.import_module(f"megatron.core.{name}")
+        module: Any = importlib.import_module(f"megatron.core.{name}")
         if getattr(module, "torch", None) is not torch:
             raise RuntimeError(f"megatron.core.{name} has no global torch to stand in for")
         module.torch = _STAND_IN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-class PackedAttention(DotProductAttention):  # type: ignore[misc]
+class PackedAttention(DotProductAttention):
     """torch's scaled-dot-product attention over packed documents that never see each other.
 
     A loop over documents: on CPU it was faster than one block-diagonal mask (54 ms against 363 ms for 8
@@ -44,6 +45,6 @@ class PackedAttention(DotProductAttention):  # type: ignore[misc]
                 q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=self.softmax_scale,
                 dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1],
             )
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in pairwise(bounds)
         ]
         return torch.cat(parts, dim=2)[0].transpose(0, 1).reshape(query.shape[0], -1)

@@ -34,13 +34,13 @@ from megatron_stepkto.recipe import Parallel
 
 
 @dataclass
-class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
+class PackedDocuments(PackedSeqParams):
     """PackedSeqParams that also holds the document bounds as Python ints (no device read per layer)."""
 
     bounds: tuple[int, ...] = ()
 
 
-class PolicyModel(GPTModel):  # type: ignore[misc]
+class PolicyModel(GPTModel):
     """GPTModel whose last pipeline stage returns the final hidden states [t, 1, H] ([t / TP, 1, H] under
     sequence parallelism); ``log_probs`` turns them into token log-probs without a logits tensor."""
 

@@ -313,7 +313,7 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
     for method in compare:
         other = Run(run.recipe, run.from_scratch, run.force, run.quarantine, method, run.finished)
         summary.setdefault("methods", {})[method] = run_iterations(other)
-    stages = {name: manifest for name, manifest in run.finished}
+    stages = dict(run.finished)
     summary["stages"] = [{"name": name, "seconds": m["seconds"], "counts": m["counts"]} for name, m in stages.items()]
     summary["seconds"] = round(sum(m["seconds"] for m in stages.values()), 1)
     summary["seconds_of_this_command"] = round(time.time() - begun, 1)

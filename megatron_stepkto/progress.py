@@ -63,7 +63,7 @@ class ProgressBar:
         now = time.monotonic()
         self._last_line = now
         elapsed, gained = now - self._began, self._done - (self._first_done or 0)
-        left = f", about {elapsed * (self.total - self._done) / gained:.0f} s left" if 0 < gained and self._done < self.total else ""
+        left = f", about {elapsed * (self.total - self._done) / gained:.0f} s left" if gained > 0 and self._done < self.total else ""
         note = f"  {self._note}" if self._note else ""
         say(f"{self.title}: {self._done}/{self.total} {self.unit}, {elapsed:.0f} s{left}{note}")
 

@@ -28,7 +28,7 @@ def _settings(run: Run) -> recipe.WarmUp:
 
 def tokenizer_stage(run: Run) -> None:
     """M0/tokenizer: the miniature task's word tokenizer, or a byte-level BPE trained on the imported texts."""
-    from megatron_stepkto.importing.stage import texts_of
+    from megatron_stepkto.importing.stage import read_imports
     from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
 
     warm_up = _settings(run)
@@ -41,7 +41,8 @@ def tokenizer_stage(run: Run) -> None:
 
     def work() -> Result:
         if byte_level:
-            train_byte_level_bpe(texts_of(sources, quarantine=run.quarantine), warm_up.vocab_size, out)
+            solutions = read_imports(sources, quarantine=run.quarantine).solutions
+            train_byte_level_bpe((f"{s.problem}\n{s.text}" for s in solutions), warm_up.vocab_size, out)
         else:
             build_tokenizer(out)
         return Result([out])

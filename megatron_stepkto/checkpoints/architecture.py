@@ -66,8 +66,8 @@ class ModelConfig:
 class Entry(Protocol):
     """One Megatron-Core key and the Hugging Face tensors it is made of; ``{layer}`` stands for the layer."""
 
-    key: str
-
+    @property
+    def key(self) -> str: ...
     def hf_names(self, layer: int) -> list[str]: ...
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of one layer's slice (of the whole key where the key is not per layer)."""

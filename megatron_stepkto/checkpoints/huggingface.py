@@ -68,9 +68,10 @@ class HFCheckpoint:
         if file not in self._open:
             self._open[file] = self._handle(self.directory / file)
         try:
-            return self._open[file].get_tensor(name)  # type: ignore[no-any-return]
+            tensor: Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.directory / file}: cannot read {name} ({error})") from None
+        return tensor
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -151,9 +151,9 @@ class CheckpointReader:
         try:
             with path.open("rb") as file:
                 file.seek(info.offset)
-                tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+                tensor: Tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise UserError(f"{path}: cannot read {index.fqn} at byte {info.offset}: {error}; "
                             "the file is missing or damaged, write the checkpoint again") from None
         self._cache = (index, tensor)
-        return tensor  # type: ignore[no-any-return]
+        return tensor

@@ -1,1 +1,1 @@
-"""Drawing solutions from a model with vLLM or transformers. Never imports Megatron."""
+"""Drawing solutions from a Hugging Face checkpoint. Nothing here imports Megatron."""

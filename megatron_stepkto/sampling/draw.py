@@ -15,11 +15,12 @@ from megatron_stepkto import recipe
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import atomic_writer, read_json, write_json
 from megatron_stepkto.processes import Child, run_children
-from megatron_stepkto.records import Sample, read_records
+from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
+from megatron_stepkto.records import Problem, Sample, read_records
 from megatron_stepkto.sampling.job import Job, Pass, PromptRow
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment
 
-__all__ = ["DrawResult", "Pass", "PromptRow", "draw"]
+__all__ = ["DrawResult", "Pass", "PromptRow", "draw", "draw_samples", "read_prompts"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,40 @@ class DrawResult:
 
     paths: dict[str, Path]
     counts: dict[str, Any]
+
+
+def read_prompts(problems: Path, prompt: recipe.Prompt, tokenizer_dir: Path) -> list[PromptRow]:
+    """The prompt tokens of a file of Problem rows, in its order."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    return [
+        PromptRow(
+            problem_id=problem.problem_id, token_ids=prompt_token_ids(prompt, problem.problem, tokenizer)
+        )
+        for problem in read_records(problems, Problem)
+    ]
+
+
+def draw_samples(
+    model: Path,
+    model_name: str,
+    problems: Path,
+    prompt: recipe.Prompt,
+    settings: recipe.Sampling,
+    seed: int,
+    directory: Path,
+    *,
+    title: str,
+) -> tuple[Path, dict[str, Any]]:
+    """The sample stage: K solutions of each problem of a file, in ``directory/samples.jsonl``; see ``draw``."""
+    pass_ = Pass(
+        name="samples",
+        num_samples=settings.num_samples,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+    )
+    prompts = read_prompts(problems, prompt, model)
+    result = draw(model, model_name, prompts, [pass_], settings, seed, directory, title=title)
+    return result.paths["samples"], result.counts
 
 
 def draw(
@@ -40,6 +75,7 @@ def draw(
     directory: Path,
     *,
     title: str,
+    logs: Path | None = None,
 ) -> DrawResult:
     """Draw every pass from ``model``; leaves ``directory/<pass>.jsonl``, problems in order, samples in order.
 
@@ -47,6 +83,7 @@ def draw(
     one call of the engine is fixed by the job, the engine starts each call with an empty cache, each sample
     has its own seed, and a chunk's file is whole or absent. The samples of the first
     ``settings.gap_problems`` problems of each pass carry ``token_log_probs``: raw ones, of temperature 1.
+    What the workers print goes to ``logs`` (None: ``directory/logs``).
 
     Raises:
         UserError: the model does not fit the prompts or the machine, or ``directory`` holds another job.
@@ -64,7 +101,7 @@ def draw(
     speed: dict[str, Any] = {}
     if job.chunk_dir.is_dir() or not all(path.is_file() for path in paths.values()):
         _claim(job)
-        _draw_missing(job, title)
+        _draw_missing(job, title, logs or directory / "logs")
         for pass_ in passes:
             _merge(job, pass_, paths[pass_.name])
         speed = _speed(job)
@@ -84,14 +121,14 @@ def _check(job: Job) -> None:
         seen.add(prompt.problem_id)
         if vocab_size is not None and max(prompt.token_ids) >= vocab_size:
             raise UserError(
-                f"{job.model}: the prompt of problem {prompt.problem_id} holds token {max(prompt.token_ids)}, the "
-                f"model's vocabulary is {vocab_size}; give the tokenizer of this model"
+                f"{job.model}: the prompt of problem {prompt.problem_id} holds token "
+                f"{max(prompt.token_ids)}, the model's vocabulary is {vocab_size}; give the tokenizer of this model"
             )
         length = len(prompt.token_ids) + job.settings.max_tokens
         if positions is not None and length > positions:
             raise UserError(
-                f"{job.model}: the prompt of problem {prompt.problem_id} has {len(prompt.token_ids)} tokens, with "
-                f"sample.max_tokens ({job.settings.max_tokens}) that is {length}, and the model's "
+                f"{job.model}: the prompt of problem {prompt.problem_id} has {len(prompt.token_ids)} tokens, "
+                f"with sample.max_tokens ({job.settings.max_tokens}) that is {length}, and the model's "
                 f"max_position_embeddings is {positions}; lower sample.max_tokens or drop the problem"
             )
 
@@ -114,7 +151,7 @@ def _identity(job: dict[str, Any]) -> dict[str, Any]:
     return {key: job[key] for key in ("model_name", "passes", "prompts", "seed")} | {"settings": settings}
 
 
-def _draw_missing(job: Job, title: str) -> None:
+def _draw_missing(job: Job, title: str, logs: Path) -> None:
     missing = sum(chunk.num_solutions for chunk in job.missing())
     if not missing:
         return
@@ -124,7 +161,7 @@ def _draw_missing(job: Job, title: str) -> None:
         job.progress_path(worker).unlink(missing_ok=True)
         job.speed_path(worker).unlink(missing_ok=True)
     run_children(
-        [_child(job, worker) for worker in workers],
+        [_child(job, worker, logs) for worker in workers],
         title=title,
         unit="solutions",
         progress=[job.progress_path(worker) for worker in workers],
@@ -134,7 +171,7 @@ def _draw_missing(job: Job, title: str) -> None:
     assert not left, f"workers ended well without {left}"
 
 
-def _child(job: Job, worker: int) -> Child:
+def _child(job: Job, worker: int, logs: Path) -> Child:
     command = [
         sys.executable, "-m", "megatron_stepkto.sampling.worker",
         str(job.chunk_dir / "job.json"), "--worker", str(worker),
@@ -147,7 +184,7 @@ def _child(job: Job, worker: int) -> Child:
             env["CUDA_VISIBLE_DEVICES"] = _gpus_of(worker, job.settings.tensor_parallel)
     elif job.settings.workers > 1:
         env["CUDA_VISIBLE_DEVICES"] = _gpus_of(worker, 1)
-    return Child(command, job.directory / "logs" / f"worker-{worker}.log", env)
+    return Child(command, logs / f"worker-{worker}.log", env)
 
 
 def _gpus_of(worker: int, count: int) -> str:
@@ -179,7 +216,9 @@ def _count(job: Job, paths: dict[str, Path]) -> dict[str, Any]:
         path = paths[pass_.name]
         for sample in read_records(path, Sample):
             if sample.sample_id != next(expected, None):
-                raise UserError(f"{path}: sample {sample.sample_id} is not of this job; delete the file (--force)")
+                raise UserError(
+                    f"{path}: sample {sample.sample_id} is not of this job; delete the file (--force)"
+                )
             reasons[sample.finish_reason] += 1
             tokens += len(sample.token_ids)
             empty += not sample.text.strip()

@@ -1,4 +1,4 @@
-"""What is to be drawn, and how it is cut: everything that decides the result, and nothing about who does it."""
+"""What is to be drawn, and how it is cut: everything that decides the result."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Chunk:
 
 
 class Job(_Frozen):
-    """One drawing of all passes from one model; the same job gives the same samples on any number of workers."""
+    """All passes from one model. The same job gives the same samples on any number of workers."""
 
     model: Path
     model_name: str

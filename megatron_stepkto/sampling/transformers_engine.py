@@ -1,4 +1,4 @@
-"""transformers' ``generate``: for what vLLM does not run. Much slower, same samples per seed on any chunking."""
+"""transformers' ``generate``: for models that vLLM does not run. Much slower."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TransformersEngine:
 
         if job.settings.tensor_parallel != 1:
             raise UserError(
-                f"sample.tensor_parallel is {job.settings.tensor_parallel}, but sample.backend: transformers runs "
-                "one GPU per worker; set sample.tensor_parallel: 1 or sample.backend: vllm"
+                f"sample.tensor_parallel is {job.settings.tensor_parallel}, but sample.backend: transformers "
+                "runs one GPU per worker; set sample.tensor_parallel: 1 or sample.backend: vllm"
             )
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
@@ -57,7 +57,10 @@ class TransformersEngine:
                 attention_mask=torch.tensor(mask, device=self._device),
                 logits_processor=LogitsProcessorList([draw]),
                 generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=self._max_tokens, eos_token_id=self._end_ids, pad_token_id=pad
+                    do_sample=False,
+                    max_new_tokens=self._max_tokens,
+                    eos_token_id=self._end_ids,
+                    pad_token_id=pad,
                 ),
             )
         log_probs = torch.stack(draw.log_probs, dim=1).tolist()
@@ -70,9 +73,8 @@ class TransformersEngine:
         """What stands after the end token is padding."""
         end = next((i for i, token in enumerate(tokens) if token in self._end_ids), None)
         length = len(tokens) if end is None else end + 1
-        return Completion(
-            tokens[:length], "length" if end is None else "stop", log_probs[:length] if request.log_probs else None
-        )
+        reason = "length" if end is None else "stop"
+        return Completion(tokens[:length], reason, log_probs[:length] if request.log_probs else None)
 
 
 class _SeededDraw:

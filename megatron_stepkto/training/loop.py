@@ -40,7 +40,8 @@ from megatron_stepkto.training.references import (
 )
 from megatron_stepkto.training.schedule import learning_rate
 
-COLLAPSE_WINDOW = 10  # updates in each of the two windows that are compared
+COLLAPSE_WINDOW = 5  # updates in each of the three windows that are compared
+COLLAPSE_BELOW = -0.1  # nats: healthy runs wander about zero
 
 
 class Trainer:
@@ -252,12 +253,12 @@ class Trainer:
         """Warn once when right solutions become less likely than under the reference, and keep falling."""
         if right is None:
             return
-        self.right_history = [*self.right_history, right][-2 * COLLAPSE_WINDOW:]
-        if len(self.right_history) < 2 * COLLAPSE_WINDOW or "collapse" in self.notes:
+        size = COLLAPSE_WINDOW
+        self.right_history = [*self.right_history, right][-3 * size:]
+        if len(self.right_history) < 3 * size or "collapse" in self.notes:
             return
-        before, now = (sum(part) / COLLAPSE_WINDOW for part in
-                       (self.right_history[:COLLAPSE_WINDOW], self.right_history[COLLAPSE_WINDOW:]))
-        if now < 0 and now < before:
+        first, before, now = (sum(self.right_history[i : i + size]) / size for i in (0, size, 2 * size))
+        if now < COLLAPSE_BELOW and now < before < first:
             self.notes["collapse"] = {"update": update + 1, "log_ratio_right": now}
             self._warn(f"update {update + 1}: the log-ratio of right solutions is {now:.2f} nats and falling "
                        f"(it was {before:.2f}): probability leaves right answers too. Raise train.loss.beta_*, lower "

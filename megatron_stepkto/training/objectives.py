@@ -49,8 +49,10 @@ class UnitDocuments:
 
 
 class Objective(Protocol):
-    uses_reference: bool
-    uses_kl: bool
+    @property
+    def uses_reference(self) -> bool: ...
+    @property
+    def uses_kl(self) -> bool: ...
 
     def units(self, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
         """Examples grouped into what must stay together."""

@@ -17,7 +17,9 @@ Not tested here: context parallelism (needs Transformer Engine), expert parallel
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +62,32 @@ def run(folder: Path, model: Path, data: Path, training: recipe.Training) -> tup
     return rows, CheckpointReader(folder / "final")
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp(request.param)
-    model = write_llama(folder / "model", tie_word_embeddings=request.param == "tied")
+# untied embeddings differ from tied ones only under tensor and pipeline parallelism
+CASES = [("tied", name) for name in LAYOUTS] + [("untied", "TP 2"), ("untied", "PP 2")]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Any]:
+    """(embeddings, global batch size) -> folder and result of one process; each is run once."""
+    folder = tmp_path_factory.mktemp("layouts")
     data = write_examples(folder / "train.jsonl", random_examples(24))
-    return {
-        "folder": folder, "model": model, "data": data, "tied": request.param == "tied",
-        8: run(folder / "one", model, data, settings()),
-        1: run(folder / "one-1", model, data, settings(global_batch_size=1)),
-    }
+
+    @functools.cache
+    def result(embeddings: str, global_batch_size: int) -> Any:
+        model = folder / embeddings
+        if not model.exists():
+            write_llama(model, tie_word_embeddings=embeddings == "tied")
+        name = f"{embeddings}-one-{global_batch_size}"
+        return folder, model, data, *run(folder / name, model, data, settings(global_batch_size=global_batch_size))
+
+    return result
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_agrees_with_one_process(name: str, reference: dict[str, Any]) -> None:
-    if not reference["tied"] and name not in ("TP 2", "PP 2"):
-        pytest.skip("untied embeddings differ from tied ones only under tensor and pipeline parallelism")
+@pytest.mark.parametrize(("embeddings", "name"), CASES)
+def test_layout_agrees_with_one_process(embeddings: str, name: str, one_process: Callable[[str, int], Any]) -> None:
     changed = settings(**LAYOUTS[name])
-    expected_rows, expected = reference[changed.global_batch_size]
-    rows, got = run(reference["folder"] / name.replace(" ", "_"), reference["model"], reference["data"], changed)
+    folder, model, data, expected_rows, expected = one_process(embeddings, changed.global_batch_size)
+    rows, got = run(folder / f"{embeddings}-{name.replace(' ', '_')}", model, data, changed)
     assert len(rows) == len(expected_rows) == 3
     for row, right in zip(rows, expected_rows, strict=True):
         for key in ("loss", "loss_outcome", "loss_step", "grad_norm"):
@@ -89,16 +98,16 @@ def test_layout_agrees_with_one_process(name: str, reference: dict[str, Any]) ->
             assert row[key] == (None if right[key] is None else pytest.approx(right[key], rel=1e-5, abs=3e-5)), key
         for key in ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "tokens"):
             assert row[key] == right[key], key
-    assert {k for k in got.shapes()} == set(expected.shapes())
+    assert set(got.shapes()) == set(expected.shapes())
     for key in expected.shapes():
         rows_used = 99 if "word_embeddings" in key or "output_layer" in key else None
         ours, truth = got.read(key, rows=rows_used), expected.read(key, rows=rows_used)
         assert (ours - truth).norm() <= 1e-5 * truth.norm(), key
 
 
-def test_the_reference_run_learns_and_has_a_reference_point(reference: dict[str, Any]) -> None:
+def test_the_reference_run_learns_and_has_a_reference_point(one_process: Callable[[str, int], Any]) -> None:
     """The comparison above would pass on zeros: loss, z and gradient must be those of a run that moves."""
-    rows, _ = reference[8]
+    *_, rows, _ = one_process("tied", 8)
     assert rows[0]["log_ratio_right"] == pytest.approx(0.0, abs=1e-4), "policy and reference begin as one model"
     assert abs(rows[2]["log_ratio_right"]) > 0.01
     assert max(abs(row["kl_outcome"]) for row in rows) > 0.01

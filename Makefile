@@ -1,0 +1,66 @@
+# make demo   sets itself up, then runs the whole Step-KTO loop on the CPU (recipes/mini_cpu.yaml)
+# make test   sets itself up, then runs every test that this machine can run
+#
+# Both make a virtual environment in .venv with the command stepkto in it. Nothing else is touched.
+
+PYTHON ?= python3.11
+# Asked only where the default package index has no CPU build of torch.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: demo test unit lint setup demo-short compare gsm8k m0 clean
+
+demo: setup
+	$(BIN)/stepkto run recipes/mini_cpu.yaml
+
+# One iteration with few problems: proves that every stage works, measures nothing.
+demo-short: setup
+	$(BIN)/stepkto run recipes/mini_cpu.yaml --set name=mini_cpu_short --set iterations=1 \
+		--set problems.per_iteration=48 --set evaluate.num_problems=100
+
+compare: setup
+	$(BIN)/stepkto run recipes/mini_cpu.yaml --compare kto,rft,irpo
+
+gsm8k: setup
+	$(BIN)/stepkto run recipes/gsm8k_offline_cpu.yaml
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+unit: setup
+	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Makes the shipped M0 again.
+m0: setup
+	$(BIN)/stepkto warm-up recipes/mini_cpu.yaml --set name=mini_cpu_m0
+	rm -rf recipes/mini_cpu_m0
+	cp -r runs/mini_cpu_m0/M0/convert/model recipes/mini_cpu_m0
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+setup: $(READY)
+
+$(READY): requirements/torch-cpu.txt requirements/cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
+		{ echo "error: expected Python 3.11 as $(PYTHON), found none; install it (with venv) or say make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "setting up $(VENV) (a few minutes, about 2 GB; the log is $(VENV)/setup.log)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --no-deps --retries 1 -r requirements/torch-cpu.txt >$(VENV)/setup.log 2>&1 || \
+		{ echo "the default index has no CPU build of torch: asking $(TORCH_CPU_INDEX)"; \
+		  $(PIP) install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) -r requirements/torch-cpu.txt >>$(VENV)/setup.log 2>&1; } || \
+		{ tail -n 5 $(VENV)/setup.log; echo "error: torch could not be installed; set TORCH_CPU_INDEX to an index that has it"; exit 2; }
+	@$(PIP) install --quiet --no-deps -r requirements/cpu.lock >>$(VENV)/setup.log 2>&1 || \
+		{ tail -n 5 $(VENV)/setup.log; echo "error: the packages of requirements/cpu.lock could not be installed"; exit 2; }
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable . >>$(VENV)/setup.log 2>&1 || \
+		{ tail -n 5 $(VENV)/setup.log; echo "error: the package itself could not be installed"; exit 2; }
+	@touch $(READY)

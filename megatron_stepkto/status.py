@@ -1,0 +1,48 @@
+"""``stepkto status RUN``: what is done, what is under way, and the table so far."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.evaluation import results_table
+from megatron_stepkto.files import read_json
+from megatron_stepkto.progress import read_progress
+from megatron_stepkto.stages import MANIFEST, STARTED
+
+
+def status_text(run: Path) -> str:
+    """Stages in the order they began, progress of the one under way, and the evaluations that are done.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    started = sorted(run.rglob(STARTED), key=lambda path: path.stat().st_mtime)
+    if not started:
+        raise UserError(f"{run}: expected a run's folder (such as runs/mini_cpu), found no stage in it")
+    lines = [_line(run, path.parent) for path in started]
+    rows = [read_json(path) for path in sorted(run.glob("evaluate/M*/metrics.json"), key=_number)]
+    if rows:
+        lines += ["", results_table({"method": "this run", "iterations": rows})]
+    return "\n".join(lines)
+
+
+def _number(path: Path) -> int:
+    return int(path.parent.name.removeprefix("M"))
+
+
+def _line(run: Path, directory: Path) -> str:
+    name = str(directory.relative_to(run))
+    if (directory / MANIFEST).is_file():
+        manifest = read_json(directory / MANIFEST)
+        return f"done     {name:<28} {datetime.timedelta(seconds=round(manifest['seconds']))}  {_counts(manifest['counts'])}"
+    reports = [report for path in sorted(directory.rglob("progress*.json")) if (report := read_progress(path))]
+    shown = ", ".join(f"{report[0]}/{report[1]} {report[2]}".strip() for report in reports)
+    logs = sorted(directory.glob("logs/*.log"), key=lambda path: path.stat().st_mtime)
+    return f"begun    {name:<28} {shown}" + (f"  log: {logs[-1]}" if logs else "")
+
+
+def _counts(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in counts.items() if isinstance(value, int | float | str))

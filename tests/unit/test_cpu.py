@@ -1,0 +1,188 @@
+"""The one module that makes Megatron-Core run without CUDA: what it changes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_stepkto import cpu
+from megatron_stepkto.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    cpu.install()
+
+
+def as_if_in(module: str, expression: str, **names: Any) -> Any:
+    """Evaluate an expression whose caller is (as far as frames tell) ``module``."""
+    return eval(expression, {"__name__": module, **names})
+
+
+# --- version -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["0.15.3", "0.17.0", "0.19.2", "0.160.1", "1.16.0"])
+def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(UserError, match=rf"expected megatron-core 0\.16\.x, found {version}; run `make setup`"):
+        cpu.check_megatron_version()
+
+
+def test_a_megatron_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(UserError, match="megatron-core is not installed; run `make setup`"):
+        cpu.check_megatron_version()
+
+
+def test_install_checks_the_version_before_it_touches_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.Tensor.type
+    monkeypatch.setattr(cpu, "_installed", False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.15.0")
+    with pytest.raises(UserError, match=r"found 0\.15\.0"):
+        cpu.install()
+    assert torch.Tensor.type is before
+    assert cpu._installed is False
+
+
+def test_the_installed_version_is_supported() -> None:
+    assert cpu.check_megatron_version() == importlib.metadata.version("megatron-core")
+
+
+def test_a_name_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Moved:
+        pass
+
+    with pytest.raises(RuntimeError, match="has no _get_cuda_rng_state to replace"):
+        cpu._replace(Moved(), "_get_cuda_rng_state", None)
+    monkeypatch.setattr(cpu, "_installed", False)
+    monkeypatch.setattr(cpu, "PATCHED_MODULES", ("package_info",))  # a module that imports no torch
+    with pytest.raises(RuntimeError, match=r"megatron\.core\.package_info has no global torch to stand in for"):
+        cpu.install()
+
+
+# --- idempotent ----------------------------------------------------------------------------------------------
+
+
+def test_install_again_changes_nothing() -> None:
+    def state() -> list[Any]:
+        return [torch.Tensor.type, torch.Tensor.cuda,
+                *(importlib.import_module(f"megatron.core.{name}").torch for name in cpu.PATCHED_MODULES)]
+
+    before = state()
+    cpu.install()
+    assert all(a is b for a, b in zip(before, state(), strict=True))
+
+
+@pytest.mark.parametrize("name", cpu.PATCHED_MODULES)
+def test_every_named_module_has_the_stand_in(name: str) -> None:
+    module = importlib.import_module(f"megatron.core.{name}")
+    assert module.torch is not torch
+    assert module.torch.nn is torch.nn
+
+
+# --- what the stand-in answers -------------------------------------------------------------------------------
+
+
+def test_factories_put_cuda_tensors_on_the_cpu() -> None:
+    stand_in: Any = importlib.import_module("megatron.core.utils").torch
+    given = torch.ones(2)
+    for made, expected in (
+        (stand_in.zeros(2, device="cuda"), [0.0, 0.0]),
+        (stand_in.tensor([1, 2], device=torch.device("cuda")), [1, 2]),
+        (stand_in.full((2,), 3, device="cuda:0"), [3, 3]),
+        (stand_in.arange(2, device=stand_in.cuda.current_device()), [0, 1]),
+        (stand_in.zeros_like(given, device="cuda"), [0.0, 0.0]),
+        (stand_in.ones(2), [1.0, 1.0]),
+    ):
+        assert made.device.type == "cpu"
+        assert made.tolist() == expected
+    assert stand_in.empty(2, device="meta").device.type == "meta"
+    assert stand_in.zeros(2, dtype=torch.int32, device="cuda").dtype == torch.int32
+
+
+def test_cuda_questions_are_answered_for_the_cpu() -> None:
+    stand_in: Any = importlib.import_module("megatron.core.tensor_parallel.random").torch
+    assert stand_in.cuda.current_device() == torch.device("cpu")
+    assert stand_in.cuda.synchronize() is None
+    assert stand_in.cuda.empty_cache() is None
+    assert stand_in.cuda.is_available is torch.cuda.is_available
+
+
+def test_the_random_state_that_megatron_saves_is_the_cpus() -> None:
+    """Recompute must draw in backward what it drew in forward."""
+    module: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    kept = torch.get_rng_state()
+    try:
+        torch.manual_seed(5)
+        state = module._get_cuda_rng_state()
+        first = torch.rand(3)
+        assert not torch.equal(torch.rand(3), first)
+        module._set_cuda_rng_state(state)
+        assert torch.equal(torch.rand(3), first)
+    finally:
+        torch.set_rng_state(kept)
+
+
+# --- torch itself --------------------------------------------------------------------------------------------
+
+
+def test_tensor_methods_change_for_megatron_alone() -> None:
+    tensor = torch.ones(1)
+    assert tensor.type() == "torch.FloatTensor"
+    for outside in ("__main__", "megatron_stepkto.losses", "transformers.models.llama", "megatron"):
+        assert as_if_in(outside, "t.type()", t=tensor) == "torch.FloatTensor"
+    assert as_if_in("megatron.core.optimizer.optimizer", "t.type()", t=tensor) == "torch.cuda.FloatTensor"
+    assert as_if_in("megatron.core.optimizer.optimizer", "t.bfloat16().type()", t=tensor) == "torch.cuda.BFloat16Tensor"
+    # with an argument it converts, as ever
+    assert as_if_in("megatron.core.utils", "t.type(d)", t=tensor, d=torch.int64).dtype == torch.int64
+    assert as_if_in("megatron.core.utils", "t.cuda()", t=tensor) is tensor
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_outside_megatron_still_fails_without_a_gpu() -> None:
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.ones(1).cuda()
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+    with pytest.raises((AssertionError, RuntimeError)):
+        as_if_in("megatron_core_lookalike", "t.cuda()", t=torch.ones(1))
+
+
+SNAPSHOT = """
+import importlib
+import torch
+from megatron_stepkto import cpu
+
+for name in cpu.PATCHED_MODULES:  # importing Megatron may change torch; that is not ours
+    importlib.import_module("megatron.core." + name)
+
+
+def snapshot():
+    owners = {"torch": torch, "torch.cuda": torch.cuda, "torch.Tensor": torch.Tensor, "torch.random": torch.random,
+              "torch.distributed": torch.distributed, "torch.optim": torch.optim, "torch.nn.Module": torch.nn.Module}
+    return {(owner, name): value for owner, holder in owners.items() for name, value in vars(holder).items()}
+
+
+before = snapshot()
+cpu.install()
+after = snapshot()
+assert before.keys() <= after.keys()
+print(sorted(".".join(key) for key in after if key not in before or before[key] is not after[key]))
+print(torch.zeros(1).device, torch.get_default_device(), torch.get_default_dtype())
+"""
+
+
+def test_nothing_else_of_torch_is_touched() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SNAPSHOT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["['torch.Tensor.cuda', 'torch.Tensor.type']", "cpu cpu torch.float32"]

@@ -1,0 +1,301 @@
+"""Which judged samples train, in which role, with which KL partner; counts by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_stepkto.data.dataset import build_dataset, select
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.recipe import METHODS, Dataset
+from megatron_stepkto.records import JudgedSample, TrainExample, read_records, write_records
+
+
+def sample(
+    problem: str, number: int, outcome: int | None, labels: Sequence[int | None] = (1, None),
+    tokens: list[int] | None = None,
+) -> JudgedSample:
+    """One token per step unless ``tokens`` says more for the last one."""
+    ids = tokens or [100 + number] * len(labels)
+    steps = [{"start": i, "end": i + 1, "token_start": i, "token_end": i + 1, "label": label}
+             for i, label in enumerate(labels)]
+    steps[-1]["token_end"] = len(ids)
+    return JudgedSample.model_validate({
+        "problem_id": problem, "sample_id": f"{problem}/{number}", "prompt_token_ids": [1, 2, 3], "token_ids": ids,
+        "text": "x" * len(labels), "finish_reason": "stop", "steps": steps, "outcome": outcome,
+        "judge": {"outcome": "answer", "process": "none"},
+    })
+
+
+def group(*samples: JudgedSample) -> dict[str, list[JudgedSample]]:
+    found: dict[str, list[JudgedSample]] = {}
+    for one in samples:
+        found.setdefault(one.problem_id, []).append(one)
+    return found
+
+
+def many(problems: int, samples: int = 3) -> list[JudgedSample]:
+    """Right, wrong, right, ... of each problem."""
+    return [sample(f"p{p}", n, (n + 1) % 2) for p in range(problems) for n in range(samples)]
+
+
+def ids(examples: list[TrainExample]) -> list[str]:
+    return [example.example_id for example in examples]
+
+
+# --- KL pairs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problems", [2, 3, 5, 8])
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_a_kl_partner_is_a_solution_of_another_problem(problems: int, samples: int) -> None:
+    rows = many(problems, samples)
+    by_id = {row.sample_id: row for row in rows}
+    examples = select(group(*rows), Dataset(), "step_kto", seed=0)
+    assert len(examples) == problems * samples
+    for example in examples:
+        assert example.kl_partner is not None
+        other = by_id[example.kl_partner.example_id]
+        assert other.problem_id != example.problem_id
+        assert example.kl_partner.token_ids == other.token_ids
+        assert [(s.token_start, s.token_end, s.label) for s in example.kl_partner.steps] == [
+            (s.token_start, s.token_end, s.label) for s in other.steps
+        ]
+    # rotated: with equal counts every solution is the partner of exactly one example
+    assert sorted(e.kl_partner.example_id for e in examples if e.kl_partner) == sorted(by_id)
+
+
+def test_partners_of_problems_with_unequal_numbers_of_samples() -> None:
+    rows = [*many(1, 5), sample("q", 0, 1), sample("r", 0, 0), sample("r", 1, 1)]
+    for example in select(group(*rows), Dataset(), "kto", seed=0):
+        assert example.kl_partner is not None
+        assert example.kl_partner.example_id.split("/")[0] != example.problem_id
+
+
+def test_one_problem_alone_has_no_partner() -> None:
+    rows = group(*many(1, 4))
+    with pytest.raises(UserError, match="KL pairs need at least two problems; got one"):
+        select(rows, Dataset(), "step_kto", seed=0)
+    examples = select(rows, Dataset(kl_pair_share=0), "step_kto", seed=0)
+    assert [example.kl_partner for example in examples] == [None] * 4
+
+
+def test_problems_without_a_judged_sample_lend_no_partner() -> None:
+    rows = [sample("p0", 0, 1), sample("p1", 0, None, [None, None]), sample("p2", 0, 0)]
+    examples = select(group(*rows), Dataset(), "kto", 0)
+    partners = {e.problem_id: e.kl_partner.example_id for e in examples if e.kl_partner}
+    assert partners == {"p0": "p2/0", "p2": "p0/0"}
+
+
+def test_share_of_examples_with_a_partner() -> None:
+    rows = group(*many(1000, 1))
+
+    def chosen(share: float, seed: int = 0) -> set[str]:
+        return {e.example_id for e in select(rows, Dataset(kl_pair_share=share), "step_kto", seed) if e.kl_partner}
+
+    # 1,000 draws at 0.25: 250 +- 4 standard deviations of 13.7
+    assert 195 < len(chosen(0.25)) < 305
+    assert chosen(0.25) < chosen(0.5)
+    assert len(chosen(1.0)) == 1000
+    assert chosen(0.25, seed=1) != chosen(0.25)
+
+
+@pytest.mark.parametrize("method", ["rft", "dpo", "irpo"])
+def test_methods_without_a_kl_term_carry_no_partner(method: Any) -> None:
+    assert all(e.kl_partner is None for e in select(group(*many(1, 3)), Dataset(), method, 0))
+
+
+# --- who trains ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["step_kto", "kto"])
+def test_samples_with_something_judged_train(method: Any) -> None:
+    rows = [
+        sample("p", 0, 1, [1, None]), sample("p", 1, 0, [None, None]), sample("p", 2, None, [0, None]),
+        sample("p", 3, None, [None, None]), sample("q", 0, None, [None]), sample("r", 0, 0, [0, 0]),
+    ]
+    examples = select(group(*rows), Dataset(kl_pair_share=0), method, 0)
+    assert ids(examples) == ["p/0", "p/1", "p/2", "r/0"]
+    assert [e.outcome for e in examples] == [1, 0, None, 0]
+    assert [[s.label for s in e.steps] for e in examples] == [[1, None], [None, None], [0, None], [0, 0]]
+
+
+def test_an_example_is_the_sample_as_it_was() -> None:
+    row = sample("p", 0, 1, [1, 0], tokens=[7, 8, 9]).model_copy(update={"token_log_probs": [-1.0, -2.0, -3.0]})
+    example = select(group(row), Dataset(kl_pair_share=0), "step_kto", 0)[0]
+    assert example.model_dump() == {
+        "example_id": "p/0", "problem_id": "p", "prompt_token_ids": [1, 2, 3], "token_ids": [7, 8, 9],
+        "steps": [{"token_start": 0, "token_end": 1, "label": 1}, {"token_start": 1, "token_end": 3, "label": 0}],
+        "outcome": 1, "kl_partner": None, "pair_id": None, "side": None, "token_log_probs": [-1.0, -2.0, -3.0],
+    }
+
+
+def test_rft_takes_each_right_solution_once() -> None:
+    rows = [
+        sample("p", 0, 1, tokens=[5, 6]), sample("p", 1, 0, tokens=[5, 7]), sample("p", 2, 1, tokens=[5, 6]),
+        sample("p", 3, None, [1, 1], tokens=[5, 8]), sample("p", 4, 1, tokens=[5, 9]),
+        sample("q", 0, 1, tokens=[5, 6]), sample("r", 0, 0),
+    ]
+    # the same tokens under another problem are another example
+    assert ids(select(group(*rows), Dataset(), "rft", 0)) == ["p/0", "p/4", "q/0"]
+
+
+@pytest.mark.parametrize(("right", "wrong", "limit", "expected"), [
+    (1, 1, 4, 1), (2, 3, 4, 3), (3, 1, 4, 3), (5, 2, 4, 4), (4, 4, 2, 2), (3, 0, 4, 0), (0, 3, 4, 0),
+])
+@pytest.mark.parametrize("method", ["dpo", "irpo"])
+def test_pairs_by_hand(method: Any, right: int, wrong: int, limit: int, expected: int) -> None:
+    """max(right, wrong) pairs, at most ``pairs_per_problem``; none when a side is empty."""
+    rows = [sample("p", n, 1) for n in range(right)] + [sample("p", 10 + n, 0) for n in range(wrong)]
+    rows += [sample("p", 90, None), sample("q", 0, 1), sample("q", 1, 0)]
+    examples = select(group(*rows), Dataset(pairs_per_problem=limit), method, 0)
+    of_p = [example for example in examples if example.problem_id == "p"]
+    assert len(of_p) == 2 * expected
+    assert len(examples) - len(of_p) == 2
+    outcome_of = {row.token_ids[0]: row.outcome for row in rows if row.problem_id == "p"}
+    pairs = []
+    for chosen, rejected in zip(of_p[::2], of_p[1::2], strict=True):
+        assert chosen.pair_id == rejected.pair_id
+        assert (chosen.side, rejected.side) == ("chosen", "rejected")
+        assert (outcome_of[chosen.token_ids[0]], outcome_of[rejected.token_ids[0]]) == (1, 0)
+        assert (chosen.outcome, rejected.outcome) == (1, 0)
+        pairs.append((chosen.token_ids[0], rejected.token_ids[0]))
+    assert len(set(pairs)) == expected  # no pair twice
+    assert len({example.example_id for example in examples}) == len(examples)
+    assert len({example.pair_id for example in examples}) == len(examples) // 2
+
+
+def test_pairs_use_every_sample_of_the_larger_side() -> None:
+    rows = [sample("p", n, 1) for n in range(2)] + [sample("p", 10 + n, 0) for n in range(4)]
+    examples = select(group(*rows), Dataset(), "dpo", 0)
+    assert sorted(e.token_ids[0] for e in examples if e.side == "rejected") == [110, 111, 112, 113]
+    assert sorted(e.token_ids[0] for e in examples if e.side == "chosen") == [100, 100, 101, 101]
+
+
+def test_examples_per_problem() -> None:
+    rows = [*many(30, 6), *[sample("few", n, 1) for n in range(2)]]
+    examples = select(group(*rows), Dataset(max_examples_per_problem=3), "kto", 0)
+    counts = {problem: sum(e.problem_id == problem for e in examples) for problem in {e.problem_id for e in examples}}
+    assert counts == {**{f"p{p}": 3 for p in range(30)}, "few": 2}
+    assert len(set(ids(examples))) == len(examples)
+    # drawn, not the first three: 20 possible sets of 6, so 30 problems show several
+    drawn = {tuple(sorted(e.example_id.split("/")[1] for e in examples if e.problem_id == f"p{p}")) for p in range(30)}
+    assert len(drawn) > 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selection_is_the_same_in_every_run(method: Any) -> None:
+    rows = group(*many(10, 6))
+    settings = Dataset(max_examples_per_problem=4, kl_pair_share=0.5, pairs_per_problem=2)
+    assert select(rows, settings, method, 3) == select(rows, settings, method, 3)
+    if method != "rft":
+        assert select(rows, settings, method, 3) != select(rows, settings, method, 4)
+
+
+# --- the stage's files ---------------------------------------------------------------------------------------
+
+
+def build(
+    folder: Path, rows: list[JudgedSample], method: Any = "step_kto", share: float = 0.0, **keys: Any
+) -> dict[str, Any]:
+    judged = folder / "judged.jsonl"
+    write_records(judged, rows)
+    out = folder / method
+    return build_dataset(judged, out / "train.jsonl", out / "held_out.jsonl", Dataset(**keys), method, share, seed=0)
+
+
+def read(path: Path) -> list[TrainExample]:
+    return list(read_records(path, TrainExample))
+
+
+def test_counts_by_hand(tmp_path: Path) -> None:
+    rows = [
+        sample("p", 0, 1, [1, 1, None], [5] * 4), sample("p", 1, 0, [1, 0, 0]), sample("p", 2, None, [None]),
+        sample("q", 0, None, [1, None], [5] * 6), sample("q", 1, 1, [1], [5] * 8),
+    ]
+    assert build(tmp_path, rows, max_tokens=9) == {
+        "samples": 5, "too_long": 1, "problems": 2, "examples": 3, "right": 1, "wrong": 1,
+        "steps_right": 4, "steps_wrong": 2, "kl_pairs": 3, "tokens": (3 + 4) + (3 + 3) + (3 + 6),
+    }
+    assert ids(read(tmp_path / "step_kto" / "train.jsonl")) == ["p/0", "p/1", "q/0"]
+    assert not (tmp_path / "step_kto" / "held_out.jsonl").exists()
+
+
+def test_max_tokens_counts_prompt_and_response(tmp_path: Path) -> None:
+    rows = [sample("p", 0, 1, [1], [5] * 4), sample("q", 0, 1, [1], [5] * 5), sample("r", 0, 1, [1], [5] * 6)]
+    counts = build(tmp_path, rows, max_tokens=8)
+    assert (counts["samples"], counts["too_long"], counts["examples"]) == (3, 1, 2)
+
+
+def test_held_out_by_problem_and_the_same_for_every_method(tmp_path: Path) -> None:
+    rows = many(200, 3)
+    splits = {}
+    for method in METHODS:
+        counts = build(tmp_path, rows, method, share=0.2)
+        train = {e.problem_id for e in read(tmp_path / method / "train.jsonl")}
+        held = read(tmp_path / method / "held_out.jsonl")
+        assert not train & {e.problem_id for e in held}
+        assert counts["held_out_problems"] == len({e.problem_id for e in held}) == 200 - counts["problems"]
+        assert counts["held_out_examples"] == len(held) == 3 * counts["held_out_problems"]
+        assert all(e.kl_partner is None for e in held)
+        splits[method] = (frozenset(train), frozenset(e.problem_id for e in held))
+    assert len(set(splits.values())) == 1
+    train_problems, held_problems = splits["step_kto"]
+    assert len(train_problems | held_problems) == 200
+    # 200 draws at 0.2: 40 +- 4 standard deviations of 5.7
+    assert 17 < len(held_problems) < 63
+
+
+def test_the_split_does_not_change_when_problems_are_added(tmp_path: Path) -> None:
+    build(tmp_path, many(50), share=0.3)
+    before = {e.problem_id for e in read(tmp_path / "step_kto" / "held_out.jsonl")}
+    build(tmp_path, [*many(60)[::-1]], share=0.3)
+    after = {e.problem_id for e in read(tmp_path / "step_kto" / "held_out.jsonl")}
+    assert before == after & {f"p{n}" for n in range(50)}
+
+
+def test_held_out_problems_without_a_label_leave_no_empty_file(tmp_path: Path) -> None:
+    """An empty file is an error to whoever reads it: the trainer would refuse a good dataset."""
+    build(tmp_path, many(50), share=0.3)
+    held = {e.problem_id for e in read(tmp_path / "step_kto" / "held_out.jsonl")}
+    rows = [sample(r.problem_id, int(r.sample_id[-1]), None, [None]) if r.problem_id in held else r for r in many(50)]
+    (tmp_path / "step_kto" / "held_out.jsonl").unlink()
+    build(tmp_path, rows, share=0.3)
+    assert not (tmp_path / "step_kto" / "held_out.jsonl").exists()
+
+
+def test_files_are_the_same_bytes_every_time(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        build(tmp_path / name, many(20), share=0.2, kl_pair_share=0.5)
+    for name in ("train.jsonl", "held_out.jsonl"):
+        assert (tmp_path / "one/step_kto" / name).read_bytes() == (tmp_path / "two/step_kto" / name).read_bytes()
+
+
+def test_a_sample_that_stands_twice(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"judged\.jsonl: sample_id p0/1 stands twice"):
+        build(tmp_path, [*many(2), many(1)[1]])
+    assert not (tmp_path / "step_kto").exists()
+
+
+@pytest.mark.parametrize(("method", "needs", "rows", "had"), [
+    ("rft", "a right sample", [sample("p", 0, 0), sample("q", 0, None)],
+     "2 problems with 0 right, 1 wrong and 1 undecided"),
+    ("dpo", "a right and a wrong sample of one problem", [sample("p", 0, 1), sample("q", 0, 0)],
+     "2 problems with 1 right, 1 wrong and 0 undecided"),
+    ("irpo", "a right and a wrong sample of one problem", [sample("p", 0, 1)],
+     "1 problems with 1 right, 0 wrong and 0 undecided"),
+    ("step_kto", "a sample with a judged outcome or step", [sample("p", 0, None, [None])],
+     "1 problems with 0 right, 0 wrong and 1 undecided"),
+])
+def test_nothing_to_train_on_says_what_was_there(
+    tmp_path: Path, method: Any, needs: str, rows: list[JudgedSample], had: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, rows, method)
+    assert str(caught.value) == (f"{tmp_path / 'judged.jsonl'}: no example that {method} can train on: "
+                                 f"it needs {needs}; got {had} samples")
+    assert not (tmp_path / method).exists()

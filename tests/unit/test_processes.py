@@ -1,0 +1,179 @@
+"""Children of a stage: real processes that end well, fail, report, hang, and lose their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_stepkto.errors import StageFailed, UserError
+from megatron_stepkto.processes import Child, run_children
+
+WAIT_S = 20.0
+
+
+def python(script: str, log: Path, env: dict[str, str] | None = None) -> Child:
+    return Child([sys.executable, "-c", script], log, env or {})
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        if path.is_file() and path.read_text():
+            return path.read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear in {WAIT_S} s")
+
+
+def is_running(pid: int) -> bool:
+    """A zombie is dead: who should reap it is the machine's init, which a container may lack."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def assert_ends(pid: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while is_running(pid):
+        assert time.monotonic() < deadline, f"process {pid} still runs"
+        time.sleep(0.05)
+
+
+def test_all_end_well_and_each_attempt_has_its_own_log(tmp_path: Path) -> None:
+    children = [
+        python("import os; print('one', os.environ['SHADE'])", tmp_path / "logs" / "a.log", {"SHADE": "red"}),
+        python("import sys; print('two', file=sys.stderr)", tmp_path / "logs" / "b.log"),
+    ]
+    run_children(children, title="test", unit="units")
+    run_children(children[:1], title="test", unit="units")
+    logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert logs == {"a.log": "one red\n", "b.log": "two\n", "a-2.log": "one red\n"}
+
+
+def test_failure_names_the_log_shows_its_end_and_stops_the_others(tmp_path: Path) -> None:
+    pid_file, log = tmp_path / "pid", tmp_path / "bad.log"
+    hang = f"import os,time; open({str(pid_file)!r},'w').write(str(os.getpid())); time.sleep(600)"
+    fail = (
+        f"import os,time\nwhile not os.path.exists({str(pid_file)!r}): time.sleep(0.05)\n"
+        "[print('line', n) for n in range(40)]; raise SystemExit(3)"
+    )
+    with pytest.raises(StageFailed) as caught:
+        run_children([python(hang, tmp_path / "hang.log"), python(fail, log)], title="test", unit="units")
+    message = str(caught.value)
+    assert str(log) in message
+    assert "exit code 3" in message
+    assert [line.strip() for line in message.splitlines()[1:]] == [f"line {n}" for n in range(25, 40)]
+    assert_ends(int(pid_file.read_text()))
+
+
+def test_a_signal_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="killed by SIGKILL"):
+        run_children(
+            [python("import os; os.kill(os.getpid(), 9)", tmp_path / "a.log")], title="test", unit="units"
+        )
+
+
+def test_user_error_of_a_child_reaches_the_parent(tmp_path: Path) -> None:
+    script = (
+        "from megatron_stepkto.errors import UserError\n"
+        "from megatron_stepkto.processes import child_main\n"
+        "def main(): raise UserError('row 7: expected a fish')\n"
+        "child_main(main)"
+    )
+    with pytest.raises(UserError, match=r"^row 7: expected a fish$"):
+        run_children([python(script, tmp_path / "a.log")], title="test", unit="units")
+    assert (tmp_path / "a.log").read_text() == "error: row 7: expected a fish\n"
+
+
+def test_traceback_behind_a_noisy_launcher_is_shown(tmp_path: Path) -> None:
+    """As under torchrun: the process that ends prints pages of its own after the rank's traceback."""
+    rank = (
+        "from megatron_stepkto.processes import child_main\n"
+        "def main(): return [][5]\n"
+        "child_main(main)"
+    )
+    launcher = (
+        f"import subprocess, sys; code = subprocess.call([sys.executable, '-c', {rank!r}]); "
+        "print('noise\\n' * 100); sys.exit(code)"
+    )
+    with pytest.raises(StageFailed, match="IndexError: list index out of range"):
+        run_children([python(launcher, tmp_path / "a.log")], title="test", unit="units")
+
+
+def test_grandchildren_go_with_a_failed_child(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    script = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(pid_file)!r}, 'w').write(str(child.pid)); sys.exit(1)"
+    )
+    with pytest.raises(StageFailed):
+        run_children([python(script, tmp_path / "a.log")], title="test", unit="units")
+    assert_ends(int(pid_file.read_text()))
+
+
+def test_exception_in_the_parent_stops_a_child_that_ignores_sigterm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_stepkto.processes.GRACE_S", 0.5)
+    pid_file = tmp_path / "pid"
+    script = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    )
+
+    def poll() -> None:
+        if pid_file.exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_children([python(script, tmp_path / "a.log")], title="test", unit="units", poll=poll)
+    assert_ends(int(pid_file.read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_parent_leaves_no_orphan(tmp_path: Path, number: signal.Signals) -> None:
+    """The child never heard of this package (as torchrun), the grandchild calls die_with_parent (as a rank).
+
+    The grandchild has a session of its own, as torchrun gives its ranks: signals to the group miss it.
+    """
+    child_pid, grandchild_pid = tmp_path / "child", tmp_path / "grandchild"
+    grandchild = (
+        "import os, time; from megatron_stepkto.processes import die_with_parent; die_with_parent()\n"
+        f"open({str(grandchild_pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    )
+    child = (
+        f"import os, subprocess, sys; open({str(child_pid)!r}, 'w').write(str(os.getpid()))\n"
+        f"subprocess.run([sys.executable, '-c', {grandchild!r}], start_new_session=True)"
+    )
+    parent = (
+        "import sys; from pathlib import Path; from megatron_stepkto.processes import Child, run_children\n"
+        f"child = Child([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'a.log')!r}))\n"
+        "run_children([child], title='test', unit='units')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    pids = [int(wait_for(path)) for path in (child_pid, grandchild_pid)]
+    assert all(map(is_running, pids))
+    os.kill(process.pid, number)
+    assert process.wait(WAIT_S) == (-9 if number == signal.SIGKILL else 128 + 15)
+    for pid in pids:
+        assert_ends(pid)
+
+
+def test_progress_of_several_children_is_summed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "0.json", tmp_path / "1.json"]
+    scripts = [
+        "from pathlib import Path; from megatron_stepkto.progress import ProgressFile\n"
+        f"ProgressFile(Path({str(path)!r})).report({done}, 10, {note!r}, last=True)"
+        for path, done, note in zip(files, (10, 7), ("fast", ""), strict=True)
+    ]
+    children = [python(script, tmp_path / f"{n}.log") for n, script in enumerate(scripts)]
+    run_children(children, title="drawing", unit="solutions", progress=files, done_before=5)
+    assert "drawing: 22/25 solutions" in capsys.readouterr().err

@@ -1,0 +1,301 @@
+"""Recipes: what is read, and what a faulty one is told (file:line, what was expected, what to do)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.recipe import Recipe, load_recipe
+from tests.conftest import REPOSITORY
+
+# The line numbers in the tests below count from this text: `name` is line 1.
+GOOD = """\
+name: tiny
+initial_model: models/m0
+problems:
+  source: chained_arithmetic
+  per_iteration: 16
+sample:
+  num_samples: 4
+  max_tokens: 32
+judge:
+  split: line
+  process: chained_arithmetic
+train:
+  optimizer: {lr: 1.0e-4}
+  global_batch_size: 8
+  parallel:
+    ranks: 2
+    tensor: 2
+"""
+SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+
+
+def write(folder: Path, text: str = GOOD) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, overrides: list[str] | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+def changed(folder: Path, old: str, new: str) -> Path:
+    assert GOOD.count(old) == 1
+    return write(folder, GOOD.replace(old, new))
+
+
+def test_a_good_recipe_and_its_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path))
+    assert (recipe.name, recipe.seed, recipe.iterations, recipe.train.method) == ("tiny", 0, 1, "step_kto")
+    assert (recipe.sample.num_samples, recipe.sample.max_tokens) == (4, 32)  # type: ignore[union-attr]
+    assert recipe.train.optimizer.lr == 1e-4
+    assert recipe.run_dir == Path("runs/tiny")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_every_shipped_recipe_parses(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert "mini_cpu" in [path.stem for path in SHIPPED]
+
+
+# --- faults of keys and values -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "new", "line", "said"), [
+    ("  num_samples: 4", "  num_sample: 4", 7, "unknown key sample.num_sample; did you mean num_samples?"),
+    ("  num_samples: 4", "  num_samples: 0", 7,
+     "sample.num_samples: Input should be greater than or equal to 1, got 0"),
+    ("  num_samples: 4", "  num_samples: four", 7,
+     "sample.num_samples: Input should be a valid integer, unable to parse string as an integer, got 'four'"),
+    ("  split: line", "  split: page", 10, "judge.split: Input should be 'line' or 'blank_line', got 'page'"),
+    ("  split: line\n", "", 9, "key judge.split is missing; add it"),
+    ("  max_tokens: 32\n", "", 6, "key sample.max_tokens is missing; add it"),
+    ("  optimizer: {lr: 1.0e-4}", "  optimizer: {lr: -1}", 13,
+     "train.optimizer.lr: Input should be greater than 0, got -1"),
+    ("name: tiny", "name: tiny/../x", 1, "name: String should match pattern"),
+    ("  per_iteration: 16\n", "", 3, "source: chained_arithmetic needs the key per_iteration"),
+    ("initial_model: models/m0\n", "", 1, "give initial_model (a Hugging Face folder) or warm_up (which makes one)"),
+    ("    tensor: 2", "    tenser: 2", 17, "unknown key train.parallel.tenser; did you mean tensor?"),
+])
+def test_one_fault_is_one_line_with_its_place(tmp_path: Path, old: str, new: str, line: int, said: str) -> None:
+    path = changed(tmp_path, old, new)
+    message = refusal(path)
+    assert message.startswith(f"{path}:{line}: ")
+    assert said in message
+    assert "\n" not in message
+
+
+def test_a_key_like_no_other_gets_the_list_of_keys(tmp_path: Path) -> None:
+    path = changed(tmp_path, "    ranks: 2", "    ranks: 2\n    zzz: 1")
+    assert refusal(path) == (f"{path}:17: unknown key train.parallel.zzz; allowed here: distributed_optimizer, "
+                             "pipeline, ranks, sequence, tensor, virtual_pipeline")
+
+
+def test_unknown_key_inside_a_list(tmp_path: Path) -> None:
+    text = """\
+name: tiny
+initial_model: m0
+problems:
+  source: imports
+  imports:
+    - {format: prm800k, path: a.jsonl}
+    - format: processbench
+      pth: b.jsonl
+train: {optimizer: {lr: 0.1}, global_batch_size: 1}
+"""
+    path = write(tmp_path, text)
+    assert sorted(refusal(path).split("\n")) == [
+        f"{path}:7: key problems.imports.1.path is missing; add it",
+        f"{path}:8: unknown key problems.imports.1.pth; did you mean path?",
+    ]
+
+
+def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("num_samples: 4", "num_samples: 0").replace("split: line", "splt: line"))
+    assert sorted(refusal(path).split("\n")) == [
+        f"{path}:10: unknown key judge.splt; did you mean split?",
+        f"{path}:7: sample.num_samples: Input should be greater than or equal to 1, got 0",
+        f"{path}:9: key judge.split is missing; add it",
+    ]
+
+
+@pytest.mark.parametrize(("layout", "said"), [
+    ("ranks: 3\n    tensor: 2", "ranks (3) must be a multiple of tensor x pipeline (2 x 1)"),
+    ("ranks: 4\n    tensor: 2\n    pipeline: 4", "ranks (4) must be a multiple of tensor x pipeline (2 x 4)"),
+    ("ranks: 2\n    tensor: 2\n    virtual_pipeline: 2", "virtual_pipeline needs pipeline >= 2"),
+    ("ranks: 2\n    tensor: 1\n    sequence: true", "sequence parallelism needs tensor >= 2"),
+])
+def test_a_layout_that_cannot_be(tmp_path: Path, layout: str, said: str) -> None:
+    path = changed(tmp_path, "ranks: 2\n    tensor: 2", layout)
+    assert refusal(path) == f"{path}:15: train.parallel: {said}"
+
+
+@pytest.mark.parametrize(("problems", "extra", "said"), [
+    ("{source: files}", "", "source: files needs the key train"),
+    ("{source: imports}", "", "source: imports needs the key imports"),
+    ("{source: files, train: a.jsonl}", "evaluate: {num_problems: 5}\n", "problems.test must name a file"),
+    ("{source: imports, imports: [{format: a, path: b}]}", "iterations: 2\n", "takes one iteration"),
+])
+def test_sections_that_do_not_go_together(tmp_path: Path, problems: str, extra: str, said: str) -> None:
+    path = changed(tmp_path, "problems:\n  source: chained_arithmetic\n  per_iteration: 16\n",
+                   f"problems: {problems}\n{extra}")
+    assert said in refusal(path)
+
+
+def test_sampled_problems_need_a_judge(tmp_path: Path) -> None:
+    path = changed(tmp_path, "judge:\n  split: line\n  process: chained_arithmetic\n", "")
+    assert "problems.source: chained_arithmetic needs the sections sample and judge" in refusal(path)
+
+
+# --- faults of the file --------------------------------------------------------------------------------------
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    path = changed(tmp_path, "  max_tokens: 32", "  max_tokens: 32\n  num_samples: 8")
+    message = refusal(path)
+    assert str(path) in message
+    assert "line 9: key sample.num_samples stands twice; keep one" in message
+
+
+@pytest.mark.parametrize(("text", "line"), [
+    ("name: a\ntrain: {lr: 1\nseed: 2\n", 3),
+    ("name: a\n  seed: 1\n", 2),
+    ("name: a\nseed: \"1\n", 3),
+    ("name: a\n\tseed: 1\n", 2),
+])
+def test_broken_yaml(tmp_path: Path, text: str, line: int) -> None:
+    path = write(tmp_path, text)
+    message = refusal(path)
+    assert message.startswith(f"{path}:{line}: not YAML: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["name: a\x00b\n", "name: a\x07b\n"], ids=["null", "bell"])
+def test_control_characters_are_one_line(tmp_path: Path, text: str) -> None:
+    message = refusal(write(tmp_path, text))
+    assert "not YAML" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("date", ["2024-13-45", "2024-02-30"])
+def test_an_impossible_date_is_no_traceback(tmp_path: Path, date: str) -> None:
+    """YAML reads 2024-02-30 as a date; there is no such day, and PyYAML raises a bare ValueError."""
+    path = changed(tmp_path, "name: tiny", f"name: {date}")
+    assert refusal(path).startswith(f"{path}:")
+
+
+def test_a_recipe_that_holds_itself_is_no_traceback(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "evaluate: &again\n  split: *again\n")
+    assert refusal(path).startswith(f"{path}:")
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("- name: a\n", "list"), ("tiny\n", "str"), ("", "NoneType"), ("# nothing but a comment\n", "NoneType"),
+])
+def test_not_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
+    path = write(tmp_path, text)
+    assert refusal(path) == f"{path}:1: expected a mapping of recipe keys, got {kind}"
+
+
+def test_no_file_a_folder_and_not_text(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: é\n".encode("latin-1"))
+    for path in (tmp_path / "absent.yaml", tmp_path, tmp_path / "latin.yaml"):
+        assert refusal(path) == f"{path}: expected a recipe (a YAML file), found none; see recipes/"
+
+
+# --- --set ---------------------------------------------------------------------------------------------------
+
+
+def test_overrides_keep_yaml_types_and_win_in_order(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path), [
+        "seed=7", "sample.num_samples=2", "sample.num_samples=16", "train.optimizer.lr=2.5e-3",
+        "train.method=kto", "problems.per_iteration=null", "problems.source=files", "problems.train=a=b.jsonl",
+    ])
+    assert (recipe.seed, recipe.sample.num_samples, recipe.train.method) == (7, 16, "kto")  # type: ignore[union-attr]
+    assert recipe.train.optimizer.lr == 2.5e-3
+    assert recipe.problems.per_iteration is None
+    assert recipe.problems.train == tmp_path / "a=b.jsonl"
+
+
+def test_an_override_can_begin_a_section(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path), ["train.loss.beta_step=3", "evaluate.num_problems=5", "evaluate.k=2"])
+    assert recipe.train.loss.beta_step == 3.0
+    assert recipe.train.loss.beta_outcome == 0.1
+    assert recipe.evaluate is not None
+    assert (recipe.evaluate.num_problems, recipe.evaluate.k, recipe.evaluate.split) == (5, 2, "test")
+
+
+@pytest.mark.parametrize(("assignment", "said"), [
+    ("seed", "--set seed: expected section.key=value"),
+    ("=3", "--set =3: expected section.key=value"),
+    ("seed.x=1", "--set seed.x=1: seed is a value, not a section"),
+    ("name.first.second=1", "--set name.first.second=1: name is a value, not a section"),
+    ("seed=[1", "--set seed=[1: the value is not YAML; quote it"),
+    ("seed=2024-02-30", "--set seed=2024-02-30"),
+    ("sample.num_sampels=4", "unknown key sample.num_sampels; did you mean num_samples?"),
+    ("sample.num_samples=0", "sample.num_samples: Input should be greater than or equal to 1, got 0"),
+    ("train.parallel.ranks=3", "ranks (3) must be a multiple of tensor x pipeline (2 x 1)"),
+])
+def test_overrides_that_cannot_be(tmp_path: Path, assignment: str, said: str) -> None:
+    path = write(tmp_path, GOOD.replace("name: tiny", "name: tiny\nseed: 0"))
+    message = refusal(path, [assignment])
+    assert said in message
+    assert "\n" not in message
+
+
+# --- environment and paths -----------------------------------------------------------------------------------
+
+
+def test_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPKTO_TEST_WORD", "word")
+    monkeypatch.delenv("STEPKTO_TEST_ABSENT", raising=False)
+    text = GOOD.replace("problems:\n  source: chained_arithmetic\n  per_iteration: 16\n", """\
+problems:
+  source: files
+  train: ${STEPKTO_TEST_WORD}/train.jsonl
+  dev: ${STEPKTO_TEST_ABSENT:-other}/${STEPKTO_TEST_WORD}.jsonl
+  test: ${STEPKTO_TEST_WORD:-unused}.jsonl
+""")
+    problems = load_recipe(write(tmp_path, text)).problems
+    assert problems.train == tmp_path / "word/train.jsonl"
+    assert problems.dev == tmp_path / "other/word.jsonl"
+    assert problems.test == tmp_path / "word.jsonl"
+
+
+def test_a_variable_that_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPKTO_TEST_ABSENT", raising=False)
+    path = changed(tmp_path, "models/m0", "${STEPKTO_TEST_ABSENT}/m0")
+    message = refusal(path)
+    assert message.startswith(str(path))
+    assert "environment variable STEPKTO_TEST_ABSENT is not set" in message
+    assert load_recipe(changed(tmp_path, "models/m0", "${STEPKTO_TEST_ABSENT:-}m0")).initial_model == tmp_path / "m0"
+
+
+def test_paths_are_taken_from_the_recipe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any working directory; absolute paths stay."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "recipes"
+    elsewhere.mkdir()
+    folder.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert load_recipe(write(folder)).initial_model == folder / "models/m0"
+    up = folder / "up.yaml"
+    up.write_text(GOOD.replace("models/m0", "../models/./m0"))
+    assert load_recipe(up).initial_model == tmp_path / "models/m0"
+    up.write_text(GOOD.replace("models/m0", "/somewhere/m0"))
+    assert load_recipe(up).initial_model == Path("/somewhere/m0")
+    assert load_recipe(Path("../recipes/recipe.yaml")).initial_model == Path("../recipes/models/m0")
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_read(tmp_path: Path) -> None:
+    recipe: Recipe = load_recipe(write(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]

@@ -1,0 +1,336 @@
+"""A stage runs once, is never silently redone or mixed with other work, and one process at a time writes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_stepkto import stages
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.stages import Result, Stage, input_hash, run_stage
+
+
+class Work:
+    """Writes ``out.txt`` and counts how often it was called."""
+
+    def __init__(self, stage: Stage, text: str = "made") -> None:
+        self.stage, self.text, self.calls = stage, text, 0
+
+    def __call__(self) -> Result:
+        self.calls += 1
+        out = self.stage.directory / "out.txt"
+        out.write_text(self.text)
+        return Result([out], {"rows": 3})
+
+
+def make(folder: Path, inputs: dict[str, Path] | None = None, **settings: Any) -> Stage:
+    return Stage("sample", folder / "stage", settings, inputs or {})
+
+
+def refusal(stage: Stage, work: Callable[[], Result], *, force: bool = False) -> str:
+    with pytest.raises(UserError) as caught:
+        run_stage(stage, work, force=force)
+    return str(caught.value)
+
+
+def cut_short(stage: Stage) -> None:
+    """Work that wrote a part and died."""
+
+    def work() -> Result:
+        (stage.directory / "part.txt").write_text("part")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage, work)
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- done once -----------------------------------------------------------------------------------------------
+
+
+def test_a_stage_runs_once_and_leaves_a_manifest(tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("input")
+    stage = make(tmp_path, {"source": source}, seed=1)
+    work = Work(stage)
+    first = run_stage(stage, work)
+    assert run_stage(stage, work) == first
+    assert work.calls == 1
+    assert json.loads(stage.manifest_path.read_text()) == first
+    assert first["stage"] == "sample"
+    known = {"source": {"path": str(source), "sha256": sha256("input")}}
+    assert first["key"] == {"settings": {"seed": 1}, "inputs": known}
+    assert first["outputs"] == {"out.txt": {"sha256": sha256("made"), "bytes": 4}}
+    assert first["counts"] == {"rows": 3}
+    assert first["seconds"] >= 0
+    assert first["versions"]["python"].startswith("3.")
+
+
+def test_force_does_not_redo_what_did_not_change(tmp_path: Path) -> None:
+    stage = make(tmp_path, seed=1)
+    work = Work(stage)
+    run_stage(stage, work)
+    run_stage(stage, work, force=True)
+    assert work.calls == 1
+
+
+def test_an_input_that_is_missing(tmp_path: Path) -> None:
+    stage = make(tmp_path, {"problems": tmp_path / "absent.jsonl"})
+    said = refusal(stage, Work(stage))
+    assert said == (f"sample: input problems is missing: {tmp_path / 'absent.jsonl'}; "
+                    "run the stage that makes it first")
+
+
+# --- other settings, other input -----------------------------------------------------------------------------
+
+
+def test_changed_settings_are_refused_and_named(tmp_path: Path) -> None:
+    stage = make(tmp_path, seed=1, sample={"k": 4, "top_p": 1.0})
+    run_stage(stage, Work(stage))
+    other = make(tmp_path, seed=1, sample={"k": 8, "top_p": 1.0}, extra=True)
+    work = Work(other)
+    assert refusal(other, work) == (
+        f"{stage.directory} was finished with another configuration:\n  settings.extra: was None, is True\n"
+        "  settings.sample.k: was 4, is 8\n"
+        "undo the change, choose another name, or pass --force to redo the stage and what follows"
+    )
+    assert work.calls == 0
+    assert (stage.directory / "out.txt").read_text() == "made"
+
+
+def test_changed_input_is_refused_and_named(tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("one")
+    stage = make(tmp_path, {"source": source})
+    run_stage(stage, Work(stage))
+    source.write_text("two")
+    said = refusal(stage, Work(stage))
+    assert f"inputs.source.sha256: was '{sha256('one')}', is '{sha256('two')}'" in said
+
+
+def test_force_redoes_a_changed_stage_from_nothing(tmp_path: Path) -> None:
+    stage = make(tmp_path, seed=1)
+    run_stage(stage, Work(stage))
+    (stage.directory / "chunks").mkdir()
+    (stage.directory / "chunks" / "0.jsonl").write_text("old")
+    (stage.directory / "logs").mkdir()
+    (stage.directory / "logs" / "old.log").write_text("kept")
+    other = make(tmp_path, seed=2)
+    seen: list[str] = []
+
+    def work() -> Result:
+        seen.extend(sorted(path.name for path in other.directory.iterdir()))
+        return Work(other, "made again")()
+
+    manifest = run_stage(other, work, force=True)
+    assert seen == [".lock", "logs", "started.json"]
+    assert (other.directory / "logs" / "old.log").read_text() == "kept"
+    assert manifest["key"]["settings"] == {"seed": 2}
+    assert manifest["outputs"]["out.txt"]["sha256"] == sha256("made again")
+    assert run_stage(other, work) == manifest
+
+
+def test_a_moved_input_with_the_same_content_is_the_same_input(tmp_path: Path) -> None:
+    source, moved = tmp_path / "in.txt", tmp_path / "elsewhere" / "other.txt"
+    source.write_text("input")
+    stage = make(tmp_path, {"source": source})
+    work = Work(stage)
+    run_stage(stage, work)
+    moved.parent.mkdir()
+    source.rename(moved)
+    run_stage(make(tmp_path, {"source": moved}), work)
+    assert work.calls == 1
+    moved.write_text("changed")
+    assert "inputs.source.sha256" in refusal(make(tmp_path, {"source": moved}), work)
+
+
+# --- cut short -----------------------------------------------------------------------------------------------
+
+
+def test_unfinished_work_goes_on_with_its_files(tmp_path: Path) -> None:
+    stage = make(tmp_path, seed=1)
+    cut_short(stage)
+    assert not stage.manifest_path.exists()
+
+    def resume() -> Result:
+        assert (stage.directory / "part.txt").read_text() == "part"
+        return Result([stage.directory / "part.txt"])
+
+    assert run_stage(stage, resume)["outputs"]["part.txt"]["sha256"] == sha256("part")
+
+
+def test_unfinished_work_of_another_key_is_refused_or_forced(tmp_path: Path) -> None:
+    stage, other = make(tmp_path, seed=1), make(tmp_path, seed=2)
+    cut_short(stage)
+    work = Work(other)
+    assert refusal(other, work).startswith(
+        f"{stage.directory} was begun with another configuration:\n  settings.seed: was 1, is 2\n"
+    )
+    assert (stage.directory / "part.txt").exists()
+    run_stage(other, work, force=True)
+    assert not (stage.directory / "part.txt").exists()
+
+
+def test_work_that_fails_leaves_no_manifest(tmp_path: Path) -> None:
+    stage = make(tmp_path)
+    with pytest.raises(ValueError, match="broken"):
+        run_stage(stage, lambda: (_ for _ in ()).throw(ValueError("broken")))
+    assert sorted(path.name for path in stage.directory.iterdir()) == [".lock", "started.json"]
+
+
+def test_an_output_that_was_promised_but_not_made_is_not_finished(tmp_path: Path) -> None:
+    stage = make(tmp_path)
+    with pytest.raises(OSError, match=r"absent\.txt"):
+        run_stage(stage, lambda: Result([stage.directory / "absent.txt"]))
+    assert not stage.manifest_path.exists()
+
+
+def test_a_lost_output_is_noticed(tmp_path: Path) -> None:
+    stage = make(tmp_path)
+    work = Work(stage)
+    run_stage(stage, work)
+    (stage.directory / "out.txt").unlink()
+    assert refusal(stage, work) == (
+        f"{stage.directory}: finished, but out.txt is gone; restore it or pass --force"
+    )
+    run_stage(stage, work, force=True)
+    assert work.calls == 2
+    assert (stage.directory / "out.txt").exists()
+
+
+def test_a_forced_clearing_cut_short_never_passes_for_work_of_the_new_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old chunks must not be taken up under the new key: the sign of the old key goes last."""
+    stage, other = make(tmp_path, seed=1), make(tmp_path, seed=2)
+    run_stage(stage, Work(stage))
+    (stage.directory / "chunks").mkdir()
+    listing = Path.iterdir
+
+    def signs_first(self: Path) -> list[Path]:  # a file system may list a folder in any order
+        return sorted(listing(self), key=lambda path: (path.suffix != ".json", path.name))
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", signs_first)
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(other, Work(other), force=True)
+    assert (stage.directory / "chunks").is_dir()
+    assert "with another configuration" in refusal(other, Work(other))
+
+
+# --- two processes -------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from pathlib import Path
+from megatron_stepkto.files import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), "it"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    stage = make(tmp_path)
+    work = Work(stage)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(stage.directory / ".lock")],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        said = refusal(stage, work)
+        assert said.startswith(f"{stage.directory} is being written by another process (process {holder.pid} on ")
+        assert said.endswith("wait for it or stop it, then run the command again")
+        assert refusal(stage, work, force=True) == said
+        assert work.calls == 0
+    finally:
+        holder.kill()  # dies without cleaning up: the kernel frees the lock
+        holder.communicate(timeout=20)
+    run_stage(stage, work)
+    assert work.calls == 1
+
+
+# --- hashes of inputs ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_output_is_known_by_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded hash stands for a file that may be huge: it is not read again."""
+    stage = make(tmp_path)
+    run_stage(stage, Work(stage))
+    foreign = stage.directory / "not_an_output.txt"
+    foreign.write_text("foreign")
+    read: list[Path] = []
+
+    def spy(path: Path) -> str:
+        read.append(path)
+        return "hash"
+
+    monkeypatch.setattr(stages, "sha256_of", spy)
+    assert input_hash(stage.directory / "out.txt") == sha256("made")
+    assert read == []
+    assert input_hash(foreign) == "hash"
+    assert read == [foreign]
+
+
+def test_a_foreign_folder_is_hashed_by_names_and_contents(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "b.txt").write_text("B")
+    (folder / "deep" / "a.txt").write_text("A")
+    by_hand = sha256(f"b.txt\0{sha256('B')}\ndeep/a.txt\0{sha256('A')}\n")
+    assert input_hash(folder) == by_hand
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / ".lock").write_text("hidden files do not count")
+    assert input_hash(copy) == by_hand
+    (copy / "b.txt").rename(copy / "c.txt")
+    assert input_hash(copy) != by_hand
+    assert input_hash(folder / "b.txt") == sha256("B")
+
+
+@pytest.mark.parametrize("foreign", ["[]", '{"name": "an app"}', '{"outputs": ["model"]}', '{"outputs": {}}'])
+def test_a_manifest_that_is_not_ours_is_a_file_like_others(tmp_path: Path, foreign: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(foreign)
+    assert input_hash(folder) == sha256(f"manifest.json\0{sha256(foreign)}\n")
+
+
+def test_a_stage_whose_input_is_another_stages_folder(tmp_path: Path) -> None:
+    """Redone with other output it is another input; the manifest's own time and versions do not count."""
+    first = Stage("first", tmp_path / "first", {"n": 1}, {})
+
+    def folder_work(text: str) -> Callable[[], Result]:
+        def work() -> Result:
+            (first.directory / "model").mkdir(exist_ok=True)
+            (first.directory / "model" / "w.txt").write_text(text)
+            return Result([first.directory / "model"])
+
+        return work
+
+    manifest = run_stage(first, folder_work("same"))
+    assert manifest["outputs"]["model"] == {"sha256": sha256(f"w.txt\0{sha256('same')}\n"), "bytes": 4}
+    second = make(tmp_path, {"model": first.directory / "model"})
+    work = Work(second)
+    run_stage(second, work)
+    again = Stage("first", tmp_path / "first", {"n": 2}, {})
+    run_stage(again, folder_work("same"), force=True)
+    run_stage(second, work)
+    assert work.calls == 1
+    run_stage(first, folder_work("different"), force=True)
+    assert "inputs.model.sha256" in refusal(second, work)
