@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test unit lint setup demo-short compare gsm8k m0 clean
+.PHONY: demo test unit lint setup demo-short compare gsm8k figures m0 clean
 
 demo: setup
 	$(BIN)/stepkto run recipes/mini_cpu.yaml
@@ -38,6 +38,10 @@ unit: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The README's claims over three seeds (about half an hour).
+figures: setup
+	STEPKTO_FIGURES=1 $(BIN)/python -m pytest tests/end_to_end/test_figures.py -s
 
 # Makes the shipped M0 again.
 m0: setup

@@ -188,8 +188,15 @@ class WarmUp(Section):
     architecture: dict[str, Any] = Field(description="keys of the Hugging Face config.json; vocab_size is filled in")
     tokenizer: Literal["chained_arithmetic", "byte_level_bpe"]
     vocab_size: int = Field(512, ge=300, description="of a byte_level_bpe tokenizer")
-    corpus_size: int = Field(ge=1, description="solutions to train on; each is seen `training.epochs` times")
+    corpus_size: int | None = Field(None, ge=1, description="solutions of the simulated student (chained_arithmetic)")
     training: Training
+
+    @model_validator(mode="after")
+    def _check_corpus(self) -> Self:
+        if (self.tokenizer == "chained_arithmetic") != (self.corpus_size is not None):
+            raise ValueError("corpus_size goes with tokenizer: chained_arithmetic, whose student writes so many solutions; "
+                             "with byte_level_bpe the corpus is the imported right solutions")
+        return self
 
 
 class Recipe(Section):

@@ -76,11 +76,13 @@ def make_m0(run: Run) -> None:
 
     def make_corpus() -> Result:
         if imported:
-            return Result([examples], build_dataset(judged, examples, None, recipe.Dataset(), "rft", share, seed))
+            counts = build_dataset(judged, examples, None, run.recipe.dataset, "rft", share, seed)
+            return Result([examples], counts)
+        assert warm_up.corpus_size is not None
         return Result([examples], {"examples": write_corpus(warm_up.corpus_size, seed, tokenizer, run.recipe.prompt, examples)})
 
     settings = {"corpus_size": warm_up.corpus_size, "seed": seed, "prompt": run.recipe.prompt.model_dump(mode="json"),
-                "held_out_share": share}
+                "held_out_share": share, "max_tokens": run.recipe.dataset.max_tokens}
     inputs = {"tokenizer": tokenizer} | ({"judged": judged} if imported else {})
     run.run(Stage("M0 corpus", data, settings, inputs), make_corpus)
 

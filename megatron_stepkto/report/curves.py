@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import read_json
 from megatron_stepkto.records import describe
 
 MAX_POINTS = 400  # per training: more than a chart has pixels for
@@ -119,14 +120,9 @@ def read_training(path: Path, label: str) -> Training:
     broken = sum(1 for row in rows for name in _numbers(Update) if _infinite(getattr(row, name)))
     if broken:
         notes.append(f"{label}: {broken} values are not finite (NaN or infinity): the training diverged.")
-    collapse = falling_below_zero(columns["log_ratio_right"])
-    if collapse is not None:
-        notes.append(
-            f"{label}: the log-ratio of right solutions fell below zero and kept falling "
-            f"(mean {_signed(collapse[0])}, then {_signed(collapse[1])} nats in the last two quarters). "
-            "Training takes probability away from right solutions: lower the learning rate or the "
-            "undesirable weights, or raise beta."
-        )
+    warnings = path.with_name("notes.json")  # the trainer's own, left at its end
+    if warnings.is_file():
+        notes += [f"{label}, {warning}" for warning in read_json(warnings).get("warnings", [])]
     return Training(
         label=label,
         num_updates=len(rows),
@@ -148,24 +144,6 @@ def thin(values: Column, limit: int = MAX_POINTS) -> Column:
 def mean(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
-
-
-def falling_below_zero(log_ratios: Column) -> tuple[float, float] | None:
-    """Means of the third and the last quarter (nats) when the last is below zero and below the third.
-
-    Null on fewer than 8 updates: quarters of one batch say nothing.
-    """
-    present = [value for value in log_ratios if value is not None]
-    quarter = len(present) // 4
-    if quarter < 2:
-        return None
-    third = sum(present[-2 * quarter : -quarter]) / quarter
-    last = sum(present[-quarter:]) / quarter
-    return (third, last) if last < 0 and last < third else None
-
-
-def _signed(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
 
 
 def _numbers(model: type[BaseModel]) -> tuple[str, ...]:

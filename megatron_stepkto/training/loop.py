@@ -39,9 +39,7 @@ from megatron_stepkto.training.references import (
     score_documents,
 )
 from megatron_stepkto.training.schedule import learning_rate
-
-COLLAPSE_WINDOW = 5  # updates in each of the three windows that are compared
-COLLAPSE_BELOW = -0.1  # nats: healthy runs wander about zero
+from megatron_stepkto.training.watch import WINDOW, falling_below_zero
 
 
 class Trainer:
@@ -253,12 +251,11 @@ class Trainer:
         """Warn once when right solutions become less likely than under the reference, and keep falling."""
         if right is None:
             return
-        size = COLLAPSE_WINDOW
-        self.right_history = [*self.right_history, right][-3 * size:]
-        if len(self.right_history) < 3 * size or "collapse" in self.notes:
+        if "collapse" in self.notes:
             return
-        first, before, now = (sum(self.right_history[i : i + size]) / size for i in (0, size, 2 * size))
-        if now < COLLAPSE_BELOW and now < before < first:
+        self.right_history = [*self.right_history, right][-3 * WINDOW :]
+        if (fell := falling_below_zero(self.right_history)) is not None:
+            before, now = fell
             self.notes["collapse"] = {"update": update + 1, "log_ratio_right": now}
             self._warn(f"update {update + 1}: the log-ratio of right solutions is {now:.2f} nats and falling "
                        f"(it was {before:.2f}): probability leaves right answers too. Raise train.loss.beta_*, lower "

@@ -14,6 +14,10 @@ import torch
 from megatron_stepkto import cpu
 from megatron_stepkto.errors import UserError
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="for machines without a GPU: what install() does lasts as long as the process"
+)
+
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
@@ -148,7 +152,6 @@ def test_tensor_methods_change_for_megatron_alone() -> None:
     assert as_if_in("megatron.core.utils", "t.cuda()", t=tensor) is tensor
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_outside_megatron_still_fails_without_a_gpu() -> None:
     with pytest.raises((AssertionError, RuntimeError)):
         torch.ones(1).cuda()

@@ -8,9 +8,11 @@ import torch
 from megatron_stepkto import cpu
 from megatron_stepkto.records import KLPartner, TrainExample, TrainStep
 
-cpu.install()  # before Megatron-Core is imported, as in a run
+# Before Megatron-Core is imported, as in a run; not beside a GPU, whose tests may share this process.
+if not torch.cuda.is_available():
+    cpu.install()
 
-from megatron_stepkto.training.documents import (  # noqa: E402
+from megatron_stepkto.training.documents import (
     Document,
     MicroBatch,
     Slot,

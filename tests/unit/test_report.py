@@ -14,7 +14,7 @@ from megatron_stepkto.files import write_json
 from megatron_stepkto.records import Judge, JudgedSample, Label, Problem, Step, write_records
 from megatron_stepkto.report import write_report
 from megatron_stepkto.report.collect import collect
-from megatron_stepkto.report.curves import falling_below_zero, read_training, thin
+from megatron_stepkto.report.curves import read_training, thin
 from megatron_stepkto.report.page import counts, duration, embed
 from megatron_stepkto.report.solutions import PositionShare, choose, error_positions, solution_of
 
@@ -277,11 +277,10 @@ def test_a_resumed_training_counts_an_update_once(tmp_path: Path) -> None:
     assert training.totals["tokens"] == 20
 
 
-def test_collapse_means_right_below_zero_and_still_falling() -> None:
-    assert falling_below_zero([1.0, 1.0, 0.0, 0.0, -1.0, -2.0, -3.0, -5.0]) == (-1.5, -4.0)
-    assert falling_below_zero([0.0, 0.0, 0.0, 0.0, -3.0, -3.0, -1.0, -1.0]) is None  # below zero, but rising
-    assert falling_below_zero([4.0, 4.0, 4.0, 4.0, 3.0, 3.0, 1.0, 1.0]) is None  # falling, but above zero
-    assert falling_below_zero([-1.0, -2.0, None, -3.0, -4.0, -5.0, -6.0, -7.0]) is None  # 7 values: too few
+def test_the_trainers_warnings_are_shown(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "metrics.jsonl", [{"update": 1, "loss": 1.0}])
+    (tmp_path / "notes.json").write_text('{"warnings": ["update 30: the log-ratio fell"]}')
+    assert list(read_training(path, "Iteration 1").notes) == ["Iteration 1, update 30: the log-ratio fell"]
 
 
 def test_thinning_takes_means_and_leaves_nulls_out() -> None:

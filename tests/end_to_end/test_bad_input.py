@@ -1,0 +1,105 @@
+"""What a user gets for bad input: exit code 2, one clear message with the place and the fix, no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.builders import write_llama
+
+pytestmark = pytest.mark.end_to_end
+
+
+def stepkto(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_stepkto", *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, check=False, cwd=cwd, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    for part in parts:
+        assert part in done.stderr, f"{part!r} is not in: {done.stderr}"
+
+
+@pytest.fixture
+def mini(repository: Path, tmp_path: Path) -> Path:
+    """The demo's recipe in a folder of its own, beside its M0."""
+    recipe = tmp_path / "mini.yaml"
+    recipe.write_text((repository / "recipes" / "mini_cpu.yaml").read_text())
+    (tmp_path / "mini_cpu_m0").symlink_to(repository / "recipes" / "mini_cpu_m0")
+    return recipe
+
+
+def test_recipe_faults(mini: Path, tmp_path: Path) -> None:
+    refused(stepkto("run", tmp_path / "none.yaml", cwd=tmp_path), "none.yaml", "expected a recipe")
+    refused(stepkto("run", mini, "--set", "sample.num_samples=0", cwd=tmp_path), "sample.num_samples", "greater than or equal to 1")
+    text = mini.read_text().replace("  temperature: 1.0", "  temprature: 1.0")
+    mini.write_text(text)
+    line = text.splitlines().index("  temprature: 1.0") + 1
+    refused(stepkto("run", mini, cwd=tmp_path), f"mini.yaml:{line}: unknown key sample.temprature; did you mean temperature?")
+
+
+def test_model_faults(mini: Path, tmp_path: Path) -> None:
+    refused(stepkto("run", mini, "--set", "initial_model=nowhere", cwd=tmp_path), "initial_model", "nowhere")
+    other = write_llama(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    done = stepkto("train", mini, "--iteration", 1, "--set", f"initial_model={other}", cwd=tmp_path)
+    refused(done, "input train is missing")  # first things first: nothing was sampled yet
+    data = tmp_path / "runs" / "mini_cpu" / "iteration_1" / "dataset"
+    data.mkdir(parents=True)
+    (data / "train.jsonl").write_text('{"no": "matter"}\n')
+    done = stepkto("train", mini, "--iteration", 1, "--set", f"initial_model={other}", cwd=tmp_path)
+    refused(done, "BertForMaskedLM", "LlamaForCausalLM")
+
+
+def test_problem_file_faults_and_quarantine(mini: Path, tmp_path: Path) -> None:
+    good = '{"problem_id": "a", "problem": "What is 1 + 1?", "answer": "2"}'
+    files = ("--set", "problems.source=files", "--set", "problems.per_iteration=null", "--set", "evaluate=null")
+    run = ("problems", mini, "--iteration", 1, *files)
+    missing = stepkto(*run, "--set", f"problems.train={tmp_path / 'p.jsonl'}", cwd=tmp_path)
+    refused(missing, "p.jsonl")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(good + "\n" + '{"problem_id": "b", "problem": \n' + '{"problem_id": "c", "answer": "1"}\n')
+    refused(stepkto(*run, "--set", f"problems.train={bad}", cwd=tmp_path), "bad.jsonl:2", "broken JSON", "--quarantine")
+    aside = tmp_path / "aside.jsonl"
+    done = stepkto(*run, "--set", f"problems.train={bad}", "--quarantine", aside, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["line"] for line in aside.read_text().splitlines()] == [2, 3]
+    kept = (tmp_path / "runs" / "mini_cpu" / "iteration_1" / "problems" / "problems.jsonl").read_text().splitlines()
+    assert [json.loads(line)["problem_id"] for line in kept] == ["a"]
+
+
+def test_import_faults(repository: Path, tmp_path: Path) -> None:
+    """Labels that do not fit the steps, and an empty solution."""
+    tokenizer = repository / "recipes" / "mini_cpu_m0"
+    row = {"id": "r", "problem": "1 + 1?", "generator": "g", "steps": ["It is 2."], "final_answer_correct": True}
+    source = tmp_path / "rows.jsonl"
+    run = ("import", "processbench", source, "--tokenizer", tokenizer, "--output", tmp_path / "out")
+    source.write_text(json.dumps({**row, "first_error": None, "labels": [1, 1]}) + "\n")
+    refused(stepkto(*run, cwd=tmp_path), "rows.jsonl:1", "2 labels for 1 steps")
+    source.write_text(json.dumps({**row, "steps": [], "first_error": None, "labels": []}) + "\n")
+    refused(stepkto(*run, cwd=tmp_path), "rows.jsonl:1")
+    refused(stepkto("import", "procesbench", source, "--tokenizer", tokenizer, "--output", tmp_path / "out", cwd=tmp_path),
+            "processbench")
+
+
+def test_changed_recipe_is_refused_with_the_difference(mini: Path, tmp_path: Path) -> None:
+    run = ("problems", mini, "--iteration", 1)
+    assert stepkto(*run, "--set", "problems.per_iteration=3", cwd=tmp_path).returncode == 0
+    refused(stepkto(*run, "--set", "problems.per_iteration=4", cwd=tmp_path), "per_iteration: was 3, is 4", "--force")
+    assert stepkto(*run, "--set", "problems.per_iteration=4", "--force", cwd=tmp_path).returncode == 0
+
+
+def test_other_commands(tmp_path: Path) -> None:
+    refused(stepkto("report", tmp_path / "nowhere", cwd=tmp_path), "nowhere")
+    refused(stepkto("status", tmp_path / "nowhere", cwd=tmp_path), "nowhere")
+    refused(stepkto("nonsense", cwd=tmp_path), "nonsense")
+    assert stepkto("--help", cwd=tmp_path).returncode == 0

@@ -1,0 +1,104 @@
+"""SIGKILL in every stage, then the same command again: the result is that of an undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_stepkto.files import sha256_of
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.vllm, pytest.mark.distributed]
+
+TIME_LIMIT_S = 400
+SMALL = {
+    "iterations": 1, "problems.per_iteration": 16, "sample.num_samples": 4, "sample.chunk_problems": 4,
+    "train.global_batch_size": 8, "train.checkpoint_every": 2, "evaluate.num_problems": 20, "evaluate.k": 4,
+}  # fmt: skip
+
+
+def command(repository: Path, output: Path) -> list[str]:
+    sets = [f"--set={key}={value}" for key, value in SMALL.items()]
+    return [sys.executable, "-m", "megatron_stepkto", "run", str(repository / "recipes" / "mini_cpu.yaml"),
+            f"--set=output={output}", *sets]  # fmt: skip
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+def run_to_end(repository: Path, output: Path) -> dict[str, Any]:
+    done = subprocess.run(command(repository, output), capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((output / "mini_cpu" / "summary.json").read_text())
+
+
+def kill_when(repository: Path, output: Path, seen: Callable[[], bool]) -> None:
+    """Start the run, SIGKILL its main process at the first sight of ``seen``, and see that its children die too."""
+    process = subprocess.Popen(command(repository, output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + TIME_LIMIT_S
+    try:
+        while not seen():
+            assert process.poll() is None, f"the run ended before the instant to kill it: {process.communicate()[1][-2000:]}"
+            assert time.monotonic() < limit
+            time.sleep(0.002)
+        children = descendants(process.pid)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, f"left behind: {alive}"
+
+
+def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows without what measures time."""
+    rows = json.loads(json.dumps(summary["iterations"]))
+    for row in rows:
+        row.pop("seconds", None)
+    return rows
+
+
+def test_killed_in_every_stage_ends_as_undisturbed(repository: Path, tmp_path: Path) -> None:
+    expected = run_to_end(repository, tmp_path / "undisturbed")
+    output = tmp_path / "disturbed"
+    run = output / "mini_cpu"
+    first = run / "iteration_1"
+
+    def begun(stage: Path) -> Callable[[], bool]:
+        return lambda: (stage / "started.json").exists()
+
+    kill_when(repository, output, lambda: any((run / "evaluate" / "M0" / "chunks").glob("*.jsonl")))
+    kill_when(repository, output, lambda: any((first / "sample" / "chunks").glob("samples-*.jsonl")))
+    kill_when(repository, output, begun(first / "judge"))
+    kill_when(repository, output, begun(first / "dataset"))
+    kill_when(repository, output, lambda: (first / "train" / "reference.safetensors").exists())
+    kill_when(repository, output, lambda: any((first / "train" / "checkpoints").glob("update_*/state.json")))
+    # in the middle of writing a later checkpoint
+    kill_when(repository, output, lambda: any((first / "train" / "checkpoints").glob(".update_*.partial")))
+    kill_when(repository, output, begun(first / "convert"))
+    kill_when(repository, output, begun(run / "evaluate" / "M1"))
+    got = run_to_end(repository, output)
+
+    assert table(got) == table(expected)
+    for part in ("iteration_1/sample/samples.jsonl", "iteration_1/judge/judged.jsonl", "iteration_1/dataset/train.jsonl",
+                 "iteration_1/convert/model/model.safetensors", "evaluate/M1/sampled.jsonl"):
+        assert sha256_of(run / part) == sha256_of(tmp_path / "undisturbed" / "mini_cpu" / part), part
+    rows = [json.loads(line) for line in (first / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == list(range(1, 9)), "64 examples in batches of 8, each update logged once"
+
+    # done is done: a third time costs nothing and changes nothing
+    began = {path: path.stat().st_mtime_ns for path in run.rglob("manifest.json")}
+    assert table(run_to_end(repository, output)) == table(expected)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("manifest.json")} == began
