@@ -37,6 +37,7 @@ unit: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The README's claims over three seeds (about half an hour).

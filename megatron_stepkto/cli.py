@@ -55,13 +55,21 @@ def _parser() -> argparse.ArgumentParser:
 
     run = _recipe_command(commands, "run", _run, "run a whole recipe; continue it where it stopped")
     run.add_argument("--iterations", type=_positive, help="instead of the recipe's number")
-    run.add_argument("--compare", type=_methods, default=[], metavar="METHODS",
-                     help="also run these methods at the same sample budget, e.g. kto,rft,irpo")
+    run.add_argument(
+        "--compare",
+        type=_methods,
+        default=[],
+        metavar="METHODS",
+        help="also run these methods at the same sample budget, e.g. kto,rft,irpo",
+    )
 
     for name, text in (
-        ("problems", "choose an iteration's problems"), ("sample", "draw K solutions per problem"),
-        ("judge", "label steps and answers"), ("dataset", "choose examples and KL pairs"),
-        ("train", "train on them with Megatron-Core"), ("convert", "Megatron weights to a Hugging Face folder"),
+        ("problems", "choose an iteration's problems"),
+        ("sample", "draw K solutions per problem"),
+        ("judge", "label steps and answers"),
+        ("dataset", "choose examples and KL pairs"),
+        ("train", "train on them with Megatron-Core"),
+        ("convert", "Megatron weights to a Hugging Face folder"),
     ):
         stage = _recipe_command(commands, name, _stage, text)
         stage.add_argument("--iteration", type=_positive, required=True, metavar="T")
@@ -80,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(command=_status)
 
     imports = commands.add_parser("import", help="turn a public step-label file into our records")
-    imports.add_argument("format", help="prm800k, math-shepherd, math-aps, processbench, ... (an unknown one lists all)")
+    imports.add_argument(
+        "format", help="prm800k, math-shepherd, math-aps, processbench, ... (an unknown one lists all)"
+    )
     imports.add_argument("file", type=Path)
     imports.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder of the model to be trained")
     imports.add_argument("--output", type=Path, required=True, help="folder for problems.jsonl and judged.jsonl")
@@ -89,11 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe_command(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, command: Command,
-                    text: str) -> argparse.ArgumentParser:
+def _recipe_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, command: Command, text: str
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as recipes/mini_cpu.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key; repeatable"
+    )
     parser.add_argument("--force", action="store_true", help="redo stages whose settings or inputs changed")
     parser.add_argument("--from-scratch", action="store_true", help="make M0 by warm_up, though initial_model is given")
     parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad input rows aside there and go on")
@@ -198,8 +211,9 @@ def _import(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.importing.stage import run_import
     from megatron_stepkto.recipe import Prompt
 
-    counts = run_import(arguments.format, arguments.file, arguments.tokenizer, arguments.output, arguments.quarantine,
-                        Prompt())
+    counts = run_import(
+        arguments.format, arguments.file, arguments.tokenizer, arguments.output, arguments.quarantine, Prompt()
+    )
     for name, value in counts.items():
         say(f"{name}: {value}")
 

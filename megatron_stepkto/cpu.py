@@ -48,7 +48,17 @@ PATCHED_MODULES = (
 )
 
 FACTORIES = (
-    "zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "tensor",
+    "arange",
+    "rand",
+    "randn",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
 )
 
 
@@ -109,7 +119,9 @@ def check_megatron_version() -> str:
     except importlib.metadata.PackageNotFoundError:
         raise UserError("megatron-core is not installed; run `make setup`") from None
     if not version.startswith(tuple(f"{v}." for v in SUPPORTED_MEGATRON)):
-        raise UserError(f"expected megatron-core {' or '.join(SUPPORTED_MEGATRON)}.x, found {version}; run `make setup`")
+        raise UserError(
+            f"expected megatron-core {' or '.join(SUPPORTED_MEGATRON)}.x, found {version}; run `make setup`"
+        )
     return version
 
 
@@ -181,7 +193,7 @@ def _patch_tensor_methods() -> None:
 
 
 def _patch_distributed_optimizer_load() -> None:
-    """torch's AdamW keeps a ``step`` per parameter that a fully reshardable checkpoint lacks: keep the optimizer's own."""
+    """torch's AdamW keeps a ``step`` that a fully reshardable checkpoint lacks per parameter: keep the own one."""
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     name = "_set_main_param_and_optimizer_states"
     if not hasattr(optimizer, name):

@@ -39,9 +39,7 @@ def wilson_interval(successes: float, trials: float) -> Interval:
         raise ValueError(f"expected 0 <= successes <= trials and trials > 0, got {successes} of {trials}")
     share, square = successes / trials, Z_95**2
     middle = (share + square / (2 * trials)) / (1 + square / trials)
-    half = (
-        Z_95 / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
-    )
+    half = Z_95 / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -180,9 +178,7 @@ def evaluation_row(
     }
 
 
-def _by_problem(
-    ids: Sequence[str], samples: Sequence[JudgedSample], what: str
-) -> Mapping[str, list[JudgedSample]]:
+def _by_problem(ids: Sequence[str], samples: Sequence[JudgedSample], what: str) -> Mapping[str, list[JudgedSample]]:
     groups: dict[str, list[JudgedSample]] = {problem_id: [] for problem_id in ids}
     for sample in samples:
         if sample.problem_id not in groups:
@@ -202,9 +198,7 @@ def _describe(groups: Sequence[Sequence[JudgedSample]]) -> dict[str, Any]:
     """
     samples = [sample for group in groups for sample in group]
     wrong_and_judged = [[_steps(sample) for sample in group if sample.outcome == 1] for group in groups]
-    flawed = [
-        [wrong > 0 for wrong, judged in group if judged] for group in wrong_and_judged
-    ]
+    flawed = [[wrong > 0 for wrong, judged in group if judged] for group in wrong_and_judged]
     if all(len(group) == 1 for group in groups):
         share = plain_share(flag for group in flawed for flag in group)
     else:
@@ -250,9 +244,7 @@ def evaluate_model(model: Path, name: str, problems: Path, recipe: Recipe, direc
         raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
     passes = [
         Pass(name="greedy", num_samples=1, temperature=0, top_p=1),
-        Pass(
-            name="sampled", num_samples=evaluation.k, temperature=evaluation.temperature, top_p=evaluation.top_p
-        ),
+        Pass(name="sampled", num_samples=evaluation.k, temperature=evaluation.temperature, top_p=evaluation.top_p),
     ]
     drawn = directory / "drawn"
     result = draw(
@@ -298,9 +290,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
     groups.update(summary.get("methods") or {})
     rows = [row for group in groups.values() for row in group]
     ks = sorted({row["k"] for row in rows})
-    table = Table(
-        box=SIMPLE_HEAD, caption="[95% interval]; wrong steps: of the greedy solutions whose answer is right"
-    )
+    table = Table(box=SIMPLE_HEAD, caption="[95% interval]; wrong steps: of the greedy solutions whose answer is right")
     if len(groups) > 1:
         table.add_column("method")
     table.add_column("model")
@@ -322,7 +312,7 @@ _COLUMNS = ("pass_at_1", "maj_at_k", "wrong_step_share_of_correct", "wrong_step_
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
-    """"47.2% [44.1, 50.3]"; a dash where nothing was counted."""
+    """ "47.2% [44.1, 50.3]"; a dash where nothing was counted."""
     if row[key] is None:
         return "–"
     low, high = row[f"{key}_interval"]

@@ -31,8 +31,15 @@ class PackedAttention(DotProductAttention):
     """
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None, packed_seq_params: Any = None, **_: Any,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
     ) -> Tensor:
         """query [t, h, d], key and value [t, g, d] of one packed micro-batch; returns [t, h * d]."""
         assert attention_bias is None, "attention bias is not used by any model of this package"
@@ -42,8 +49,13 @@ class PackedAttention(DotProductAttention):
         dropout = self.attention_dropout.p if self.training else 0.0
         parts = [
             scaled_dot_product_attention(
-                q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=self.softmax_scale,
-                dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1],
+                q[:, :, a:b],
+                k[:, :, a:b],
+                v[:, :, a:b],
+                is_causal=True,
+                scale=self.softmax_scale,
+                dropout_p=dropout,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
             for a, b in pairwise(bounds)
         ]

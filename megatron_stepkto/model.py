@@ -56,23 +56,33 @@ class PolicyModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights \
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
             else self.output_layer.weight
+        )
         group = parallel_state.get_tensor_model_parallel_group()
         return linear_log_probs(hidden[:, 0].index_select(0, rows), weight, targets, self.words, group)
 
 
 def check_layout(config: ModelConfig, parallel: Parallel) -> None:
     """Raises UserError, naming the key to change, when the model cannot be split so."""
-    for name, size in (("attention heads", config.num_heads), ("key-value heads", config.num_kv_heads),
-                       ("feed-forward size", config.ffn_size)):
+    for name, size in (
+        ("attention heads", config.num_heads),
+        ("key-value heads", config.num_kv_heads),
+        ("feed-forward size", config.ffn_size),
+    ):
         if size % parallel.tensor:
-            raise UserError(f"train.parallel.tensor = {parallel.tensor} does not divide the model's {name} ({size}); "
-                            "choose a divisor")
+            raise UserError(
+                f"train.parallel.tensor = {parallel.tensor} does not divide the model's {name} ({size}); "
+                "choose a divisor"
+            )
     stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if config.num_layers % stages:
-        raise UserError(f"train.parallel.pipeline x virtual_pipeline = {stages} does not divide the model's layers "
-                        f"({config.num_layers}); choose a divisor")
+        raise UserError(
+            f"train.parallel.pipeline x virtual_pipeline = {stages} does not divide the model's layers "
+            f"({config.num_layers}); choose a divisor"
+        )
 
 
 def transformer_config(

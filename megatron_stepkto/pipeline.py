@@ -72,8 +72,10 @@ class Run:
         path = self.recipe.initial_model
         assert path is not None
         if not path.is_dir():
-            raise UserError(f"initial_model: expected a Hugging Face folder, found none at {path}; set it in the recipe, "
-                            "or remove it and give warm_up")
+            raise UserError(
+                f"initial_model: expected a Hugging Face folder, found none at {path}; set it in the recipe, "
+                "or remove it and give warm_up"
+            )
         return path
 
     def name(self, t: int) -> str:
@@ -95,12 +97,23 @@ def _title(run: Run, t: int, stage: str) -> str:
 # --- problems ------------------------------------------------------------------------------------------------
 
 
+def _source_settings(source: recipes.Problems) -> dict[str, Any]:
+    """What decides the problems; files count by content, as inputs, not by where they stand."""
+    return {"source": source.source}
+
+
 def problems_stage(run: Run, t: int) -> None:
     directory = run.base / f"iteration_{t}" / "problems"
     source = run.recipe.problems
     out = directory / "problems.jsonl"
-    settings = {**source.model_dump(mode="json"), "seed": run.recipe.seed, "iteration": t, "split": "train"}
-    inputs = {"train": source.train} if source.train else {}
+    settings = {
+        **_source_settings(source),
+        "per_iteration": source.per_iteration,
+        "seed": run.recipe.seed,
+        "iteration": t,
+    }
+    # the held-out files too: no problem of theirs may train
+    inputs = {split: path for split in ("train", "dev", "test") if (path := getattr(source, split))}
 
     def work() -> Result:
         count = write_problems(source, "train", source.per_iteration, run.recipe.seed, t, out, run.quarantine)
@@ -115,7 +128,7 @@ def evaluation_problems_stage(run: Run) -> None:
     source, split = run.recipe.problems, run.recipe.evaluate.split
     out = directory / "problems.jsonl"
     file = getattr(source, split)
-    settings = {**source.model_dump(mode="json"), "split": split, "num_problems": run.recipe.evaluate.num_problems}
+    settings = {**_source_settings(source), "split": split, "num_problems": run.recipe.evaluate.num_problems}
 
     def work() -> Result:
         # a fixed seed: every run of a recipe, whatever its own seed, is measured on the same problems
@@ -137,12 +150,23 @@ def sample_stage(run: Run, t: int) -> None:
     problems = run.base / f"iteration_{t}" / "problems" / "problems.jsonl"
     model = run.model(t - 1)
     seed = stable_hash(run.recipe.seed, "sample", t) % 2**31
-    settings = {"sample": sampling.model_dump(mode="json", exclude={"workers"}),
-                "prompt": run.recipe.prompt.model_dump(mode="json"), "seed": seed}
+    settings = {
+        "sample": sampling.model_dump(mode="json", exclude={"workers"}),
+        "prompt": run.recipe.prompt.model_dump(mode="json"),
+        "seed": seed,
+    }
 
     def work() -> Result:
-        path, counts = draw_samples(model, run.name(t - 1), problems, run.recipe.prompt, sampling, seed, directory,
-                                    title=_title(run, t, "sample"))
+        path, counts = draw_samples(
+            model,
+            run.name(t - 1),
+            problems,
+            run.recipe.prompt,
+            sampling,
+            seed,
+            directory,
+            title=_title(run, t, "sample"),
+        )
         return Result([path], counts)
 
     run.run(Stage(_title(run, t, "sample"), directory, settings, {"problems": problems, "model": model}), work)
@@ -192,12 +216,17 @@ def dataset_stage(run: Run, t: int) -> None:
     judged = run.sampled_at(t) / "judge" / "judged.jsonl"
     train, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
     share, seed = run.recipe.problems.held_out_share, run.recipe.seed
-    settings = {"dataset": run.recipe.dataset.model_dump(mode="json"), "method": run.method, "held_out_share": share,
-                "seed": seed}
+    settings = {
+        "dataset": run.recipe.dataset.model_dump(mode="json"),
+        "method": run.method,
+        "held_out_share": share,
+        "seed": seed,
+    }
 
     def work() -> Result:
-        counts = build_dataset(judged, train, held_out, run.recipe.dataset, run.method, share, seed,
-                               quarantine=run.quarantine)
+        counts = build_dataset(
+            judged, train, held_out, run.recipe.dataset, run.method, share, seed, quarantine=run.quarantine
+        )
         return Result([path for path in (train, held_out) if path.exists()], counts)
 
     run.run(Stage(_title(run, t, "dataset"), directory, settings, {"judged": judged}), work)
@@ -248,10 +277,12 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
     sampling, judging = run.recipe.sample, run.recipe.judge
     assert sampling is not None
     assert judging is not None
-    settings = {"evaluate": evaluation.model_dump(mode="json"),
-                "sample": sampling.model_dump(mode="json", include={"backend", "max_tokens", "chunk_problems", "dtype"}),
-                "judge": judging.model_dump(mode="json", exclude={"workers"}),
-                "prompt": run.recipe.prompt.model_dump(mode="json")}
+    settings = {
+        "evaluate": evaluation.model_dump(mode="json"),
+        "sample": sampling.model_dump(mode="json", include={"backend", "max_tokens", "chunk_problems", "dtype"}),
+        "judge": judging.model_dump(mode="json", exclude={"workers"}),
+        "prompt": run.recipe.prompt.model_dump(mode="json"),
+    }
 
     def work() -> Result:
         evaluate_model(run.model(t), run.name(t), problems, run.recipe, directory)
@@ -266,8 +297,13 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
 
 
 STAGES: dict[str, Callable[[Run, int], object]] = {
-    "problems": problems_stage, "sample": sample_stage, "judge": judge_stage, "dataset": dataset_stage,
-    "train": train_stage, "convert": convert_stage, "evaluate": evaluate_stage,
+    "problems": problems_stage,
+    "sample": sample_stage,
+    "judge": judge_stage,
+    "dataset": dataset_stage,
+    "train": train_stage,
+    "convert": convert_stage,
+    "evaluate": evaluate_stage,
 }
 
 
@@ -308,7 +344,10 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
     begun = time.time()
     prepare(run)
     summary: dict[str, Any] = {
-        "recipe": run.recipe.name, "seed": run.recipe.seed, "method": run.method, "iterations": run_iterations(run),
+        "recipe": run.recipe.name,
+        "seed": run.recipe.seed,
+        "method": run.method,
+        "iterations": run_iterations(run),
     }
     for method in compare:
         other = Run(run.recipe, run.from_scratch, run.force, run.quarantine, method, run.finished)
@@ -319,4 +358,3 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
     summary["seconds_of_this_command"] = round(time.time() - begun, 1)
     write_json(run.base / "summary.json", summary)
     return summary
-

@@ -13,7 +13,12 @@ from megatron_stepkto.records import Problem, read_records, write_records
 
 
 def write_problems(
-    source: recipe.Problems, split: Split, count: int | None, seed: int, iteration: int, output: Path,
+    source: recipe.Problems,
+    split: Split,
+    count: int | None,
+    seed: int,
+    iteration: int,
+    output: Path,
     quarantine: Path | None = None,
 ) -> int:
     """Write ``count`` problems (None: all) of a split; iteration t gets other train problems than t - 1.
@@ -58,8 +63,13 @@ def _check_apart(train: list[Problem], source: recipe.Problems) -> None:
     texts = {" ".join(problem.problem.split()): problem.problem_id for problem in train}
     for split in ("dev", "test"):
         path = getattr(source, split)
-        shared = [texts[text] for p in (read_records(path, Problem) if path else ())
-                  if (text := " ".join(p.problem.split())) in texts]
+        shared = [
+            texts[text]
+            for p in (read_records(path, Problem) if path else ())
+            if (text := " ".join(p.problem.split())) in texts
+        ]
         if shared:
-            raise UserError(f"{source.train}: {len(shared)} problems also stand in {path}, so its scores would be worth "
-                            f"nothing; remove them from one side: {', '.join(shared[:10])}")
+            raise UserError(
+                f"{source.train}: {len(shared)} problems also stand in {path}, so its scores would be worth "
+                f"nothing; remove them from one side: {', '.join(shared[:10])}"
+            )

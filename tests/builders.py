@@ -13,16 +13,27 @@ from megatron_stepkto.records import KLPartner, TrainExample, TrainStep, write_r
 VOCABULARY = 99
 
 
-def write_llama(directory: Path, **changes: Any) -> Path:
+def write_llama(directory: Path, seed: int = 0, **changes: Any) -> Path:
     """A random Llama folder with large weights, so that small mistakes show."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**{
-        "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 96, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "initializer_range": 0.1,
-        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, **changes,
-    })
-    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.1,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **changes,
+        }
+    )
+    torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
 
@@ -35,14 +46,20 @@ def random_examples(count: int, seed: int = 0) -> list[TrainExample]:
         lengths = [rng.randint(1, 9) for _ in range(rng.randint(1, 5))]
         steps, position = [], 0
         for length in lengths:
-            steps.append(TrainStep(token_start=position, token_end=position + length, label=rng.choice([1, 1, 0, None])))
+            steps.append(
+                TrainStep(token_start=position, token_end=position + length, label=rng.choice([1, 1, 0, None]))
+            )
             position += length
-        made.append(TrainExample(
-            example_id=f"e{number}", problem_id=f"p{number}",
-            prompt_token_ids=[rng.randrange(3, VOCABULARY) for _ in range(rng.randint(2, 12))],
-            token_ids=[rng.randrange(3, VOCABULARY) for _ in range(position)],
-            steps=steps, outcome=rng.choice([1, 0, 0, None]),
-        ))
+        made.append(
+            TrainExample(
+                example_id=f"e{number}",
+                problem_id=f"p{number}",
+                prompt_token_ids=[rng.randrange(3, VOCABULARY) for _ in range(rng.randint(2, 12))],
+                token_ids=[rng.randrange(3, VOCABULARY) for _ in range(position)],
+                steps=steps,
+                outcome=rng.choice([1, 0, 0, None]),
+            )
+        )
     partners = [
         KLPartner(example_id=other.example_id, token_ids=other.token_ids, steps=other.steps)
         for other in made[1:] + made[:1]

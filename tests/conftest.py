@@ -15,7 +15,9 @@ def data_dir() -> Path:
     """Folder of real problems, solutions and labels: $STEPKTO_TEST_DATA, else ../shared/data of the checkout."""
     folder = Path(os.environ.get("STEPKTO_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no test data in {folder}; set STEPKTO_TEST_DATA to the folder that holds eval/, steps/, golden/ ...")
+        pytest.skip(
+            f"no test data in {folder}; set STEPKTO_TEST_DATA to the folder that holds eval/, steps/, golden/ ..."
+        )
     return folder
 
 

@@ -31,11 +31,7 @@ MAX_WRITTEN = 297  # three digits at most: errors that pile up are cut to a valu
 
 def flaw_rate(op: Operator, operand: int) -> float:
     """How often the habit of this operation strikes where it can; graded, so that no rule covers all."""
-    grades = (
-        {2: 0.4, 3: 0.7}
-        if op == "*"
-        else {k: (5 * k + (3 if op == "-" else 0)) % 8 / 7 for k in range(2, 10)}
-    )
+    grades = {2: 0.4, 3: 0.7} if op == "*" else {k: (5 * k + (3 if op == "-" else 0)) % 8 / 7 for k in range(2, 10)}
     return MIN_FLAW_RATE + (MAX_FLAW_RATE - MIN_FLAW_RATE) * grades[operand]
 
 
@@ -78,6 +74,4 @@ def write_solution(chain: Chain, rng: random.Random) -> str:
 def corpus(count: int, seed: int) -> list[tuple[Problem, str]]:
     """``count`` train-split problems, each with the student's solution of it."""
     rng = random.Random(f"chained_arithmetic student {seed}")
-    return [
-        (problem, write_solution(parse(problem.problem), rng)) for problem in generate("train", count, seed)
-    ]
+    return [(problem, write_solution(parse(problem.problem), rng)) for problem in generate("train", count, seed)]

@@ -72,6 +72,7 @@ class Entry(Protocol):
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of one layer's slice (of the whole key where the key is not per layer)."""
         ...
+
     def to_megatron(self, tensors: list[Tensor], config: ModelConfig) -> Tensor: ...
     def to_hf(self, tensor: Tensor, config: ModelConfig) -> list[Tensor]: ...
 
@@ -167,5 +168,7 @@ def find_architecture(hf_config: Mapping[str, Any], where: str) -> Architecture:
         if named[0] in architecture.names:
             return architecture
     known = ", ".join(name for architecture in ARCHITECTURES for name in architecture.names)
-    raise UserError(f"{where}: expected architectures to be one of {known}, got {named[0]}; "
-                    "an architecture is one declaration in megatron_stepkto/checkpoints/")
+    raise UserError(
+        f"{where}: expected architectures to be one of {known}, got {named[0]}; "
+        "an architecture is one declaration in megatron_stepkto/checkpoints/"
+    )

@@ -44,14 +44,17 @@ class HFCheckpoint:
             weight_map: dict[str, str] = read_json(self.directory / INDEX).get("weight_map", {})
             missing = sorted({name for name in weight_map.values() if not (self.directory / name).is_file()})
             if missing:
-                raise UserError(f"{self.directory / INDEX}: names files that are missing: {', '.join(missing)}; "
-                                "download them again")
+                raise UserError(
+                    f"{self.directory / INDEX}: names files that are missing: {', '.join(missing)}; download them again"
+                )
             return weight_map
         if (self.directory / SINGLE).is_file():
             with self._handle(self.directory / SINGLE) as file:
                 return dict.fromkeys(file.keys(), SINGLE)
-        raise UserError(f"{self.directory}: expected {SINGLE} or {INDEX}, found neither; "
-                        "save the model with safetensors (pickled .bin weights are not read)")
+        raise UserError(
+            f"{self.directory}: expected {SINGLE} or {INDEX}, found neither; "
+            "save the model with safetensors (pickled .bin weights are not read)"
+        )
 
     @staticmethod
     def _handle(path: Path) -> Any:
@@ -63,15 +66,23 @@ class HFCheckpoint:
     def names(self) -> set[str]:
         return set(self._files)
 
-    def tensor(self, name: str) -> Tensor:
+    def _read(self, name: str, how: str) -> Any:
         file = self._files[name]
         if file not in self._open:
             self._open[file] = self._handle(self.directory / file)
         try:
-            tensor: Tensor = self._open[file].get_tensor(name)
+            return getattr(self._open[file], how)(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.directory / file}: cannot read {name} ({error})") from None
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._read(name, "get_tensor")
         return tensor
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        """From the header alone; the dtype in safetensors' spelling (F32, BF16)."""
+        part = self._read(name, "get_slice")
+        return tuple(part.get_shape()), part.get_dtype()
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -114,8 +125,10 @@ def write_hf(directory: Path, companions: Path, tensors: Iterable[tuple[str, Ten
         final = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
         for file, name in zip(files, final, strict=True):
             file.rename(directory / name)
-        write_json(directory / INDEX, {"metadata": {"total_size": total},
-                                       "weight_map": {name: final[i] for name, i in sorted(names.items())}})
+        write_json(
+            directory / INDEX,
+            {"metadata": {"total_size": total}, "weight_map": {name: final[i] for name, i in sorted(names.items())}},
+        )
     config = read_json(directory / "config.json")
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")

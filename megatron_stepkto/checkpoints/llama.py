@@ -8,12 +8,31 @@ from typing import Any
 from megatron_stepkto.checkpoints.architecture import QKV, Architecture, Entry, GateUp, ModelConfig, RopeScaling, Same
 from megatron_stepkto.errors import UserError
 
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Raises UserError on a setting that would silently change the model (bias, other activation or RoPE)."""
     for key, expected in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if hf.get(key, expected) != expected:
             raise UserError(f"config.json: {key} = {hf[key]!r} is not supported for Llama; expected {expected!r}")
+    for key in _SIZES:
+        if hf.get(key) is not None and (type(hf[key]) is not int or hf[key] < 1):
+            raise UserError(f"config.json: {key} = {hf[key]!r}: expected a whole number, 1 or more")
+    if hf["num_attention_heads"] % (hf.get("num_key_value_heads") or 1):
+        raise UserError(
+            f"config.json: num_key_value_heads = {hf['num_key_value_heads']} does not divide "
+            f"num_attention_heads = {hf['num_attention_heads']}"
+        )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     return ModelConfig(
         num_layers=hf["num_hidden_layers"],
@@ -50,14 +69,27 @@ def entries(config: ModelConfig) -> list[Entry]:
     found: list[Entry] = [
         Same("embedding.word_embeddings.weight", "model.embed_tokens.weight", lambda c: (c.vocab_size, c.hidden_size)),
         # Megatron-Core names the norms after Transformer Engine's fused modules, also in its local spec.
-        Same("decoder.layers.self_attention.linear_qkv.layer_norm_weight", layer + "input_layernorm.weight",
-             lambda c: (c.hidden_size,)),
-        QKV("decoder.layers.self_attention.linear_qkv.weight",
-            attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"),
-        Same("decoder.layers.self_attention.linear_proj.weight", attention + "o_proj.weight",
-             lambda c: (c.hidden_size, c.num_heads * c.head_dim)),
-        Same("decoder.layers.mlp.linear_fc1.layer_norm_weight", layer + "post_attention_layernorm.weight",
-             lambda c: (c.hidden_size,)),
+        Same(
+            "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+            layer + "input_layernorm.weight",
+            lambda c: (c.hidden_size,),
+        ),
+        QKV(
+            "decoder.layers.self_attention.linear_qkv.weight",
+            attention + "q_proj.weight",
+            attention + "k_proj.weight",
+            attention + "v_proj.weight",
+        ),
+        Same(
+            "decoder.layers.self_attention.linear_proj.weight",
+            attention + "o_proj.weight",
+            lambda c: (c.hidden_size, c.num_heads * c.head_dim),
+        ),
+        Same(
+            "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+            layer + "post_attention_layernorm.weight",
+            lambda c: (c.hidden_size,),
+        ),
         GateUp("decoder.layers.mlp.linear_fc1.weight", mlp + "gate_proj.weight", mlp + "up_proj.weight"),
         Same("decoder.layers.mlp.linear_fc2.weight", mlp + "down_proj.weight", lambda c: (c.hidden_size, c.ffn_size)),
         Same("decoder.final_layernorm.weight", "model.norm.weight", lambda c: (c.hidden_size,)),

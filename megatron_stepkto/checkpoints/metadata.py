@@ -17,9 +17,19 @@ from megatron_stepkto.errors import UserError
 
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED = {
-    *((f"{_DCP}.metadata", name) for name in (
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *(
+        (f"{_DCP}.metadata", name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     *((f"{_DCP}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
     ("torch", "Size"),
@@ -30,11 +40,15 @@ _ALLOWED = {
 _DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
 
 
+class _Refused(pickle.UnpicklingError):
+    """Not damage: the file asks for something that no checkpoint needs."""
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise _Refused(f"it asks for {module}.{name}")
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -48,11 +62,13 @@ def read_metadata(directory: Path) -> Metadata:
         with path.open("rb") as file:
             metadata = _RestrictedUnpickler(file).load()
     except FileNotFoundError:
-        raise UserError(f"{directory}: expected a Megatron torch_dist checkpoint (a folder with .metadata), "
-                        "found none; convert a Hugging Face folder with `stepkto convert`") from None
-    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{directory}: expected a Megatron torch_dist checkpoint (a folder with .metadata), "
+            "found none; convert a Hugging Face folder with `stepkto convert`"
+        ) from None
+    except _Refused as error:
         raise UserError(f"{path}: refused: {error}, which no checkpoint needs; do not load this folder") from None
-    except (EOFError, ValueError, AttributeError, IndexError, KeyError, TypeError) as error:
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); write the checkpoint again") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path}: expected checkpoint metadata, got {type(metadata).__name__}")

@@ -78,9 +78,16 @@ def write_checkpoint(directory: Path, chunks: Iterable[Chunk], extra_state_keys:
             tensors[key] = BytesStorageMetadata()
             append(MetadataIndex(key), [None])
     torch.save({"iteration": 0, "content_metadata": {}}, directory / "common.pt")
-    (directory / "metadata.json").write_text(json.dumps(
-        {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-         "common_backend": "torch", "common_backend_version": 1}))
+    (directory / "metadata.json").write_text(
+        json.dumps(
+            {
+                "sharded_backend": "torch_dist",
+                "sharded_backend_version": 1,
+                "common_backend": "torch",
+                "common_backend_version": 1,
+            }
+        )
+    )
     with (directory / ".metadata").open("wb") as file:
         pickle.dump(Metadata(tensors, planner_data=None, storage_data=storage, storage_meta=StorageMeta()), file)
 
@@ -127,7 +134,7 @@ class CheckpointReader:
         for chunk in entry.chunks:
             if index is not None and not chunk.offsets[0] <= index < chunk.offsets[0] + chunk.sizes[0]:
                 continue
-            starts, sizes = chunk.offsets[len(lead):], chunk.sizes[len(lead):]
+            starts, sizes = chunk.offsets[len(lead) :], chunk.sizes[len(lead) :]
             ends = [min(s + n, limit) for s, n, limit in zip(starts, sizes, shape, strict=True)]
             if any(end <= start for start, end in zip(starts, ends, strict=True)):
                 continue
@@ -139,8 +146,10 @@ class CheckpointReader:
             out[put] = tensor[take]
             filled += out[put].numel()
         if filled != out.numel():
-            raise UserError(f"{self.directory}: {key}: chunks cover {filled} of {out.numel()} elements; "
-                            "the checkpoint is incomplete")
+            raise UserError(
+                f"{self.directory}: {key}: chunks cover {filled} of {out.numel()} elements; "
+                "the checkpoint is incomplete"
+            )
         return out
 
     def _load(self, index: MetadataIndex) -> Tensor:
@@ -152,8 +161,10 @@ class CheckpointReader:
             with path.open("rb") as file:
                 file.seek(info.offset)
                 tensor: Tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{path}: cannot read {index.fqn} at byte {info.offset}: {error}; "
-                            "the file is missing or damaged, write the checkpoint again") from None
+        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(
+                f"{path}: cannot read {index.fqn} at byte {info.offset}: {error}; "
+                "the file is missing or damaged, write the checkpoint again"
+            ) from None
         self._cache = (index, tensor)
         return tensor

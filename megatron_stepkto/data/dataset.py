@@ -25,8 +25,15 @@ USES_PAIRS = ("dpo", "irpo")
 
 
 def build_dataset(
-    judged: Path, train_out: Path, held_out: Path | None, settings: recipe.Dataset, method: recipe.Method,
-    held_out_share: float, seed: int, *, quarantine: Path | None = None,
+    judged: Path,
+    train_out: Path,
+    held_out: Path | None,
+    settings: recipe.Dataset,
+    method: recipe.Method,
+    held_out_share: float,
+    seed: int,
+    *,
+    quarantine: Path | None = None,
 ) -> dict[str, Any]:
     """Write training (and held-out) examples; returns counts.
 
@@ -56,8 +63,12 @@ def build_dataset(
             f"with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided samples"
         )
     counts = {
-        "samples": len(seen), "too_long": too_long, "problems": len(training), "examples": len(examples),
-        "right": sum(e.outcome == 1 for e in examples), "wrong": sum(e.outcome == 0 for e in examples),
+        "samples": len(seen),
+        "too_long": too_long,
+        "problems": len(training),
+        "examples": len(examples),
+        "right": sum(e.outcome == 1 for e in examples),
+        "wrong": sum(e.outcome == 0 for e in examples),
         "steps_right": sum(s.label == 1 for e in examples for s in e.steps),
         "steps_wrong": sum(s.label == 0 for e in examples for s in e.steps),
         "kl_pairs": sum(e.kl_partner is not None for e in examples),
@@ -67,14 +78,16 @@ def build_dataset(
     if held_out is not None and held:
         kept = [_example(s) for p in by_problem if p in held for s in by_problem[p] if _is_judged(s)]
         counts["held_out_problems"] = len(held)
-        counts["held_out_examples"] = write_records(held_out, kept)
+        counts["held_out_examples"] = write_records(held_out, kept) if kept else 0
     return counts
 
 
 def _needs(method: str) -> str:
     if method in USES_PAIRS:
         return "a right and a wrong sample of one problem"
-    return "a right sample" if method == "rft" else "a sample with a judged outcome or step"
+    return {"rft": "a right sample", "kto": "a sample with a judged outcome"}.get(
+        method, "a sample with a judged outcome or step"
+    )
 
 
 def select(
@@ -82,19 +95,25 @@ def select(
 ) -> list[TrainExample]:
     """The examples of one method.
 
-    step_kto, kto: every sample with something judged. dpo, irpo: pairs of a right and a wrong sample of the
-    same problem. rft: right samples, each distinct solution once.
+    step_kto: every sample with something judged. kto: every sample with a judged outcome. dpo, irpo: pairs of a
+    right and a wrong sample of the same problem. rft: right samples, each distinct solution once.
     """
     if method in USES_PAIRS:
-        return [example for problem, samples in by_problem.items() for example in _pairs(problem, samples, settings, seed)]
+        return [
+            example for problem, samples in by_problem.items() for example in _pairs(problem, samples, settings, seed)
+        ]
     if method == "rft":
         chosen = {p: _distinct(s for s in samples if s.outcome == 1) for p, samples in by_problem.items()}
+    elif method == "kto":
+        chosen = {p: [s for s in samples if s.outcome is not None] for p, samples in by_problem.items()}
     else:
         chosen = {p: [s for s in samples if _is_judged(s)] for p, samples in by_problem.items()}
     limit = settings.max_examples_per_problem
     if limit:
-        chosen = {p: _rng(seed, p).sample(samples, limit) if len(samples) > limit else samples
-                  for p, samples in chosen.items()}
+        chosen = {
+            p: _rng(seed, p).sample(samples, limit) if len(samples) > limit else samples
+            for p, samples in chosen.items()
+        }
     chosen = {problem: samples for problem, samples in chosen.items() if samples}
     partners = _kl_partners(chosen, settings.kl_pair_share, seed) if method in USES_KL else {}
     return [_example(s, kl_partner=partners.get(s.sample_id)) for samples in chosen.values() for s in samples]
@@ -117,12 +136,14 @@ def _distinct(samples: Iterable[JudgedSample]) -> list[JudgedSample]:
 
 def _kl_partners(chosen: dict[str, list[JudgedSample]], share: float, seed: int) -> dict[str, KLPartner]:
     """(x_i, y_j) with y_j a solution of the next problem, rotated: nobody meets itself or its own problem."""
-    if share == 0:
+    if share == 0 or not chosen:
         return {}
     problems = list(chosen)
     if len(problems) < 2:
-        raise UserError("KL pairs need at least two problems; got one. Sample more problems, or set "
-                        "train.loss.reference_point to none and dataset.kl_pair_share to 0")
+        raise UserError(
+            "KL pairs need at least two problems; got one. Sample more problems, or set "
+            "train.loss.reference_point to none and dataset.kl_pair_share to 0"
+        )
     partners = {}
     for number, problem in enumerate(problems):
         others = chosen[problems[(number + 1) % len(problems)]]
@@ -155,8 +176,15 @@ def _steps(sample: JudgedSample) -> list[TrainStep]:
 
 
 def _example(sample: JudgedSample, **extra: Any) -> TrainExample:
-    return TrainExample(**{
-        "example_id": sample.sample_id, "problem_id": sample.problem_id,
-        "prompt_token_ids": sample.prompt_token_ids, "token_ids": sample.token_ids, "steps": _steps(sample),
-        "outcome": sample.outcome, "token_log_probs": sample.token_log_probs, **extra,
-    })
+    return TrainExample(
+        **{
+            "example_id": sample.sample_id,
+            "problem_id": sample.problem_id,
+            "prompt_token_ids": sample.prompt_token_ids,
+            "token_ids": sample.token_ids,
+            "steps": _steps(sample),
+            "outcome": sample.outcome,
+            "token_log_probs": sample.token_log_probs,
+            **extra,
+        }
+    )

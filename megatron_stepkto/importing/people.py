@@ -34,9 +34,7 @@ class _FirstErrorLayout(Layout):
         if self.labels is None:
             return until_first_error(len(self.steps), self.first_error)
         if len(self.labels) != len(self.steps):
-            raise ValueError(
-                f"expected one label per step, got {len(self.labels)} labels for {len(self.steps)} steps"
-            )
+            raise ValueError(f"expected one label per step, got {len(self.labels)} labels for {len(self.steps)} steps")
         expected = until_first_error(len(self.steps), self.first_error)
         if "first_error" in self.model_fields_set and self.labels != expected:
             raise ValueError(f"labels {self.labels} contradict first_error {self.first_error}")

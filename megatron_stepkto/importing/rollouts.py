@@ -143,6 +143,4 @@ def _omegaprm_leaf(raw: _OmegaPRM, leaf: str, reached: dict[str, bool]) -> Impor
         outcome = (same_answer(stated, raw.final_answer) or None) if reached[leaf] else 0
     number = f"{problem_id_of(raw.question)}/{digest(leaf)}"
     finished = stated is not None
-    return solution(
-        "omegaprm", number, raw.question, raw.final_answer, steps, labels, outcome, finished=finished
-    )
+    return solution("omegaprm", number, raw.question, raw.final_answer, steps, labels, outcome, finished=finished)

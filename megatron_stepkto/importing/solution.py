@@ -38,9 +38,7 @@ class ImportedSolution(Record):
         if not self.text.strip():
             raise ValueError("the solution is empty; give at least one step with text")
         if len(self.labels) != len(self.steps):
-            raise ValueError(
-                f"expected one label per step, got {len(self.labels)} labels for {len(self.steps)} steps"
-            )
+            raise ValueError(f"expected one label per step, got {len(self.labels)} labels for {len(self.steps)} steps")
         if blank := [number for number, step in enumerate(self.steps) if not step.strip()]:
             raise ValueError(f"step {blank[0]} (counted from 0) has no text; give it or remove the step")
         return self

@@ -66,9 +66,7 @@ class _Worker:
     def send(self, number: int, gold: str, answer: str) -> None:
         assert self._process.stdin is not None
         self.pair, self.since = number, time.monotonic()
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # it died between two pairs: the end of its output says so next
+        with contextlib.suppress(BrokenPipeError):  # it died between two pairs: the end of its output says so next
             self._process.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
             self._process.stdin.flush()
 

@@ -9,9 +9,7 @@ from megatron_stepkto.judging.answers import normalise
 
 MAX_DIGITS = 1000  # longer numbers cost more than they tell
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)
-_RATIO = re.compile(
-    r"([-+]?)(?:(\d+)\s*)?\\frac\{(-?\d+)\}\{(-?\d+)\}|([-+]?)(?:(\d+) )?(\d+)/(\d+)", re.ASCII
-)
+_RATIO = re.compile(r"([-+]?)(?:(\d+)\s*)?\\frac\{(-?\d+)\}\{(-?\d+)\}|([-+]?)(?:(\d+) )?(\d+)/(\d+)", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d\d?", re.ASCII)
 _LIST = re.compile(r"([(\[])(.*)([)\]])", re.DOTALL)
 _WORDS = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")

@@ -44,9 +44,7 @@ def _differ_when_tiny(gold: list[Any], answer: list[Any]) -> bool:
     """math-verify compares numbers to six decimals, so 1/2^99 and 1/2^98, near zero, are equal to it."""
     from sympy import Expr  # type: ignore[import-untyped]
 
-    numbers = [
-        next((i for i in items if isinstance(i, Expr) and i.is_number), None) for items in (gold, answer)
-    ]
+    numbers = [next((i for i in items if isinstance(i, Expr) and i.is_number), None) for items in (gold, answer)]
     if None in numbers:
         return False
     a, b = (number.doit().evalf(30) for number in numbers if number is not None)

@@ -62,9 +62,7 @@ class _Quarantine:
         return len(self._rows)
 
 
-def _label(
-    sample: Sample, problem: Problem, tokenizer: Any, settings: Judging, judge: ProcessJudge
-) -> list[Step]:
+def _label(sample: Sample, problem: Problem, tokenizer: Any, settings: Judging, judge: ProcessJudge) -> list[Step]:
     steps = step_spans(sample.text, sample.token_ids, tokenizer, settings.split)
     labels = judge.label(problem, sample.text, [(step.start, step.end) for step in steps])
     return [step.model_copy(update={"label": label}) for step, label in zip(steps, labels, strict=True)]
@@ -114,25 +112,19 @@ def judge_file(
             try:
                 problem = by_id.get(sample.problem_id)
                 if problem is None:
-                    raise UserError(
-                        f"problem_id {sample.problem_id} is not in {problems}; give its problems"
-                    )
+                    raise UserError(f"problem_id {sample.problem_id} is not in {problems}; give its problems")
                 good.append((sample, problem, _label(sample, problem, tokenizer, settings, judge)))
             except UserError as error:
                 bad.reject(sample, str(error))
             bar.update(number)
     outcomes = _judge_answers(good, settings)
     judged = [
-        JudgedSample(
-            **dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=who
-        )
+        JudgedSample(**dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=who)
         for (sample, _, steps), outcome in zip(good, outcomes, strict=True)
     ]
     quarantined = bad.write()
     if not judged:
-        raise UserError(
-            f"{samples}: expected at least one good sample, all {quarantined} were bad; see {quarantine}"
-        )
+        raise UserError(f"{samples}: expected at least one good sample, all {quarantined} were bad; see {quarantine}")
     write_records(output, judged)
     return {**_count(judged), **({"quarantined": quarantined} if quarantined else {})}
 

@@ -154,9 +154,7 @@ def _infinite(value: float | None) -> bool:
     return value is not None and not math.isfinite(value)
 
 
-def _columns(
-    rows: Sequence[BaseModel | Mapping[str, float | None]], names: Sequence[str]
-) -> dict[str, Column]:
+def _columns(rows: Sequence[BaseModel | Mapping[str, float | None]], names: Sequence[str]) -> dict[str, Column]:
     def take(row: BaseModel | Mapping[str, float | None], name: str) -> float | None:
         value = row.get(name) if isinstance(row, Mapping) else getattr(row, name)
         return None if _infinite(value) else value

@@ -76,9 +76,7 @@ def render(report: Report) -> str:
         "counts": counts,
     }
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
-    script = "".join(
-        (FOLDER / name).read_text(encoding="utf-8") for name in ("charts.js", "browser.js", "page.js")
-    )
+    script = "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("charts.js", "browser.js", "page.js"))
     summary = report.summary
     every_row = [*summary.iterations, *(row for rows in summary.methods.values() for row in rows)]
     return environment.get_template("page.html").render(

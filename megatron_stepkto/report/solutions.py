@@ -72,8 +72,7 @@ def solution_of(sample: JudgedSample) -> Solution:
     starts = [0, *(step.start for step in sample.steps[1:])]
     ends = [*starts[1:], len(sample.text)]
     steps = tuple(
-        (step.label, sample.text[a:b].strip("\n\r"))
-        for step, a, b in zip(sample.steps, starts, ends, strict=True)
+        (step.label, sample.text[a:b].strip("\n\r")) for step, a, b in zip(sample.steps, starts, ends, strict=True)
     )
     return Solution(sample.outcome, sample.extracted_answer, sample.finish_reason == "length", steps)
 

@@ -35,9 +35,7 @@ def read_prompts(problems: Path, prompt: recipe.Prompt, tokenizer_dir: Path) -> 
     """The prompt tokens of a file of Problem rows, in its order."""
     tokenizer = load_tokenizer(tokenizer_dir)
     return [
-        PromptRow(
-            problem_id=problem.problem_id, token_ids=prompt_token_ids(prompt, problem.problem, tokenizer)
-        )
+        PromptRow(problem_id=problem.problem_id, token_ids=prompt_token_ids(prompt, problem.problem, tokenizer))
         for problem in read_records(problems, Problem)
     ]
 
@@ -216,9 +214,7 @@ def _count(job: Job, paths: dict[str, Path]) -> dict[str, Any]:
         path = paths[pass_.name]
         for sample in read_records(path, Sample):
             if sample.sample_id != next(expected, None):
-                raise UserError(
-                    f"{path}: sample {sample.sample_id} is not of this job; delete the file (--force)"
-                )
+                raise UserError(f"{path}: sample {sample.sample_id} is not of this job; delete the file (--force)")
             reasons[sample.finish_reason] += 1
             tokens += len(sample.token_ids)
             empty += not sample.text.strip()
@@ -232,9 +228,7 @@ def _count(job: Job, paths: dict[str, Path]) -> dict[str, Any]:
 
 def _speed(job: Job) -> dict[str, Any]:
     """Speed of this attempt's workers; nothing where every chunk was there already."""
-    reports = [
-        read_json(path) for path in map(job.speed_path, range(job.settings.workers)) if path.is_file()
-    ]
+    reports = [read_json(path) for path in map(job.speed_path, range(job.settings.workers)) if path.is_file()]
     slowest = max((report["generate_seconds"] for report in reports), default=0.0)
     if not slowest:
         return {}

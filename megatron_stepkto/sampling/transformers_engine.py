@@ -95,9 +95,7 @@ class _SeededDraw:
         import torch
 
         raw = torch.log_softmax(scores.float(), dim=-1)
-        drawn = torch.stack(
-            [self._perturb(*row) for row in zip(raw, self._requests, self._generators, strict=True)]
-        )
+        drawn = torch.stack([self._perturb(*row) for row in zip(raw, self._requests, self._generators, strict=True)])
         self.log_probs.append(raw.gather(1, drawn.argmax(dim=-1, keepdim=True)).squeeze(1))
         return drawn
 

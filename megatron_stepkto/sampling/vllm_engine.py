@@ -103,8 +103,7 @@ def _completion(output: Any) -> Completion:
     log_probs = None
     if output.logprobs is not None:
         log_probs = [
-            float(candidates[token].logprob)
-            for token, candidates in zip(token_ids, output.logprobs, strict=True)
+            float(candidates[token].logprob) for token, candidates in zip(token_ids, output.logprobs, strict=True)
         ]
     return Completion(token_ids, str(output.finish_reason), log_probs)
 

@@ -111,9 +111,7 @@ def chunk_samples(
         problem_id = prompts[row].problem_id
         sample_id = job.sample_id(chunk.pass_, problem_id, number)
         check_completion(completion, vocab_size, sample_id)
-        sampler = Sampler(
-            model=job.model_name, temperature=request.temperature, top_p=request.top_p, seed=request.seed
-        )
+        sampler = Sampler(model=job.model_name, temperature=request.temperature, top_p=request.top_p, seed=request.seed)
         samples.append(
             Sample(
                 problem_id=problem_id,

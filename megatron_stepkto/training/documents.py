@@ -35,7 +35,9 @@ class Document:
 
 
 def solution_document(example: TrainExample, reference: Tensor | None = None) -> Document:
-    return Document(example.example_id, example.prompt_token_ids, example.token_ids, example.steps, example.outcome, reference)
+    return Document(
+        example.example_id, example.prompt_token_ids, example.token_ids, example.steps, example.outcome, reference
+    )
 
 
 def kl_document(example: TrainExample, partner: KLPartner, reference: Tensor | None = None) -> Document:
@@ -107,19 +109,30 @@ def make_micro_batch(documents: Sequence[Document], multiple: int, device: torch
     longest = max(b - a for a, b in pairwise(bounds))
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     packed = PackedDocuments(
-        qkv_format="thd", cu_seqlens_q=offsets, cu_seqlens_kv=offsets,
-        max_seqlen_q=longest, max_seqlen_kv=longest, bounds=tuple(bounds),
+        qkv_format="thd",
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        bounds=tuple(bounds),
     )
 
     def integers(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     return MicroBatch(
-        integers(tokens)[None], integers(positions)[None], packed, integers(rows), integers(targets),
-        integers(token_step), integers(step_document), integers(step_label),
+        integers(tokens)[None],
+        integers(positions)[None],
+        packed,
+        integers(rows),
+        integers(targets),
+        integers(token_step),
+        integers(step_document),
+        integers(step_label),
         integers([UNJUDGED if d.outcome is None else d.outcome for d in documents]),
         torch.cat(references).to(device) if references else torch.zeros(0, device=device),
-        tuple(documents), padding,
+        tuple(documents),
+        padding,
     )
 
 

@@ -60,8 +60,10 @@ def start_distributed(parallel: recipe.Parallel, device: torch.device, timeout_s
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))
     if dist.get_world_size() != parallel.ranks:
-        raise UserError(f"train.parallel.ranks is {parallel.ranks}, but {dist.get_world_size()} processes were started; "
-                        "make them equal")
+        raise UserError(
+            f"train.parallel.ranks is {parallel.ranks}, but {dist.get_world_size()} processes were started; "
+            "make them equal"
+        )
     parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
     # Nothing random is left in a pass (no dropout); Megatron's tracker wants a seed all the same.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -106,8 +108,14 @@ class Engine:
         o = self.settings.optimizer
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam", lr=o.lr, weight_decay=o.weight_decay, adam_beta1=o.beta1, adam_beta2=o.beta2,
-                clip_grad=o.clip_grad or math.inf, bf16=self.dtype == torch.bfloat16, params_dtype=self.dtype,
+                optimizer="adam",
+                lr=o.lr,
+                weight_decay=o.weight_decay,
+                adam_beta1=o.beta1,
+                adam_beta2=o.beta2,
+                clip_grad=o.clip_grad or math.inf,
+                bf16=self.dtype == torch.bfloat16,
+                params_dtype=self.dtype,
                 use_distributed_optimizer=self.settings.parallel.distributed_optimizer,
             ),
             self.model,
@@ -129,7 +137,8 @@ class Engine:
     def slot(self) -> Slot:
         parallel = self.settings.parallel
         return Slot(
-            parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size(),
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
             self.settings.micro_batch_tokens,
             multiple=parallel.tensor if parallel.sequence else 1,
             bins_multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
@@ -212,7 +221,9 @@ class Engine:
     def _state(self, *, loading: bool) -> dict[str, Any]:
         state = self._weights()
         state["optimizer"] = self.optimizer.sharded_state_dict(
-            state, loading, metadata={"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+            state,
+            loading,
+            metadata={"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True},
         )
         return state
 
@@ -236,8 +247,10 @@ class Engine:
         loaded, missing, unexpected = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
         optimizer_only = {key for key in unexpected if str(key).startswith("optimizer.")}
         if missing or set(unexpected) - optimizer_only:
-            raise UserError(f"{directory}: not a checkpoint of this model; missing: {sorted(map(str, missing))}, "
-                            f"left over: {sorted(map(str, set(unexpected) - optimizer_only))}")
+            raise UserError(
+                f"{directory}: not a checkpoint of this model; missing: {sorted(map(str, missing))}, "
+                f"left over: {sorted(map(str, set(unexpected) - optimizer_only))}"
+            )
         for index, policy in enumerate(self.policies):
             policy.load_state_dict(loaded["model" if len(self.policies) == 1 else f"model{index}"], strict=True)
             _zero_vocab_padding(policy)
@@ -267,4 +280,4 @@ def _zero_vocab_padding(policy: PolicyModel) -> None:
         weights.append(policy.output_layer.weight)
     with torch.no_grad():
         for weight in weights:
-            weight[max(0, policy.words - rank * weight.shape[0]):] = 0
+            weight[max(0, policy.words - rank * weight.shape[0]) :] = 0

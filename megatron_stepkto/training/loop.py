@@ -103,7 +103,7 @@ class Trainer:
             self.progress.report(done, total, note, last=last)
 
     def _measure_gap(self, examples: Sequence[TrainExample]) -> None:
-        """Compare the sampler's log-probs with this model's on the same tokens: the model trained is the model sampled."""
+        """Compare the sampler's log-probs with this model's: the model trained must be the model sampled."""
         given = {e.example_id: torch.tensor(e.token_log_probs) for e in examples if e.token_log_probs is not None}
         if not given:
             return
@@ -112,9 +112,11 @@ class Trainer:
         gaps = torch.cat([(ours[key] - given[key]).abs() for key in given])
         self.notes["gap"] = {"tokens": gaps.numel(), "mean": gaps.mean().item(), "max": gaps.max().item()}
         if self.notes["gap"]["mean"] > self.settings.max_gap:
-            self._warn(f"sampler and trainer disagree: mean |log-prob difference| {gaps.mean():.4f} nats over "
-                       f"{gaps.numel()} tokens (train.max_gap is {self.settings.max_gap}); the model trained may not be "
-                       "the model sampled: check dtype, RoPE settings and the prompt's tokens")
+            self._warn(
+                f"sampler and trainer disagree: mean |log-prob difference| {gaps.mean():.4f} nats over "
+                f"{gaps.numel()} tokens (train.max_gap is {self.settings.max_gap}); the model trained may not be "
+                "the model sampled: check dtype, RoPE settings and the prompt's tokens"
+            )
 
     def _find_references(self, examples: Sequence[TrainExample]) -> None:
         """Reference log-probs of all documents, from the file of an earlier attempt or by a pass of the reference."""
@@ -124,8 +126,10 @@ class Trainer:
         if self.objective.uses_kl:
             documents += [kl_document(e, e.kl_partner) for e in examples if e.kl_partner]
             if not any(e.kl_partner for e in examples):
-                raise UserError(f"{self.job.train_examples}: no example has a KL pair, but train.loss.reference_point is "
-                                "mismatched; raise dataset.kl_pair_share or set reference_point to none")
+                raise UserError(
+                    f"{self.job.train_examples}: no example has a KL pair, but train.loss.reference_point is "
+                    "mismatched; raise dataset.kl_pair_share or set reference_point to none"
+                )
         if not documents:
             return
         path = self.job.directory / "reference.safetensors"
@@ -134,7 +138,9 @@ class Trainer:
             if self.job.reference is not None:
                 self.engine.load_weights(self.job.reference)
             found = score_documents(
-                self.engine, documents, per_step,
+                self.engine,
+                documents,
+                per_step,
                 lambda done: self._report(0, len(self.updates), f"reference log-probs {done}/{len(documents)}"),
             )
             if self.is_writer:
@@ -205,8 +211,12 @@ class Trainer:
         """All ranks see the same pooled value, so all stop here together."""
         if math.isfinite(value):
             return
-        bad = [d.key for aside, batch in zip(asides, batches, strict=False)
-               if not math.isfinite(aside["loss"].item()) for d in batch.documents]
+        bad = [
+            d.key
+            for aside, batch in zip(asides, batches, strict=False)
+            if not math.isfinite(aside["loss"].item())
+            for d in batch.documents
+        ]
         everyone: list[list[str] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, bad if self.engine.counts_once else [])
         ids = sorted({key for share in everyone for key in share or []})
@@ -220,15 +230,22 @@ class Trainer:
     # --- log -------------------------------------------------------------------------------------------------
 
     def _log(
-        self, update: int, sums: dict[str, float], kl: dict[str, float], points: ReferencePoints, grad_norm: float,
-        lr: float, seconds: float,
+        self,
+        update: int,
+        sums: dict[str, float],
+        kl: dict[str, float],
+        points: ReferencePoints,
+        grad_norm: float,
+        lr: float,
+        seconds: float,
     ) -> None:
         def mean(name: str, count: str) -> float | None:
             return sums[name] / sums[count] if sums[count] else None
 
         step_kto = self.settings.method in ("step_kto", "kto")
         row = {
-            "update": update + 1, "num_updates": len(self.updates),
+            "update": update + 1,
+            "num_updates": len(self.updates),
             "epoch": self.settings.epochs * (update + 1) / len(self.updates) if not self.settings.max_updates else None,
             "loss": mean("loss", "units"),
             "loss_outcome": mean("loss_outcome", "units") if step_kto else None,
@@ -239,13 +256,20 @@ class Trainer:
             "z_step": points.step.item() if step_kto else None,
             **{f"log_ratio_{kind}": mean(f"log_ratio_{kind}", f"num_{kind}") for kind in KINDS},
             **{f"num_{kind}": int(sums[f"num_{kind}"]) for kind in KINDS},
-            "grad_norm": grad_norm, "lr": lr, "tokens": int(sums["tokens"]),
-            "padding_share": sums["padding"] / (sums["tokens"] + sums["padding"]), "seconds": round(seconds, 4),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": int(sums["tokens"]),
+            "padding_share": sums["padding"] / (sums["tokens"] + sums["padding"]),
+            "seconds": round(seconds, 4),
         }
         self._append(row)
         self._watch_collapse(update, row["log_ratio_right"])
-        self._report(update + 1, len(self.updates), f"loss {row['loss']:.4f}  {sums['tokens'] / seconds:,.0f} tokens/s",
-                     last=update + 1 == len(self.updates))
+        self._report(
+            update + 1,
+            len(self.updates),
+            f"loss {row['loss']:.4f}  {sums['tokens'] / seconds:,.0f} tokens/s",
+            last=update + 1 == len(self.updates),
+        )
 
     def _watch_collapse(self, update: int, right: float | None) -> None:
         """Warn once when right solutions become less likely than under the reference, and keep falling."""
@@ -257,9 +281,11 @@ class Trainer:
         if (fell := falling_below_zero(self.right_history)) is not None:
             before, now = fell
             self.notes["collapse"] = {"update": update + 1, "log_ratio_right": now}
-            self._warn(f"update {update + 1}: the log-ratio of right solutions is {now:.2f} nats and falling "
-                       f"(it was {before:.2f}): probability leaves right answers too. Raise train.loss.beta_*, lower "
-                       "undesirable_weight_* or lower train.optimizer.lr")
+            self._warn(
+                f"update {update + 1}: the log-ratio of right solutions is {now:.2f} nats and falling "
+                f"(it was {before:.2f}): probability leaves right answers too. Raise train.loss.beta_*, lower "
+                "undesirable_weight_* or lower train.optimizer.lr"
+            )
 
     def _warn(self, message: str) -> None:
         self.notes.setdefault("warnings", []).append(message)
@@ -290,8 +316,11 @@ class Trainer:
 
     def _checkpoints(self) -> list[tuple[int, Any]]:
         """Finished checkpoints, oldest first."""
-        return sorted((int(p.name.removeprefix("update_")), p) for p in self.job.checkpoints.glob("update_*")
-                      if (p / "state.json").is_file())
+        return sorted(
+            (int(p.name.removeprefix("update_")), p)
+            for p in self.job.checkpoints.glob("update_*")
+            if (p / "state.json").is_file()
+        )
 
     def _resume(self) -> int:
         """Continue at the newest checkpoint; returns the number of updates that are done."""
@@ -320,8 +349,10 @@ class Trainer:
             shutil.rmtree(temporary)
         self.engine.save_state(temporary)
         if self.is_writer:
-            write_json(temporary / "state.json",
-                       {"batch_kl": self.batch_kl, "right_history": self.right_history, "notes": self.notes})
+            write_json(
+                temporary / "state.json",
+                {"batch_kl": self.batch_kl, "right_history": self.right_history, "notes": self.notes},
+            )
             temporary.rename(final)
             for _, old in self._checkpoints()[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(old)

@@ -32,11 +32,24 @@ from megatron_stepkto.training.documents import Document, MicroBatch, kl_documen
 
 # Sums of one micro-batch, pooled over micro-batches and ranks before anything is divided.
 SUMS = (
-    "loss", "units", "loss_outcome", "loss_step",
-    "log_ratio_right", "num_right", "log_ratio_wrong", "num_wrong",
-    "log_ratio_right_steps", "num_right_steps", "log_ratio_wrong_steps", "num_wrong_steps",
-    "kl_outcome", "kl_outcome_count", "kl_step", "kl_step_count",
-    "tokens", "padding",
+    "loss",
+    "units",
+    "loss_outcome",
+    "loss_step",
+    "log_ratio_right",
+    "num_right",
+    "log_ratio_wrong",
+    "num_wrong",
+    "log_ratio_right_steps",
+    "num_right_steps",
+    "log_ratio_wrong_steps",
+    "num_wrong_steps",
+    "kl_outcome",
+    "kl_outcome_count",
+    "kl_step",
+    "kl_step_count",
+    "tokens",
+    "padding",
 )
 
 
@@ -84,8 +97,12 @@ def reward_sums(batch: MicroBatch, token_log_probs: Tensor) -> dict[str, Tensor]
 
 def kl_sums(batch: MicroBatch, token_log_probs: Tensor) -> dict[str, Tensor]:
     outcome, step = pool_reference(solutions_of(batch, token_log_probs))
-    return {"kl_outcome": outcome.total, "kl_outcome_count": outcome.count,
-            "kl_step": step.total, "kl_step_count": step.count}
+    return {
+        "kl_outcome": outcome.total,
+        "kl_outcome_count": outcome.count,
+        "kl_step": step.total,
+        "kl_step_count": step.count,
+    }
 
 
 def reference_points(sums: dict[str, float], estimator: str, device: torch.device) -> ReferencePoints:
@@ -93,8 +110,12 @@ def reference_points(sums: dict[str, float], estimator: str, device: torch.devic
 
     def mean(name: str) -> PooledMean:
         used = estimator != "none"
-        return PooledMean(*(torch.tensor(sums[key] if used else 0.0, dtype=torch.float64, device=device)
-                            for key in (name, f"{name}_count")))
+        return PooledMean(
+            *(
+                torch.tensor(sums[key] if used else 0.0, dtype=torch.float64, device=device)
+                for key in (name, f"{name}_count")
+            )
+        )
 
     return clamp_reference(mean("kl_outcome"), mean("kl_step"))
 
@@ -134,8 +155,9 @@ class Preference:
         chosen, rejected = log_ratio[0::2], log_ratio[1::2]
         if self.nll_weight is None:
             return dpo_loss(chosen, rejected, self.beta)
-        lengths = torch.tensor([len(d.response) for d in batch.documents[0::2]], dtype=torch.float32,
-                               device=log_ratio.device)
+        lengths = torch.tensor(
+            [len(d.response) for d in batch.documents[0::2]], dtype=torch.float32, device=log_ratio.device
+        )
         step_log_prob = batch.step_sums(token_log_probs)
         log_prob = log_ratio.new_zeros(len(batch.documents)).index_add(0, batch.step_document, step_log_prob)
         return irpo_loss(chosen, rejected, log_prob[0::2], lengths, self.beta, self.nll_weight)
@@ -176,9 +198,7 @@ def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[
     return StepKTO(settings, uses_kl=loss.reference_point == "mismatched")
 
 
-def unit_documents(
-    unit: Sequence[TrainExample], references: dict[str, Tensor], with_kl: bool
-) -> UnitDocuments:
+def unit_documents(unit: Sequence[TrainExample], references: dict[str, Tensor], with_kl: bool) -> UnitDocuments:
     """Documents of one unit with their reference log-probs, where these are known."""
     documents = []
     kl = None

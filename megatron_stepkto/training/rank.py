@@ -44,14 +44,20 @@ def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int
         # the two sides of a preference pair share a micro-batch
         room = job.settings.micro_batch_tokens // (2 if example.pair_id else 1)
         if max(lengths) > room:
-            raise UserError(f"{job.train_examples}: {example.example_id} has {max(lengths)} tokens (with its KL partner), "
-                            f"a micro-batch has room for {room}; raise train.micro_batch_tokens or lower sample.max_tokens")
+            raise UserError(
+                f"{job.train_examples}: {example.example_id} has {max(lengths)} tokens (with its KL partner), "
+                f"a micro-batch has room for {room}; raise train.micro_batch_tokens or lower sample.max_tokens"
+            )
         if max(lengths) > max_positions:
-            raise UserError(f"{job.train_examples}: {example.example_id} has {max(lengths)} tokens, the model's "
-                            f"max_position_embeddings is {max_positions}; lower sample.max_tokens")
+            raise UserError(
+                f"{job.train_examples}: {example.example_id} has {max(lengths)} tokens, the model's "
+                f"max_position_embeddings is {max_positions}; lower sample.max_tokens"
+            )
         if max(*example.prompt_token_ids, *example.token_ids) >= vocab_size:
-            raise UserError(f"{job.train_examples}: {example.example_id} holds a token id past the model's vocabulary "
-                            f"({vocab_size}); the data were made with another tokenizer")
+            raise UserError(
+                f"{job.train_examples}: {example.example_id} holds a token id past the model's vocabulary "
+                f"({vocab_size}); the data were made with another tokenizer"
+            )
 
 
 # Saving a checkpoint starts a spawn-context process that imports this module again: keep the guard.

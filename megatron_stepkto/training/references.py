@@ -22,7 +22,9 @@ REPORT_EVERY = 512
 
 
 def score_documents(
-    engine: Engine, documents: Sequence[Document], what: Callable[[MicroBatch, Tensor], list[Tensor]],
+    engine: Engine,
+    documents: Sequence[Document],
+    what: Callable[[MicroBatch, Tensor], list[Tensor]],
     report: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """``what`` per document ([n] float32 each) under the engine's weights; every rank gets all of them."""
@@ -31,7 +33,9 @@ def score_documents(
     for start in range(0, len(documents), REPORT_EVERY):
         part = documents[start : start + REPORT_EVERY]
         batches = pack_units([[document] for document in part], slot)
-        scored = engine.score(batches, lambda batch, lp: list(zip((d.key for d in batch.documents), what(batch, lp), strict=True)))
+        scored = engine.score(
+            batches, lambda batch, lp: list(zip((d.key for d in batch.documents), what(batch, lp), strict=True))
+        )
         mine = {key: value.cpu() for pairs in scored for key, value in pairs} if engine.counts_once else {}
         gathered: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, mine)
@@ -57,9 +61,12 @@ def save_references(path: Path, references: dict[str, Tensor], fingerprint: str)
     keys = sorted(references)
     temporary = path.with_suffix(".tmp")
     save_file(
-        {"values": torch.cat([references[key] for key in keys]),
-         "sizes": torch.tensor([references[key].numel() for key in keys])},
-        temporary, metadata={"keys": "\0".join(keys), "fingerprint": fingerprint},
+        {
+            "values": torch.cat([references[key] for key in keys]),
+            "sizes": torch.tensor([references[key].numel() for key in keys]),
+        },
+        temporary,
+        metadata={"keys": "\0".join(keys), "fingerprint": fingerprint},
     )
     temporary.replace(path)
 

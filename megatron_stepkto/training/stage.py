@@ -20,7 +20,7 @@ from megatron_stepkto.training.job import Job
 
 
 def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
-    """Train ``stage.inputs['model']`` on ``stage.inputs['train']``; leaves ``final/`` (torch_dist) and ``metrics.jsonl``.
+    """Train the input ``model`` on the input ``train``; leaves ``final/`` (torch_dist) and ``metrics.jsonl``.
 
     An attempt that was cut short goes on at its newest checkpoint.
 
@@ -36,8 +36,14 @@ def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
         _convert_once(stage.inputs["reference"], reference, dtype)
     fingerprint = f"{stable_hash(stage.key()['inputs'], settings.dtype):016x}"
     job = Job(
-        settings=settings, seed=seed, initial=initial, reference=reference, train_examples=stage.inputs["train"],
-        held_out_examples=stage.inputs.get("held_out"), directory=directory, fingerprint=fingerprint,
+        settings=settings,
+        seed=seed,
+        initial=initial,
+        reference=reference,
+        train_examples=stage.inputs["train"],
+        held_out_examples=stage.inputs.get("held_out"),
+        directory=directory,
+        fingerprint=fingerprint,
     )
     write_json(directory / "job.json", job.model_dump(mode="json"))
     job.progress.unlink(missing_ok=True)
@@ -48,8 +54,10 @@ def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
     for warning in notes.get("warnings", []):
         warn(warning)
     if gap := notes.get("gap"):
-        say(f"{stage.title}: sampler and trainer differ by {gap['mean']:.1e} nats on average, {gap['max']:.1e} at most, "
-            f"over {gap['tokens']} tokens")
+        say(
+            f"{stage.title}: sampler and trainer differ by {gap['mean']:.1e} nats on average, "
+            f"{gap['max']:.1e} at most, over {gap['tokens']} tokens"
+        )
     for leftover in (initial, reference, job.checkpoints):
         if leftover is not None and leftover.exists():
             shutil.rmtree(leftover)
@@ -66,9 +74,21 @@ def _launcher(job: Job) -> Child:
     ranks = job.settings.parallel.ranks
     threads = max(1, (os.cpu_count() or 1) // ranks)
     command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-        "-m", "megatron_stepkto.training.rank", str(job.directory / "job.json"),
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "megatron_stepkto.training.rank",
+        str(job.directory / "job.json"),
     ]
     # gloo looks up the host's name to choose an interface, which fails on machines without DNS: name it.
-    env = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+    env = {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONWARNINGS": "ignore",
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
     return Child(command, job.directory / "logs" / "train.log", env)

@@ -51,8 +51,10 @@ def step_log_probs(model: Any, prompt: list[int], response: list[int], steps: li
 def settings(**changes: Any) -> recipe.Training:
     return recipe.Training.model_validate({
         "optimizer": {"lr": LR, "clip_grad": CLIP, "beta2": 0.98},
-        "loss": {"beta_outcome": BETA_OUTCOME, "beta_step": BETA_STEP, "undesirable_weight_step": LAMBDA_UNDESIRABLE_STEP},
-        "global_batch_size": 8, "micro_batch_tokens": 300, "max_updates": 3, "device": "cpu", "timeout_s": 60, **changes,
+        "loss": {"beta_outcome": BETA_OUTCOME, "beta_step": BETA_STEP,
+                 "undesirable_weight_step": LAMBDA_UNDESIRABLE_STEP},
+        "global_batch_size": 8, "micro_batch_tokens": 300, "max_updates": 3, "device": "cpu", "timeout_s": 60,
+        **changes,
     })  # fmt: skip
 
 
@@ -61,12 +63,17 @@ def run_train(folder: Path, model: Path, data: Path, training: recipe.Training, 
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"ranks": 2, "tensor": 2}, {"ranks": 2, "pipeline": 2}], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+ONE, TP2, PP2 = {"ranks": 1}, {"ranks": 2, "tensor": 2}, {"ranks": 2, "pipeline": 2}
+TIED, UNTIED, LLAMA3 = MODELS
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [(TIED, ONE), (TIED, TP2), (TIED, PP2), (UNTIED, TP2), (UNTIED, PP2), (LLAMA3, TP2)],
+    ids=str,
+)
 def test_log_probs_equal_transformers(name: str, parallel: dict[str, int], tmp_path: Path) -> None:
     """Through the run's own comparison of sampler and trainer, with transformers as the sampler."""
-    if parallel.get("pipeline") and name.startswith("llama3"):
-        pytest.skip("RoPE is the same on every stage; one layout beside one process is enough")
     folder = write_llama(tmp_path / "model", **MODELS[name])
     model = load(folder)
     long = TrainExample(example_id="long", problem_id="long", prompt_token_ids=list(range(3, 43)), outcome=1,
@@ -166,3 +173,61 @@ def test_three_updates_equal_the_formula_with_two_models(tmp_path: Path) -> None
         assert last[key] == pytest.approx(math.fsum(values) / len(values), abs=1e-4), key
         assert abs(last[key]) > 1e-3
     assert last["step_margin"] == pytest.approx(last["log_ratio_right_steps"] - last["log_ratio_wrong_steps"])
+
+
+def pairs(examples: list[TrainExample]) -> list[TrainExample]:
+    return [
+        example.model_copy(update={"pair_id": f"pair{number // 2}", "side": ("chosen", "rejected")[number % 2]})
+        for number, example in enumerate(examples)
+    ]
+
+
+def independent_loss(method: str, policy: Any, reference: Any, examples: list[TrainExample]) -> torch.Tensor:
+    """The other methods from their papers' formulas, over all examples as one batch."""
+    log_probs, ratios = [], []
+    for e in examples:
+        own = token_log_probs(policy, e.prompt_token_ids, e.token_ids)
+        with torch.no_grad():
+            base = token_log_probs(reference, e.prompt_token_ids, e.token_ids)
+        log_probs.append(own)
+        ratios.append((own - base).sum())
+    if method == "rft":
+        return -torch.cat(log_probs).mean()
+    total = torch.zeros(())
+    for chosen in range(0, len(examples), 2):
+        total = total - torch.log(sigmoid(0.1 * (ratios[chosen] - ratios[chosen + 1])))
+        if method == "irpo":
+            total = total - 0.5 * log_probs[chosen].mean()
+    return total / (len(examples) // 2)
+
+
+@pytest.mark.parametrize(("method", "parallel"), [("dpo", TP2), ("irpo", ONE), ("rft", TP2)], ids=str)
+def test_other_methods_against_their_formulas(method: str, parallel: dict[str, int], tmp_path: Path) -> None:
+    """One update with a reference that is not the trained model, so that no log-ratio is zero."""
+    folder, reference = write_llama(tmp_path / "model"), write_llama(tmp_path / "reference", seed=1)
+    examples = random_examples(8)
+    data = write_examples(tmp_path / "train.jsonl", pairs(examples) if method != "rft" else examples)
+    training = settings(
+        method=method, parallel=parallel, loss={"dpo_beta": 0.1, "nll_weight": 0.5}, max_updates=1,
+        global_batch_size=4 if method != "rft" else 8,
+    )  # fmt: skip
+    [row] = run_train(tmp_path / "run", folder, data, training, reference=reference)
+    policy = load(folder)
+    loss = independent_loss(method, policy, load(reference), examples)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
+    assert row["loss"] == pytest.approx(loss.item(), rel=2e-5)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=2e-5)
+
+
+def test_reference_that_is_not_the_trained_model(tmp_path: Path) -> None:
+    """reference: initial. The log-ratios before the first update are those to that model."""
+    folder, reference = write_llama(tmp_path / "model"), write_llama(tmp_path / "reference", seed=1)
+    examples = random_examples(8)
+    data = write_examples(tmp_path / "train.jsonl", examples)
+    [row] = run_train(tmp_path / "run", folder, data, settings(parallel=TP2, max_updates=1), reference=reference)
+    policy, base = load(folder), load(reference)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR)
+    for key, value in independent_update(policy, base, optimizer, examples).items():
+        assert row[key] == pytest.approx(value, rel=2e-5, abs=3e-5), key
+    assert abs(row["log_ratio_right"]) > 0.1

@@ -49,13 +49,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def settings(**changes: Any) -> recipe.Training:
-    return recipe.Training.model_validate({
-        "optimizer": {"lr": 2e-3, "clip_grad": 0.5}, "loss": {"beta_outcome": 0.5, "beta_step": 2.0, "undesirable_weight_step": 0.7},
-        "global_batch_size": 8, "micro_batch_tokens": 2000, "max_updates": 3, "device": "cpu", "timeout_s": 60, **changes,
-    })
+    return recipe.Training.model_validate(
+        {
+            "optimizer": {"lr": 2e-3, "clip_grad": 0.5},
+            "loss": {"beta_outcome": 0.5, "beta_step": 2.0, "undesirable_weight_step": 0.7},
+            "global_batch_size": 8,
+            "micro_batch_tokens": 2000,
+            "max_updates": 3,
+            "device": "cpu",
+            "timeout_s": 60,
+            **changes,
+        }
+    )
 
 
-def run(folder: Path, model: Path, data: Path, training: recipe.Training) -> tuple[list[dict[str, Any]], CheckpointReader]:
+def run(
+    folder: Path, model: Path, data: Path, training: recipe.Training
+) -> tuple[list[dict[str, Any]], CheckpointReader]:
     stage = Stage("train", folder, {}, {"model": model, "train": data})
     train(stage, training, seed=3)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -92,8 +102,16 @@ def test_layout_agrees_with_one_process(embeddings: str, name: str, one_process:
     for row, right in zip(rows, expected_rows, strict=True):
         for key in ("loss", "loss_outcome", "loss_step", "grad_norm"):
             assert row[key] == pytest.approx(right[key], rel=1e-5), key
-        for key in ("z_outcome", "z_step", "kl_outcome", "kl_step", "log_ratio_right", "log_ratio_wrong",
-                    "log_ratio_right_steps", "log_ratio_wrong_steps"):
+        for key in (
+            "z_outcome",
+            "z_step",
+            "kl_outcome",
+            "kl_step",
+            "log_ratio_right",
+            "log_ratio_wrong",
+            "log_ratio_right_steps",
+            "log_ratio_wrong_steps",
+        ):
             # differences of two sums of about 100 nats, each rounded to 1e-5 in float32
             assert row[key] == (None if right[key] is None else pytest.approx(right[key], rel=1e-5, abs=3e-5)), key
         for key in ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "tokens"):

@@ -39,11 +39,18 @@ def mini(repository: Path, tmp_path: Path) -> Path:
 
 def test_recipe_faults(mini: Path, tmp_path: Path) -> None:
     refused(stepkto("run", tmp_path / "none.yaml", cwd=tmp_path), "none.yaml", "expected a recipe")
-    refused(stepkto("run", mini, "--set", "sample.num_samples=0", cwd=tmp_path), "sample.num_samples", "greater than or equal to 1")
+    refused(
+        stepkto("run", mini, "--set", "sample.num_samples=0", cwd=tmp_path),
+        "sample.num_samples",
+        "greater than or equal to 1",
+    )
     text = mini.read_text().replace("  temperature: 1.0", "  temprature: 1.0")
     mini.write_text(text)
     line = text.splitlines().index("  temprature: 1.0") + 1
-    refused(stepkto("run", mini, cwd=tmp_path), f"mini.yaml:{line}: unknown key sample.temprature; did you mean temperature?")
+    refused(
+        stepkto("run", mini, cwd=tmp_path),
+        f"mini.yaml:{line}: unknown key sample.temprature; did you mean temperature?",
+    )
 
 
 def test_model_faults(mini: Path, tmp_path: Path) -> None:
@@ -87,8 +94,10 @@ def test_import_faults(repository: Path, tmp_path: Path) -> None:
     refused(stepkto(*run, cwd=tmp_path), "rows.jsonl:1", "2 labels for 1 steps")
     source.write_text(json.dumps({**row, "steps": [], "first_error": None, "labels": []}) + "\n")
     refused(stepkto(*run, cwd=tmp_path), "rows.jsonl:1")
-    refused(stepkto("import", "procesbench", source, "--tokenizer", tokenizer, "--output", tmp_path / "out", cwd=tmp_path),
-            "processbench")
+    refused(
+        stepkto("import", "procesbench", source, "--tokenizer", tokenizer, "--output", tmp_path / "out", cwd=tmp_path),
+        "processbench",
+    )
 
 
 def test_changed_recipe_is_refused_with_the_difference(mini: Path, tmp_path: Path) -> None:

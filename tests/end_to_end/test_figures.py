@@ -33,8 +33,8 @@ def runs(repository: Path) -> list[dict[str, Any]]:
         # the first seed also shows the methods that have no claim to assert
         compare = "kto,rft,irpo" if seed == 0 else "kto"
         subprocess.run(
-            [sys.executable, "-m", "megatron_stepkto", "run", str(repository / "recipes" / "mini_cpu.yaml"), f"--set=seed={seed}",
-             f"--set=name={name}", f"--set=output={repository / 'runs'}", "--compare", compare],
+            [sys.executable, "-m", "megatron_stepkto", "run", str(repository / "recipes" / "mini_cpu.yaml"),
+             f"--set=seed={seed}", f"--set=name={name}", f"--set=output={repository / 'runs'}", "--compare", compare],
             check=True, timeout=3 * 3600,
         )  # fmt: skip
         found.append(json.loads((repository / "runs" / name / "summary.json").read_text()))

@@ -40,18 +40,24 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def run_to_end(repository: Path, output: Path) -> dict[str, Any]:
-    done = subprocess.run(command(repository, output), capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False)
+    done = subprocess.run(
+        command(repository, output), capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((output / "mini_cpu" / "summary.json").read_text())
 
 
 def kill_when(repository: Path, output: Path, seen: Callable[[], bool]) -> None:
     """Start the run, SIGKILL its main process at the first sight of ``seen``, and see that its children die too."""
-    process = subprocess.Popen(command(repository, output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(repository, output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     limit = time.monotonic() + TIME_LIMIT_S
     try:
         while not seen():
-            assert process.poll() is None, f"the run ended before the instant to kill it: {process.communicate()[1][-2000:]}"
+            assert process.poll() is None, (
+                f"the run ended before the instant to kill it: {process.communicate()[1][-2000:]}"
+            )
             assert time.monotonic() < limit
             time.sleep(0.002)
         children = descendants(process.pid)
@@ -92,8 +98,13 @@ def test_killed_in_every_stage_ends_as_undisturbed(repository: Path, tmp_path: P
     got = run_to_end(repository, output)
 
     assert table(got) == table(expected)
-    for part in ("iteration_1/sample/samples.jsonl", "iteration_1/judge/judged.jsonl", "iteration_1/dataset/train.jsonl",
-                 "iteration_1/convert/model/model.safetensors", "evaluate/M1/sampled.jsonl"):
+    for part in (
+        "iteration_1/sample/samples.jsonl",
+        "iteration_1/judge/judged.jsonl",
+        "iteration_1/dataset/train.jsonl",
+        "iteration_1/convert/model/model.safetensors",
+        "evaluate/M1/sampled.jsonl",
+    ):
         assert sha256_of(run / part) == sha256_of(tmp_path / "undisturbed" / "mini_cpu" / part), part
     rows = [json.loads(line) for line in (first / "train" / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == list(range(1, 9)), "64 examples in batches of 8, each update logged once"

@@ -85,23 +85,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     run = tmp_path_factory.mktemp("runs") / "browsed"
     write_records(
         run / "evaluate/problems/problems.jsonl",
-        [
-            Problem(problem_id=name, problem=f"The {name} problem. How many?", answer="3")
-            for name in GREEDY["M0"]
-        ],
+        [Problem(problem_id=name, problem=f"The {name} problem. How many?", answer="3") for name in GREEDY["M0"]],
     )
     for model, rows in GREEDY.items():
-        write_records(
-            run / f"evaluate/{model}/greedy.jsonl", [solution(name, *row) for name, row in rows.items()]
-        )
+        write_records(run / f"evaluate/{model}/greedy.jsonl", [solution(name, *row) for name, row in rows.items()])
     metrics = run / "iteration_1/train/metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text(
         "".join(
-            json.dumps(
-                {"update": n, "loss": 2 - n / 10, "log_ratio_right": n / 10, "log_ratio_wrong": -n / 10}
-            )
-            + "\n"
+            json.dumps({"update": n, "loss": 2 - n / 10, "log_ratio_right": n / 10, "log_ratio_wrong": -n / 10}) + "\n"
             for n in range(1, 9)
         )
     )
@@ -153,9 +145,7 @@ def click(chromium: Any, selector: str) -> None:
 
 
 def listed(chromium: Any) -> list[str]:
-    return [
-        node.get_attribute("data-problem") for node in chromium.find_elements("css selector", "#list button")
-    ]
+    return [node.get_attribute("data-problem") for node in chromium.find_elements("css selector", "#list button")]
 
 
 def test_the_page_opens_without_console_errors_and_shows_the_table(chromium: Any, page: str) -> None:

@@ -81,12 +81,8 @@ def test_splits_and_seeds_never_share_a_problem_or_an_id() -> None:
     calls = [generate(split, 400, seed) for split in ("train", "dev", "test") for seed in (0, 1)]
     ids = [problem.problem_id for call in calls for problem in call]
     assert len(set(ids)) == len(ids)
-    texts = {
-        split: {p.problem for c in calls for p in c if p.split == split} for split in ("train", "dev", "test")
-    }
-    assert not (
-        texts["train"] & texts["dev"] or texts["train"] & texts["test"] or texts["dev"] & texts["test"]
-    )
+    texts = {split: {p.problem for c in calls for p in c if p.split == split} for split in ("train", "dev", "test")}
+    assert not (texts["train"] & texts["dev"] or texts["train"] & texts["test"] or texts["dev"] & texts["test"])
 
 
 def test_split_of_is_sha256_modulo_20() -> None:

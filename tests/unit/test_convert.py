@@ -25,8 +25,14 @@ from megatron_stepkto.checkpoints.torch_dist import DATA_FILE, CheckpointReader,
 from megatron_stepkto.errors import UserError
 from tests.builders import write_llama
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 GATE, UP = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"
 QUERY, KEY = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 
@@ -105,7 +111,11 @@ def test_there_and_back_is_bitwise(models: dict[str, Path], tmp_path: Path, name
     assert ("lm_head.weight" in expected) == (name not in ("tied", "llama3"))
     assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), expected)
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
     ]
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back"))
     assert after.pop("dtype") == ("bfloat16" if name == "bf16" else "float32")
@@ -149,9 +159,11 @@ def test_a_sharded_target(models: dict[str, Path], tmp_path: Path, monkeypatch: 
 
 def test_torchs_own_reader_finds_the_stacked_weights(models: dict[str, Path]) -> None:
     hf = load_file(models["tied"] / "model.safetensors")
-    state = {"decoder.layers.mlp.linear_fc1.weight": torch.zeros(4, 192, 64),
-             "decoder.layers.self_attention.linear_qkv.weight": torch.zeros(4, 128, 64),
-             "embedding.word_embeddings.weight": torch.zeros(99, 64)}
+    state = {
+        "decoder.layers.mlp.linear_fc1.weight": torch.zeros(4, 192, 64),
+        "decoder.layers.self_attention.linear_qkv.weight": torch.zeros(4, 128, 64),
+        "embedding.word_embeddings.weight": torch.zeros(99, 64),
+    }
     dcp.load(state, checkpoint_id=str(models["megatron"]), no_dist=True)
     assert torch.equal(state["embedding.word_embeddings.weight"], hf["model.embed_tokens.weight"])
     for layer in range(4):
@@ -182,7 +194,8 @@ def test_what_torchs_own_writer_wrote_is_read_and_padded_words_are_cut(models: d
         "decoder.layers.self_attention.linear_proj.weight": stack(lambda n: hf[n + "self_attn.o_proj.weight"]),
         "decoder.layers.mlp.linear_fc1.layer_norm_weight": stack(lambda n: hf[n + "post_attention_layernorm.weight"]),
         "decoder.layers.mlp.linear_fc1.weight": stack(
-            lambda n: torch.cat([hf[n + "mlp.gate_proj.weight"], hf[n + "mlp.up_proj.weight"]])),
+            lambda n: torch.cat([hf[n + "mlp.gate_proj.weight"], hf[n + "mlp.up_proj.weight"]])
+        ),
         "decoder.layers.mlp.linear_fc2.weight": stack(lambda n: hf[n + "mlp.down_proj.weight"]),
         "decoder.final_layernorm.weight": hf["model.norm.weight"],
         "optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(64),
@@ -203,7 +216,8 @@ def test_a_training_dtype_is_a_plain_cast(models: dict[str, Path], tmp_path: Pat
 def test_extra_state_entries_that_a_strict_load_asks_for(models: dict[str, Path]) -> None:
     keys = read_metadata(models["megatron"]).state_dict_metadata
     assert {key for key in keys if "_extra_state" in key} == {
-        f"decoder.layers.{module}._extra_state/shard_{layer}_4" for layer in range(4)
+        f"decoder.layers.{module}._extra_state/shard_{layer}_4"
+        for layer in range(4)
         for module in ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
     }
 
@@ -212,11 +226,23 @@ def test_extra_state_entries_that_a_strict_load_asks_for(models: dict[str, Path]
 
 
 def small(**changes: Any) -> ModelConfig:
-    return ModelConfig(**{
-        "num_layers": 1, "hidden_size": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 2, "ffn_size": 2,
-        "vocab_size": 3, "max_positions": 8, "norm_eps": 1e-5, "rope_base": 1e4, "rope_scaling": None, "tied": True,
-        **changes,
-    })
+    return ModelConfig(
+        **{
+            "num_layers": 1,
+            "hidden_size": 1,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 2,
+            "ffn_size": 2,
+            "vocab_size": 3,
+            "max_positions": 8,
+            "norm_eps": 1e-5,
+            "rope_base": 1e4,
+            "rope_scaling": None,
+            "tied": True,
+            **changes,
+        }
+    )
 
 
 def column(*values: int) -> Tensor:
@@ -245,8 +271,9 @@ def test_regions_of_a_tensor_cut_into_blocks(tmp_path: Path) -> None:
     """[2, 4, 6] in blocks of [1, 2, 3], as tensor-parallel ranks would save it; rows past 3 are padding."""
     whole = torch.arange(48.0).view(2, 4, 6)
     offsets = [(a, b, c) for c in (3, 0) for b in (2, 0) for a in (0, 1)]
-    write_checkpoint(tmp_path, (Chunk("w", (2, 4, 6), (a, b, c), whole[a : a + 1, b : b + 2, c : c + 3])
-                                for a, b, c in offsets), [])
+    write_checkpoint(
+        tmp_path, (Chunk("w", (2, 4, 6), (a, b, c), whole[a : a + 1, b : b + 2, c : c + 3]) for a, b, c in offsets), []
+    )
     reader = CheckpointReader(tmp_path)
     assert reader.shapes() == {"w": (2, 4, 6)}
     assert torch.equal(reader.read("w"), whole)
@@ -303,16 +330,21 @@ def test_folders_that_are_no_model(models: dict[str, Path], tmp_path: Path) -> N
     assert "pickled .bin weights are not read" in forward_refusal(pickled)
 
 
-@pytest.mark.parametrize(("keys", "said"), [
-    ({"architectures": ["GPT2LMHeadModel"]},
-     "expected architectures to be one of LlamaForCausalLM, got GPT2LMHeadModel"),
-    ({"architectures": []}, "got None"),
-    ({"attention_bias": True}, "attention_bias = True is not supported for Llama; expected False"),
-    ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn' is not supported"),
-    ({"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0}}, "key 'factor' is missing"),
-    ({"hidden_size": "64"}, "hidden_size"),
-])
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "expected architectures to be one of LlamaForCausalLM, got GPT2LMHeadModel",
+        ),
+        ({"architectures": []}, "got None"),
+        ({"attention_bias": True}, "attention_bias = True is not supported for Llama; expected False"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0}}, "key 'factor' is missing"),
+        ({"hidden_size": "64"}, "hidden_size"),
+    ],
+)
 def test_a_config_that_is_not_served(models: dict[str, Path], tmp_path: Path, keys: dict[str, Any], said: str) -> None:
     assert said in forward_refusal(change_config(copy(models["tied"], tmp_path / "hf"), **keys))
 
@@ -353,18 +385,28 @@ def test_copies_that_say_nothing_new_are_left_out(models: dict[str, Path], tmp_p
     assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), expected)
 
 
-@pytest.mark.parametrize("shapes", [
-    {"model.norm.weight": (65,)}, {GATE: (90, 64)}, {QUERY: (64, 60)}, {"model.embed_tokens.weight": (104, 64)},
-    # these fit in all, and would be cut in the wrong place
-    {GATE: (90, 64), UP: (102, 64)}, {QUERY: (32, 64), KEY: (64, 64)},
-    # two entries at once
-    {GATE: (90, 64), "model.norm.weight": (65,)},
-], ids=["norm", "gate", "query", "embedding", "gate and up", "query and key", "gate and norm"])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"model.norm.weight": (65,)},
+        {GATE: (90, 64)},
+        {QUERY: (64, 60)},
+        {"model.embed_tokens.weight": (104, 64)},
+        # these fit in all, and would be cut in the wrong place
+        {GATE: (90, 64), UP: (102, 64)},
+        {QUERY: (32, 64), KEY: (64, 64)},
+        # two entries at once
+        {GATE: (90, 64), "model.norm.weight": (65,)},
+    ],
+    ids=["norm", "gate", "query", "embedding", "gate and up", "query and key", "gate and norm"],
+)
 def test_misshapen_weights_are_all_named(
     models: dict[str, Path], tmp_path: Path, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    folder = change_weights(copy(models["tied"], tmp_path / "hf"),
-                            lambda weights: weights.update({n: torch.ones(s) for n, s in shapes.items()}))
+    folder = change_weights(
+        copy(models["tied"], tmp_path / "hf"),
+        lambda weights: weights.update({n: torch.ones(s) for n, s in shapes.items()}),
+    )
     said = forward_refusal(folder)
     assert all(name in said for name in shapes)
     assert all(str(shape) in said for shape in shapes.values())
@@ -379,8 +421,9 @@ def test_a_weight_that_is_not_finite(models: dict[str, Path], tmp_path: Path, va
 @pytest.mark.parametrize("name", [QUERY, "model.layers.0.input_layernorm.weight"])
 def test_two_precisions_in_one_stacked_weight(models: dict[str, Path], tmp_path: Path, name: str) -> None:
     """One dtype is all that a stacked weight has: the rest would not come back bit for bit."""
-    folder = change_weights(copy(models["bf16"], tmp_path / "hf"),
-                            lambda weights: weights.update({name: weights[name].float()}))
+    folder = change_weights(
+        copy(models["bf16"], tmp_path / "hf"), lambda weights: weights.update({name: weights[name].float()})
+    )
     assert name in forward_refusal(folder)
 
 
@@ -390,8 +433,10 @@ def test_an_index_that_names_what_is_not_there(models: dict[str, Path], tmp_path
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {n: f"model-{i % 3}.safetensors" for i, n in enumerate(names)}}))
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    assert (f"{index}: names files that are missing: model-0.safetensors, model-2.safetensors; download them again"
-            == forward_refusal(folder))
+    assert (
+        f"{index}: names files that are missing: model-0.safetensors, model-2.safetensors; download them again"
+        == forward_refusal(folder)
+    )
     change = {**dict.fromkeys(names, "model-1.safetensors")}
     index.write_text(json.dumps({"weight_map": change}))
     only = {name: tensor for name, tensor in load_file(folder / "model-1.safetensors").items() if name != GATE}
@@ -427,19 +472,32 @@ def test_missing_and_left_over_weights_of_a_checkpoint_are_all_named(tmp_path: P
     write_checkpoint(folder, (Chunk(key, (2,), (0,), torch.ones(2)) for key in keys), [])
     shutil.copytree(models["untied"], folder / COMPANIONS)
     said = back_refusal(folder)
-    layers = [f"decoder.layers.{name}" for name in (
-        "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight",
-        "self_attention.linear_proj.weight", "self_attention.linear_qkv.layer_norm_weight",
-        "self_attention.linear_qkv.weight")]
+    layers = [
+        f"decoder.layers.{name}"
+        for name in (
+            "mlp.linear_fc1.layer_norm_weight",
+            "mlp.linear_fc1.weight",
+            "mlp.linear_fc2.weight",
+            "self_attention.linear_proj.weight",
+            "self_attention.linear_qkv.layer_norm_weight",
+            "self_attention.linear_qkv.weight",
+        )
+    ]
     assert f"missing: {', '.join([*layers, 'output_layer.weight'])}; not mapped: adapter.weight, vision.weight" in said
 
 
-@pytest.mark.parametrize(("keys", "wrong"), [
-    ({"num_hidden_layers": 3}, "decoder.layers."), ({"num_hidden_layers": 5}, "decoder.layers."),
-    ({"intermediate_size": 80}, "mlp.linear_fc1.weight"), ({"intermediate_size": 112}, "mlp.linear_fc1.weight"),
-    ({"hidden_size": 32, "head_dim": 16}, "weight"), ({"num_key_value_heads": 1}, "linear_qkv.weight"),
-    ({"vocab_size": 200}, "embedding.word_embeddings.weight"),
-])
+@pytest.mark.parametrize(
+    ("keys", "wrong"),
+    [
+        ({"num_hidden_layers": 3}, "decoder.layers."),
+        ({"num_hidden_layers": 5}, "decoder.layers."),
+        ({"intermediate_size": 80}, "mlp.linear_fc1.weight"),
+        ({"intermediate_size": 112}, "mlp.linear_fc1.weight"),
+        ({"hidden_size": 32, "head_dim": 16}, "weight"),
+        ({"num_key_value_heads": 1}, "linear_qkv.weight"),
+        ({"vocab_size": 200}, "embedding.word_embeddings.weight"),
+    ],
+)
 def test_a_checkpoint_whose_shapes_are_not_its_configs(
     models: dict[str, Path], tmp_path: Path, keys: dict[str, Any], wrong: str
 ) -> None:
@@ -485,6 +543,7 @@ class Calls:
 def attacks(marker: Path) -> dict[str, bytes]:
     def by_name(module: str, name: str) -> bytes:
         """module.name("touch marker") in protocol 4, whose names may hold dots."""
+
         def text(value: str) -> bytes:
             return b"\x8c" + bytes([len(value)]) + value.encode()
 
@@ -540,8 +599,9 @@ def test_a_chunk_that_would_run_code_is_refused(models: dict[str, Path], tmp_pat
 def test_an_old_target_stays_until_the_new_one_is_whole(models: dict[str, Path], tmp_path: Path) -> None:
     source, target = copy(models["tied"], tmp_path / "hf"), copy(models["megatron"], tmp_path / "megatron")
     (target / "old").write_text("old")
-    broken = change_weights(copy(source, tmp_path / "broken"),
-                            lambda weights: weights["model.norm.weight"].fill_(torch.nan))
+    broken = change_weights(
+        copy(source, tmp_path / "broken"), lambda weights: weights["model.norm.weight"].fill_(torch.nan)
+    )
     with pytest.raises(UserError):
         hf_to_megatron(broken, target)
     assert (target / "old").exists()

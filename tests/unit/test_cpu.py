@@ -79,8 +79,11 @@ def test_a_name_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_install_again_changes_nothing() -> None:
     def state() -> list[Any]:
-        return [torch.Tensor.type, torch.Tensor.cuda,
-                *(importlib.import_module(f"megatron.core.{name}").torch for name in cpu.PATCHED_MODULES)]
+        return [
+            torch.Tensor.type,
+            torch.Tensor.cuda,
+            *(importlib.import_module(f"megatron.core.{name}").torch for name in cpu.PATCHED_MODULES),
+        ]
 
     before = state()
     cpu.install()

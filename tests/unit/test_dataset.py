@@ -15,19 +15,32 @@ from megatron_stepkto.records import JudgedSample, TrainExample, read_records, w
 
 
 def sample(
-    problem: str, number: int, outcome: int | None, labels: Sequence[int | None] = (1, None),
+    problem: str,
+    number: int,
+    outcome: int | None,
+    labels: Sequence[int | None] = (1, None),
     tokens: list[int] | None = None,
 ) -> JudgedSample:
     """One token per step unless ``tokens`` says more for the last one."""
     ids = tokens or [100 + number] * len(labels)
-    steps = [{"start": i, "end": i + 1, "token_start": i, "token_end": i + 1, "label": label}
-             for i, label in enumerate(labels)]
+    steps = [
+        {"start": i, "end": i + 1, "token_start": i, "token_end": i + 1, "label": label}
+        for i, label in enumerate(labels)
+    ]
     steps[-1]["token_end"] = len(ids)
-    return JudgedSample.model_validate({
-        "problem_id": problem, "sample_id": f"{problem}/{number}", "prompt_token_ids": [1, 2, 3], "token_ids": ids,
-        "text": "x" * len(labels), "finish_reason": "stop", "steps": steps, "outcome": outcome,
-        "judge": {"outcome": "answer", "process": "none"},
-    })
+    return JudgedSample.model_validate(
+        {
+            "problem_id": problem,
+            "sample_id": f"{problem}/{number}",
+            "prompt_token_ids": [1, 2, 3],
+            "token_ids": ids,
+            "text": "x" * len(labels),
+            "finish_reason": "stop",
+            "steps": steps,
+            "outcome": outcome,
+            "judge": {"outcome": "answer", "process": "none"},
+        }
+    )
 
 
 def group(*samples: JudgedSample) -> dict[str, list[JudgedSample]]:
@@ -111,41 +124,66 @@ def test_methods_without_a_kl_term_carry_no_partner(method: Any) -> None:
 # --- who trains ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["step_kto", "kto"])
-def test_samples_with_something_judged_train(method: Any) -> None:
+def test_samples_with_something_judged_train() -> None:
     rows = [
-        sample("p", 0, 1, [1, None]), sample("p", 1, 0, [None, None]), sample("p", 2, None, [0, None]),
-        sample("p", 3, None, [None, None]), sample("q", 0, None, [None]), sample("r", 0, 0, [0, 0]),
+        sample("p", 0, 1, [1, None]),
+        sample("p", 1, 0, [None, None]),
+        sample("p", 2, None, [0, None]),
+        sample("p", 3, None, [None, None]),
+        sample("q", 0, None, [None]),
+        sample("r", 0, 0, [0, 0]),
     ]
-    examples = select(group(*rows), Dataset(kl_pair_share=0), method, 0)
+    examples = select(group(*rows), Dataset(kl_pair_share=0), "step_kto", 0)
     assert ids(examples) == ["p/0", "p/1", "p/2", "r/0"]
     assert [e.outcome for e in examples] == [1, 0, None, 0]
     assert [[s.label for s in e.steps] for e in examples] == [[1, None], [None, None], [0, None], [0, 0]]
+    # KTO has no use for steps: a sample without an outcome would only dilute its mean
+    assert ids(select(group(*rows), Dataset(kl_pair_share=0), "kto", 0)) == ["p/0", "p/1", "r/0"]
 
 
 def test_an_example_is_the_sample_as_it_was() -> None:
     row = sample("p", 0, 1, [1, 0], tokens=[7, 8, 9]).model_copy(update={"token_log_probs": [-1.0, -2.0, -3.0]})
     example = select(group(row), Dataset(kl_pair_share=0), "step_kto", 0)[0]
     assert example.model_dump() == {
-        "example_id": "p/0", "problem_id": "p", "prompt_token_ids": [1, 2, 3], "token_ids": [7, 8, 9],
+        "example_id": "p/0",
+        "problem_id": "p",
+        "prompt_token_ids": [1, 2, 3],
+        "token_ids": [7, 8, 9],
         "steps": [{"token_start": 0, "token_end": 1, "label": 1}, {"token_start": 1, "token_end": 3, "label": 0}],
-        "outcome": 1, "kl_partner": None, "pair_id": None, "side": None, "token_log_probs": [-1.0, -2.0, -3.0],
+        "outcome": 1,
+        "kl_partner": None,
+        "pair_id": None,
+        "side": None,
+        "token_log_probs": [-1.0, -2.0, -3.0],
     }
 
 
 def test_rft_takes_each_right_solution_once() -> None:
     rows = [
-        sample("p", 0, 1, tokens=[5, 6]), sample("p", 1, 0, tokens=[5, 7]), sample("p", 2, 1, tokens=[5, 6]),
-        sample("p", 3, None, [1, 1], tokens=[5, 8]), sample("p", 4, 1, tokens=[5, 9]),
-        sample("q", 0, 1, tokens=[5, 6]), sample("r", 0, 0),
+        sample("p", 0, 1, tokens=[5, 6]),
+        sample("p", 1, 0, tokens=[5, 7]),
+        sample("p", 2, 1, tokens=[5, 6]),
+        sample("p", 3, None, [1, 1], tokens=[5, 8]),
+        sample("p", 4, 1, tokens=[5, 9]),
+        sample("q", 0, 1, tokens=[5, 6]),
+        sample("r", 0, 0),
     ]
     # the same tokens under another problem are another example
     assert ids(select(group(*rows), Dataset(), "rft", 0)) == ["p/0", "p/4", "q/0"]
 
 
-@pytest.mark.parametrize(("right", "wrong", "limit", "expected"), [
-    (1, 1, 4, 1), (2, 3, 4, 3), (3, 1, 4, 3), (5, 2, 4, 4), (4, 4, 2, 2), (3, 0, 4, 0), (0, 3, 4, 0),
-])
+@pytest.mark.parametrize(
+    ("right", "wrong", "limit", "expected"),
+    [
+        (1, 1, 4, 1),
+        (2, 3, 4, 3),
+        (3, 1, 4, 3),
+        (5, 2, 4, 4),
+        (4, 4, 2, 2),
+        (3, 0, 4, 0),
+        (0, 3, 4, 0),
+    ],
+)
 @pytest.mark.parametrize("method", ["dpo", "irpo"])
 def test_pairs_by_hand(method: Any, right: int, wrong: int, limit: int, expected: int) -> None:
     """max(right, wrong) pairs, at most ``pairs_per_problem``; none when a side is empty."""
@@ -213,12 +251,23 @@ def read(path: Path) -> list[TrainExample]:
 
 def test_counts_by_hand(tmp_path: Path) -> None:
     rows = [
-        sample("p", 0, 1, [1, 1, None], [5] * 4), sample("p", 1, 0, [1, 0, 0]), sample("p", 2, None, [None]),
-        sample("q", 0, None, [1, None], [5] * 6), sample("q", 1, 1, [1], [5] * 8),
+        sample("p", 0, 1, [1, 1, None], [5] * 4),
+        sample("p", 1, 0, [1, 0, 0]),
+        sample("p", 2, None, [None]),
+        sample("q", 0, None, [1, None], [5] * 6),
+        sample("q", 1, 1, [1], [5] * 8),
     ]
     assert build(tmp_path, rows, max_tokens=9) == {
-        "samples": 5, "too_long": 1, "problems": 2, "examples": 3, "right": 1, "wrong": 1,
-        "steps_right": 4, "steps_wrong": 2, "kl_pairs": 3, "tokens": (3 + 4) + (3 + 3) + (3 + 6),
+        "samples": 5,
+        "too_long": 1,
+        "problems": 2,
+        "examples": 3,
+        "right": 1,
+        "wrong": 1,
+        "steps_right": 4,
+        "steps_wrong": 2,
+        "kl_pairs": 3,
+        "tokens": (3 + 4) + (3 + 3) + (3 + 6),
     }
     assert ids(read(tmp_path / "step_kto" / "train.jsonl")) == ["p/0", "p/1", "q/0"]
     assert not (tmp_path / "step_kto" / "held_out.jsonl").exists()
@@ -281,21 +330,41 @@ def test_a_sample_that_stands_twice(tmp_path: Path) -> None:
     assert not (tmp_path / "step_kto").exists()
 
 
-@pytest.mark.parametrize(("method", "needs", "rows", "had"), [
-    ("rft", "a right sample", [sample("p", 0, 0), sample("q", 0, None)],
-     "2 problems with 0 right, 1 wrong and 1 undecided"),
-    ("dpo", "a right and a wrong sample of one problem", [sample("p", 0, 1), sample("q", 0, 0)],
-     "2 problems with 1 right, 1 wrong and 0 undecided"),
-    ("irpo", "a right and a wrong sample of one problem", [sample("p", 0, 1)],
-     "1 problems with 1 right, 0 wrong and 0 undecided"),
-    ("step_kto", "a sample with a judged outcome or step", [sample("p", 0, None, [None])],
-     "1 problems with 0 right, 0 wrong and 1 undecided"),
-])
+@pytest.mark.parametrize(
+    ("method", "needs", "rows", "had"),
+    [
+        (
+            "rft",
+            "a right sample",
+            [sample("p", 0, 0), sample("q", 0, None)],
+            "2 problems with 0 right, 1 wrong and 1 undecided",
+        ),
+        (
+            "dpo",
+            "a right and a wrong sample of one problem",
+            [sample("p", 0, 1), sample("q", 0, 0)],
+            "2 problems with 1 right, 1 wrong and 0 undecided",
+        ),
+        (
+            "irpo",
+            "a right and a wrong sample of one problem",
+            [sample("p", 0, 1)],
+            "1 problems with 1 right, 0 wrong and 0 undecided",
+        ),
+        (
+            "step_kto",
+            "a sample with a judged outcome or step",
+            [sample("p", 0, None, [None])],
+            "1 problems with 0 right, 0 wrong and 1 undecided",
+        ),
+    ],
+)
 def test_nothing_to_train_on_says_what_was_there(
     tmp_path: Path, method: Any, needs: str, rows: list[JudgedSample], had: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         build(tmp_path, rows, method)
-    assert str(caught.value) == (f"{tmp_path / 'judged.jsonl'}: no example that {method} can train on: "
-                                 f"it needs {needs}; got {had} samples")
+    assert str(caught.value) == (
+        f"{tmp_path / 'judged.jsonl'}: no example that {method} can train on: it needs {needs}; got {had} samples"
+    )
     assert not (tmp_path / method).exists()

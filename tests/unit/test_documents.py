@@ -30,11 +30,23 @@ def steps(*parts: tuple[int, int, int | None]) -> list[TrainStep]:
 
 
 # Prompt 10 11 12 with response 20 21 22 23 in steps [20 21] right, [22 23] not judged; outcome wrong.
-A = TrainExample(example_id="a", problem_id="p", prompt_token_ids=[10, 11, 12], token_ids=[20, 21, 22, 23],
-                 steps=steps((0, 2, 1), (2, 4, None)), outcome=0)
+A = TrainExample(
+    example_id="a",
+    problem_id="p",
+    prompt_token_ids=[10, 11, 12],
+    token_ids=[20, 21, 22, 23],
+    steps=steps((0, 2, 1), (2, 4, None)),
+    outcome=0,
+)
 # Prompt 30 with response 40 41 42 in steps [40] wrong, [] right (no token of its own), [41 42] right; no outcome.
-B = TrainExample(example_id="b", problem_id="q", prompt_token_ids=[30], token_ids=[40, 41, 42],
-                 steps=steps((0, 1, 0), (1, 1, 1), (1, 3, 1)), outcome=None)
+B = TrainExample(
+    example_id="b",
+    problem_id="q",
+    prompt_token_ids=[30],
+    token_ids=[40, 41, 42],
+    steps=steps((0, 1, 0), (1, 1, 1), (1, 3, 1)),
+    outcome=None,
+)
 
 
 def batch(multiple: int = 1) -> MicroBatch:
@@ -56,8 +68,16 @@ def test_two_documents_by_hand() -> None:
     assert made.reference.tolist() == [-1.5, -2.5, 0.0, 0.0, 0.0]
     assert [document.key for document in made.documents] == ["a", "b"]
     assert made.num_padding == 0
-    assert {made.tokens.dtype, made.position_ids.dtype, made.rows.dtype, made.targets.dtype, made.token_step.dtype,
-            made.step_document.dtype, made.step_label.dtype, made.outcome.dtype} == {torch.int64}
+    assert {
+        made.tokens.dtype,
+        made.position_ids.dtype,
+        made.rows.dtype,
+        made.targets.dtype,
+        made.token_step.dtype,
+        made.step_document.dtype,
+        made.step_label.dtype,
+        made.outcome.dtype,
+    } == {torch.int64}
     assert made.reference.dtype == torch.float32
 
 
@@ -149,10 +169,14 @@ def slot(rank: int = 0, ranks: int = 1, capacity: int = 20, multiple: int = 1, b
 
 def test_a_pair_stays_together() -> None:
     """Pairs of 4 + 8, 5 + 5 and 6 + 2 tokens in bins of 20: 12 + 8, then 10."""
-    units = [[document(f"{name}/chosen", first), document(f"{name}/rejected", second)]
-             for name, first, second in (("x", 4, 8), ("y", 5, 5), ("z", 6, 2))]
-    assert keys(pack_units(units, slot())) == [["x/chosen", "x/rejected", "z/chosen", "z/rejected"],
-                                               ["y/chosen", "y/rejected"]]
+    units = [
+        [document(f"{name}/chosen", first), document(f"{name}/rejected", second)]
+        for name, first, second in (("x", 4, 8), ("y", 5, 5), ("z", 6, 2))
+    ]
+    assert keys(pack_units(units, slot())) == [
+        ["x/chosen", "x/rejected", "z/chosen", "z/rejected"],
+        ["y/chosen", "y/rejected"],
+    ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

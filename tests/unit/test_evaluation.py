@@ -35,8 +35,7 @@ def judged(
 ) -> JudgedSample:
     """A solution of two tokens per step."""
     steps = [
-        Step(start=n, end=n + 1, token_start=2 * n, token_end=2 * n + 2, label=label)
-        for n, label in enumerate(labels)
+        Step(start=n, end=n + 1, token_start=2 * n, token_end=2 * n + 2, label=label) for n, label in enumerate(labels)
     ]
     return JudgedSample(
         problem_id=problem_id,

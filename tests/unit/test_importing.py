@@ -156,9 +156,7 @@ def test_math_shepherd(data_dir: Path) -> None:
     assert {s.outcome for s in solutions} == {0}
     janet = solutions[0]
     assert janet.problem.startswith("Janet pays $40/hour") and janet.problem.endswith("lessons in a year?")
-    assert janet.steps[0] == (
-        "Step 1: Janet spends 3 hours + 5 hours = <<3+5=8>>8 hours per week on music lessons.\n"
-    )
+    assert janet.steps[0] == ("Step 1: Janet spends 3 hours + 5 hours = <<3+5=8>>8 hours per week on music lessons.\n")
     assert janet.steps[4] == (
         "Step 5: She spends 260 * 52 = <<260*52=13520>>13520 on music lessons in a year. The answer is: 13520"
     )

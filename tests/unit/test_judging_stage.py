@@ -65,8 +65,7 @@ def folder(tmp_path: Path) -> Folder:
 
 def test_labels_outcomes_and_counts(folder: Folder) -> None:
     counts = folder.judge(
-        [folder.sample(i, text) for i, text in enumerate((RIGHT, LUCKY, WRONG))]
-        + [folder.sample(3, CUT, "length")]
+        [folder.sample(i, text) for i, text in enumerate((RIGHT, LUCKY, WRONG))] + [folder.sample(3, CUT, "length")]
     )
     judged = folder.judged()
     assert [row.sample_id for row in judged] == ["p1/0", "p1/1", "p1/2", "p1/3"]
@@ -141,7 +140,7 @@ def test_a_problem_id_may_not_stand_twice(folder: Folder) -> None:
 
 
 def test_a_folder_without_a_tokenizer(folder: Folder, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"found no tokenizer\.json"):
+    with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer(tmp_path / "nothing")
     (folder.path / "model" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="does not load"):

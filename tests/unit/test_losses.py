@@ -35,7 +35,9 @@ def points(outcome: float, step: float) -> ReferencePoints:
     return ReferencePoints(torch.tensor(outcome, dtype=torch.float64), torch.tensor(step, dtype=torch.float64))
 
 
-def solutions(steps: list[list[tuple[float, int]]], outcomes: list[int], dtype: torch.dtype = torch.float64) -> Solutions:
+def solutions(
+    steps: list[list[tuple[float, int]]], outcomes: list[int], dtype: torch.dtype = torch.float64
+) -> Solutions:
     """Nested (log-ratio, label) per step."""
     flat = [(i, r, c) for i, solution in enumerate(steps) for r, c in solution]
     return Solutions(
@@ -73,9 +75,9 @@ def test_gradient_is_that_of_finite_differences() -> None:
     batch = solutions([[(0.3, 1), (-0.2, 0)], [(0.1, 1), (0.4, -1), (0.2, 0)], [(1.5, -1)]], [1, 0, -1])
     z = points(0.05, 0.02)
     assert torch.autograd.gradcheck(
-        lambda r: step_kto_loss(
-            Solutions(r, batch.step_solution, batch.step_label, batch.outcome_label), z, SETTINGS
-        ).total,
+        lambda r: (
+            step_kto_loss(Solutions(r, batch.step_solution, batch.step_label, batch.outcome_label), z, SETTINGS).total
+        ),
         (batch.step_log_ratio,),
     )
 
@@ -101,7 +103,8 @@ def test_step_weight_zero_is_kto_of_trl(data_dir: Path) -> None:
         n = len(case["label"])
         labels = torch.tensor([int(x) for x in case["label"]])
         kl_ratio = torch.tensor(case["policy_KL_logps"], dtype=torch.float64) - torch.tensor(
-            case["reference_KL_logps"], dtype=torch.float64)
+            case["reference_KL_logps"], dtype=torch.float64
+        )
         count = torch.tensor(float(len(kl_ratio)), dtype=torch.float64)
         z = (PooledMean(kl_ratio.sum(), count).mean()).clamp(min=0)
         assert z.item() == pytest.approx(case["trl_fp64"]["kl"], abs=1e-5)
@@ -116,7 +119,8 @@ def test_step_weight_zero_is_kto_of_trl(data_dir: Path) -> None:
         loss.backward()
         assert policy.grad is not None
         torch.testing.assert_close(
-            policy.grad, torch.tensor(case["trl_fp64"]["grad_policy_logps"], dtype=torch.float64), rtol=1e-9, atol=1e-12)
+            policy.grad, torch.tensor(case["trl_fp64"]["grad_policy_logps"], dtype=torch.float64), rtol=1e-9, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,9 @@ def test_edge_batches_are_finite_with_right_signs(steps: list, outcomes: list[in
     assert grad is not None
     assert math.isfinite(loss.item())
     assert torch.isfinite(grad).all()
-    for gradient, label, ratio in zip(grad.tolist(), batch.step_label.tolist(), batch.step_log_ratio.tolist(), strict=True):
+    for gradient, label, ratio in zip(
+        grad.tolist(), batch.step_label.tolist(), batch.step_log_ratio.tolist(), strict=True
+    ):
         if label == -1:
             assert gradient == 0
         elif abs(ratio) < 10:  # past that the sigmoid is flat
@@ -169,8 +175,10 @@ def test_reference_points_pool_before_they_clamp() -> None:
     a = solutions([[(-1.0, 1), (-2.0, 0)]], [1])  # r = -3; steps -1, -2
     b = solutions([[(4.0, 1), (1.0, -1)], [(2.0, 0)], [(0.0, 1)]], [1, 0, 0])  # r = 5, 2, 0; judged steps 4, 2, 0
     (o_a, s_a), (o_b, s_b) = pool_reference(a), pool_reference(b)
-    z = clamp_reference(PooledMean(o_a.total + o_b.total, o_a.count + o_b.count),
-                        PooledMean(s_a.total + s_b.total, s_a.count + s_b.count))
+    z = clamp_reference(
+        PooledMean(o_a.total + o_b.total, o_a.count + o_b.count),
+        PooledMean(s_a.total + s_b.total, s_a.count + s_b.count),
+    )
     assert z.outcome.item() == pytest.approx((-3 + 5 + 2 + 0) / 4)
     assert z.step.item() == pytest.approx((-1 - 2 + 4 + 2 + 0) / 5)
     below = clamp_reference(o_a, s_a)
@@ -199,8 +207,14 @@ def test_dpo_irpo_nll_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("right", "wrong", "expected"),
-    [(10, 10, (1.0, 1.0)), (12, 10, (1.0, 1.0)), (5, 10, (2.0, 1.0)), (40, 10, (1.0, 3.0)), (0, 10, (1.0, 1.0)),
-     (10, 0, (1.0, 1.0))],
+    [
+        (10, 10, (1.0, 1.0)),
+        (12, 10, (1.0, 1.0)),
+        (5, 10, (2.0, 1.0)),
+        (40, 10, (1.0, 3.0)),
+        (0, 10, (1.0, 1.0)),
+        (10, 0, (1.0, 1.0)),
+    ],
 )
 def test_balanced_weights(right: int, wrong: int, expected: tuple[float, float]) -> None:
     """Ratios 1, 1.2 (both inside [1, 4/3]), 0.5 -> 1, 4 -> 4/3."""

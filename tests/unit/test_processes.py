@@ -75,9 +75,7 @@ def test_failure_names_the_log_shows_its_end_and_stops_the_others(tmp_path: Path
 
 def test_a_signal_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="killed by SIGKILL"):
-        run_children(
-            [python("import os; os.kill(os.getpid(), 9)", tmp_path / "a.log")], title="test", unit="units"
-        )
+        run_children([python("import os; os.kill(os.getpid(), 9)", tmp_path / "a.log")], title="test", unit="units")
 
 
 def test_user_error_of_a_child_reaches_the_parent(tmp_path: Path) -> None:
@@ -94,11 +92,7 @@ def test_user_error_of_a_child_reaches_the_parent(tmp_path: Path) -> None:
 
 def test_traceback_behind_a_noisy_launcher_is_shown(tmp_path: Path) -> None:
     """As under torchrun: the process that ends prints pages of its own after the rank's traceback."""
-    rank = (
-        "from megatron_stepkto.processes import child_main\n"
-        "def main(): return [][5]\n"
-        "child_main(main)"
-    )
+    rank = "from megatron_stepkto.processes import child_main\ndef main(): return [][5]\nchild_main(main)"
     launcher = (
         f"import subprocess, sys; code = subprocess.call([sys.executable, '-c', {rank!r}]); "
         "print('noise\\n' * 100); sys.exit(code)"

@@ -70,22 +70,42 @@ def test_there_are_shipped_recipes() -> None:
 # --- faults of keys and values -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("old", "new", "line", "said"), [
-    ("  num_samples: 4", "  num_sample: 4", 7, "unknown key sample.num_sample; did you mean num_samples?"),
-    ("  num_samples: 4", "  num_samples: 0", 7,
-     "sample.num_samples: Input should be greater than or equal to 1, got 0"),
-    ("  num_samples: 4", "  num_samples: four", 7,
-     "sample.num_samples: Input should be a valid integer, unable to parse string as an integer, got 'four'"),
-    ("  split: line", "  split: page", 10, "judge.split: Input should be 'line' or 'blank_line', got 'page'"),
-    ("  split: line\n", "", 9, "key judge.split is missing; add it"),
-    ("  max_tokens: 32\n", "", 6, "key sample.max_tokens is missing; add it"),
-    ("  optimizer: {lr: 1.0e-4}", "  optimizer: {lr: -1}", 13,
-     "train.optimizer.lr: Input should be greater than 0, got -1"),
-    ("name: tiny", "name: tiny/../x", 1, "name: String should match pattern"),
-    ("  per_iteration: 16\n", "", 3, "source: chained_arithmetic needs the key per_iteration"),
-    ("initial_model: models/m0\n", "", 1, "give initial_model (a Hugging Face folder) or warm_up (which makes one)"),
-    ("    tensor: 2", "    tenser: 2", 17, "unknown key train.parallel.tenser; did you mean tensor?"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("  num_samples: 4", "  num_sample: 4", 7, "unknown key sample.num_sample; did you mean num_samples?"),
+        (
+            "  num_samples: 4",
+            "  num_samples: 0",
+            7,
+            "sample.num_samples: Input should be greater than or equal to 1, got 0",
+        ),
+        (
+            "  num_samples: 4",
+            "  num_samples: four",
+            7,
+            "sample.num_samples: Input should be a valid integer, unable to parse string as an integer, got 'four'",
+        ),
+        ("  split: line", "  split: page", 10, "judge.split: Input should be 'line' or 'blank_line', got 'page'"),
+        ("  split: line\n", "", 9, "key judge.split is missing; add it"),
+        ("  max_tokens: 32\n", "", 6, "key sample.max_tokens is missing; add it"),
+        (
+            "  optimizer: {lr: 1.0e-4}",
+            "  optimizer: {lr: -1}",
+            13,
+            "train.optimizer.lr: Input should be greater than 0, got -1",
+        ),
+        ("name: tiny", "name: tiny/../x", 1, "name: String should match pattern"),
+        ("  per_iteration: 16\n", "", 3, "source: chained_arithmetic needs the key per_iteration"),
+        (
+            "initial_model: models/m0\n",
+            "",
+            1,
+            "give initial_model (a Hugging Face folder) or warm_up (which makes one)",
+        ),
+        ("    tensor: 2", "    tenser: 2", 17, "unknown key train.parallel.tenser; did you mean tensor?"),
+    ],
+)
 def test_one_fault_is_one_line_with_its_place(tmp_path: Path, old: str, new: str, line: int, said: str) -> None:
     path = changed(tmp_path, old, new)
     message = refusal(path)
@@ -96,8 +116,10 @@ def test_one_fault_is_one_line_with_its_place(tmp_path: Path, old: str, new: str
 
 def test_a_key_like_no_other_gets_the_list_of_keys(tmp_path: Path) -> None:
     path = changed(tmp_path, "    ranks: 2", "    ranks: 2\n    zzz: 1")
-    assert refusal(path) == (f"{path}:17: unknown key train.parallel.zzz; allowed here: distributed_optimizer, "
-                             "pipeline, ranks, sequence, tensor, virtual_pipeline")
+    assert refusal(path) == (
+        f"{path}:17: unknown key train.parallel.zzz; allowed here: distributed_optimizer, "
+        "pipeline, ranks, sequence, tensor, virtual_pipeline"
+    )
 
 
 def test_unknown_key_inside_a_list(tmp_path: Path) -> None:
@@ -128,26 +150,33 @@ def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("layout", "said"), [
-    ("ranks: 3\n    tensor: 2", "ranks (3) must be a multiple of tensor x pipeline (2 x 1)"),
-    ("ranks: 4\n    tensor: 2\n    pipeline: 4", "ranks (4) must be a multiple of tensor x pipeline (2 x 4)"),
-    ("ranks: 2\n    tensor: 2\n    virtual_pipeline: 2", "virtual_pipeline needs pipeline >= 2"),
-    ("ranks: 2\n    tensor: 1\n    sequence: true", "sequence parallelism needs tensor >= 2"),
-])
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("ranks: 3\n    tensor: 2", "ranks (3) must be a multiple of tensor x pipeline (2 x 1)"),
+        ("ranks: 4\n    tensor: 2\n    pipeline: 4", "ranks (4) must be a multiple of tensor x pipeline (2 x 4)"),
+        ("ranks: 2\n    tensor: 2\n    virtual_pipeline: 2", "virtual_pipeline needs pipeline >= 2"),
+        ("ranks: 2\n    tensor: 1\n    sequence: true", "sequence parallelism needs tensor >= 2"),
+    ],
+)
 def test_a_layout_that_cannot_be(tmp_path: Path, layout: str, said: str) -> None:
     path = changed(tmp_path, "ranks: 2\n    tensor: 2", layout)
     assert refusal(path) == f"{path}:15: train.parallel: {said}"
 
 
-@pytest.mark.parametrize(("problems", "extra", "said"), [
-    ("{source: files}", "", "source: files needs the key train"),
-    ("{source: imports}", "", "source: imports needs the key imports"),
-    ("{source: files, train: a.jsonl}", "evaluate: {num_problems: 5}\n", "problems.test must name a file"),
-    ("{source: imports, imports: [{format: a, path: b}]}", "iterations: 2\n", "takes one iteration"),
-])
+@pytest.mark.parametrize(
+    ("problems", "extra", "said"),
+    [
+        ("{source: files}", "", "source: files needs the key train"),
+        ("{source: imports}", "", "source: imports needs the key imports"),
+        ("{source: files, train: a.jsonl}", "evaluate: {num_problems: 5}\n", "problems.test must name a file"),
+        ("{source: imports, imports: [{format: a, path: b}]}", "iterations: 2\n", "takes one iteration"),
+    ],
+)
 def test_sections_that_do_not_go_together(tmp_path: Path, problems: str, extra: str, said: str) -> None:
-    path = changed(tmp_path, "problems:\n  source: chained_arithmetic\n  per_iteration: 16\n",
-                   f"problems: {problems}\n{extra}")
+    path = changed(
+        tmp_path, "problems:\n  source: chained_arithmetic\n  per_iteration: 16\n", f"problems: {problems}\n{extra}"
+    )
     assert said in refusal(path)
 
 
@@ -166,12 +195,15 @@ def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     assert "line 9: key sample.num_samples stands twice; keep one" in message
 
 
-@pytest.mark.parametrize(("text", "line"), [
-    ("name: a\ntrain: {lr: 1\nseed: 2\n", 3),
-    ("name: a\n  seed: 1\n", 2),
-    ("name: a\nseed: \"1\n", 3),
-    ("name: a\n\tseed: 1\n", 2),
-])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: a\ntrain: {lr: 1\nseed: 2\n", 3),
+        ("name: a\n  seed: 1\n", 2),
+        ('name: a\nseed: "1\n', 3),
+        ("name: a\n\tseed: 1\n", 2),
+    ],
+)
 def test_broken_yaml(tmp_path: Path, text: str, line: int) -> None:
     path = write(tmp_path, text)
     message = refusal(path)
@@ -198,9 +230,15 @@ def test_a_recipe_that_holds_itself_is_no_traceback(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"{path}:")
 
 
-@pytest.mark.parametrize(("text", "kind"), [
-    ("- name: a\n", "list"), ("tiny\n", "str"), ("", "NoneType"), ("# nothing but a comment\n", "NoneType"),
-])
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("- name: a\n", "list"),
+        ("tiny\n", "str"),
+        ("", "NoneType"),
+        ("# nothing but a comment\n", "NoneType"),
+    ],
+)
 def test_not_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
     path = write(tmp_path, text)
     assert refusal(path) == f"{path}:1: expected a mapping of recipe keys, got {kind}"
@@ -216,10 +254,19 @@ def test_no_file_a_folder_and_not_text(tmp_path: Path) -> None:
 
 
 def test_overrides_keep_yaml_types_and_win_in_order(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path), [
-        "seed=7", "sample.num_samples=2", "sample.num_samples=16", "train.optimizer.lr=2.5e-3",
-        "train.method=kto", "problems.per_iteration=null", "problems.source=files", "problems.train=a=b.jsonl",
-    ])
+    recipe = load_recipe(
+        write(tmp_path),
+        [
+            "seed=7",
+            "sample.num_samples=2",
+            "sample.num_samples=16",
+            "train.optimizer.lr=2.5e-3",
+            "train.method=kto",
+            "problems.per_iteration=null",
+            "problems.source=files",
+            "problems.train=a=b.jsonl",
+        ],
+    )
     assert (recipe.seed, recipe.sample.num_samples, recipe.train.method) == (7, 16, "kto")  # type: ignore[union-attr]
     assert recipe.train.optimizer.lr == 2.5e-3
     assert recipe.problems.per_iteration is None
@@ -234,17 +281,20 @@ def test_an_override_can_begin_a_section(tmp_path: Path) -> None:
     assert (recipe.evaluate.num_problems, recipe.evaluate.k, recipe.evaluate.split) == (5, 2, "test")
 
 
-@pytest.mark.parametrize(("assignment", "said"), [
-    ("seed", "--set seed: expected section.key=value"),
-    ("=3", "--set =3: expected section.key=value"),
-    ("seed.x=1", "--set seed.x=1: seed is a value, not a section"),
-    ("name.first.second=1", "--set name.first.second=1: name is a value, not a section"),
-    ("seed=[1", "--set seed=[1: the value is not YAML; quote it"),
-    ("seed=2024-02-30", "--set seed=2024-02-30"),
-    ("sample.num_sampels=4", "unknown key sample.num_sampels; did you mean num_samples?"),
-    ("sample.num_samples=0", "sample.num_samples: Input should be greater than or equal to 1, got 0"),
-    ("train.parallel.ranks=3", "ranks (3) must be a multiple of tensor x pipeline (2 x 1)"),
-])
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("seed", "--set seed: expected section.key=value"),
+        ("=3", "--set =3: expected section.key=value"),
+        ("seed.x=1", "--set seed.x=1: seed is a value, not a section"),
+        ("name.first.second=1", "--set name.first.second=1: name is a value, not a section"),
+        ("seed=[1", "--set seed=[1: the value is not YAML; quote it"),
+        ("seed=2024-02-30", "--set seed=2024-02-30"),
+        ("sample.num_sampels=4", "unknown key sample.num_sampels; did you mean num_samples?"),
+        ("sample.num_samples=0", "sample.num_samples: Input should be greater than or equal to 1, got 0"),
+        ("train.parallel.ranks=3", "ranks (3) must be a multiple of tensor x pipeline (2 x 1)"),
+    ],
+)
 def test_overrides_that_cannot_be(tmp_path: Path, assignment: str, said: str) -> None:
     path = write(tmp_path, GOOD.replace("name: tiny", "name: tiny\nseed: 0"))
     message = refusal(path, [assignment])
@@ -264,13 +314,16 @@ def test_the_place_of_a_bad_override_is_the_override(tmp_path: Path, assignment:
 def test_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPKTO_TEST_WORD", "word")
     monkeypatch.delenv("STEPKTO_TEST_ABSENT", raising=False)
-    text = GOOD.replace("problems:\n  source: chained_arithmetic\n  per_iteration: 16\n", """\
+    text = GOOD.replace(
+        "problems:\n  source: chained_arithmetic\n  per_iteration: 16\n",
+        """\
 problems:
   source: files
   train: ${STEPKTO_TEST_WORD}/train.jsonl
   dev: ${STEPKTO_TEST_ABSENT:-other}/${STEPKTO_TEST_WORD}.jsonl
   test: ${STEPKTO_TEST_WORD:-unused}.jsonl
-""")
+""",
+    )
     problems = load_recipe(write(tmp_path, text)).problems
     assert problems.train == tmp_path / "word/train.jsonl"
     assert problems.dev == tmp_path / "other/word.jsonl"

@@ -24,10 +24,18 @@ from megatron_stepkto.records import (
 )
 
 PROBLEM = {"problem_id": "p", "problem": "1 + 1?", "answer": "2"}
-SAMPLE = {"problem_id": "p", "sample_id": "p/0", "prompt_token_ids": [5, 6], "token_ids": [7, 8, 9], "text": "2",
-          "finish_reason": "stop"}
-STEPS = [{"start": 0, "end": 1, "token_start": 0, "token_end": 2, "label": 1},
-         {"start": 1, "end": 1, "token_start": 2, "token_end": 3, "label": None}]
+SAMPLE = {
+    "problem_id": "p",
+    "sample_id": "p/0",
+    "prompt_token_ids": [5, 6],
+    "token_ids": [7, 8, 9],
+    "text": "2",
+    "finish_reason": "stop",
+}
+STEPS = [
+    {"start": 0, "end": 1, "token_start": 0, "token_end": 2, "label": 1},
+    {"start": 1, "end": 1, "token_start": 2, "token_end": 3, "label": None},
+]
 JUDGED = {**SAMPLE, "steps": STEPS, "outcome": 1, "judge": {"outcome": "answer", "process": "none"}}
 
 
@@ -71,12 +79,15 @@ def test_the_last_line_needs_no_newline(tmp_path: Path) -> None:
     assert [row.problem_id for row in read_records(path, Problem)] == ["p", "q"]
 
 
-@pytest.mark.parametrize(("line", "column", "message"), [
-    ('{"problem_id": "p",', 20, "Expecting property name"),      # 19 characters, the fault is behind them
-    ('{"problem_id" "p"}', 15, "Expecting ':' delimiter"),
-    ('{"problem_id": p}', 16, "Expecting value"),
-    ("not json", 1, "Expecting value"),
-])
+@pytest.mark.parametrize(
+    ("line", "column", "message"),
+    [
+        ('{"problem_id": "p",', 20, "Expecting property name"),  # 19 characters, the fault is behind them
+        ('{"problem_id" "p"}', 15, "Expecting ':' delimiter"),
+        ('{"problem_id": p}', 16, "Expecting value"),
+        ("not json", 1, "Expecting value"),
+    ],
+)
 def test_broken_json_names_line_and_column(tmp_path: Path, line: str, column: int, message: str) -> None:
     # the first is a row cut short, as an interrupted copy leaves it
     path = write(tmp_path / "rows.jsonl", PROBLEM, line)
@@ -103,29 +114,36 @@ def without(row: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != key}
 
 
-@pytest.mark.parametrize(("row", "said"), [
-    (without(JUDGED, "token_ids"), "token_ids: Field required"),
-    (without(JUDGED, "judge"), "judge: Field required"),
-    ({**JUDGED, "steps": [without(STEPS[0], "token_end"), STEPS[1]]}, "steps.0.token_end: Field required"),
-    ({**JUDGED, "sample_id": 3}, "sample_id: Input should be a valid string, got 3"),
-    ({**JUDGED, "token_ids": "789"}, "token_ids: Input should be a valid list, got '789'"),
-    ({**JUDGED, "token_ids": [7, "x", 9]}, "token_ids.1: Input should be a valid integer"),
-    ({**JUDGED, "token_ids": [7, 8.5, 9]}, "token_ids.1: Input should be a valid integer"),
-    ({**JUDGED, "outcome": 2}, "outcome: Input should be 0 or 1, got 2"),
-    ({**JUDGED, "token_ids": []}, "token_ids: List should have at least 1 item after validation, not 0"),
-    ({**JUDGED, "prompt_token_ids": []}, "prompt_token_ids: List should have at least 1 item"),
-    ({**JUDGED, "steps": []}, "steps: List should have at least 1 item"),
-    ({**JUDGED, "reward": 0.5}, "reward: Extra inputs are not permitted"),
-    ({**JUDGED, "steps": [STEPS[0]]}, "record: steps cover 2 of 3 response tokens"),
-    ({**JUDGED, "token_ids": [7, 8]}, "record: steps cover 3 of 2 response tokens"),
-    ({**JUDGED, "steps": [STEPS[0], {**STEPS[1], "token_start": 1}]},
-     "record: step 1 covers tokens [1, 3), expected it to start at 2"),
-    ({**JUDGED, "steps": [{**STEPS[0], "token_start": 1}, STEPS[1]]},
-     "record: step 0 covers tokens [1, 2), expected it to start at 0"),
-    ({**JUDGED, "steps": [STEPS[1], STEPS[0]]}, "record: step 0 covers tokens [2, 3), expected it to start at 0"),
-    ({**JUDGED, "steps": [STEPS[0], {**STEPS[1], "token_end": 1}]}, "record: step 1 covers tokens [2, 1)"),
-    ({**JUDGED, "token_log_probs": [-1.0, -2.0]}, "record: 2 token_log_probs for 3 token_ids"),
-])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (without(JUDGED, "token_ids"), "token_ids: Field required"),
+        (without(JUDGED, "judge"), "judge: Field required"),
+        ({**JUDGED, "steps": [without(STEPS[0], "token_end"), STEPS[1]]}, "steps.0.token_end: Field required"),
+        ({**JUDGED, "sample_id": 3}, "sample_id: Input should be a valid string, got 3"),
+        ({**JUDGED, "token_ids": "789"}, "token_ids: Input should be a valid list, got '789'"),
+        ({**JUDGED, "token_ids": [7, "x", 9]}, "token_ids.1: Input should be a valid integer"),
+        ({**JUDGED, "token_ids": [7, 8.5, 9]}, "token_ids.1: Input should be a valid integer"),
+        ({**JUDGED, "outcome": 2}, "outcome: Input should be 0 or 1, got 2"),
+        ({**JUDGED, "token_ids": []}, "token_ids: List should have at least 1 item after validation, not 0"),
+        ({**JUDGED, "prompt_token_ids": []}, "prompt_token_ids: List should have at least 1 item"),
+        ({**JUDGED, "steps": []}, "steps: List should have at least 1 item"),
+        ({**JUDGED, "reward": 0.5}, "reward: Extra inputs are not permitted"),
+        ({**JUDGED, "steps": [STEPS[0]]}, "record: steps cover 2 of 3 response tokens"),
+        ({**JUDGED, "token_ids": [7, 8]}, "record: steps cover 3 of 2 response tokens"),
+        (
+            {**JUDGED, "steps": [STEPS[0], {**STEPS[1], "token_start": 1}]},
+            "record: step 1 covers tokens [1, 3), expected it to start at 2",
+        ),
+        (
+            {**JUDGED, "steps": [{**STEPS[0], "token_start": 1}, STEPS[1]]},
+            "record: step 0 covers tokens [1, 2), expected it to start at 0",
+        ),
+        ({**JUDGED, "steps": [STEPS[1], STEPS[0]]}, "record: step 0 covers tokens [2, 3), expected it to start at 0"),
+        ({**JUDGED, "steps": [STEPS[0], {**STEPS[1], "token_end": 1}]}, "record: step 1 covers tokens [2, 1)"),
+        ({**JUDGED, "token_log_probs": [-1.0, -2.0]}, "record: 2 token_log_probs for 3 token_ids"),
+    ],
+)
 def test_bad_rows(tmp_path: Path, row: dict[str, Any], said: str) -> None:
     path = write(tmp_path / "rows.jsonl", JUDGED, row)
     message = refusal(path, JudgedSample)
@@ -159,11 +177,14 @@ def test_quarantine_keeps_good_rows_in_order_and_lists_bad_ones(tmp_path: Path) 
     assert [row.problem_id for row in read_records(path, Problem, quarantine=aside)] == ["a", "b", "c"]
     listed = [json.loads(line) for line in aside.read_text(encoding="utf-8").splitlines()]
     assert [(row["file"], row["line"], row["row"]) for row in listed] == [
-        (str(path), 1, "{,}"), (str(path), 4, json.dumps({"problem_id": "über"})), (str(path), 6, "[2]"),
+        (str(path), 1, "{,}"),
+        (str(path), 4, json.dumps({"problem_id": "über"})),
+        (str(path), 6, "[2]"),
     ]
     assert [row["error"] for row in listed] == [
         "broken JSON at column 2: Expecting property name enclosed in double quotes",
-        "problem: Field required (and 1 more)", "expected a JSON object, got list",
+        "problem: Field required (and 1 more)",
+        "expected a JSON object, got list",
     ]
     assert all(set(row) == {"file", "line", "error", "row"} for row in listed)
 
@@ -196,15 +217,21 @@ def test_quarantine_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
 
 # --- round trips ---------------------------------------------------------------------------------------------
 
-TEXT = "Zoë: 3 × 4 = 12 😀\u2028\n\t\"\\boxed{12}\" \\u0041 \x00"
+TEXT = 'Zoë: 3 × 4 = 12 😀\u2028\n\t"\\boxed{12}" \\u0041 \x00'
 
 
 def test_round_trip_with_unicode_and_nulls(tmp_path: Path) -> None:
     rows = [
         JudgedSample.model_validate({**JUDGED, "text": TEXT, "outcome": None, "extracted_answer": None}),
-        JudgedSample.model_validate({**JUDGED, "sample_id": "p/1", "token_log_probs": [-0.1, -1e-30, -12345.678901234],
-                                     "sampler": {"model": "M0", "temperature": 0.7, "top_p": 1.0, "seed": 2**62},
-                                     "extracted_answer": "½"}),
+        JudgedSample.model_validate(
+            {
+                **JUDGED,
+                "sample_id": "p/1",
+                "token_log_probs": [-0.1, -1e-30, -12345.678901234],
+                "sampler": {"model": "M0", "temperature": 0.7, "top_p": 1.0, "seed": 2**62},
+                "extracted_answer": "½",
+            }
+        ),
     ]
     path = tmp_path / "deep" / "rows.jsonl"
     assert write_records(path, rows) == 2
@@ -220,9 +247,15 @@ def test_round_trip_with_unicode_and_nulls(tmp_path: Path) -> None:
 def test_round_trip_of_a_train_example(tmp_path: Path) -> None:
     steps = [TrainStep(token_start=0, token_end=1, label=0), TrainStep(token_start=1, token_end=2, label=None)]
     example = TrainExample(
-        example_id="a", problem_id="p", prompt_token_ids=[1], token_ids=[2, 3], steps=steps, outcome=0,
+        example_id="a",
+        problem_id="p",
+        prompt_token_ids=[1],
+        token_ids=[2, 3],
+        steps=steps,
+        outcome=0,
         kl_partner=KLPartner(example_id="b", token_ids=[4], steps=[TrainStep(token_start=0, token_end=1, label=1)]),
-        pair_id="p/pair/0", side="rejected",
+        pair_id="p/pair/0",
+        side="rejected",
     )
     write_records(tmp_path / "rows.jsonl", [example])
     assert list(read_records(tmp_path / "rows.jsonl", TrainExample)) == [example]

@@ -196,9 +196,7 @@ def test_an_unfinished_run_says_what_is_missing(run_dir: Path) -> None:
     report = collect(run_dir)
     assert [one.name for one in report.summary.iterations] == ["M0", "M1"]
     assert [(stage.name, stage.seconds) for stage in report.summary.stages] == [("evaluate/M1", 2.0)]
-    assert list(report.missing) == [
-        "The run is not finished (no summary.json): the page shows what exists so far."
-    ]
+    assert list(report.missing) == ["The run is not finished (no summary.json): the page shows what exists so far."]
     assert "The run is not finished" in write_report(run_dir).read_text()
 
 
@@ -220,9 +218,7 @@ def test_compared_methods_bring_their_last_model(run_dir: Path) -> None:
         write_records(run_dir / f"methods/kto/evaluate/{name}/greedy.jsonl", [judged("a", [(name, 1)], 1)])
     write_lines(run_dir / "methods/kto/iteration_1/train/metrics.jsonl", [{"update": 1, "loss": 0.25}])
     summary = json.loads((run_dir / "summary.json").read_text())
-    write_json(
-        run_dir / "summary.json", {**summary, "methods": {"kto": [row("M0", 0.5, 0.5), row("M1", 0.6, 0.4)]}}
-    )
+    write_json(run_dir / "summary.json", {**summary, "methods": {"kto": [row("M0", 0.5, 0.5), row("M1", 0.6, 0.4)]}})
     report = collect(run_dir)
     assert report.browser.models == ["M0", "M1", "kto M10"]
     assert report.browser.selected == "M1"
@@ -249,18 +245,14 @@ def test_a_broken_metrics_line_is_named_and_a_cut_last_line_is_noted(tmp_path: P
     path.write_text('{"update": 1, "loss": 1.0}\n{"update": 2, "lo')
     training = read_training(path, "Iteration 1")
     assert training.updates["loss"] == [1.0]
-    assert list(training.notes) == [
-        "Iteration 1: the last line of metrics.jsonl is cut short and was left out."
-    ]
+    assert list(training.notes) == ["Iteration 1: the last line of metrics.jsonl is cut short and was left out."]
     path.write_text('{"update": 1, "loss": 1.0}\n{"update": 2, "lo\n{"update": 3, "loss": 1.0}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: expected a row of training metrics"):
         read_training(path, "Iteration 1")
 
 
 def test_a_diverged_training_is_noted_and_its_nan_is_a_gap(tmp_path: Path) -> None:
-    path = write_lines(
-        tmp_path / "metrics.jsonl", [{"update": 1, "loss": 1.0}, {"update": 2, "loss": float("nan")}]
-    )
+    path = write_lines(tmp_path / "metrics.jsonl", [{"update": 1, "loss": 1.0}, {"update": 2, "loss": float("nan")}])
     training = read_training(path, "Iteration 1")
     assert training.updates["loss"] == [1.0, None]
     assert "1 values are not finite" in training.notes[0]

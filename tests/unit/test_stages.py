@@ -88,8 +88,9 @@ def test_force_does_not_redo_what_did_not_change(tmp_path: Path) -> None:
 def test_an_input_that_is_missing(tmp_path: Path) -> None:
     stage = make(tmp_path, {"problems": tmp_path / "absent.jsonl"})
     said = refusal(stage, Work(stage))
-    assert said == (f"sample: input problems is missing: {tmp_path / 'absent.jsonl'}; "
-                    "run the stage that makes it first")
+    assert said == (
+        f"sample: input problems is missing: {tmp_path / 'absent.jsonl'}; run the stage that makes it first"
+    )
 
 
 # --- other settings, other input -----------------------------------------------------------------------------
@@ -201,9 +202,7 @@ def test_a_lost_output_is_noticed(tmp_path: Path) -> None:
     work = Work(stage)
     run_stage(stage, work)
     (stage.directory / "out.txt").unlink()
-    assert refusal(stage, work) == (
-        f"{stage.directory}: finished, but out.txt is gone; restore it or pass --force"
-    )
+    assert refusal(stage, work) == (f"{stage.directory}: finished, but out.txt is gone; restore it or pass --force")
     run_stage(stage, work, force=True)
     assert work.calls == 2
     assert (stage.directory / "out.txt").exists()
@@ -248,8 +247,12 @@ with exclusive_lock(Path(sys.argv[1]), "it"):
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     stage = make(tmp_path)
     work = Work(stage)
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(stage.directory / ".lock")],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(stage.directory / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
