@@ -109,6 +109,10 @@ def test_killed_in_every_stage_ends_as_undisturbed(repository: Path, tmp_path: P
     rows = [json.loads(line) for line in (first / "train" / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == list(range(1, 9)), "64 examples in batches of 8, each update logged once"
 
+    gap = json.loads((first / "train" / "manifest.json").read_text())["counts"]["gap"]
+    assert gap["tokens"] > 500
+    assert gap["max"] < 1e-4, "vLLM's log-probs of its own samples equal Megatron's"
+
     # done is done: a third time costs nothing and changes nothing
     began = {path: path.stat().st_mtime_ns for path in run.rglob("manifest.json")}
     assert table(run_to_end(repository, output)) == table(expected)

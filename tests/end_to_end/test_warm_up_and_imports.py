@@ -1,0 +1,84 @@
+"""M0 from random weights, and real text through the same stages: shortened runs of the two recipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_stepkto.records import JudgedSample, TrainExample, read_records
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed]
+
+
+def stepkto(*arguments: object, timeout: float = 300) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_stepkto", *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_warm_up_makes_m0(repository: Path, tmp_path: Path) -> None:
+    """30 updates from random weights: the loss falls below that of guessing, and transformers opens the result."""
+    stepkto(
+        "warm-up", repository / "recipes" / "mini_cpu.yaml", f"--set=output={tmp_path}",
+        "--set=warm_up.corpus_size=960",
+        "--set=evaluate=null", "--set=warm_up.training.optimizer.warmup_updates=5",
+    )  # fmt: skip
+    m0 = tmp_path / "mini_cpu" / "M0"
+    losses = [row["loss"] for row in rows(m0 / "train" / "metrics.jsonl")]
+    guessing = torch.log(torch.tensor(48.0)).item()  # 48 tokens
+    assert len(losses) == 30
+    assert losses[0] == pytest.approx(guessing, abs=0.5)
+    assert losses[-1] < 1.5
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(m0 / "convert" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(m0 / "convert" / "model")
+    example = next(iter(read_records(m0 / "corpus" / "train.jsonl", TrainExample)))
+    ids = torch.tensor([[*example.prompt_token_ids, *example.token_ids]])
+    labels = ids.clone()
+    labels[0, : len(example.prompt_token_ids)] = -100
+    with torch.no_grad():
+        assert model(ids, labels=labels).loss.item() < 1.5
+    assert tokenizer.decode(example.token_ids, skip_special_tokens=True).splitlines()[-1].startswith("Answer: \\boxed{")
+
+
+def test_real_text_with_labels_by_people(repository: Path, data_dir: Path, tmp_path: Path) -> None:
+    """ProcessBench through import, byte-level BPE, warm-up, dataset, Step-KTO and export, in few updates."""
+    source = data_dir / "steps" / "processbench_gsm8k.jsonl"
+    stepkto(
+        "run", repository / "recipes" / "gsm8k_offline_cpu.yaml", f"--set=output={tmp_path}",
+        f"--set=problems.imports=[{{format: processbench, path: {source}}}]",
+        "--set=warm_up.training.max_updates=4", "--set=train.max_updates=3", "--set=train.global_batch_size=16",
+    )  # fmt: skip
+    run = tmp_path / "gsm8k_offline_cpu"
+    first = run / "iteration_1"
+    raw = rows(source)
+    judged = list(read_records(first / "judge" / "judged.jsonl", JudgedSample))
+    # what people said, step by step, is what the records hold
+    assert [[s.label for s in sample.steps] for sample in judged] == [row["labels"] for row in raw]
+    assert [sample.outcome for sample in judged] == [int(row["final_answer_correct"]) for row in raw]
+    train = list(read_records(first / "dataset" / "train.jsonl", TrainExample))
+    held_out = list(read_records(first / "dataset" / "held_out.jsonl", TrainExample))
+    assert not {e.problem_id for e in train} & {e.problem_id for e in held_out}
+    longer = sum(len(s.prompt_token_ids) + len(s.token_ids) > 768 for s in judged)
+    assert len(train) + len(held_out) == len(raw) - longer
+    corpus = {e.problem_id for e in read_records(run / "M0" / "corpus" / "train.jsonl", TrainExample)}
+    assert not corpus & {e.problem_id for e in held_out}, "the warm-up must not see what measures"
+    metrics = rows(first / "train" / "metrics.jsonl")
+    assert [row["update"] for row in metrics if "held_out" in row] == [0, 3]
+    assert metrics[0]["held_out"]["step_margin"] == pytest.approx(0.0, abs=1e-3)
+    assert metrics[0]["held_out"]["num_wrong_steps"] == sum(s.label == 0 for e in held_out for s in e.steps)
+    assert (run / "report.html").is_file()
