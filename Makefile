@@ -20,6 +20,7 @@ demo: setup
 
 # One iteration with few problems: proves that every stage works, measures nothing.
 demo-short: setup
+	rm -rf runs/mini_cpu_short
 	$(BIN)/stepkto run recipes/mini_cpu.yaml --set name=mini_cpu_short --set iterations=1 \
 		--set problems.per_iteration=48 --set evaluate.num_problems=100
 
@@ -46,19 +47,21 @@ figures: setup
 
 # Makes the shipped M0 again.
 m0: setup
+	rm -rf runs/mini_cpu_m0
 	$(BIN)/stepkto warm-up recipes/mini_cpu.yaml --set name=mini_cpu_m0
 	rm -rf recipes/mini_cpu_m0
 	cp -r runs/mini_cpu_m0/M0/convert/model recipes/mini_cpu_m0
 
+# Leaves runs/ alone: it holds results.
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info
 
 setup: $(READY)
 
 $(READY): requirements/torch-cpu.txt requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
 		{ echo "error: expected Python 3.11 as $(PYTHON), found none; install it (with venv) or say make PYTHON=/path/to/python3.11"; exit 2; }
-	@echo "setting up $(VENV) (a few minutes, about 2 GB; the log is $(VENV)/setup.log)"
+	@echo "setting up $(VENV) (a few minutes, about 3 GB; the log is $(VENV)/setup.log)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --quiet --no-deps --retries 1 -r requirements/torch-cpu.txt >$(VENV)/setup.log 2>&1 || \
 		{ echo "the default index has no CPU build of torch: asking $(TORCH_CPU_INDEX)"; \

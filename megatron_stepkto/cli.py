@@ -34,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"failed: {error}", 1)
     except KeyboardInterrupt:
         _fail("interrupted: finished work is kept; run the same command again to go on", 130)
-    except BrokenPipeError:  # `stepkto ... | head`: nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: nobody reads any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        _fail(f"error: {error.filename or ''}: {error.strerror or error}", 2)
 
 
 def _interrupt(*_: object) -> None:
@@ -172,7 +174,15 @@ def _one(arguments: argparse.Namespace) -> Run:
 def _stage(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.pipeline import STAGES
 
-    STAGES[arguments.stage](_one(arguments), arguments.iteration)
+    run = _one(arguments)
+    if run.recipe.problems.source == "imports" and (
+        arguments.stage in ("problems", "sample") or arguments.iteration > 1
+    ):
+        raise UserError(
+            f"{arguments.recipe}: problems.source is imports: it has one iteration and no stage problems or sample; "
+            "begin with `judge --iteration 1`"
+        )
+    STAGES[arguments.stage](run, arguments.iteration)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -143,7 +143,7 @@ def install() -> None:
         module.torch = _STAND_IN
     _patch_rng_state()
     _patch_tensor_methods()
-    _patch_distributed_optimizer_load()
+    patch_distributed_optimizer_load()
     _installed = True
 
 
@@ -192,7 +192,7 @@ def _patch_tensor_methods() -> None:
     torch.Tensor.type = type_  # type: ignore[assignment, method-assign]
 
 
-def _patch_distributed_optimizer_load() -> None:
+def patch_distributed_optimizer_load() -> None:
     """torch's AdamW keeps a ``step`` that a fully reshardable checkpoint lacks per parameter: keep the own one."""
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     name = "_set_main_param_and_optimizer_states"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import write_json
+from megatron_stepkto.files import read_json, write_json
 from megatron_stepkto.judging.answers import normalise
 from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.judging.stage import judge_file
@@ -247,6 +247,9 @@ def evaluate_model(model: Path, name: str, problems: Path, recipe: Recipe, direc
         Pass(name="sampled", num_samples=evaluation.k, temperature=evaluation.temperature, top_p=evaluation.top_p),
     ]
     drawn = directory / "drawn"
+    if (directory / "metrics.json").is_file():  # written last; an earlier attempt was killed while tidying up
+        shutil.rmtree(drawn, ignore_errors=True)
+        return dict(read_json(directory / "metrics.json"))
     result = draw(
         model,
         name,
@@ -273,7 +276,7 @@ def evaluate_model(model: Path, name: str, problems: Path, recipe: Recipe, direc
         name, evaluation.split, list(read_records(problems, Problem)), judged["greedy"], judged["sampled"], same
     )
     write_json(directory / "metrics.json", row)
-    shutil.rmtree(drawn)  # the judged rows hold every sample
+    shutil.rmtree(drawn, ignore_errors=True)  # the judged rows hold every sample
     return row
 
 

@@ -32,6 +32,7 @@ def linear_log_probs(
     Returns:
         [T] float32, nats.
     """
+    assert hidden.dtype == weight.dtype, f"hidden states are {hidden.dtype}, the head's weight is {weight.dtype}"
     out: Tensor = _LinearLogProbs.apply(hidden, weight, targets, vocab_size, group, chunk)
     return out
 

@@ -26,8 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_stepkto.checkpoints.architecture import ModelConfig
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.checkpoints.architecture import ModelConfig, check_layout
 from megatron_stepkto.layers import PackedAttention, RMSNorm
 from megatron_stepkto.logprobs import linear_log_probs
 from megatron_stepkto.recipe import Parallel
@@ -65,26 +64,6 @@ class PolicyModel(GPTModel):
         return linear_log_probs(hidden[:, 0].index_select(0, rows), weight, targets, self.words, group)
 
 
-def check_layout(config: ModelConfig, parallel: Parallel) -> None:
-    """Raises UserError, naming the key to change, when the model cannot be split so."""
-    for name, size in (
-        ("attention heads", config.num_heads),
-        ("key-value heads", config.num_kv_heads),
-        ("feed-forward size", config.ffn_size),
-    ):
-        if size % parallel.tensor:
-            raise UserError(
-                f"train.parallel.tensor = {parallel.tensor} does not divide the model's {name} ({size}); "
-                "choose a divisor"
-            )
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    if config.num_layers % stages:
-        raise UserError(
-            f"train.parallel.pipeline x virtual_pipeline = {stages} does not divide the model's layers "
-            f"({config.num_layers}); choose a divisor"
-        )
-
-
 def transformer_config(
     config: ModelConfig, parallel: Parallel, dtype: torch.dtype, *, on_cpu: bool, recompute: bool = False
 ) -> TransformerConfig:
@@ -104,7 +83,6 @@ def transformer_config(
         layernorm_epsilon=config.norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=config.init_std,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron_stepkto import recipe as recipes
 from megatron_stepkto import warm_up
 from megatron_stepkto.data.dataset import build_dataset
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer, read_json, stable_hash, write_json
+from megatron_stepkto.files import atomic_writer, exclusive_lock, read_json, stable_hash, write_json
 from megatron_stepkto.problems import write_problems
 from megatron_stepkto.progress import say
 from megatron_stepkto.stages import Result, Stage, run_stage
@@ -217,7 +217,7 @@ def dataset_stage(run: Run, t: int) -> None:
     train, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
     share, seed = run.recipe.problems.held_out_share, run.recipe.seed
     settings = {
-        "dataset": run.recipe.dataset.model_dump(mode="json"),
+        "dataset": dataset_key(run.recipe.dataset, run.method),
         "method": run.method,
         "held_out_share": share,
         "seed": seed,
@@ -235,6 +235,31 @@ def dataset_stage(run: Run, t: int) -> None:
 # --- train, convert, evaluate ----------------------------------------------------------------------------------
 
 
+# Keys that only some methods read: changing another method's does not make a finished stage stale.
+_LOSS_KEYS: dict[str, set[str]] = {"rft": set(), "dpo": {"dpo_beta"}, "irpo": {"dpo_beta", "nll_weight"}}
+_DATASET_KEYS: dict[str, set[str]] = {
+    "rft": {"max_tokens", "max_examples_per_problem"},
+    "dpo": {"max_tokens", "pairs_per_problem"},
+    "irpo": {"max_tokens", "pairs_per_problem"},
+}
+
+
+def training_key(settings: recipes.Training) -> dict[str, Any]:
+    """What of a training's settings decides its weights."""
+    key = settings.model_dump(mode="json", exclude={"timeout_s", "keep_checkpoints", "max_gap"})
+    unread = {"dpo_beta", "nll_weight"}
+    used = _LOSS_KEYS.get(settings.method, set(key["loss"]) - unread)
+    key["loss"] = {name: value for name, value in key["loss"].items() if name in used}
+    return key
+
+
+def dataset_key(settings: recipes.Dataset, method: recipes.Method) -> dict[str, Any]:
+    """What of the dataset section decides the examples of a method."""
+    key = settings.model_dump(mode="json")
+    used = _DATASET_KEYS.get(method, set(key) - {"pairs_per_problem"})
+    return {name: value for name, value in key.items() if name in used}
+
+
 def train_stage(run: Run, t: int) -> None:
     from megatron_stepkto.training.stage import train
 
@@ -250,7 +275,7 @@ def train_stage(run: Run, t: int) -> None:
     if reference:
         inputs["reference"] = reference
 
-    stage = Stage(_title(run, t, "train"), directory, {"train": settings.model_dump(mode="json"), "seed": seed}, inputs)
+    stage = Stage(_title(run, t, "train"), directory, {"train": training_key(settings), "seed": seed}, inputs)
     run.run(stage, lambda: train(stage, settings, seed))
 
 
@@ -296,6 +321,14 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
 # --- all of it -------------------------------------------------------------------------------------------------
 
 
+def check_fits(model: Path, parallel: recipes.Parallel) -> None:
+    """Raises UserError, before hours of sampling, for a model that cannot be trained in this layout."""
+    from megatron_stepkto.checkpoints.architecture import check_layout
+    from megatron_stepkto.checkpoints.convert import read_model_config
+
+    check_layout(read_model_config(model)[0], parallel)
+
+
 STAGES: dict[str, Callable[[Run, int], object]] = {
     "problems": problems_stage,
     "sample": sample_stage,
@@ -308,16 +341,14 @@ STAGES: dict[str, Callable[[Run, int], object]] = {
 
 
 def prepare(run: Run) -> None:
-    """What comes before the first iteration: the resolved recipe beside the output, M0, the evaluation's problems."""
-    run.base.mkdir(parents=True, exist_ok=True)
-    with atomic_writer(run.base / "recipe.yaml") as file:
-        yaml.safe_dump(run.recipe.model_dump(mode="json"), file, sort_keys=False)
+    """What comes before the first iteration: M0, checked against the layout, and the evaluation's problems."""
     if run.makes_m0:
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
         _import_stage(run)
     if run.makes_m0:
         warm_up.make_m0(run)
+    check_fits(run.model(0), run.recipe.train.parallel)
     if run.recipe.evaluate:
         evaluation_problems_stage(run)
 
@@ -340,21 +371,45 @@ def run_iterations(run: Run) -> list[dict[str, Any]]:
 
 
 def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
-    """The whole recipe, then the methods it is compared with; writes and returns ``summary.json``."""
+    """The whole recipe, then the methods it is compared with; writes and returns ``summary.json``.
+
+    Raises:
+        UserError: another process is at this run, or see the stages.
+    """
     begun = time.time()
-    prepare(run)
-    summary: dict[str, Any] = {
-        "recipe": run.recipe.name,
-        "seed": run.recipe.seed,
-        "method": run.method,
-        "iterations": run_iterations(run),
-    }
-    for method in compare:
-        other = Run(run.recipe, run.from_scratch, run.force, run.quarantine, method, run.finished)
-        summary.setdefault("methods", {})[method] = run_iterations(other)
-    stages = dict(run.finished)
-    summary["stages"] = [{"name": name, "seconds": m["seconds"], "counts": m["counts"]} for name, m in stages.items()]
-    summary["seconds"] = round(sum(m["seconds"] for m in stages.values()), 1)
-    summary["seconds_of_this_command"] = round(time.time() - begun, 1)
-    write_json(run.base / "summary.json", summary)
+    with exclusive_lock(run.base / ".lock", str(run.base)):
+        # Until all is done again there is no summary: an old one beside new stages would be untrue.
+        (run.base / "summary.json").unlink(missing_ok=True)
+        prepare(run)
+        rows = run_iterations(run)
+        for method in compare:
+            run_iterations(replace(run, compared=method))
+        with atomic_writer(run.base / "recipe.yaml") as file:
+            yaml.safe_dump(run.recipe.model_dump(mode="json"), file, sort_keys=False)
+        stages = dict(run.finished)
+        summary: dict[str, Any] = {
+            "recipe": run.recipe.name,
+            "seed": run.recipe.seed,
+            "method": run.method,
+            "iterations": rows,
+            "methods": compared_rows(run.base),
+            "stages": [{"name": name, "seconds": m["seconds"], "counts": m["counts"]} for name, m in stages.items()],
+            "seconds": round(sum(m["seconds"] for m in stages.values()), 1),
+            "seconds_of_this_command": round(time.time() - begun, 1),
+        }
+        if not summary["methods"]:
+            del summary["methods"]
+        write_json(run.base / "summary.json", summary)
     return summary
+
+
+def compared_rows(base: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every compared method that this run holds, also of earlier commands; M0 is everybody's."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for folder in sorted((base / "methods").glob("*")):
+        files = [base / "evaluate" / "M0" / "metrics.json"]
+        while files[-1].is_file():
+            files.append(folder / "evaluate" / f"M{len(files)}" / "metrics.json")
+        if len(files) > 2:
+            found[folder.name] = [dict(read_json(file)) for file in files[:-1]]
+    return found

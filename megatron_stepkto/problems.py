@@ -34,7 +34,7 @@ def write_problems(
     problems = list(read_records(path, Problem, quarantine=quarantine))
     _check_unique(problems, path)
     if split == "train":
-        _check_apart(problems, source)
+        _check_apart(problems, source, quarantine)
         return write_records(output, take_turns(problems, count, seed, iteration))
     if count is not None and count > len(problems):
         raise UserError(f"{path}: evaluate.num_problems is {count}, the file holds {len(problems)}; lower it")
@@ -43,7 +43,9 @@ def write_problems(
 
 def take_turns(problems: list[Problem], count: int | None, seed: int, iteration: int) -> list[Problem]:
     """The slice that iteration t (from 1) works on: disjoint slices of a shuffle, then of another shuffle."""
-    count = min(count or len(problems), len(problems))
+    if count is not None and count > len(problems):
+        raise UserError(f"problems.per_iteration is {count}, the train file holds {len(problems)} problems; lower it")
+    count = count or len(problems)
     cycle, place = divmod(iteration - 1, len(problems) // count)
     order = list(problems)
     random.Random(stable_hash(seed, "problems", cycle)).shuffle(order)
@@ -58,14 +60,14 @@ def _check_unique(problems: list[Problem], path: Path) -> None:
         seen.add(problem.problem_id)
 
 
-def _check_apart(train: list[Problem], source: recipe.Problems) -> None:
+def _check_apart(train: list[Problem], source: recipe.Problems, quarantine: Path | None) -> None:
     """No problem that measures may train."""
     texts = {" ".join(problem.problem.split()): problem.problem_id for problem in train}
     for split in ("dev", "test"):
         path = getattr(source, split)
         shared = [
             texts[text]
-            for p in (read_records(path, Problem) if path else ())
+            for p in (read_records(path, Problem, quarantine=quarantine) if path else ())
             if (text := " ".join(p.problem.split())) in texts
         ]
         if shared:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -113,10 +112,3 @@ def read_progress(path: Path) -> Report | None:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Report(**json.loads(path.read_text()))
     return None
-
-
-@contextlib.contextmanager
-def timed(title: str) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    say(f"{title}: {time.monotonic() - begun:.1f} s")

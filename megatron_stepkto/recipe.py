@@ -2,7 +2,8 @@
 
 Every key is declared here. An unknown key, a wrong type or a value out of range is an error that names
 file and line, and for a misspelt key the nearest one. ``--set section.key=value`` overrides a key.
-Paths are relative to the recipe's folder; ``${NAME}`` and ``${NAME:-default}`` read the environment.
+Paths of inputs are relative to the recipe's folder (``output`` to the working directory); ``${NAME}`` and
+``${NAME:-default}`` read the environment.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Method = Literal["step_kto", "kto", "dpo", "irpo", "rft"]
 
 def _resolve(path: Path, info: ValidationInfo) -> Path:
     folder = (info.context or {}).get("folder", Path())
-    return Path(os.path.normpath(folder / path))
+    return Path(os.path.abspath(folder / path))
 
 
 RecipePath = Annotated[Path, AfterValidator(_resolve)]
@@ -92,7 +93,6 @@ class Sampling(Section):
 
 class Judging(Section):
     split: Literal["line", "blank_line"] = Field(description="where one step ends and the next begins")
-    outcome: Literal["answer"] = "answer"
     process: Literal["chained_arithmetic", "equations", "none"]
     workers: int = Field(2, ge=1, description="processes that decide answer equivalence")
     timeout_s: float = Field(5.0, gt=0, description="wall-clock limit of one check; past it: undecided")
@@ -129,11 +129,11 @@ class Parallel(Section):
 
 
 class Optimizer(Section):
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_updates: int = Field(0, ge=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on every weight, norms included")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.98, ge=0, lt=1)
     clip_grad: float = Field(1.0, ge=0)
@@ -148,15 +148,19 @@ class Loss(Section):
     undesirable_weight_outcome: float = Field(1.0, gt=0)
     desirable_weight_step: float = Field(1.0, gt=0)
     undesirable_weight_step: float = Field(1.0, gt=0)
-    balance: Literal["fixed", "auto"] = Field(
-        "fixed", description="auto rescales the undesirable weights per class counts"
-    )
+    balance: Literal["fixed", "auto"] = Field("fixed", description="auto raises one class's weights as the counts ask")
     outcome_weight: float = Field(1.0, ge=0)
     step_weight: float = Field(1.0, ge=0)
     step_reduction: Literal["mean", "sum"] = "mean"
     reference_point: Literal["mismatched", "batch", "none"] = "mismatched"
     nll_weight: float = Field(1.0, ge=0, description="alpha of IRPO")
     dpo_beta: float = Field(0.1, gt=0)
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.outcome_weight == 0 and self.step_weight == 0:
+            raise ValueError("outcome_weight and step_weight are both 0: nothing would train")
+        return self
 
 
 class Training(Section):
@@ -229,6 +233,14 @@ class Recipe(Section):
             raise ValueError(f"problems.source: {self.problems.source} needs the sections sample and judge")
         if not sampled and (self.sample or self.evaluate or self.iterations > 1):
             raise ValueError("problems.source: imports takes one iteration and no section sample or evaluate")
+        uses_pairs = self.train.method in ("step_kto", "kto") and self.train.loss.reference_point == "mismatched"
+        if uses_pairs and self.dataset.kl_pair_share == 0:
+            raise ValueError("train.loss.reference_point: mismatched needs KL pairs; raise dataset.kl_pair_share")
+        if self.sample and self.sample.max_tokens >= self.train.micro_batch_tokens:
+            raise ValueError(
+                f"sample.max_tokens ({self.sample.max_tokens}) must be smaller than train.micro_batch_tokens "
+                f"({self.train.micro_batch_tokens}): a prompt and its response share a micro-batch"
+            )
         if self.evaluate and self.problems.source == "files" and getattr(self.problems, self.evaluate.split) is None:
             raise ValueError(
                 f"evaluate.split is {self.evaluate.split}, so problems.{self.evaluate.split} must name a file"

@@ -7,7 +7,7 @@ Spans are half-open. Token positions index the response (``token_ids``), not the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -64,8 +64,7 @@ class Sample(Record):
 
     @model_validator(mode="after")
     def _check_log_probs(self) -> Self:
-        if self.token_log_probs is not None and len(self.token_log_probs) != len(self.token_ids):
-            raise ValueError(f"{len(self.token_log_probs)} token_log_probs for {len(self.token_ids)} token_ids")
+        check_log_probs(self.token_log_probs, len(self.token_ids))
         return self
 
 
@@ -103,23 +102,34 @@ class JudgedSample(Sample):
 
     @model_validator(mode="after")
     def _check_cover(self) -> Self:
-        position = 0
-        for number, step in enumerate(self.steps):
-            if step.token_start != position or step.token_end < step.token_start:
-                raise ValueError(
-                    f"step {number} covers tokens [{step.token_start}, {step.token_end}), "
-                    f"expected it to start at {position}"
-                )
-            position = step.token_end
-        if position != len(self.token_ids):
-            raise ValueError(f"steps cover {position} of {len(self.token_ids)} response tokens")
+        check_cover(self.steps, len(self.token_ids))
         return self
 
 
 class TrainStep(Record):
-    token_start: int
-    token_end: int
+    token_start: int = Field(ge=0)
+    token_end: int = Field(ge=0)
     label: Label
+
+
+def check_cover(steps: Sequence[Step | TrainStep], num_tokens: int) -> None:
+    """Raises ValueError unless every response token is in exactly one step."""
+    position = 0
+    for number, step in enumerate(steps):
+        if step.token_start != position or step.token_end < step.token_start:
+            raise ValueError(
+                f"step {number} covers tokens [{step.token_start}, {step.token_end}), "
+                f"expected it to start at {position}"
+            )
+        position = step.token_end
+    if position != num_tokens:
+        raise ValueError(f"steps cover {position} of {num_tokens} response tokens")
+
+
+def check_log_probs(log_probs: Sequence[float] | None, num_tokens: int) -> None:
+    """Raises ValueError when log-probs are given, and not one per token."""
+    if log_probs is not None and len(log_probs) != num_tokens:
+        raise ValueError(f"{len(log_probs)} token_log_probs for {num_tokens} token_ids")
 
 
 class KLPartner(Record):
@@ -129,9 +139,14 @@ class KLPartner(Record):
     token_ids: TokenIds
     steps: list[TrainStep] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _check_cover(self) -> Self:
+        check_cover(self.steps, len(self.token_ids))
+        return self
+
 
 class TrainExample(Record):
-    """What the trainer reads. ``chosen_of`` / ``rejected_of`` bind the two sides of a preference pair."""
+    """What the trainer reads. ``pair_id`` binds the two sides, chosen and rejected, of a preference pair."""
 
     example_id: str
     problem_id: str
@@ -143,6 +158,12 @@ class TrainExample(Record):
     pair_id: str | None = None
     side: Literal["chosen", "rejected"] | None = None
     token_log_probs: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        check_cover(self.steps, len(self.token_ids))
+        check_log_probs(self.token_log_probs, len(self.token_ids))
+        return self
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -205,7 +226,7 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: P
             good += 1
             yield record
     if rejected and quarantine is not None:
-        _set_aside(quarantine, path, rejected)
+        set_aside(quarantine, path, rejected)
     if not good:
         raise UserError(
             f"{path}: expected at least one record, got {bad} bad rows and no good one"
@@ -214,10 +235,22 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: P
         )
 
 
-def _set_aside(quarantine: Path, source: Path, rejected: list[dict[str, Any]]) -> None:
-    """Put a file's bad rows into the quarantine; those of an earlier reading of the same file are replaced."""
-    lines = quarantine.read_text(encoding="utf-8").splitlines() if quarantine.is_file() else []
-    kept = [line for line in lines if json.loads(line).get("file") != str(source)]
+def set_aside(quarantine: Path, source: Path, rejected: Sequence[dict[str, Any]]) -> None:
+    """Put bad rows of ``source`` into the quarantine, in place of those that an earlier run of the same check left.
+
+    Raises:
+        UserError: the quarantine is a file of something else.
+    """
+    kept = []
+    for line in quarantine.read_text(encoding="utf-8").splitlines() if quarantine.is_file() else []:
+        try:
+            row = json.loads(line)
+            same = row["file"] == str(source) and set(row) == set(rejected[0])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{quarantine}: expected a quarantine of earlier runs, got other text; name a new file"
+            ) from None
+        kept += [] if same else [line]
     with atomic_writer(quarantine) as out:
         out.writelines(line + "\n" for line in kept)
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)

@@ -73,6 +73,11 @@ class Stage:
         for name, path in sorted(self.inputs.items()):
             if not path.exists():
                 raise UserError(f"{self.title}: input {name} is missing: {path}; run the stage that makes it first")
+            for folder in (path, path.parent):
+                if (folder / STARTED).is_file() and not (folder / MANIFEST).is_file():
+                    raise UserError(
+                        f"{self.title}: input {name} is of an unfinished stage ({folder}); run that one first"
+                    )
             hashes[name] = {"path": str(path), "sha256": input_hash(path)}
         return {"settings": dict(self.settings), "inputs": hashes}
 

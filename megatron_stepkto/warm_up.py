@@ -47,7 +47,9 @@ def tokenizer_stage(run: Run) -> None:
             build_tokenizer(out)
         return Result([out])
 
-    settings = {"tokenizer": warm_up.tokenizer, "vocab_size": warm_up.vocab_size if byte_level else None}
+    settings: dict[str, Any] = {"tokenizer": warm_up.tokenizer}
+    if byte_level:
+        settings |= {"vocab_size": warm_up.vocab_size, "formats": [source.format for source in sources]}
     inputs = {str(i): source.path for i, source in enumerate(sources)} if byte_level else {}
     run.run(Stage("M0 tokenizer", directory, settings, inputs), work)
 
@@ -55,6 +57,7 @@ def tokenizer_stage(run: Run) -> None:
 def make_m0(run: Run) -> None:
     """M0/initial (random weights), M0/corpus, M0/train and M0/convert."""
     from megatron_stepkto.checkpoints.convert import megatron_to_hf
+    from megatron_stepkto.pipeline import dataset_key, training_key
     from megatron_stepkto.training.stage import train
 
     warm_up = _settings(run)
@@ -88,21 +91,20 @@ def make_m0(run: Run) -> None:
             [examples], {"examples": write_corpus(warm_up.corpus_size, seed, tokenizer, run.recipe.prompt, examples)}
         )
 
-    settings = {
-        "corpus_size": warm_up.corpus_size,
-        "seed": seed,
-        "prompt": run.recipe.prompt.model_dump(mode="json"),
-        "held_out_share": share,
-        "max_tokens": run.recipe.dataset.max_tokens,
-    }
-    inputs = {"tokenizer": tokenizer} | ({"judged": judged} if imported else {})
+    inputs = {"tokenizer": tokenizer}
+    if imported:
+        inputs["judged"] = judged
+        settings = {"dataset": dataset_key(run.recipe.dataset, "rft"), "held_out_share": share, "seed": seed}
+    else:
+        prompt = run.recipe.prompt.model_dump(mode="json")
+        settings = {"corpus_size": warm_up.corpus_size, "prompt": prompt, "seed": seed}
     run.run(Stage("M0 corpus", data, settings, inputs), make_corpus)
 
     training = base / "train"
     stage = Stage(
         "M0 train",
         training,
-        {"train": warm_up.training.model_dump(mode="json"), "seed": seed},
+        {"train": training_key(warm_up.training), "seed": seed},
         {"model": initial / "model", "train": examples},
     )
     run.run(stage, lambda: train(stage, warm_up.training, seed))

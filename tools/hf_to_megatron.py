@@ -16,6 +16,8 @@ def main() -> None:
     parser.add_argument("target", type=Path, metavar="OUT_DIR")
     arguments = parser.parse_args()
     try:
+        if arguments.target.exists():
+            raise UserError(f"{arguments.target}: already there; give a folder that does not exist, or remove it")
         hf_to_megatron(arguments.source, arguments.target)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.recipe import Parallel
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class ModelConfig:
     rope_base: float
     rope_scaling: RopeScaling | None
     tied: bool
-    init_std: float = 0.02
 
     def inv_freq(self) -> Tensor:
         """[head_dim / 2] float32 rotary frequencies, as transformers computes them."""
@@ -61,6 +61,26 @@ class ModelConfig:
         scaled = torch.where(wavelength > low, inv_freq / scaling.factor, inv_freq)
         between = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
         return torch.where((wavelength >= high) & (wavelength <= low), between, scaled)
+
+
+def check_layout(config: ModelConfig, parallel: Parallel) -> None:
+    """Raises UserError, naming the key to change, when the model cannot be split so."""
+    for name, size in (
+        ("attention heads", config.num_heads),
+        ("key-value heads", config.num_kv_heads),
+        ("feed-forward size", config.ffn_size),
+    ):
+        if size % parallel.tensor:
+            raise UserError(
+                f"train.parallel.tensor = {parallel.tensor} does not divide the model's {name} ({size}); "
+                "choose a divisor"
+            )
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if config.num_layers % stages:
+        raise UserError(
+            f"train.parallel.pipeline x virtual_pipeline = {stages} does not divide the model's layers "
+            f"({config.num_layers}); choose a divisor"
+        )
 
 
 class Entry(Protocol):

@@ -48,7 +48,6 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         rope_base=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
         rope_scaling=_rope_scaling(rope),
         tied=bool(hf.get("tie_word_embeddings", False)),
-        init_std=hf.get("initializer_range", 0.02),
     )
 
 

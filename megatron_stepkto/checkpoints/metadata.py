@@ -64,7 +64,7 @@ def read_metadata(directory: Path) -> Metadata:
     except FileNotFoundError:
         raise UserError(
             f"{directory}: expected a Megatron torch_dist checkpoint (a folder with .metadata), "
-            "found none; convert a Hugging Face folder with `stepkto convert`"
+            "found none; convert a Hugging Face folder with tools/hf_to_megatron.py"
         ) from None
     except _Refused as error:
         raise UserError(f"{path}: refused: {error}, which no checkpoint needs; do not load this folder") from None

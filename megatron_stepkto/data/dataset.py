@@ -115,7 +115,7 @@ def select(
             for p, samples in chosen.items()
         }
     chosen = {problem: samples for problem, samples in chosen.items() if samples}
-    partners = _kl_partners(chosen, settings.kl_pair_share, seed) if method in USES_KL else {}
+    partners = _kl_partners(chosen, settings, seed) if method in USES_KL else {}
     return [_example(s, kl_partner=partners.get(s.sample_id)) for samples in chosen.values() for s in samples]
 
 
@@ -134,8 +134,12 @@ def _distinct(samples: Iterable[JudgedSample]) -> list[JudgedSample]:
     return list(found.values())
 
 
-def _kl_partners(chosen: dict[str, list[JudgedSample]], share: float, seed: int) -> dict[str, KLPartner]:
-    """(x_i, y_j) with y_j a solution of the next problem, rotated: nobody meets itself or its own problem."""
+def _kl_partners(chosen: dict[str, list[JudgedSample]], settings: recipe.Dataset, seed: int) -> dict[str, KLPartner]:
+    """(x_i, y_j) with y_j a solution of the next problem, rotated: nobody meets itself or its own problem.
+
+    A partner that would make the pair longer than ``max_tokens`` gives way to the next one; none fits: no pair.
+    """
+    share, limit = settings.kl_pair_share, settings.max_tokens
     if share == 0 or not chosen:
         return {}
     problems = list(chosen)
@@ -149,10 +153,13 @@ def _kl_partners(chosen: dict[str, list[JudgedSample]], share: float, seed: int)
         others = chosen[problems[(number + 1) % len(problems)]]
         for index, sample in enumerate(chosen[problem]):
             if stable_hash(seed, "kl", sample.sample_id) / 2**64 < share:
-                other = others[index % len(others)]
-                partners[sample.sample_id] = KLPartner(
-                    example_id=other.sample_id, token_ids=other.token_ids, steps=_steps(other)
-                )
+                rotated = (others[(index + shift) % len(others)] for shift in range(len(others)))
+                prompt = len(sample.prompt_token_ids)
+                other = next((o for o in rotated if not limit or prompt + len(o.token_ids) <= limit), None)
+                if other is not None:
+                    partners[sample.sample_id] = KLPartner(
+                        example_id=other.sample_id, token_ids=other.token_ids, steps=_steps(other)
+                    )
     return partners
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from megatron_stepkto.judging.process import ProcessJudge, process_judge
 from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging
-from megatron_stepkto.records import Judge, JudgedSample, Problem, Sample, Step, read_records, write_records
+from megatron_stepkto.records import Judge, JudgedSample, Problem, Sample, Step, read_records, set_aside, write_records
 from megatron_stepkto.steps import step_spans
 
 COUNTS = (
@@ -57,8 +56,7 @@ class _Quarantine:
 
     def write(self) -> int:
         if self._path is not None and self._rows:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
+            set_aside(self._path, self._source, self._rows)
         return len(self._rows)
 
 
@@ -103,7 +101,7 @@ def judge_file(
     by_id = _read_problems(problems)
     tokenizer = load_tokenizer(tokenizer_dir)
     judge = process_judge(settings.process)
-    who = Judge(outcome=settings.outcome, process=judge.name)
+    who = Judge(outcome="answer", process=judge.name)
     rows = list(read_records(samples, Sample, quarantine=quarantine))
     bad = _Quarantine(quarantine, samples)
     good: list[_Labelled] = []

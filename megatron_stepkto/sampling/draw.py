@@ -138,14 +138,15 @@ def _claim(job: Job) -> None:
     if path.is_file() and _identity(read_json(path)) != _identity(ours):
         raise UserError(
             f"{job.chunk_dir} holds unfinished samples of another model, prompts, seed or settings; "
-            "restore the recipe, or delete the folder (--force) to draw anew"
+            "restore the recipe, or delete the folder to draw anew"
         )
     write_json(path, ours)
 
 
 def _identity(job: dict[str, Any]) -> dict[str, Any]:
     """What the samples depend on: not who draws them nor where the folders stand."""
-    settings = {key: value for key, value in job["settings"].items() if key != "workers"}
+    # the passes carry the temperatures
+    settings = {k: v for k, v in job["settings"].items() if k not in ("workers", "temperature", "top_p")}
     return {key: job[key] for key in ("model_name", "passes", "prompts", "seed")} | {"settings": settings}
 
 
@@ -214,12 +215,12 @@ def _count(job: Job, paths: dict[str, Path]) -> dict[str, Any]:
         path = paths[pass_.name]
         for sample in read_records(path, Sample):
             if sample.sample_id != next(expected, None):
-                raise UserError(f"{path}: sample {sample.sample_id} is not of this job; delete the file (--force)")
+                raise UserError(f"{path}: sample {sample.sample_id} is not of this job; delete the file")
             reasons[sample.finish_reason] += 1
             tokens += len(sample.token_ids)
             empty += not sample.text.strip()
         if (lost := next(expected, None)) is not None:
-            raise UserError(f"{path}: sample {lost} is missing; delete the file (--force) to draw anew")
+            raise UserError(f"{path}: sample {lost} is missing; delete the file to draw anew")
     return {
         "solutions": reasons.total(), "tokens": tokens, "empty": empty,
         "finish_reasons": dict(sorted(reasons.items())),

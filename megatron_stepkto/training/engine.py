@@ -44,6 +44,11 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def threads_per_rank(ranks: int) -> int:
+    """Cores that this process may use (a container's, not the host's), shared by the ranks."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 def start_distributed(parallel: recipe.Parallel, device: torch.device, timeout_s: float) -> None:
     """Join the ranks that torchrun (or Slurm) started, and lay out Megatron-Core's groups.
 
@@ -53,10 +58,10 @@ def start_distributed(parallel: recipe.Parallel, device: torch.device, timeout_s
     on_cpu = device.type == "cpu"
     if on_cpu:
         cpu.install()
-        # A rank is one process per core: more threads would only fight, and one thread is reproducible.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallel.ranks))
+        torch.set_num_threads(threads_per_rank(parallel.ranks))
     else:
         cpu.check_megatron_version()
+        cpu.patch_distributed_optimizer_load()  # torch's AdamW is also the GPU's without Transformer Engine and Apex
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))
     if dist.get_world_size() != parallel.ranks:
@@ -156,9 +161,13 @@ class Engine:
     # --- passes --------------------------------------------------------------------------------------------
 
     def _run(self, batches: Sequence[MicroBatch], loss_of: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+        # Megatron's mixed-precision wrapper would hand the head float32 hidden states: twice the memory, and another
+        # dtype than the head's weight. The head itself computes in float32.
+        extra = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}
+
         def forward_step(batches_left: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches_left)
-            hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed)
+            hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed, **extra)
             return hidden, functools.partial(loss_of, batch)
 
         iterators = [iter(batches) for _ in self.model]
@@ -239,8 +248,25 @@ class Engine:
 
     def load_state(self, directory: Path) -> None:
         """Load weights and optimizer state saved by ``save_state``."""
+        if self.settings.parallel.distributed_optimizer:
+            self._allocate_optimizer_state()
         loaded = self._load(directory, self._state(loading=True))
         self.optimizer.load_state_dict(loaded["optimizer"])
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            for state in part.optimizer.state.values():
+                if "step" in state:  # Megatron gives all parameters one object: an update would count for each
+                    state["step"] = state["step"].clone()
+
+    def _allocate_optimizer_state(self) -> None:
+        """torch's AdamW has no state before its first update, and the distributed optimizer asserts that it has."""
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            for group in part.optimizer.param_groups:
+                for weight in group["params"]:
+                    state = part.optimizer.state[weight]
+                    if not state:
+                        state["step"] = torch.zeros((), dtype=torch.float32)
+                        state["exp_avg"] = torch.zeros_like(weight)
+                        state["exp_avg_sq"] = torch.zeros_like(weight)
 
     def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
         read_metadata(directory)  # refuses a pickle that would run code, before Megatron's own loader reads it

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_stepkto.checkpoints.convert import COMPANIONS
+from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.data.batching import plan_updates
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import write_json
+from megatron_stepkto.files import atomic_writer, write_json
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.progress import ProgressFile
 from megatron_stepkto.records import TrainExample
@@ -80,9 +82,10 @@ class Trainer:
             self._update(update)
             finished = update + 1 == len(self.updates)
             stop = self._anyone_asked_to_stop()
-            if not finished and (stop or (update + 1) % self.settings.checkpoint_every == 0):
-                if self.held_out:  # before the checkpoint: a resumed run keeps the rows up to it
-                    self._log_held_out(update + 1)
+            due = (update + 1) % self.settings.checkpoint_every == 0
+            if not finished and due and self.held_out:  # before the checkpoint: a resumed run keeps the rows up to it
+                self._log_held_out(update + 1)
+            if not finished and (stop or due):
                 self._checkpoint(update + 1)
             if stop and not finished:
                 raise SystemExit(143)
@@ -181,8 +184,8 @@ class Trainer:
         """z_o and z_s of this global batch, and the pooled sums behind them.
 
         mismatched: one pass without gradient over the KL pairs of the whole global batch. batch: the mean
-        log-ratio of the previous update's own solutions and steps (0 before the first, where policy and
-        reference are the same model), so that it costs no pass and does not depend on how a batch was cut.
+        log-ratio of the previous update's own solutions and steps (0 before the first), so that it costs no pass
+        and does not depend on how a batch was cut.
         """
         kl = dict.fromkeys(self.batch_kl, 0.0)
         if self.objective.uses_kl and documents:
@@ -338,7 +341,8 @@ class Trainer:
         self.notes |= state["notes"]
         if self.is_writer:
             rows = [line for line in self.job.metrics.read_text().splitlines() if _update_of(line) <= done]
-            self.job.metrics.write_text("".join(line + "\n" for line in rows))
+            with atomic_writer(self.job.metrics) as file:
+                file.writelines(line + "\n" for line in rows)
         return done
 
     def _checkpoint(self, update: int) -> None:
@@ -364,10 +368,9 @@ class Trainer:
             shutil.rmtree(temporary)
         self.engine.save_weights(temporary)
         if self.is_writer:
-            if self.job.final.exists():
-                shutil.rmtree(self.job.final)
-            temporary.rename(self.job.final)
+            copy_companions(self.job.initial / COMPANIONS, temporary / COMPANIONS)
             write_json(self.job.notes, self.notes)
+            temporary.rename(self.job.final)
 
 
 KINDS = ("right", "wrong", "right_steps", "wrong_steps")

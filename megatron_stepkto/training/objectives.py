@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
 from megatron_stepkto.losses import (
     RIGHT,
     WRONG,
@@ -179,6 +180,7 @@ class Supervised:
 
 def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[TrainExample]) -> Objective:
     """The objective of a recipe; ``examples`` are those of all ranks (``balance: auto`` counts their classes)."""
+    _check_role(method, examples)
     if method == "rft":
         return Supervised()
     if method in ("dpo", "irpo"):
@@ -196,6 +198,23 @@ def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[
         loss.step_reduction,
     )
     return StepKTO(settings, uses_kl=loss.reference_point == "mismatched")
+
+
+def _check_role(method: recipe.Method, examples: Sequence[TrainExample]) -> None:
+    """Raises UserError for a data set that was built for another method: it would train silently, and wrongly."""
+    fix = f"build it again: `stepkto dataset` with train.method: {method}"
+    sides: dict[str | None, list[str | None]] = {}
+    for example in examples:
+        if method == "rft" and example.outcome != 1:
+            raise UserError(f"{example.example_id}: rft trains on right solutions, this one's outcome is "
+                            f"{example.outcome}; {fix}")  # fmt: skip
+        if (example.pair_id is not None) != (method in ("dpo", "irpo")):
+            wanted = "a" if example.pair_id is None else "no"
+            raise UserError(f"{example.example_id}: expected {wanted} preference pair for {method}; {fix}")
+        sides.setdefault(example.pair_id, []).append(example.side)
+    for pair, members in sides.items():
+        if pair is not None and sorted(map(str, members)) != ["chosen", "rejected"]:
+            raise UserError(f"pair {pair}: expected one chosen and one rejected example, got {members}; {fix}")
 
 
 def unit_documents(unit: Sequence[TrainExample], references: dict[str, Tensor], with_kl: bool) -> UnitDocuments:

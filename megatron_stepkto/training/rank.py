@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
-from megatron_stepkto.processes import child_main
+from megatron_stepkto.processes import child_main, die_with_parent
 from megatron_stepkto.records import TrainExample, read_records
 from megatron_stepkto.training.engine import Engine, choose_device, start_distributed
 from megatron_stepkto.training.job import Job
@@ -60,6 +60,9 @@ def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int
             )
 
 
-# Saving a checkpoint starts a spawn-context process that imports this module again: keep the guard.
+# Saving a checkpoint starts a spawn-context process that imports this module again, under another name. It serves
+# a queue, and would outlive a rank that is killed.
+if __name__ == "__mp_main__":
+    die_with_parent()
 if __name__ == "__main__":
     child_main(main)

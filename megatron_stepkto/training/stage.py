@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_stepkto import recipe
-from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron
-from megatron_stepkto.checkpoints.huggingface import copy_companions
+from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.files import read_json, stable_hash, write_json
 from megatron_stepkto.processes import Child, run_children
 from megatron_stepkto.progress import say, warn
@@ -29,12 +28,10 @@ def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
     """
     directory = stage.directory
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-    initial, reference = directory / "initial", None
-    _convert_once(stage.inputs["model"], initial, dtype)
-    if "reference" in stage.inputs:
-        reference = directory / "reference"
-        _convert_once(stage.inputs["reference"], reference, dtype)
-    fingerprint = f"{stable_hash(stage.key()['inputs'], settings.dtype):016x}"
+    initial = directory / "initial"
+    reference = directory / "reference" if "reference" in stage.inputs else None
+    contents = sorted((name, entry["sha256"]) for name, entry in stage.key()["inputs"].items())
+    fingerprint = f"{stable_hash(contents, settings.dtype):016x}"
     job = Job(
         settings=settings,
         seed=seed,
@@ -45,11 +42,14 @@ def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
         directory=directory,
         fingerprint=fingerprint,
     )
-    write_json(directory / "job.json", job.model_dump(mode="json"))
-    job.progress.unlink(missing_ok=True)
-    run_children([_launcher(job)], title=stage.title, unit="updates", progress=[job.progress])
+    if not job.final.is_dir():  # it appears whole, by rename, when the training is done
+        _convert_once(stage.inputs["model"], initial, dtype)
+        if reference is not None:
+            _convert_once(stage.inputs["reference"], reference, dtype)
+        write_json(directory / "job.json", job.model_dump(mode="json"))
+        job.progress.unlink(missing_ok=True)
+        run_children([_launcher(job)], title=stage.title, unit="updates", progress=[job.progress])
 
-    copy_companions(stage.inputs["model"], job.final / COMPANIONS)
     notes = read_json(job.notes)
     for warning in notes.get("warnings", []):
         warn(warning)
@@ -59,8 +59,8 @@ def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
             f"{gap['max']:.1e} at most, over {gap['tokens']} tokens"
         )
     for leftover in (initial, reference, job.checkpoints):
-        if leftover is not None and leftover.exists():
-            shutil.rmtree(leftover)
+        if leftover is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
     return Result([job.final, job.metrics], notes)
 
 
@@ -72,7 +72,7 @@ def _convert_once(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 def _launcher(job: Job) -> Child:
     ranks = job.settings.parallel.ranks
-    threads = max(1, (os.cpu_count() or 1) // ranks)
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     command = [
         sys.executable,
         "-W",

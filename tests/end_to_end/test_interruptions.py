@@ -85,7 +85,7 @@ def test_killed_in_every_stage_ends_as_undisturbed(repository: Path, tmp_path: P
     def begun(stage: Path) -> Callable[[], bool]:
         return lambda: (stage / "started.json").exists()
 
-    kill_when(repository, output, lambda: any((run / "evaluate" / "M0" / "chunks").glob("*.jsonl")))
+    kill_when(repository, output, lambda: any((run / "evaluate" / "M0" / "drawn" / "chunks").glob("*.jsonl")))
     kill_when(repository, output, lambda: any((first / "sample" / "chunks").glob("samples-*.jsonl")))
     kill_when(repository, output, begun(first / "judge"))
     kill_when(repository, output, begun(first / "dataset"))

@@ -1,0 +1,114 @@
+"""Killed and run again, the train stage ends with the weights of an undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megatron_stepkto import recipe
+from megatron_stepkto.checkpoints.convert import megatron_to_hf
+from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
+from megatron_stepkto.stages import Result, Stage
+from megatron_stepkto.training.stage import train
+from tests.builders import random_examples, write_examples, write_llama
+
+pytestmark = pytest.mark.distributed
+
+TIME_LIMIT_S = 120
+LAYOUTS: dict[str, dict[str, Any]] = {
+    # torch's AdamW, the distributed optimizer's resharded state, and the lagged reference point are all resumed
+    "DP 2, distributed optimizer": {"ranks": 2, "distributed_optimizer": True},
+    "PP 2 interleaved": {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+}
+
+
+def settings(parallel: dict[str, Any], **changes: Any) -> recipe.Training:
+    return recipe.Training.model_validate({
+        "parallel": parallel, "optimizer": {"lr": 2e-3, "schedule": "cosine"}, "loss": {"reference_point": "batch"},
+        "global_batch_size": 4, "micro_batch_tokens": 150, "checkpoint_every": 2, "device": "cpu", "timeout_s": 60,
+        **changes,
+    })  # fmt: skip
+
+
+def run(folder: Path, parallel: dict[str, Any], **changes: Any) -> Result:
+    """Train in ``folder/<name>`` on the data beside it. Also called in a process of its own, to be killed."""
+    stage = Stage("train", folder, {}, {"model": folder.parent / "model", "train": folder.parent / "train.jsonl"})
+    return train(stage, settings(parallel, **changes), seed=5)
+
+
+def run_until(folder: Path, parallel: dict[str, Any], sign: Path) -> None:
+    """Run in another process and SIGKILL that at the first sight of ``sign``."""
+    call = f"run(Path({str(folder)!r}), {parallel})"
+    code = f"from pathlib import Path; from tests.distributed.test_resume import run; {call}"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + TIME_LIMIT_S
+    while not sign.exists():
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
+    write_llama(tmp_path / "model")
+    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    run(tmp_path / "undisturbed", LAYOUTS[name])
+    killed = tmp_path / "killed"
+    run_until(killed, LAYOUTS[name], killed / "checkpoints" / "update_000002" / "state.json")
+    run(killed, LAYOUTS[name])
+    expected, got = CheckpointReader(tmp_path / "undisturbed" / "final"), CheckpointReader(killed / "final")
+    assert got.shapes() == expected.shapes()
+    for key in expected.shapes():
+        assert torch.equal(got.read(key), expected.read(key)), key
+    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    # the lagged estimator: z is the last update's own mean log-ratio, clamped; 0 at first
+    assert rows[0]["z_outcome"] == 0
+    for before, row in itertools.pairwise(rows):
+        assert row["z_outcome"] == pytest.approx(max(0.0, before["kl_outcome"]), rel=1e-6)
+        assert row["z_step"] == pytest.approx(max(0.0, before["kl_step"]), rel=1e-6)
+    assert any(row["z_outcome"] > 0 or row["z_step"] > 0 for row in rows)
+
+
+def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
+    """A kill while the stage tidies up leaves half-deleted folders: they are never read."""
+    write_llama(tmp_path / "model")
+    write_examples(tmp_path / "train.jsonl", random_examples(8))
+    first = run(tmp_path / "run", {"ranks": 1})
+    when = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    for leftover in ("initial", "checkpoints/update_000002"):
+        (tmp_path / "run" / leftover).mkdir(parents=True)
+    assert run(tmp_path / "run", {"ranks": 1}) == first
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == when
+    assert not (tmp_path / "run" / "initial").exists()
+
+
+def test_bfloat16_follows_float32(tmp_path: Path) -> None:
+    """bf16 weights with fp32 main weights, gradients and loss: near float32's curve, and exported as bf16."""
+    write_llama(tmp_path / "model")
+    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    losses: dict[str, list[float]] = {}
+    for dtype in ("float32", "bfloat16"):
+        run(tmp_path / dtype, {"ranks": 2, "tensor": 2}, dtype=dtype, max_updates=3)
+        lines = (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()
+        losses[dtype] = [json.loads(line)["loss"] for line in lines]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.02)
+    assert losses["bfloat16"] != losses["float32"]
+    megatron_to_hf(tmp_path / "bfloat16" / "final", tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["dtype"] == "bfloat16"
