@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_stepkto.files import exclusive_lock
 from tests.builders import write_llama
 
 pytestmark = pytest.mark.end_to_end
@@ -105,6 +106,30 @@ def test_changed_recipe_is_refused_with_the_difference(mini: Path, tmp_path: Pat
     assert stepkto(*run, "--set", "problems.per_iteration=3", cwd=tmp_path).returncode == 0
     refused(stepkto(*run, "--set", "problems.per_iteration=4", cwd=tmp_path), "per_iteration: was 3, is 4", "--force")
     assert stepkto(*run, "--set", "problems.per_iteration=4", "--force", cwd=tmp_path).returncode == 0
+
+
+def test_a_recipe_of_imports_has_no_sampling(repository: Path, tmp_path: Path) -> None:
+    recipe = repository / "recipes" / "gsm8k_offline_cpu.yaml"
+    for stage in ("problems", "sample"):
+        refused(stepkto(stage, recipe, "--iteration", 1, cwd=tmp_path), "problems.source is imports")
+
+
+def test_places_that_cannot_be_written(mini: Path, repository: Path, tmp_path: Path) -> None:
+    refused(stepkto("problems", mini, "--iteration", 1, "--set", "output=/dev/null", cwd=tmp_path), "/dev/null")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("x")
+    for tool in ("hf_to_megatron.py", "megatron_to_hf.py"):
+        done = subprocess.run(
+            [sys.executable, str(repository / "tools" / tool), str(repository / "recipes" / "mini_cpu_m0"), "mine"],
+            capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        refused(done, "mine: already there")
+    assert (tmp_path / "mine" / "precious").read_text() == "x"
+
+
+def test_two_runs_of_one_folder(mini: Path, tmp_path: Path) -> None:
+    with exclusive_lock(tmp_path / "runs" / "mini_cpu" / ".lock", "the run"):
+        refused(stepkto("run", mini, cwd=tmp_path), "is being written by another process")
 
 
 def test_other_commands(tmp_path: Path) -> None:

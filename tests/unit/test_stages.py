@@ -337,3 +337,13 @@ def test_a_stage_whose_input_is_another_stages_folder(tmp_path: Path) -> None:
     assert work.calls == 1
     run_stage(first, folder_work("different"), force=True)
     assert "inputs.model.sha256" in refusal(second, work)
+
+
+def test_an_input_of_an_unfinished_stage_is_refused(tmp_path: Path) -> None:
+    """Half a data set must not pass for a whole one: its stage has begun, and has no manifest."""
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "train.jsonl").write_text("{}\n")
+    (tmp_path / "before" / "started.json").write_text("{}")
+    after = Stage("after", tmp_path / "after", {}, {"train": tmp_path / "before" / "train.jsonl"})
+    with pytest.raises(UserError, match="input train is of an unfinished stage"):
+        run_stage(after, lambda: Result([]))

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.pipeline import check_fits, compared_rows, dataset_key, training_key
+from megatron_stepkto.recipe import Loss, Optimizer, Parallel, Training
+from tests.builders import write_llama
+
+
+def training(**changes: object) -> Training:
+    return Training.model_validate({"optimizer": Optimizer(lr=1e-3), "global_batch_size": 8, **changes})
+
+
+def test_what_does_not_decide_the_weights_makes_nothing_stale() -> None:
+    key = training_key(training())
+    assert training_key(training(timeout_s=9.0, keep_checkpoints=5, max_gap=1.0)) == key
+    assert training_key(training(loss=Loss(nll_weight=3.0, dpo_beta=9.0))) == key
+    assert training_key(training(loss=Loss(beta_step=9.0))) != key
+    assert training_key(training(micro_batch_tokens=99)) != key
+    dpo = training_key(training(method="dpo"))
+    assert training_key(training(method="dpo", loss=Loss(beta_step=9.0))) == dpo
+    assert training_key(training(method="dpo", loss=Loss(dpo_beta=9.0))) != dpo
+
+
+def test_dataset_key() -> None:
+    base = recipe.Dataset()
+    other_pairs = recipe.Dataset(pairs_per_problem=9)
+    assert dataset_key(other_pairs, "step_kto") == dataset_key(base, "step_kto")
+    assert dataset_key(other_pairs, "dpo") != dataset_key(base, "dpo")
+    assert dataset_key(recipe.Dataset(kl_pair_share=0.5), "rft") == dataset_key(base, "rft")
+    assert dataset_key(recipe.Dataset(kl_pair_share=0.5), "kto") != dataset_key(base, "kto")
+
+
+def test_compared_rows_are_found_on_disk(tmp_path: Path) -> None:
+    for name in ("evaluate/M0", "methods/kto/evaluate/M1", "methods/kto/evaluate/M2", "methods/rft/iteration_1"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("evaluate/M0", "methods/kto/evaluate/M1"):
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"name": name[-2:]}))
+    assert compared_rows(tmp_path) == {"kto": [{"name": "M0"}, {"name": "M1"}]}
+
+
+def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model")  # 4 layers, 4 heads, 2 key-value heads
+    check_fits(model, Parallel(ranks=4, tensor=2, pipeline=2))
+    with pytest.raises(
+        UserError, match=r"train\.parallel\.tensor = 4 does not divide the model's key-value heads \(2\)"
+    ):
+        check_fits(model, Parallel(ranks=4, tensor=4))
+    with pytest.raises(UserError, match=r"= 3 does not divide the model's layers \(4\)"):
+        check_fits(model, Parallel(ranks=3, pipeline=3))
