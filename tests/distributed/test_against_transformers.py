@@ -206,7 +206,8 @@ def test_other_methods_against_their_formulas(method: str, parallel: dict[str, i
     """One update with a reference that is not the trained model, so that no log-ratio is zero."""
     folder, reference = write_llama(tmp_path / "model"), write_llama(tmp_path / "reference", seed=1)
     examples = random_examples(8)
-    data = write_examples(tmp_path / "train.jsonl", pairs(examples) if method != "rft" else examples)
+    right = [e.model_copy(update={"outcome": 1}) for e in examples]  # rft trains on nothing else
+    data = write_examples(tmp_path / "train.jsonl", right if method == "rft" else pairs(examples))
     training = settings(
         method=method, parallel=parallel, loss={"dpo_beta": 0.1, "nll_weight": 0.5}, max_updates=1,
         global_batch_size=4 if method != "rft" else 8,
