@@ -338,7 +338,7 @@ def test_a_variable_that_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_paths_are_taken_from_the_recipe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From any working directory; absolute paths stay."""
+    """From any working directory, and made absolute: the resolved recipe in a run's folder names the same files."""
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "recipes"
     elsewhere.mkdir()
     folder.mkdir()
@@ -349,7 +349,7 @@ def test_paths_are_taken_from_the_recipe_folder(tmp_path: Path, monkeypatch: pyt
     assert load_recipe(up).initial_model == tmp_path / "models/m0"
     up.write_text(GOOD.replace("models/m0", "/somewhere/m0"))
     assert load_recipe(up).initial_model == Path("/somewhere/m0")
-    assert load_recipe(Path("../recipes/recipe.yaml")).initial_model == Path("../recipes/models/m0")
+    assert load_recipe(Path("../recipes/recipe.yaml")).initial_model == folder / "models/m0"
 
 
 def test_a_recipe_cannot_be_changed_after_it_was_read(tmp_path: Path) -> None:

@@ -191,9 +191,19 @@ def test_quarantine_keeps_good_rows_in_order_and_lists_bad_ones(tmp_path: Path) 
 
 def test_quarantine_adds_to_what_is_there(tmp_path: Path) -> None:
     aside = tmp_path / "bad.jsonl"
-    aside.write_text('{"earlier": 1}\n')
-    list(read_records(write(tmp_path / "rows.jsonl", PROBLEM, "{"), Problem, quarantine=aside))
-    assert [json.loads(line).get("line") for line in aside.read_text().splitlines()] == [None, 2]
+    other, rows = write(tmp_path / "other.jsonl", "{", PROBLEM), write(tmp_path / "rows.jsonl", PROBLEM, "{")
+    for path in (other, rows, rows):  # the second reading of a file replaces what the first one left
+        list(read_records(path, Problem, quarantine=aside))
+    listed = [json.loads(line) for line in aside.read_text().splitlines()]
+    assert [(Path(row["file"]).name, row["line"]) for row in listed] == [("other.jsonl", 1), ("rows.jsonl", 2)]
+
+
+def test_a_quarantine_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
+    aside = tmp_path / "notes.jsonl"
+    aside.write_text('{"mine": 1}\n')
+    with pytest.raises(UserError, match=r"notes\.jsonl: expected a quarantine of earlier runs"):
+        list(read_records(write(tmp_path / "rows.jsonl", PROBLEM, "{"), Problem, quarantine=aside))
+    assert aside.read_text() == '{"mine": 1}\n'
 
 
 def test_quarantine_of_a_clean_file_writes_nothing(tmp_path: Path) -> None:
