@@ -304,7 +304,10 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
     assert judging is not None
     settings = {
         "evaluate": evaluation.model_dump(mode="json"),
-        "sample": sampling.model_dump(mode="json", include={"backend", "max_tokens", "chunk_problems", "dtype"}),
+        # the rest of the section is how training data are drawn, or with how many workers
+        "sample": sampling.model_dump(
+            mode="json", include={"backend", "max_tokens", "chunk_problems", "dtype", "tensor_parallel"}
+        ),
         "judge": judging.model_dump(mode="json", exclude={"workers"}),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
     }
@@ -329,6 +332,7 @@ def check_fits(model: Path, parallel: recipes.Parallel) -> None:
     check_layout(read_model_config(model)[0], parallel)
 
 
+# Those that take an iteration from 1; evaluate also takes 0, for M0.
 STAGES: dict[str, Callable[[Run, int], object]] = {
     "problems": problems_stage,
     "sample": sample_stage,
@@ -336,7 +340,6 @@ STAGES: dict[str, Callable[[Run, int], object]] = {
     "dataset": dataset_stage,
     "train": train_stage,
     "convert": convert_stage,
-    "evaluate": evaluate_stage,
 }
 
 
