@@ -11,11 +11,12 @@ not later with a wrong number.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,6 +63,21 @@ FACTORIES = (
 )
 
 
+_target = torch.device("cpu")  # where goes what was meant for CUDA
+
+
+@contextlib.contextmanager
+def on_meta_device() -> Iterator[None]:
+    """While inside, what was meant for CUDA goes to the meta device: shapes without memory, for dry runs."""
+    global _target
+    _target = torch.device("meta")
+    try:
+        with _target:
+            yield
+    finally:
+        _target = torch.device("cpu")
+
+
 class _CpuCuda:
     """``torch.cuda`` as seen by the patched modules."""
 
@@ -69,7 +85,7 @@ class _CpuCuda:
         return getattr(torch.cuda, name)
 
     def current_device(self) -> torch.device:
-        return torch.device("cpu")
+        return _target
 
     def synchronize(self, *_: Any, **__: Any) -> None:
         return None
@@ -99,7 +115,7 @@ def _on_cpu(name: str) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def call(self: _CpuTorch, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         if device is not None and str(device).startswith("cuda"):
-            device = "cpu"
+            device = _target
         return factory(*args, device=device, **kwargs)
 
     return call
@@ -184,8 +200,8 @@ def _patch_tensor_methods() -> None:
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = original_type(self, *args, **kwargs)
-        if not args and not kwargs and self.device.type == "cpu" and _called_from_megatron():
-            return str(answer).replace("torch.", "torch.cuda.", 1)
+        if not args and not kwargs and self.device.type in ("cpu", "meta") and _called_from_megatron():
+            return str(answer).replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         return answer
 
     torch.Tensor.cuda = cuda  # type: ignore[assignment]

@@ -26,9 +26,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_stepkto.checkpoints.architecture import ModelConfig, check_layout
+from megatron_stepkto.checkpoints.architecture import ModelConfig
 from megatron_stepkto.layers import PackedAttention, RMSNorm
 from megatron_stepkto.logprobs import linear_log_probs
+from megatron_stepkto.planning.layout import check_layout
+from megatron_stepkto.planning.parameters import padded_vocab_size
 from megatron_stepkto.recipe import Parallel
 
 
@@ -122,10 +124,6 @@ def _block_spec(num_layers: int) -> TransformerBlockSubmodules:
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
-
-
-def padded_vocab_size(words: int, tensor_parallel: int) -> int:
-    return -(-words // tensor_parallel) * tensor_parallel
 
 
 def _mark_tensor_parallel(chunk: PolicyModel) -> None:

@@ -324,12 +324,12 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
 # --- all of it -------------------------------------------------------------------------------------------------
 
 
-def check_fits(model: Path, parallel: recipes.Parallel) -> None:
+def check_fits(model: Path, recipe: recipes.Recipe) -> None:
     """Raises UserError, before hours of sampling, for a model that cannot be trained in this layout."""
-    from megatron_stepkto.checkpoints.architecture import check_layout
     from megatron_stepkto.checkpoints.convert import read_model_config
+    from megatron_stepkto.planning.layout import check_layout
 
-    check_layout(read_model_config(model)[0], parallel)
+    check_layout(read_model_config(model)[0], recipe.train.parallel, recipe.place)
 
 
 # Those that take an iteration from 1; evaluate also takes 0, for M0.
@@ -351,7 +351,7 @@ def prepare(run: Run) -> None:
         _import_stage(run)
     if run.makes_m0:
         warm_up.make_m0(run)
-    check_fits(run.model(0), run.recipe.train.parallel)
+    check_fits(run.model(0), run.recipe)
     if run.recipe.evaluate:
         evaluation_problems_stage(run)
 

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from megatron_stepkto.errors import UserError
 
@@ -223,6 +232,8 @@ class Recipe(Section):
     train: Training
     evaluate: Evaluation | None = None
     warm_up: WarmUp | None = None
+    # Where each key stands; () is the whole file. Empty for a recipe that came from no file.
+    _places: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_sections(self) -> Self:
@@ -250,6 +261,10 @@ class Recipe(Section):
     @property
     def run_dir(self) -> Path:
         return self.output / self.name
+
+    def place(self, key: str) -> str:
+        """file:line (or --set) of a dotted key, or of the nearest section around it: for errors found later."""
+        return _place(tuple(key.split(".")), self._places or {(): "recipe"})
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -379,8 +394,12 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     tree = _expand(tree, places)
     for assignment in overrides or []:
         _override(tree, assignment)
-        places[tuple(assignment.partition("=")[0].split("."))] = f"--set {assignment}"
+        key = tuple(assignment.partition("=")[0].split("."))
+        places = {k: v for k, v in places.items() if k[: len(key)] != key}  # a whole section may be replaced
+        places[key] = f"--set {assignment}"
     try:
-        return Recipe.model_validate(tree, context={"folder": path.parent})
+        recipe = Recipe.model_validate(tree, context={"folder": path.parent})
     except ValidationError as error:
         raise UserError(_explain(error, places)) from None
+    recipe._places = places
+    return recipe

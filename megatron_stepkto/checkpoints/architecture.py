@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.recipe import Parallel
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class ModelConfig:
 
     def inv_freq(self) -> Tensor:
         """[head_dim / 2] float32 rotary frequencies, as transformers computes them."""
-        inv_freq = 1.0 / (self.rope_base ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim))
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")  # also under a meta-device context
+        inv_freq = 1.0 / (self.rope_base ** (steps / self.head_dim))
         scaling = self.rope_scaling
         if scaling is None:
             return inv_freq
@@ -61,26 +61,6 @@ class ModelConfig:
         scaled = torch.where(wavelength > low, inv_freq / scaling.factor, inv_freq)
         between = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
         return torch.where((wavelength >= high) & (wavelength <= low), between, scaled)
-
-
-def check_layout(config: ModelConfig, parallel: Parallel) -> None:
-    """Raises UserError, naming the key to change, when the model cannot be split so."""
-    for name, size in (
-        ("attention heads", config.num_heads),
-        ("key-value heads", config.num_kv_heads),
-        ("feed-forward size", config.ffn_size),
-    ):
-        if size % parallel.tensor:
-            raise UserError(
-                f"train.parallel.tensor = {parallel.tensor} does not divide the model's {name} ({size}); "
-                "choose a divisor"
-            )
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    if config.num_layers % stages:
-        raise UserError(
-            f"train.parallel.pipeline x virtual_pipeline = {stages} does not divide the model's layers "
-            f"({config.num_layers}); choose a divisor"
-        )
 
 
 class Entry(Protocol):

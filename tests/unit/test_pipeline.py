@@ -8,7 +8,7 @@ import pytest
 from megatron_stepkto import recipe
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.pipeline import check_fits, compared_rows, dataset_key, training_key
-from megatron_stepkto.recipe import Loss, Optimizer, Parallel, Training
+from megatron_stepkto.recipe import Loss, Optimizer, Training
 from tests.builders import write_llama
 
 
@@ -44,12 +44,17 @@ def test_compared_rows_are_found_on_disk(tmp_path: Path) -> None:
     assert compared_rows(tmp_path) == {"kto": [{"name": "M0"}, {"name": "M1"}]}
 
 
-def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_path: Path, repository: Path) -> None:
     model = write_llama(tmp_path / "model")  # 4 layers, 4 heads, 2 key-value heads
-    check_fits(model, Parallel(ranks=4, tensor=2, pipeline=2))
+
+    def with_layout(ranks: int, tensor: int, pipeline: int) -> recipe.Recipe:
+        layout = f"train.parallel={{ranks: {ranks}, tensor: {tensor}, pipeline: {pipeline}}}"
+        return recipe.load_recipe(repository / "recipes" / "mini_cpu.yaml", [layout])
+
+    check_fits(model, with_layout(4, 2, 2))
     with pytest.raises(
         UserError, match=r"train\.parallel\.tensor = 4 does not divide the model's key-value heads \(2\)"
     ):
-        check_fits(model, Parallel(ranks=4, tensor=4))
-    with pytest.raises(UserError, match=r"= 3 does not divide the model's layers \(4\)"):
-        check_fits(model, Parallel(ranks=3, pipeline=3))
+        check_fits(model, with_layout(4, 4, 1))
+    with pytest.raises(UserError, match=r"train\.parallel\.pipeline = 3 does not divide the model's layers \(4\)"):
+        check_fits(model, with_layout(3, 1, 3))

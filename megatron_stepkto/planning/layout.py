@@ -1,0 +1,111 @@
+"""Which layouts a model can be trained in. The one check that planning, the pipeline and the trainer share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.recipe import Parallel
+
+if TYPE_CHECKING:
+    from megatron_stepkto.checkpoints.architecture import ModelConfig
+
+SECTION = "train.parallel"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a layout is impossible. key: the recipe key to change."""
+
+    key: str
+    message: str
+
+
+def layout_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
+    """Everything that keeps a model from being split so; empty when it can be."""
+    return [*_tensor_faults(config, parallel), *_pipeline_faults(config, parallel)]
+
+
+def _tensor_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
+    key, tensor = f"{SECTION}.tensor", parallel.tensor
+    faults = [
+        Fault(
+            key,
+            f"{key} = {tensor} does not divide the model's {name} ({size}); "
+            f"choose one of {_listed(_common_divisors(config))}",
+        )
+        for name, size in _split_sizes(config)
+        if size % tensor
+    ]
+    if tensor > config.vocab_size:
+        faults.append(
+            Fault(
+                key,
+                f"{key} = {tensor} is more than the model's vocabulary ({config.vocab_size}): "
+                "a rank would hold no word; lower it",
+            )
+        )
+    return faults
+
+
+def _pipeline_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
+    layers, pipeline, virtual = config.num_layers, parallel.pipeline, parallel.virtual_pipeline or 1
+    if layers % pipeline:
+        key = f"{SECTION}.pipeline"
+        choice = _listed(_divisors(layers))
+        return [Fault(key, f"{key} = {pipeline} does not divide the model's layers ({layers}); choose one of {choice}")]
+    if layers % (pipeline * virtual):
+        key = f"{SECTION}.virtual_pipeline"
+        choices = [d for d in _divisors(layers // pipeline) if d > 1]
+        advice = f"choose one of {_listed(choices)}, or remove it" if choices else "remove it"
+        return [
+            Fault(
+                key,
+                f"{key} = {virtual} does not divide the {layers // pipeline} layers of a stage "
+                f"({layers} layers over {SECTION}.pipeline = {pipeline}); {advice}",
+            )
+        ]
+    return []
+
+
+def check_layout(config: ModelConfig, parallel: Parallel, place: Callable[[str], str] | None = None) -> None:
+    """Refuse a layout that the model cannot be split in.
+
+    Args:
+        place: where a recipe key stands (``Recipe.place``), for the message.
+
+    Raises:
+        UserError: one line per fault, each naming the key to change.
+    """
+    faults = layout_faults(config, parallel)
+    if faults:
+        raise UserError("\n".join(f"{place(f.key)}: {f.message}" if place else f.message for f in faults))
+
+
+def _split_sizes(config: ModelConfig) -> list[tuple[str, int]]:
+    """What tensor parallelism cuts into equal parts."""
+    return [
+        ("attention heads", config.num_heads),
+        ("key-value heads", config.num_kv_heads),
+        ("feed-forward size", config.ffn_size),
+    ]
+
+
+def tensor_choices(config: ModelConfig) -> list[int]:
+    """Every tensor parallel size that the model allows."""
+    return [d for d in _common_divisors(config) if d <= config.vocab_size]
+
+
+def _common_divisors(config: ModelConfig) -> list[int]:
+    smallest = min(size for _, size in _split_sizes(config))
+    return [d for d in range(1, smallest + 1) if not any(size % d for _, size in _split_sizes(config))]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if not number % d]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,89 @@
+"""Parameters that one rank holds, counted from an architecture's declaration; ``shards.py`` checks them for real."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig, is_per_layer
+from megatron_stepkto.recipe import Parallel
+
+EMBEDDING = "embedding.word_embeddings.weight"
+HEAD = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+# Megatron-Core splits these over tensor-parallel ranks: columns (output features) along dimension 0, rows
+# (input features) along dimension 1. Everything else is whole on every rank.
+_COLUMN = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")
+_ROW = ("linear_proj.weight", "linear_fc2.weight")
+# A DDP bucket under the distributed optimizer is padded so that every shard is equal and 128-element aligned.
+_BUCKET_MULTIPLE = 128
+
+
+def padded_vocab_size(words: int, tensor_parallel: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks."""
+    return -(-words // tensor_parallel) * tensor_parallel
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Elements on one rank of a pipeline stage.
+
+    chunks: per model chunk (one, or one per virtual stage). embedding, head: of these, the vocabulary's rows.
+    """
+
+    chunks: tuple[int, ...]
+    embedding: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.chunks)
+
+
+def stage_layers(config: ModelConfig, parallel: Parallel, stage: int) -> list[list[int]]:
+    """Layer numbers of each chunk of a stage: chunk v of stage p holds consecutive layers from (v P + p) n on."""
+    virtual = parallel.virtual_pipeline or 1
+    size = config.num_layers // (parallel.pipeline * virtual)
+    starts = [(chunk * parallel.pipeline + stage) * size for chunk in range(virtual)]
+    return [list(range(start, start + size)) for start in starts]
+
+
+def rank_shape(entry: Entry, config: ModelConfig, tensor: int) -> tuple[int, ...]:
+    """One rank's part of an entry (of one layer's slice where it is per layer)."""
+    shape = list(entry.shape(config))
+    if entry.key in (EMBEDDING, HEAD):
+        shape[0] = padded_vocab_size(shape[0], tensor) // tensor
+    elif entry.key.endswith(_COLUMN):
+        shape[0] //= tensor
+    elif entry.key.endswith(_ROW):
+        shape[1] //= tensor
+    return tuple(shape)
+
+
+def stage_parameters(config: ModelConfig, entries: list[Entry], parallel: Parallel, stage: int) -> StageParameters:
+    """Elements of every chunk that a rank of pipeline stage ``stage`` holds; equal on all its tensor ranks."""
+    sizes = {entry.key: math.prod(rank_shape(entry, config, parallel.tensor)) for entry in entries}
+    per_layer = sum(sizes[entry.key] for entry in entries if is_per_layer(entry))
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    chunks = [per_layer * len(layers) for layers in stage_layers(config, parallel, stage)]
+    embedding = sizes[EMBEDDING] if first else 0
+    head = (sizes[EMBEDDING] if config.tied else sizes[HEAD]) if last else 0
+    if first and last and config.tied:
+        head = 0  # the embedding itself
+    chunks[0] += embedding
+    chunks[-1] += head + (sizes[FINAL_NORM] if last else 0)
+    known = per_layer + sum(sizes[key] for key in (EMBEDDING, HEAD, FINAL_NORM) if key in sizes)
+    assert known == sum(sizes.values()), "an entry outside the layers that this count does not know"
+    return StageParameters(tuple(chunks), embedding, head)
+
+
+def model_parameters(config: ModelConfig, entries: list[Entry]) -> int:
+    """Elements of the whole model, as Hugging Face counts them (no padding, a tied head once)."""
+    return sum(math.prod(entry.shape(config)) * (config.num_layers if is_per_layer(entry) else 1) for entry in entries)
+
+
+def optimizer_shard(parameters: StageParameters, data_parallel: int) -> int:
+    """Elements in the distributed optimizer of data-parallel rank 0, the largest shard: each chunk's gradient
+    buffer is padded and cut in equal parts; the padding, at the end, is nobody's."""
+    multiple = math.lcm(data_parallel, _BUCKET_MULTIPLE)
+    return sum(min(chunk, -(-chunk // multiple) * multiple // data_parallel) for chunk in parameters.chunks)
