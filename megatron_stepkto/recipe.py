@@ -139,13 +139,14 @@ class Parallel(Section):
 
 class Optimizer(Section):
     lr: float = Field(gt=0, allow_inf_nan=False)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_updates: int = Field(0, ge=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on every weight, norms included")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW; on matrices and embeddings, not on norms and biases")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.98, ge=0, lt=1)
-    clip_grad: float = Field(1.0, ge=0)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="added to the root of the second moment")
+    clip_grad: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
 
 
 class Loss(Section):
@@ -181,6 +182,9 @@ class Training(Section):
     max_updates: int | None = Field(None, ge=1)
     global_batch_size: int = Field(ge=1, description="examples per update (pairs for DPO and IRPO)")
     micro_batch_tokens: int = Field(4096, ge=1, description="tokens that one packed micro-batch may hold")
+    pad_documents_to: int = Field(
+        1, ge=1, description="tokens: each document is padded to a multiple of so many; 1: packed without gaps"
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     reference: Literal["previous", "initial"] = Field("previous", description="the model the log-ratios are taken to")

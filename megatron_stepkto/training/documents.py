@@ -74,9 +74,13 @@ class MicroBatch:
         return zeros.index_add(0, self.token_step, token_log_probs)
 
 
-def make_micro_batch(documents: Sequence[Document], multiple: int, device: torch.device) -> MicroBatch:
+def make_micro_batch(
+    documents: Sequence[Document], multiple: int, device: torch.device, document_multiple: int = 1
+) -> MicroBatch:
     """Pack documents one behind another, padded (as a document of its own) to a multiple of ``multiple`` tokens.
 
+    Each document is first padded behind its end, where no token of it looks, to a multiple of
+    ``document_multiple``: with one as long as the longest document this is the usual batch of padded rows.
     The list may be empty: then the micro-batch is padding alone, and trains nothing.
     """
     tokens: list[int] = []
@@ -88,10 +92,13 @@ def make_micro_batch(documents: Sequence[Document], multiple: int, device: torch
     step_document: list[int] = []
     step_label: list[int] = []
     references: list[Tensor] = []
+    num_padding = 0
     for number, document in enumerate(documents):
         first = len(tokens) + len(document.prompt)
-        tokens += [*document.prompt, *document.response]
-        positions += range(len(document))
+        gap = -len(document) % document_multiple
+        tokens += [*document.prompt, *document.response, *[0] * gap]
+        positions += range(len(document) + gap)
+        num_padding += gap
         bounds.append(len(tokens))
         rows += range(first - 1, first - 1 + len(document.response))
         targets += document.response
@@ -132,13 +139,16 @@ def make_micro_batch(documents: Sequence[Document], multiple: int, device: torch
         integers([UNJUDGED if d.outcome is None else d.outcome for d in documents]),
         torch.cat(references).to(device) if references else torch.zeros(0, device=device),
         tuple(documents),
-        padding,
+        num_padding + padding,
     )
 
 
 @dataclass(frozen=True)
 class Slot:
-    """This rank's place among the data-parallel ranks, and what a micro-batch must satisfy."""
+    """This rank's place among the data-parallel ranks, and what a micro-batch must satisfy.
+
+    capacity: tokens of a micro-batch. multiple, document_multiple: of the tokens of a micro-batch, a document.
+    """
 
     rank: int
     ranks: int
@@ -146,13 +156,15 @@ class Slot:
     multiple: int
     bins_multiple: int
     device: torch.device
+    document_multiple: int = 1
 
 
 def pack_units(units: Sequence[Sequence[Document]], slot: Slot) -> list[MicroBatch]:
     """This rank's micro-batches of one global batch; the documents of a unit (a pair) stay together."""
-    sizes = [sum(len(document) for document in unit) for unit in units]
+    step = slot.document_multiple
+    sizes = [sum(-(-len(document) // step) * step for document in unit) for unit in units]
     shares = share_out(pack(sizes, slot.capacity), sizes, slot.ranks, slot.bins_multiple)
     return [
-        make_micro_batch([document for index in members for document in units[index]], slot.multiple, slot.device)
+        make_micro_batch([d for index in members for d in units[index]], slot.multiple, slot.device, step)
         for members in shares[slot.rank]
     ]

@@ -20,6 +20,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -49,8 +50,8 @@ def threads_per_rank(ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
-def start_distributed(parallel: recipe.Parallel, device: torch.device, timeout_s: float) -> None:
-    """Join the ranks that torchrun (or Slurm) started, and lay out Megatron-Core's groups.
+def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float) -> None:
+    """Join the ranks that torchrun (or Slurm) started.
 
     Raises:
         UserError: the number of processes is not the recipe's.
@@ -69,7 +70,16 @@ def start_distributed(parallel: recipe.Parallel, device: torch.device, timeout_s
             f"train.parallel.ranks is {parallel.ranks}, but {dist.get_world_size()} processes were started; "
             "make them equal"
         )
-    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+
+
+def lay_out(parallel: recipe.Parallel, timeout_s: float) -> None:
+    """Make Megatron-Core's groups of this layout. Every group gets the time limit: its default is 30 minutes."""
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        distributed_timeout_minutes=timeout_s / 60,  # becomes a timedelta, which takes fractions
+    )
     # Nothing random is left in a pass (no dropout); Megatron's tracker wants a seed all the same.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
@@ -118,7 +128,8 @@ class Engine:
                 weight_decay=o.weight_decay,
                 adam_beta1=o.beta1,
                 adam_beta2=o.beta2,
-                clip_grad=o.clip_grad or math.inf,
+                adam_eps=o.eps,
+                clip_grad=o.clip_grad,
                 bf16=self.dtype == torch.bfloat16,
                 params_dtype=self.dtype,
                 use_distributed_optimizer=self.settings.parallel.distributed_optimizer,
@@ -147,6 +158,7 @@ class Engine:
             self.settings.micro_batch_tokens,
             multiple=parallel.tensor if parallel.sequence else 1,
             bins_multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
+            document_multiple=self.settings.pad_documents_to,
             device=self.device,
         )
 
@@ -214,11 +226,25 @@ class Engine:
         return self._run(batches, loss, forward_only=False)
 
     def step(self, lr: float) -> float:
-        """Clip, update the weights; returns the gradient norm before clipping (not finite: the weights are lost)."""
+        """Clip and update the weights; returns the gradient norm before clipping.
+
+        With a norm that is not finite nothing is updated. (Megatron's own ``step``, which this spells out, would
+        write it into the weights.)
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        _, norm, _ = self.optimizer.step()
-        return float(norm)
+            # Megatron marks norms and biases with wd_mult = 0, but only its own scheduler reads the mark.
+            group["weight_decay"] = self.settings.optimizer.weight_decay * group["wd_mult"]
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            return norm
+        if limit := self.settings.optimizer.clip_grad:
+            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                if parameters := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=norm)
+        self.optimizer.step_with_ready_grads()
+        return norm
 
     # --- checkpoints ---------------------------------------------------------------------------------------
 

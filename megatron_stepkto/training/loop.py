@@ -68,7 +68,12 @@ class Trainer:
     # --- before the first update -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end, or save and raise SystemExit on SIGTERM or SIGUSR1."""
+        """Train to the end and leave the final weights, or save and raise SystemExit on SIGTERM or SIGUSR1."""
+        self.train()
+        self._finish()
+
+    def train(self) -> None:
+        """All updates that are left. Leaves the weights in the engine."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
         examples = [example for unit in self.units for example in unit]
@@ -91,7 +96,6 @@ class Trainer:
                 raise SystemExit(143)
         if self.held_out:
             self._log_held_out(len(self.updates))
-        self._finish()
 
     def _ask_to_stop(self, *_: Any) -> None:
         self._stop = True

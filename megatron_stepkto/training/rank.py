@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
@@ -14,7 +15,7 @@ from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
 from megatron_stepkto.processes import child_main, die_with_parent
 from megatron_stepkto.records import TrainExample, read_records
-from megatron_stepkto.training.engine import Engine, choose_device, start_distributed
+from megatron_stepkto.training.engine import Engine, choose_device, join_ranks, lay_out
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.loop import Trainer
 
@@ -25,27 +26,39 @@ def main() -> None:
     job = Job.model_validate(read_json(parser.parse_args().job))
     logging.getLogger("megatron").setLevel(logging.ERROR)
     device = choose_device(job.settings.device)
-    start_distributed(job.settings.parallel, device, job.settings.timeout_s)
-    config, _ = read_model_config(job.initial / COMPANIONS)
-    examples = list(read_records(job.train_examples, TrainExample))
-    held_out = list(read_records(job.held_out_examples, TrainExample)) if job.held_out_examples else []
-    check_lengths(examples + held_out, job, config.max_positions, config.vocab_size)
-    Trainer(Engine(config, job.settings, device), job, examples, held_out).run()
+    join_ranks(job.settings.parallel, device, job.settings.timeout_s)
+    make_trainer(job, device).run()
     dist.barrier()
     dist.destroy_process_group()
 
 
+def make_trainer(job: Job, device: torch.device) -> Trainer:
+    """Lay out the ranks, build this rank's part of the model and read the data.
+
+    Every rank reads all examples for itself: none waits in a collective while another prepares.
+    """
+    lay_out(job.settings.parallel, job.settings.timeout_s)
+    config, _ = read_model_config(job.initial / COMPANIONS)
+    examples = list(read_records(job.train_examples, TrainExample))
+    held_out = list(read_records(job.held_out_examples, TrainExample)) if job.held_out_examples else []
+    check_lengths(examples + held_out, job, config.max_positions, config.vocab_size)
+    return Trainer(Engine(config, job.settings, device), job, examples, held_out)
+
+
 def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int, vocab_size: int) -> None:
     """Raises UserError for an example that no micro-batch or the model cannot hold, or with an unknown token."""
+    step = job.settings.pad_documents_to
     for example in examples:
         lengths = [len(example.prompt_token_ids) + len(example.token_ids)]
         if example.kl_partner:
             lengths.append(len(example.prompt_token_ids) + len(example.kl_partner.token_ids))
         # the two sides of a preference pair share a micro-batch
         room = job.settings.micro_batch_tokens // (2 if example.pair_id else 1)
-        if max(lengths) > room:
+        padded = -(-max(lengths) // step) * step
+        if padded > room:
             raise UserError(
-                f"{job.train_examples}: {example.example_id} has {max(lengths)} tokens (with its KL partner), "
+                f"{job.train_examples}: {example.example_id} has {padded} tokens (with its KL partner"
+                f"{' and padding' if step > 1 else ''}), "
                 f"a micro-batch has room for {room}; raise train.micro_batch_tokens or lower sample.max_tokens"
             )
         if max(lengths) > max_positions:

@@ -96,6 +96,24 @@ def test_what_a_row_predicts_is_the_token_behind_it() -> None:
     assert made.tokens[0, made.rows + 1].tolist() == made.targets.tolist()
 
 
+def test_documents_padded_to_a_multiple_keep_their_tokens_and_bounds() -> None:
+    """7 and 4 tokens to multiples of 8: rows of equal length, whose padding has no row, target or step."""
+    plain = batch()
+    made = make_micro_batch(plain.documents, 8, DEVICE, document_multiple=8)
+    assert made.tokens.tolist() == [[10, 11, 12, 20, 21, 22, 23, 0, 30, 40, 41, 42, 0, 0, 0, 0]]
+    assert made.position_ids.tolist() == [[*range(8), *range(8)]]
+    assert made.packed.bounds == (0, 8, 16)
+    assert made.num_padding == 5
+    assert made.tokens[0, made.rows + 1].tolist() == made.targets.tolist() == plain.targets.tolist()
+    assert made.token_step.tolist() == plain.token_step.tolist()
+
+
+def test_capacity_counts_the_padding_of_documents() -> None:
+    slot = Slot(0, 1, 16, multiple=1, bins_multiple=1, device=DEVICE, document_multiple=8)
+    units = [[solution_document(example)] for example in (A, B, A)]
+    assert [[d.key for d in made.documents] for made in pack_units(units, slot)] == [["a", "a"], ["b"]]
+
+
 def test_padding_is_a_document_of_its_own() -> None:
     """11 tokens to a multiple of 8: 5 of padding, with positions of their own and no row, target or step."""
     made, plain = batch(multiple=8), batch()

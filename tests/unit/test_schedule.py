@@ -35,6 +35,11 @@ def test_cosine_by_hand() -> None:
     assert rates(4, schedule="cosine") == pytest.approx([2.0, 1 + half, 1.0, 1 - half])
 
 
+def test_linear_by_hand() -> None:
+    """Four updates down to a floor of 0.5 of a rate of 2; update 4 would be at the floor."""
+    assert rates(4, schedule="linear", min_lr_ratio=0.5) == pytest.approx([2.0, 1.75, 1.5, 1.25])
+
+
 def test_cosine_after_warm_up_down_to_a_floor() -> None:
     """Floor 0.5 of a rate of 2: 1 + (1 + cos)/2 over updates 2..5, whose angles are 0, 45, 90 and 135 degrees."""
     half = math.sqrt(0.5)

@@ -1,0 +1,83 @@
+"""One rank of ``test_layouts``: trains a list of jobs one after another, so that many layouts share one start.
+
+``torchrun -m tests.distributed.layout_worker JOBS`` with JOBS a JSON list of job files of this many ranks. Rank 0
+leaves ``result.pt`` in each job's folder: the whole weights, put together from all ranks without a checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+
+from megatron_stepkto.processes import child_main
+from megatron_stepkto.training.engine import Engine, join_ranks
+from megatron_stepkto.training.job import Job
+from megatron_stepkto.training.rank import make_trainer
+
+
+def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every weight by its checkpoint key, on rank 0; each element comes from exactly one rank."""
+    state = engine._weights()
+    apply_factories(state)
+    pieces = [
+        (value.key, tuple(value.global_shape), tuple(value.global_offset), value.data.detach().cpu())
+        for value in nested_values(state)
+        if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id)
+    ]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, pieces)
+    whole: dict[str, torch.Tensor] = {}
+    for key, shape, offset, data in (piece for share in gathered for piece in share):
+        data = data.reshape((1,) * (len(shape) - data.dim()) + tuple(data.shape))
+        target = whole.setdefault(key, torch.full(shape, float("nan")))
+        target[tuple(slice(a, a + n) for a, n in zip(offset, data.shape, strict=True))] = data
+    return whole
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    """All parameters that live in this process, whoever holds them."""
+    return [item for item in gc.get_objects() if type(item) is torch.nn.Parameter]
+
+
+def main() -> None:
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    jobs = [Job.model_validate(json.loads(Path(p).read_text())) for p in json.loads(Path(sys.argv[1]).read_text())]
+    device = torch.device("cpu")
+    join_ranks(jobs[0].settings.parallel, device, jobs[0].settings.timeout_s)
+    for job in jobs:
+        earlier = parameters()  # held, so that no new one gets the address of one of an earlier job's
+        known = set(map(id, earlier))
+        trainer = make_trainer(job, device)
+        own = sum(p.numel() for policy in trainer.engine.policies for p in policy.parameters())
+        resident: list[int] = []
+        score = trainer.engine.score
+
+        def counted(*args: Any, score: Any = score, resident: list[int] = resident, known: Any = known) -> Any:
+            resident.append(sum(p.numel() for p in parameters() if id(p) not in known))
+            return score(*args)
+
+        trainer.engine.score = counted  # type: ignore[method-assign]
+        trainer.train()
+        weights = whole_weights(trainer.engine)
+        if dist.get_rank() == 0:
+            torch.save({"weights": weights, "parameters": own, "resident": max(resident, default=own)},
+                       job.directory / "result.pt")  # fmt: skip
+        del trainer, score, counted, earlier
+        gc.collect()
+        parallel_state.destroy_model_parallel()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    child_main(main)
