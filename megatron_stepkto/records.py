@@ -166,6 +166,13 @@ class TrainExample(Record):
         return self
 
 
+class LogRatios(Record):
+    """log pi_trained - log pi_ref of an example's steps, in nats, after the last update."""
+
+    example_id: str
+    steps: list[float]
+
+
 R = TypeVar("R", bound=BaseModel)
 
 

@@ -1,5 +1,5 @@
 
-// The solution browser: filter and search on the left, one problem on the right, its solutions model by model.
+// The solution browser: filter and search on the left, one problem on the right, all its solutions behind tabs.
 
 const PAGE = 100; // list entries drawn at once
 const isLucky = (solution) => solution.outcome === 1 && solution.steps.some(([label]) => label === 0);
@@ -14,7 +14,6 @@ const FILTERS = [
 ];
 
 function verdict(solution) {
-  if (!solution) return { mark: "", text: "no solution", cls: "unjudged" };
   if (isLucky(solution)) return { mark: "✓✗", text: "right answer, wrong step", cls: "lucky" };
   if (solution.outcome === 1) return { mark: "✓", text: "right answer", cls: "right" };
   if (solution.outcome === 0) return { mark: "✗", text: "wrong answer", cls: "wrong" };
@@ -24,9 +23,12 @@ function verdict(solution) {
 function startBrowser(browser) {
   const byId = (id) => document.getElementById(id);
   const texts = new Map();
-  const state = { model: browser.selected, filter: "all", query: "", shown: PAGE, problem: null, open: null };
+  // One entry per solution; models solve a problem once, an iteration samples it several times.
+  const entries = browser.problems.flatMap((problem) => Object.entries(problem.solutions).flatMap(([source, rows]) =>
+    rows.map((solution, index) => ({ problem, source, solution, index, name: rows.length > 1 ? `${source} · ${index + 1}` : source }))));
+  const state = { source: browser.selected, filter: "all", query: "", shown: PAGE, entry: null };
 
-  function haystack(problem, solution) {
+  function haystack({ problem, solution }) {
     if (!texts.has(solution)) {
       texts.set(solution, [problem.problem_id, problem.problem, problem.answer, solution.answer, ...solution.steps.map(([, text]) => text)].join("\n").toLowerCase());
     }
@@ -35,11 +37,8 @@ function startBrowser(browser) {
 
   function matches(filter) {
     const [, , keep] = FILTERS.find(([key]) => key === filter);
-    const found = browser.problems.filter((problem) => {
-      const solution = problem.solutions[state.model];
-      return solution && keep(solution) && haystack(problem, solution).includes(state.query);
-    });
-    const late = (problem) => (isLucky(problem.solutions[state.model]) ? 0 : 1);
+    const found = entries.filter((entry) => entry.source === state.source && keep(entry.solution) && haystack(entry).includes(state.query));
+    const late = ({ solution }) => (isLucky(solution) ? 0 : 1);
     return found.sort((a, b) => late(a) - late(b)); // right over a wrong step comes first
   }
 
@@ -55,71 +54,75 @@ function startBrowser(browser) {
   function drawList(select) {
     const found = matches(state.filter);
     byId("found").textContent = found.length === 1 ? "1 solution" : `${found.length.toLocaleString("en")} solutions`;
-    byId("list").replaceChildren(...found.slice(0, state.shown).map(entry));
+    byId("list").replaceChildren(...found.slice(0, state.shown).map(listed));
     byId("more").hidden = found.length <= state.shown;
-    if (select && !found.includes(state.problem)) open(found[0] ?? null, state.model);
-    else if (select) open(state.problem, state.model);
+    // Another model keeps the problem that is open, when it solved that too.
+    if (select) open(found.includes(state.entry) ? state.entry : found.find(({ problem }) => problem === state.entry?.problem) ?? found[0] ?? null);
   }
 
-  function entry(problem) {
-    const { mark, text, cls } = verdict(problem.solutions[state.model]);
-    const button = element("button", { type: "button", "data-problem": problem.problem_id, "aria-current": String(problem === state.problem) },
+  function listed(entry) {
+    const { mark, text, cls } = verdict(entry.solution);
+    const button = element("button", { type: "button", "data-problem": entry.problem.problem_id, "aria-current": String(entry === state.entry) },
       element("span", { class: `mark ${cls}`, title: text, role: "img", "aria-label": text }, mark),
-      element("span", { class: "excerpt" }, problem.problem ?? problem.problem_id));
+      element("span", { class: "excerpt" }, ...typeset(entry.problem.problem ?? entry.problem.problem_id, true)));
+    button.entry = entry;
     button.addEventListener("click", () => {
-      open(problem, state.model);
+      open(entry);
       if (matchMedia("(max-width: 760px)").matches) byId("detail").scrollIntoView({ block: "start" });
     });
     return element("li", {}, button);
   }
 
-  function open(problem, model) {
-    Object.assign(state, { problem, open: model });
-    for (const button of byId("list").querySelectorAll("button")) {
-      button.setAttribute("aria-current", String(button.dataset.problem === problem?.problem_id));
-    }
-    if (problem) byId("detail").replaceChildren(...detail(problem, model));
+  function open(entry) {
+    state.entry = entry;
+    for (const button of byId("list").querySelectorAll("button")) button.setAttribute("aria-current", String(button.entry === entry));
+    if (entry) byId("detail").replaceChildren(...detail(entry));
     else byId("detail").replaceChildren(element("p", { class: "small" }, "No solution matches."));
   }
 
-  function detail(problem, model) {
-    const tabs = element("div", { class: "choices tabs", role: "group", "aria-label": "The same problem, solved by" });
-    for (const name of browser.models) {
-      const { mark, text } = verdict(problem.solutions[name]);
-      const tab = element("button", { type: "button", "data-model": name, "aria-pressed": String(name === model), "aria-label": `${name}: ${text}` }, `${name} ${mark}`);
+  function detail({ problem, solution, ...opened }) {
+    const tabs = element("div", { class: "choices tabs", role: "group", "aria-label": "Solutions of the same problem" });
+    for (const entry of entries.filter((other) => other.problem === problem)) {
+      const { mark, text } = verdict(entry.solution);
+      const tab = element("button", { type: "button", "data-source": entry.name, "aria-pressed": String(entry.solution === solution), "aria-label": `${entry.name}: ${text}` }, `${entry.name} ${mark}`);
       tab.addEventListener("click", () => {
-        open(problem, name);
+        open(entry);
         byId("detail").querySelector(`.tabs [aria-pressed="true"]`).focus({ preventScroll: true });
       });
       tabs.append(tab);
     }
-    const solution = problem.solutions[model];
-    const parts = [
-      element("p", { class: "small" }, problem.problem_id),
-      element("p", { class: "problem" }, problem.problem ?? "The text of this problem is not in the run."),
-      tabs,
-    ];
-    if (!solution) return [...parts, element("p", { class: "small" }, `${model} has no solution of this problem.`)];
     const { text, cls } = verdict(solution);
-    const fact = (name, value) => element("div", {}, element("dt", {}, name), element("dd", {}, value));
+    const fact = (name, ...value) => element("div", {}, element("dt", {}, name), element("dd", {}, ...value));
+    const answer = (value) => typeset(/^[^$]*\\[a-zA-Z]/.test(value) ? `$${value}$` : value, true); // a bare \frac{1}{2} too
     return [
-      ...parts,
+      element("p", { class: "small" }, `${problem.problem_id} · ${opened.name}`),
+      element("p", { class: "problem" }, ...typeset(problem.problem ?? "The text of this problem is not in the run.")),
+      tabs,
       element("ol", { class: "steps" }, ...solution.steps.map(stepLine)),
       element("dl", { class: "facts" },
         element("div", { class: `verdict ${cls}` }, element("dt", {}, "verdict"), element("dd", {}, text)),
-        fact("answer given", solution.answer ?? "none found"),
-        fact("gold answer", problem.answer ?? "–"),
+        fact("answer given", ...answer(solution.answer ?? "none found")),
+        fact("gold answer", ...answer(problem.answer ?? "–")),
         ...(solution.truncated ? [fact("ended", "cut at the token limit")] : [])),
     ];
   }
 
-  function stepLine([label, text]) {
+  function stepLine([label, text, rightVotes, votes, logRatio]) {
     const [cls, mark, name] = label === 1 ? ["right", "✓", "right step"] : label === 0 ? ["wrong", "✗", "wrong step"] : ["unjudged", "·", "step not judged"];
-    return element("li", { class: cls }, element("span", { class: "mark", role: "img", "aria-label": name, title: name }, mark), element("span", { class: "text" }, text || "(empty)"));
+    const notes = [];
+    if (votes) notes.push(element("span", { class: "votes", title: "votes that call the step right" }, `${rightVotes} of ${votes} votes`));
+    if (logRatio !== undefined) {
+      const grew = logRatio > 0.05 ? "grew" : logRatio < -0.05 ? "fell" : "stayed";
+      notes.push(element("span", { class: `ratio ${grew}`, title: "log-ratio of the step after training, nats" }, `${logRatio > 0 ? "+" : ""}${minus(logRatio.toFixed(2))}`));
+    }
+    return element("li", { class: cls },
+      element("span", { class: "mark", role: "img", "aria-label": name, title: name }, mark),
+      element("span", { class: "text" }, ...(text ? typeset(text) : ["(empty)"])),
+      ...(notes.length ? [element("span", { class: "notes" }, ...notes)] : []));
   }
 
-  choices(byId("model"), browser.models.map((key) => ({ key, label: key })), state.model, (key) => {
-    Object.assign(state, { model: key, shown: PAGE });
+  choices(byId("model"), [...browser.models, ...browser.iterations].map((key) => ({ key, label: key })), state.source, (key) => {
+    Object.assign(state, { source: key, shown: PAGE });
     drawFilters();
     drawList(true);
   });
@@ -138,7 +141,7 @@ function startBrowser(browser) {
     if (!next) return;
     event.preventDefault();
     next.focus();
-    open(browser.problems.find((problem) => problem.problem_id === next.dataset.problem), state.model);
+    open(next.entry);
   });
   drawFilters();
   drawList(true);

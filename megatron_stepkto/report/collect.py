@@ -14,10 +14,15 @@ from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
 from megatron_stepkto.records import Problem, describe, read_records
 from megatron_stepkto.report.curves import Training, read_training
+from megatron_stepkto.report.judge import AgreementRow, agreement, calibration
 from megatron_stepkto.report.solutions import (
+    MAX_BYTES,
+    MAX_TRAINING_BYTES,
+    MAX_TRAINING_SAMPLES,
     Browser,
     PositionShare,
     Solution,
+    SolutionsOf,
     choose,
     error_positions,
     read_solutions,
@@ -86,13 +91,18 @@ class Summary(BaseModel):
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows. ``trainings`` and ``positions`` are by method and by model, in order."""
+    """All that the page shows. ``trainings`` are by method, ``positions`` by model, in order.
+
+    ``agreement`` and ``calibration`` set the judge against the final answers, over the training samples read.
+    """
 
     summary: Summary
     method: str
     warm_up: Training | None
     trainings: Mapping[str, Sequence[Training]]
     positions: Mapping[str, Sequence[PositionShare]]
+    agreement: Sequence[AgreementRow]
+    calibration: Sequence[AgreementRow]
     browser: Browser
     missing: Sequence[str]
 
@@ -124,19 +134,27 @@ def collect(run_dir: Path) -> Report:
     solutions = _solutions(folders)
     own = [model for model in solutions if " " not in model]
     ends = dict.fromkeys(own[:1] + own[-1:])
-    problems_file = run_dir / "evaluate" / "problems" / "problems.jsonl"
-    problems = (
-        {problem.problem_id: problem for problem in read_records(problems_file, Problem)}
-        if solutions and problems_file.is_file()
-        else {}
+    problems = _problems(run_dir / "evaluate" / "problems" / "problems.jsonl") if solutions else {}
+    trained, trained_problems = _training_samples(run_dir)
+    judged = [solution for by_problem in trained.values() for rows in by_problem.values() for solution in rows]
+    held_out, num_held_out = choose(problems, solutions, MAX_BYTES)
+    training, num_training = choose(trained_problems, trained, MAX_TRAINING_BYTES)
+    browser = Browser(
+        models=list(solutions),
+        iterations=list(trained),
+        selected=own[-1] if own else next(iter([*solutions, *trained]), None),
+        problems=held_out + training,
+        num_problems=num_held_out + num_training,
     )
     return Report(
         summary=summary,
         method=method,
         warm_up=_training(run_dir / "M0", "Warm-up"),
         trainings={name: rows for name, rows in trainings.items() if rows},
-        positions={model: error_positions(solutions[model].values()) for model in ends},
-        browser=choose(problems, solutions, own[-1] if own else None),
+        positions={model: error_positions(_all(solutions[model])) for model in ends},
+        agreement=agreement(judged),
+        calibration=calibration(judged),
+        browser=browser,
         missing=_missing(finished, summary, trainings[method], solutions, problems),
     )
 
@@ -190,9 +208,9 @@ def _training(folder: Path, label: str) -> Training | None:
     return read_training(path, label) if path.is_file() and path.stat().st_size else None
 
 
-def _solutions(folders: Mapping[str, Path]) -> dict[str, dict[str, Solution]]:
+def _solutions(folders: Mapping[str, Path]) -> dict[str, dict[str, list[Solution]]]:
     """Greedy solutions of M0, M1, ... and, for each compared method, of its last model ("kto M3")."""
-    found: dict[str, dict[str, Solution]] = {}
+    found: dict[str, dict[str, list[Solution]]] = {}
     for number, (method, folder) in enumerate(folders.items()):
         files = [path / "greedy.jsonl" for path in _numbered(folder / "evaluate", "M")]
         files = [path for path in files if path.is_file() and path.stat().st_size]
@@ -202,11 +220,34 @@ def _solutions(folders: Mapping[str, Path]) -> dict[str, dict[str, Solution]]:
     return found
 
 
+def _training_samples(run_dir: Path) -> tuple[dict[str, dict[str, list[Solution]]], dict[str, Problem]]:
+    """The first judged samples of each iteration, with the log-ratios that its training left, and their problems."""
+    samples: dict[str, dict[str, list[Solution]]] = {}
+    problems: dict[str, Problem] = {}
+    for folder in _numbered(run_dir, "iteration_"):
+        path = folder / "judge" / "judged.jsonl"
+        if path.is_file() and path.stat().st_size:
+            ratios = folder / "train" / "log_ratios.jsonl"
+            samples[f"samples {folder.name.removeprefix('iteration_')}"] = read_solutions(
+                path, ratios, MAX_TRAINING_SAMPLES
+            )
+            problems |= _problems(folder / "problems" / "problems.jsonl")
+    return samples, problems
+
+
+def _problems(path: Path) -> dict[str, Problem]:
+    return {problem.problem_id: problem for problem in read_records(path, Problem)} if path.is_file() else {}
+
+
+def _all(by_problem: SolutionsOf) -> list[Solution]:
+    return [solution for rows in by_problem.values() for solution in rows]
+
+
 def _missing(
     finished: bool,
     summary: Summary,
     trainings: Sequence[Training],
-    solutions: Mapping[str, Mapping[str, Solution]],
+    solutions: Mapping[str, SolutionsOf],
     problems: Mapping[str, Problem],
 ) -> list[str]:
     found = []

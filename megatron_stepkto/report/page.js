@@ -52,6 +52,15 @@ function drawPositions(parent) {
   });
 }
 
+function drawCalibration(parent) {
+  chart(parent, {
+    title: "Calibration of the votes", about: "share of right answers, by the share of votes for the step of a solution that fewest judges call right",
+    percent: true, zero: true, format: percentText, xName: "votes for the weakest step",
+    series: [{ name: "", cls: "c0", dots: true, band: true, runs: [data.calibration.map((row, x) => ({ x, y: row.share, low: row.share_interval[0], high: row.share_interval[1], note: ` (${row.num.toLocaleString("en")} solutions)` }))] }],
+    ticks: data.calibration.map((row, x) => ({ x, label: row.title })), describe: (x) => data.calibration[x].title,
+  });
+}
+
 const TRAINING_CHARTS = [
   { title: "Loss", about: "and its outcome and step parts", lines: [["loss", "total", "c0"], ["loss_outcome", "outcome", "c1"], ["loss_step", "steps", "c2"]] },
   { title: "KL to the reference", about: "mean log-ratio over mismatched pairs, nats; the reference point z is this, but not below zero", zero: true, lines: [["kl_outcome", "solutions", "c0", "z_outcome"], ["kl_step", "steps", "c2", "z_step"]] },
@@ -120,6 +129,7 @@ function showTraining(method) {
 
 if (document.getElementById("curves")) drawCurves(document.getElementById("curves"));
 if (document.getElementById("position-chart")) drawPositions(document.getElementById("position-chart"));
+if (data.calibration.length) drawCalibration(document.getElementById("calibration-chart"));
 if (document.getElementById("training-charts")) {
   const methods = Object.keys(data.trainings);
   if (methods.length > 1) choices(document.getElementById("training-method"), methods.map((key) => ({ key, label: key })), methods[0], showTraining);

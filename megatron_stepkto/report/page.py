@@ -76,7 +76,9 @@ def render(report: Report) -> str:
         "counts": counts,
     }
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
-    script = "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("charts.js", "browser.js", "page.js"))
+    katex = (FOLDER / "katex" / "katex.min.js").read_text(encoding="utf-8")
+    names = ("charts.js", "formulas.js", "browser.js", "page.js")
+    script = "".join((FOLDER / name).read_text(encoding="utf-8") for name in names)
     summary = report.summary
     every_row = [*summary.iterations, *(row for rows in summary.methods.values() for row in rows)]
     return environment.get_template("page.html").render(
@@ -87,8 +89,12 @@ def render(report: Report) -> str:
         notes=notes(report),
         last_of_methods=last_of_methods(report),
         # Hashes instead of 'unsafe-inline': text of a model that got past the escaping could still not run.
-        policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
+        policy=(
+            f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
+            f"script-src '{_hash(katex)}' '{_hash(script)}'"
+        ),
         style=Markup(style),
+        katex=Markup(katex),
         script=Markup(script),
         data=Markup(embed(payload(report, metrics_of(every_row)))),
     )
@@ -113,7 +119,8 @@ def payload(report: Report, metrics: Sequence[Metric]) -> dict[str, Any]:
         "warm_up": report.warm_up and asdict(report.warm_up),
         "trainings": {name: [asdict(row) for row in rows] for name, rows in report.trainings.items()},
         "positions": {name: [asdict(row) for row in rows] for name, rows in report.positions.items()},
-        "browser": asdict(report.browser),
+        "calibration": [asdict(row) for row in report.calibration],
+        "browser": report.browser.payload(),
     }
 
 

@@ -1,52 +1,105 @@
-"""Greedy solutions of a run: where their errors sit, and the ones that the page carries."""
+"""Solutions of a run: where their errors sit, and the ones that the page carries."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_stepkto.records import JudgedSample, Label, Problem, read_records
+from megatron_stepkto.records import JudgedSample, Label, LogRatios, Problem, read_records
 
 MAX_POSITIONS = 10  # later steps are pooled: few solutions have them
-MAX_BYTES = 3_500_000  # of embedded solutions: the page stays below 5 MB
+# Of embedded solutions, for held-out problems and for training problems: the page stays below 6 MB.
+MAX_BYTES, MAX_TRAINING_BYTES = 3_000_000, 2_000_000
+# Training samples read per iteration: a whole iteration of a large run would take minutes and no page holds it.
+MAX_TRAINING_SAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class SolutionStep:
+    """``right_votes`` of ``num_votes`` judges called the step right (a vote may be null: it counts as neither).
+
+    ``log_ratio``: sum over the step's tokens of log pi_trained - log pi_ref, in nats.
+    """
+
+    label: Label
+    text: str
+    num_votes: int = 0
+    right_votes: int = 0
+    log_ratio: float | None = None
 
 
 @dataclass(frozen=True)
 class Solution:
-    """One model's greedy solution. ``steps`` holds (label, text); joined, the texts miss only white space."""
+    """One solution. The texts of its steps, joined, miss only line breaks."""
 
     outcome: Label
     answer: str | None
     truncated: bool
-    steps: tuple[tuple[Label, str], ...]
+    steps: tuple[SolutionStep, ...]
 
     @property
     def lucky(self) -> bool:
         """Right answer, wrong step: what Step-KTO is meant to remove."""
-        return self.outcome == 1 and any(label == 0 for label, _ in self.steps)
+        return self.outcome == 1 and any(step.label == 0 for step in self.steps)
+
+    def payload(self) -> dict[str, Any]:
+        """Steps as arrays [label, text, right votes, votes, log-ratio], cut after the last that says something."""
+        steps = []
+        for step in self.steps:
+            row: list[Any] = [step.label, step.text]
+            if step.num_votes or step.log_ratio is not None:
+                row += [step.right_votes, step.num_votes]
+            if step.log_ratio is not None:
+                row.append(round(step.log_ratio, 3))
+            steps.append(row)
+        return {"outcome": self.outcome, "answer": self.answer, "truncated": self.truncated, "steps": steps}
+
+
+SolutionsOf = Mapping[str, Sequence[Solution]]
+"""Problem id to its solutions."""
 
 
 @dataclass(frozen=True)
 class BrowserProblem:
+    """A problem with every source's solutions; a source is a model, or an iteration's training samples."""
+
     problem_id: str
     problem: str | None
     answer: str | None
-    solutions: Mapping[str, Solution]
+    solutions: SolutionsOf
+
+    def payload(self) -> dict[str, Any]:
+        solutions = {source: [row.payload() for row in rows] for source, rows in self.solutions.items()}
+        return {
+            "problem_id": self.problem_id, "problem": self.problem, "answer": self.answer, "solutions": solutions,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Browser:
-    """The ``problems`` (of ``num_problems``) that the page carries, each with every model's solution.
+    """The ``problems`` (of ``num_problems``) that the page carries, each with every source's solutions.
 
-    ``selected`` is the model that it opens with.
+    ``models`` gave greedy solutions of held-out problems; ``iterations`` hold the samples that were trained on.
+    ``selected`` is the source that it opens with.
     """
 
     models: Sequence[str]
+    iterations: Sequence[str]
     selected: str | None
     problems: Sequence[BrowserProblem]
     num_problems: int
+
+    def payload(self) -> dict[str, Any]:
+        return {
+            "models": self.models,
+            "iterations": self.iterations,
+            "selected": self.selected,
+            "problems": [problem.payload() for problem in self.problems],
+        }
 
 
 @dataclass(frozen=True)
@@ -58,21 +111,31 @@ class PositionShare:
     num_wrong: int
 
 
-def read_solutions(path: Path) -> dict[str, Solution]:
-    """Problem id to solution, in the order of the file.
+def read_solutions(path: Path, log_ratios: Path | None = None, limit: int | None = None) -> dict[str, list[Solution]]:
+    """Problem id to its solutions, in the order of the file; the first ``limit`` of them.
 
     Raises:
-        UserError: a row that is not a judged sample, with file:line.
+        UserError: a row that is not a judged sample, or not log-ratios, with file:line.
     """
-    return {sample.problem_id: solution_of(sample) for sample in read_records(path, JudgedSample)}
+    measured: dict[str, list[float]] = {}
+    if log_ratios is not None and log_ratios.is_file():
+        measured = {row.example_id: row.steps for row in read_records(log_ratios, LogRatios)}
+    found: dict[str, list[Solution]] = {}
+    for sample in itertools.islice(read_records(path, JudgedSample), limit):
+        found.setdefault(sample.problem_id, []).append(solution_of(sample, measured.get(sample.sample_id)))
+    return found
 
 
-def solution_of(sample: JudgedSample) -> Solution:
+def solution_of(sample: JudgedSample, log_ratios: Sequence[float] | None = None) -> Solution:
     """Cut the text where steps begin, so that nothing of it is lost to separators."""
     starts = [0, *(step.start for step in sample.steps[1:])]
     ends = [*starts[1:], len(sample.text)]
+    ratios = log_ratios if log_ratios is not None else [None] * len(sample.steps)
     steps = tuple(
-        (step.label, sample.text[a:b].strip("\n\r")) for step, a, b in zip(sample.steps, starts, ends, strict=True)
+        SolutionStep(
+            step.label, sample.text[a:b].strip("\n\r"), len(step.votes or ()), (step.votes or []).count(1), ratio
+        )
+        for step, a, b, ratio in zip(sample.steps, starts, ends, ratios, strict=True)
     )
     return Solution(sample.outcome, sample.extracted_answer, sample.finish_reason == "length", steps)
 
@@ -82,12 +145,12 @@ def error_positions(solutions: Iterable[Solution]) -> list[PositionShare]:
     judged, wrong = [0] * MAX_POSITIONS, [0] * MAX_POSITIONS
     pooled = False
     for solution in solutions:
-        for index, (label, _) in enumerate(solution.steps):
-            if label is not None:
+        for index, step in enumerate(solution.steps):
+            if step.label is not None:
                 slot = min(index, MAX_POSITIONS - 1)
                 pooled = pooled or index > slot
                 judged[slot] += 1
-                wrong[slot] += label == 0
+                wrong[slot] += step.label == 0
     names = [str(index + 1) for index in range(MAX_POSITIONS)]
     if pooled:
         names[-1] += "+"
@@ -95,27 +158,27 @@ def error_positions(solutions: Iterable[Solution]) -> list[PositionShare]:
 
 
 def choose(
-    problems: Mapping[str, Problem],
-    solutions: Mapping[str, Mapping[str, Solution]],
-    selected: str | None,
-    max_bytes: int = MAX_BYTES,
-) -> Browser:
-    """The problems that fit into ``max_bytes`` of JSON; every model keeps the same ones, to be compared.
+    problems: Mapping[str, Problem], solutions: Mapping[str, SolutionsOf], max_bytes: int
+) -> tuple[list[BrowserProblem], int]:
+    """The problems that fit into ``max_bytes`` of JSON, and how many there are; every source keeps the same ones.
 
-    First come problems where some model reached the right answer over a wrong step, then the others; within
+    First come problems where some source reached the right answer over a wrong step, then the others; within
     each group the order is that of the files.
     """
     ids = list(dict.fromkeys(key for by_problem in solutions.values() for key in by_problem))
-    found = {key: {model: rows[key] for model, rows in solutions.items() if key in rows} for key in ids}
-    ranked = sorted(ids, key=lambda key: not any(solution.lucky for solution in found[key].values()))
+    found = {key: {source: rows[key] for source, rows in solutions.items() if key in rows} for key in ids}
+
+    def lucky(key: str) -> bool:
+        return any(solution.lucky for rows in found[key].values() for solution in rows)
+
     taken: list[BrowserProblem] = []
     room = max_bytes
-    for key in ranked:
+    for key in sorted(ids, key=lambda key: not lucky(key)):
         known = problems.get(key)
         problem, answer = (known.problem, known.answer) if known else (None, None)
         entry = BrowserProblem(key, problem, answer, found[key])
-        room -= len(json.dumps(asdict(entry)))
+        room -= len(json.dumps(entry.payload()))
         if room < 0:
             break
         taken.append(entry)
-    return Browser(list(solutions), selected, taken, len(ids))
+    return taken, len(ids)

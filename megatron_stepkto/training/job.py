@@ -41,6 +41,10 @@ class Job(BaseModel):
         return self.directory / "notes.json"
 
     @property
+    def log_ratios(self) -> Path:
+        return self.directory / "log_ratios.jsonl"
+
+    @property
     def progress(self) -> Path:
         return self.directory / "progress.json"
 

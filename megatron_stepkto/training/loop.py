@@ -21,7 +21,7 @@ from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import atomic_writer, write_json
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.progress import ProgressFile
-from megatron_stepkto.records import TrainExample
+from megatron_stepkto.records import LogRatios, TrainExample, write_records
 from megatron_stepkto.training.documents import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.training.engine import Engine
 from megatron_stepkto.training.job import Job
@@ -366,7 +366,18 @@ class Trainer:
                 shutil.rmtree(old)
         dist.barrier()
 
+    def _log_ratios(self) -> None:
+        """Per-step log-ratios of the first training examples under the final weights, for a reader of the report."""
+        if not self.objective.uses_reference:
+            return
+        examples = [example for unit in self.units for example in unit][:MAX_LOG_RATIOS]
+        scored = score_documents(self.engine, [solution_document(e) for e in examples], per_step, lambda _: None)
+        if self.is_writer:
+            rows = ((e.example_id, scored[e.example_id] - self.references[e.example_id]) for e in examples)
+            write_records(self.job.log_ratios, (LogRatios(example_id=key, steps=r.tolist()) for key, r in rows))
+
     def _finish(self) -> None:
+        self._log_ratios()
         temporary = self.job.final.with_name(".final.partial")
         if self.is_writer and temporary.exists():
             shutil.rmtree(temporary)
@@ -377,6 +388,8 @@ class Trainer:
             temporary.rename(self.job.final)
 
 
+# Examples whose log-ratios are written at the end: what a page can show, one or two percent of an iteration's work.
+MAX_LOG_RATIOS = 1000
 KINDS = ("right", "wrong", "right_steps", "wrong_steps")
 
 

@@ -61,7 +61,8 @@ def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
     for leftover in (initial, reference, job.checkpoints):
         if leftover is not None:
             shutil.rmtree(leftover, ignore_errors=True)
-    return Result([job.final, job.metrics], notes)
+    log_ratios = [job.log_ratios] if job.log_ratios.is_file() else []  # methods without a reference leave none
+    return Result([job.final, job.metrics, *log_ratios], notes)
 
 
 def _convert_once(source: Path, target: Path, dtype: torch.dtype) -> None:

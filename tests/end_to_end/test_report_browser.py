@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_stepkto.files import write_json
-from megatron_stepkto.records import Judge, JudgedSample, Label, Problem, Step, write_records
+from megatron_stepkto.records import Judge, JudgedSample, Label, LogRatios, Problem, Step, write_records
 from megatron_stepkto.report import write_report
 
 pytestmark = pytest.mark.browser
@@ -69,6 +70,35 @@ def solution(problem: str, labels: list[Label], outcome: Label) -> JudgedSample:
     )
 
 
+def trained(sample_id: str, lines: list[str], labels: list[Label], votes: list[list[Label]] | None) -> JudgedSample:
+    starts = [sum(len(line) + 1 for line in lines[:index]) for index in range(len(lines))]
+    return JudgedSample(
+        problem_id="t",
+        sample_id=sample_id,
+        prompt_token_ids=[1],
+        token_ids=[1] * len(lines),
+        text="\n".join(lines),
+        finish_reason="stop",
+        steps=[
+            Step(
+                start=start, end=start + len(lines[n]), token_start=n, token_end=n + 1,
+                label=labels[n], votes=votes and votes[n],
+            )
+            for n, start in enumerate(starts)
+        ],
+        outcome=1,
+        extracted_answer="1",
+        judge=Judge(outcome="answer", process="llm"),
+    )  # fmt: skip
+
+
+FORMULAS = [r"\[x^2 = \boxed{\frac{1}{2}}\]", r"so \(y \le 3\) and $$\undefinedmacro{z}$$", "It costs $5 and $6."]
+TRAINED = [
+    trained("t-0", FORMULAS, [1, 0, 1], [[1, 1, 1], [0, 0, 1], [1, 1, 1]]),
+    trained("t-1", ["1 + 1 = 2"], [1], [[1, 1, 0]]),
+]
+
+
 def evaluation(name: str, pass_at_1: float) -> dict[str, Any]:
     rates = {
         "pass_at_1": pass_at_1,
@@ -83,6 +113,12 @@ def evaluation(name: str, pass_at_1: float) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     run = tmp_path_factory.mktemp("runs") / "browsed"
+    write_records(run / "iteration_1/judge/judged.jsonl", TRAINED)
+    write_records(run / "iteration_1/train/log_ratios.jsonl", [LogRatios(example_id="t-0", steps=[0.25, -1.5, 0.0])])
+    write_records(
+        run / "iteration_1/problems/problems.jsonl",
+        [Problem(problem_id="t", problem=r"What is $\frac{1}{2} + \frac12$, at $5 or $6 each?", answer=r"\frac{2}{2}")],
+    )
     write_records(
         run / "evaluate/problems/problems.jsonl",
         [Problem(problem_id=name, problem=f"The {name} problem. How many?", answer="3") for name in GREEDY["M0"]],
@@ -90,7 +126,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     for model, rows in GREEDY.items():
         write_records(run / f"evaluate/{model}/greedy.jsonl", [solution(name, *row) for name, row in rows.items()])
     metrics = run / "iteration_1/train/metrics.jsonl"
-    metrics.parent.mkdir(parents=True)
+    metrics.parent.mkdir(parents=True, exist_ok=True)
     metrics.write_text(
         "".join(
             json.dumps({"update": n, "loss": 2 - n / 10, "log_ratio_right": n / 10, "log_ratio_wrong": -n / 10}) + "\n"
@@ -205,7 +241,7 @@ def test_a_solution_opens_with_marked_steps_and_compares_models(chromium: Any, p
     assert red != green
     assert texts(chromium, "#detail .problem") == ["The lucky problem. How many?"]
     assert texts(chromium, "#detail dd") == ["right answer, wrong step", "3", "3"]
-    click(chromium, "#detail .tabs [data-model=M1]")
+    click(chromium, "#detail .tabs [data-source=M1]")
     steps = chromium.find_elements("css selector", "#detail .steps li")
     assert [step.get_attribute("class") for step in steps] == ["right", "right", "right"]
 
@@ -228,3 +264,79 @@ def test_the_page_fits_a_phone(chromium: Any, page: str) -> None:
     detail = chromium.find_element("css selector", "#detail")
     assert 0 <= chromium.execute_script("return arguments[0].getBoundingClientRect().left", detail) < 390
     assert chromium.execute_script("return arguments[0].getBoundingClientRect().top < innerHeight", detail)
+
+
+def test_training_samples_show_votes_log_ratios_and_formulas(chromium: Any, page: str) -> None:
+    open_page(chromium, page)
+    click(chromium, '#model [data-key="samples 1"]')
+    assert listed(chromium) == ["t", "t"]
+    assert texts(chromium, "#detail .tabs button") == ["samples 1 · 1 ✓✗", "samples 1 · 2 ✓"]
+    assert texts(chromium, "#detail .votes") == ["3 of 3 votes", "1 of 3 votes", "3 of 3 votes"]
+    assert texts(chromium, "#detail .ratio") == ["+0.25", "−1.50", "0.00"]
+    assert [node.get_attribute("class") for node in chromium.find_elements("css selector", "#detail .ratio")] == [
+        "ratio grew",
+        "ratio fell",
+        "ratio stayed",
+    ]
+    (first, second, third) = chromium.find_elements("css selector", "#detail .steps .text")
+    assert first.find_element("css selector", "math").get_attribute("display") == "block"
+    assert len(first.find_elements("css selector", "math mfrac, math menclose, math msup")) == 3
+    # A formula that cannot be read stays text, whole; the one beside it is drawn.
+    assert [node.get_attribute("title") for node in second.find_elements("css selector", "math")] == [r"y \le 3"]
+    assert r"$$\undefinedmacro{z}$$" in second.text
+    assert third.text == "It costs $5 and $6."  # money is no formula
+    problem = chromium.find_element("css selector", "#detail .problem")
+    assert len(problem.find_elements("css selector", "math")) == 1
+    assert problem.text.endswith("at $5 or $6 each?")
+    assert len(chromium.find_elements("css selector", "#detail .facts math mfrac")) == 1  # the gold answer
+    click(chromium, '#detail .tabs [data-source="samples 1 · 2"]')
+    assert texts(chromium, "#detail .steps .text") == ["1 + 1 = 2"]
+    assert texts(chromium, "#detail .ratio") == []
+
+
+def test_the_judge_is_set_against_the_answers(chromium: Any, page: str) -> None:
+    open_page(chromium, page)
+    assert texts(chromium, "#agreement tbody th") == ["no wrong step", "one wrong step"]
+    assert [cell.split("\n")[0] for cell in texts(chromium, "#agreement tbody td:nth-child(3)")] == ["100.0%", "100.0%"]
+    assert texts(chromium, "#calibration-chart h3") == ["Calibration of the votes"]
+    assert texts(chromium, "#calibration-chart svg .tick")[-3:-1] == ["20–40%", "60–80%"]
+
+
+def test_thousands_of_real_solutions_are_drawn_without_a_message(chromium: Any, data_dir: Path, tmp_path: Path) -> None:
+    """Every problem of MATH-500 six times over, with its real LaTeX: no console message, and formulas are drawn."""
+    rows = [json.loads(line) for line in (data_dir / "eval/math500.jsonl").read_text().splitlines()]
+    problems, solutions = [], []
+    for copy in range(6):
+        for row in rows:
+            name = f"{row['unique_id']}#{copy}"
+            problems.append(Problem(problem_id=name, problem=row["problem"], answer=row["answer"]))
+            text = row["solution"].replace("\n\n", "\n")
+            solutions.append(
+                solution(name, [1], 1).model_copy(
+                    update={"text": text, "steps": [Step(start=0, end=len(text), token_start=0, token_end=1, label=1)]}
+                )
+            )
+    write_records(tmp_path / "run/evaluate/problems/problems.jsonl", problems)
+    write_records(tmp_path / "run/evaluate/M0/greedy.jsonl", solutions)
+    page = write_report(tmp_path / "run")
+    assert page.stat().st_size < 6_000_000
+    open_page(chromium, page.as_uri())
+    drawn, left = chromium.execute_script(
+        """
+        let drawn = 0, left = [];
+        for (const { problem, solutions } of data.browser.problems.slice(0, 500)) {
+          for (const text of [problem, solutions.M0[0].steps[0][1]]) {
+            const holder = document.createElement("div");
+            holder.append(...typeset(text));
+            document.getElementById("detail").replaceChildren(holder);
+            drawn += holder.querySelectorAll("math").length;
+            if (/\\\\(frac|sqrt|boxed|begin)/.test(holder.textContent)) left.push(holder.textContent.match(/.{0,60}\\\\(frac|sqrt|boxed|begin).{0,60}/s)[0]);
+          }
+        }
+        return [drawn, left];
+        """
+    )
+    assert drawn > 5000
+    assert len(left) <= 10, "\n".join(map(repr, left))  # Asymptote pictures and macros that KaTeX lacks stay text
+    messages = [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert messages == []

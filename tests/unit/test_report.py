@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,20 @@ import pytest
 
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import write_json
-from megatron_stepkto.records import Judge, JudgedSample, Label, Problem, Step, write_records
+from megatron_stepkto.records import Judge, JudgedSample, Label, LogRatios, Problem, Step, write_records
 from megatron_stepkto.report import write_report
 from megatron_stepkto.report.collect import collect
 from megatron_stepkto.report.curves import read_training, thin
-from megatron_stepkto.report.page import counts, duration, embed
-from megatron_stepkto.report.solutions import PositionShare, choose, error_positions, solution_of
+from megatron_stepkto.report.judge import agreement, calibration
+from megatron_stepkto.report.page import FOLDER, counts, duration, embed
+from megatron_stepkto.report.solutions import (
+    PositionShare,
+    Solution,
+    SolutionStep,
+    choose,
+    error_positions,
+    solution_of,
+)
 
 HOSTILE = '</script><img src=x onerror="document.title=1">\u2028'
 
@@ -155,12 +164,9 @@ def test_a_finished_run_is_read_whole(run_dir: Path) -> None:
     assert report.browser.selected == "M1"
     # Problem b comes first: M0 reached its answer over a wrong step.
     assert [problem.problem_id for problem in report.browser.problems] == ["b", "a", "c"]
-    assert report.browser.problems[0].solutions["M0"].steps == (
-        (0, "1 + 1 = 3"),
-        (1, HOSTILE),
-        (None, "so 7"),
-    )
-    assert report.browser.problems[2].solutions["M0"].truncated
+    (solution,) = report.browser.problems[0].solutions["M0"]
+    assert [(step.label, step.text) for step in solution.steps] == [(0, "1 + 1 = 3"), (1, HOSTILE), (None, "so 7")]
+    assert report.browser.problems[2].solutions["M0"][0].truncated
     assert list(report.missing) == []
 
 
@@ -170,9 +176,12 @@ def test_the_page_shows_figures_and_keeps_model_text_as_data(run_dir: Path) -> N
     assert '<td data-metric="pass_at_1">75.0% <span class="interval">25.0 – 75.0</span></td>' in html
     assert '<td data-metric="wrong_step_share_of_correct">–</td>' in html
     assert "1 min 1 s" in html
-    assert html.count("</script>") == 2  # the data and the script: text of a model ends neither
-    assert "<img" not in html
-    assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    assert html.count("</script>") == 3  # the data, KaTeX and the script: text of a model ends none
+    katex = (FOLDER / "katex" / "katex.min.js").read_text()
+    assert katex in html
+    own = html.replace(katex, "")
+    assert "<img" not in own
+    assert set(re.findall(r"https?://[\w./]+", own)) == {"http://www.w3.org/2000/svg"}  # a name: nothing is fetched
 
 
 def test_counts_and_durations_read_as_text() -> None:
@@ -295,7 +304,7 @@ def test_no_text_is_lost_between_steps() -> None:
         outcome=1,
         judge=Judge(outcome="answer", process="none"),
     )
-    assert solution_of(sample).steps == ((1, "  First;"), (0, "Second. tail"))
+    assert solution_of(sample).steps == (SolutionStep(1, "  First;"), SolutionStep(0, "Second. tail"))
 
 
 def test_late_positions_are_pooled() -> None:
@@ -307,11 +316,83 @@ def test_late_positions_are_pooled() -> None:
 
 
 def test_the_page_keeps_the_same_problems_for_every_model() -> None:
-    plain, lucky = solution_of(judged("x", [("1", 1)], 1)), solution_of(judged("x", [("1", 0)], 1))
+    plain, lucky = [solution_of(judged("x", [("1", 1)], 1))], [solution_of(judged("x", [("1", 0)], 1))]
     solutions = {"M0": {"a": plain, "b": plain, "c": lucky}, "M1": {"a": plain, "b": plain, "c": plain}}
-    everything = choose({}, solutions, "M1")
-    assert [problem.problem_id for problem in everything.problems] == ["c", "a", "b"]
-    small = choose({}, solutions, "M1", max_bytes=500)
-    assert small.num_problems == 3
-    assert [problem.problem_id for problem in small.problems] == ["c", "a"]
-    assert all(set(problem.solutions) == {"M0", "M1"} for problem in small.problems)
+    everything, _ = choose({}, solutions, 10_000)
+    assert [problem.problem_id for problem in everything] == ["c", "a", "b"]
+    small, num_problems = choose({}, solutions, 500)
+    assert num_problems == 3
+    assert [problem.problem_id for problem in small] == ["c", "a"]
+    assert all(set(problem.solutions) == {"M0", "M1"} for problem in small)
+
+
+def voted(outcome: Label, *votes: Sequence[int]) -> Solution:
+    steps = tuple(SolutionStep(1 if sum(each) * 2 > len(each) else 0, "x", len(each), sum(each)) for each in votes)
+    return Solution(outcome, "1", False, steps)
+
+
+def test_the_judge_is_set_against_the_answers() -> None:
+    plain = [
+        solution_of(judged("p", [("x", label) for label in labels], outcome))
+        for labels, outcome in (
+            ((1, 1), 1), ((1, None), 1), ((1, 1), 0),   # no wrong step: 2 of 3 right
+            ((1, 0), 1), ((0, 1), 0),                   # one: 1 of 2
+            ((0, 0, 0), 0),                             # three: none of 1
+            ((None, None), 1),                          # not judged
+            ((1, 1), None),                             # undecided answers take no part
+        )
+    ]  # fmt: skip
+    rows = agreement(plain)
+    assert [(row.title, row.num, row.share) for row in rows] == [
+        ("no wrong step", 3, 2 / 3),
+        ("one wrong step", 2, 0.5),
+        ("two wrong steps or more", 1, 0.0),
+        ("no step judged", 1, 1.0),
+    ]
+    # Wilson's interval of 2 of 3 with z = 1.959964, by hand: (2/3 + z²/6 ± z √(2/27 + z²/36)) / (1 + z²/3)
+    assert rows[0].share_interval == pytest.approx((0.20766, 0.93851), abs=1e-5)
+    assert calibration(plain) == []  # single verdicts carry no votes
+
+
+def test_calibration_goes_by_the_step_with_fewest_votes() -> None:
+    rows = calibration(
+        [
+            voted(1, [1, 1, 1, 1], [1, 1, 1, 1]),  # weakest 1.0: the last bin
+            voted(1, [1, 1, 1, 1], [1, 1, 1, 0]),  # 0.75: 60-80%
+            voted(0, [1, 1, 1, 0], [1, 1, 1, 1]),
+            voted(0, [0, 0, 0, 0], [1, 1, 1, 1]),  # 0: 0-20%
+            voted(None, [0, 0, 0, 0]),
+        ]
+    )
+    assert [(row.title, row.num, row.share) for row in rows] == [
+        ("0–20%", 1, 0.0),
+        ("60–80%", 2, 0.5),
+        ("80–100%", 1, 1.0),
+    ]
+
+
+def test_training_samples_bring_votes_and_log_ratios(run_dir: Path) -> None:
+    first = judged("t", [("1 + 1 = 2", 1), ("2 + 2 = 5", 0)], 1)
+    steps = [first.steps[0], first.steps[1].model_copy(update={"votes": [0, 1, 0, None]})]
+    first = first.model_copy(update={"steps": steps})
+    second = judged("t", [("1 + 1 = 2", 1)], 0).model_copy(update={"sample_id": "t-1"})
+    folder = run_dir / "iteration_1"
+    write_records(folder / "judge/judged.jsonl", [first, second])
+    write_records(folder / "train/log_ratios.jsonl", [LogRatios(example_id="t-0", steps=[0.25, -1.5])])
+    write_records(folder / "problems/problems.jsonl", [Problem(problem_id="t", problem="Trained?", answer="1")])
+    report = collect(run_dir)
+    assert list(report.browser.iterations) == ["samples 1"]
+    problem = report.browser.problems[-1]
+    assert problem.problem == "Trained?"
+    assert problem.payload()["solutions"]["samples 1"] == [
+        {
+            "outcome": 1, "answer": "1", "truncated": False,
+            "steps": [[1, "1 + 1 = 2", 0, 0, 0.25], [0, "2 + 2 = 5", 1, 4, -1.5]],
+        },
+        {"outcome": 0, "answer": "1", "truncated": False, "steps": [[1, "1 + 1 = 2"]]},
+    ]  # fmt: skip
+    assert [(row.title, row.num, row.share) for row in report.agreement] == [
+        ("no wrong step", 1, 0.0),
+        ("one wrong step", 1, 1.0),
+    ]
+    assert "one wrong step" in write_report(run_dir).read_text()
