@@ -113,7 +113,8 @@ function startBrowser(browser) {
     if (votes) notes.push(element("span", { class: "votes", title: "votes that call the step right" }, `${rightVotes} of ${votes} votes`));
     if (logRatio !== undefined) {
       const grew = logRatio > 0.05 ? "grew" : logRatio < -0.05 ? "fell" : "stayed";
-      notes.push(element("span", { class: `ratio ${grew}`, title: "log-ratio of the step after training, nats" }, `${logRatio > 0 ? "+" : ""}${minus(logRatio.toFixed(2))}`));
+      const shown = logRatio.toFixed(2).replace(/^-(?=0\.00$)/, "");
+      notes.push(element("span", { class: `ratio ${grew}`, title: "log-ratio of the step after training, nats" }, `${logRatio >= 0.005 ? "+" : ""}${minus(shown)}`));
     }
     return element("li", { class: cls },
       element("span", { class: "mark", role: "img", "aria-label": name, title: name }, mark),
