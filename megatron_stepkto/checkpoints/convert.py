@@ -1,25 +1,51 @@
-"""Hugging Face -> Megatron torch_dist and back, bit for bit."""
+"""Hugging Face -> Megatron torch_dist and back, bit for bit, without holding the model."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig, find_architecture, is_per_layer
-from megatron_stepkto.checkpoints.huggingface import HFCheckpoint, copy_companions, write_hf
-from megatron_stepkto.checkpoints.torch_dist import CheckpointReader, Chunk, write_checkpoint
+from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig, find_architecture
+from megatron_stepkto.checkpoints.checksums import crc32_of_parts
+from megatron_stepkto.checkpoints.huggingface import DTYPES, HFCheckpoint, HFWriter, read_companions
+from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
+from megatron_stepkto.checkpoints.manifest import Manifest
+from megatron_stepkto.checkpoints.slices import Slice, extra_state_keys, slices
+from megatron_stepkto.checkpoints.stream import (
+    Bytes,
+    Files,
+    Moved,
+    Piece,
+    all_finite,
+    cast,
+    checksum,
+    default_workers,
+    move,
+    split_rows,
+)
+from megatron_stepkto.checkpoints.target import whole_folder
+from megatron_stepkto.checkpoints.torch_dist import CheckpointReader, CheckpointWriter, cut_slice
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json
+from megatron_stepkto.files import read_json, write_json
+from megatron_stepkto.progress import warn
 
 # Inside a Megatron folder: the Hugging Face config and tokenizer files, so that the way back needs nothing else.
 COMPANIONS = "huggingface"
-# Their rows are padded for tensor parallelism.
-_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-_EXTRA_STATE_MODULES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+HF_TO_MEGATRON, MEGATRON_TO_HF = "hf_to_megatron", "megatron_to_hf"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """weight_bytes: of the weights alone. peak of memory: a few pieces per worker, whatever the model."""
+
+    weight_bytes: int
+    num_tensors: int
 
 
 def read_model_config(directory: Path) -> tuple[ModelConfig, list[Entry]]:
@@ -37,148 +63,285 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, list[Entry]]:
     return config, architecture.entries(config)
 
 
-def _names(entries: list[Entry], config: ModelConfig) -> set[str]:
-    return {
-        name
-        for entry in entries
-        for layer in range(config.num_layers if is_per_layer(entry) else 1)
-        for name in entry.hf_names(layer)
-    }
+# --- the two sides, checked ----------------------------------------------------------------------------------
 
 
-def _check_names(found: set[str], config: ModelConfig, entries: list[Entry], where: Path) -> None:
-    expected = _names(entries, config)
-    # A tied model may carry a copy of its embedding under the head's name: it says nothing new.
-    extra = found - expected - ({"lm_head.weight"} if config.tied else set())
-    extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
-    faults = []
-    if expected - found:
-        faults.append(f"missing: {', '.join(sorted(expected - found))}")
-    if extra:
-        faults.append(f"not mapped: {', '.join(sorted(extra))}")
-    if faults:
-        raise UserError(f"{where}: the weights are not those of its config.json; " + "; ".join(faults))
+class HFSide:
+    """A Hugging Face folder whose weights are those of its config.
 
+    Raises:
+        UserError: anything else; names every fault that the files' headers show.
+    """
 
-def _check_tensors(checkpoint: HFCheckpoint, config: ModelConfig, entries: list[Entry], cast: bool) -> None:
-    """Shapes one by one: wrong ones can fit when stacked. Dtypes: a stacked weight has but one."""
-    faults = []
-    for entry in entries:
-        expected = [tuple(part.shape) for part in entry.to_hf(torch.empty(entry.shape(config), device="meta"), config)]
-        dtypes: dict[str, list[str]] = {}
-        for layer in range(config.num_layers if is_per_layer(entry) else 1):
-            for name, shape in zip(entry.hf_names(layer), expected, strict=True):
-                found, dtype = checkpoint.shape_and_dtype(name)
-                dtypes.setdefault(dtype, []).append(name)
-                if found != shape:
-                    faults.append(f"{name} has shape {found}, config.json asks for {shape}")
-        if len(dtypes) > 1 and not cast:
-            fewest = min(dtypes, key=lambda dtype: len(dtypes[dtype]))
-            faults.append(
-                f"{', '.join(dtypes[fewest])} is {fewest}, the same weight of other layers or heads is "
-                f"{', '.join(sorted(set(dtypes) - {fewest}))}; save the model in one dtype"
+    def __init__(self, directory: Path, *, one_dtype: bool = True) -> None:
+        self.checkpoint = HFCheckpoint(directory)
+        self.config, self.entries = read_model_config(directory)
+        self.slices = list(slices(self.entries, self.config))
+        faults = [*self._name_faults(), *self._tensor_faults(one_dtype)]
+        if faults:
+            raise UserError(f"{directory}: the weights are not those of its config.json; " + "; ".join(faults))
+        if "auto_map" in read_json(directory / "config.json"):
+            warn(
+                f"{directory / 'config.json'}: auto_map names code of the model's author: it is neither run nor copied"
             )
-    if faults:
-        raise UserError(f"{checkpoint.directory}: " + "; ".join(faults))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.checkpoint.weights[name].dtype]
+
+    def read(self, files: Files, piece: Piece, out: Bytes) -> None:
+        self.checkpoint.read_rows(files, piece.name, piece.row, out)
+
+    def _name_faults(self) -> Iterator[str]:
+        found = set(self.checkpoint.weights)
+        expected = {name for slice_ in self.slices for name in slice_.names}
+        # A tied model may carry a copy of its embedding under the head's name: it says nothing new.
+        extra = found - expected - ({"lm_head.weight"} if self.config.tied else set())
+        extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
+        if expected - found:
+            yield f"missing: {', '.join(sorted(expected - found))}"
+        if extra:
+            yield f"not mapped: {', '.join(sorted(extra))}"
+
+    def _tensor_faults(self, one_dtype: bool) -> Iterator[str]:
+        """Shapes one by one: wrong ones can fit when stacked. Dtypes: a stacked weight has but one."""
+        dtypes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for slice_ in self.slices:
+            for name, shape in zip(slice_.names, slice_.shapes, strict=True):
+                weight = self.checkpoint.weights.get(name)
+                if weight is None:
+                    continue
+                if weight.shape != shape:
+                    yield f"{name} has shape {weight.shape}, config.json asks for {shape}"
+                if weight.dtype not in DTYPES:
+                    yield f"{name} is {weight.dtype}, expected {', '.join(DTYPES)}; a quantised model cannot be trained"
+                dtypes[slice_.key][weight.dtype].append(name)
+        for found in dtypes.values():
+            if len(found) > 1 and one_dtype:
+                fewest = min(found, key=lambda dtype: len(found[dtype]))
+                yield (
+                    f"{', '.join(found[fewest])} is {fewest}, the same weight of other layers or heads is "
+                    f"{', '.join(sorted(set(found) - {fewest}))}; save the model in one dtype"
+                )
 
 
-def hf_to_megatron(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+class MegatronSide:
+    """A torch_dist checkpoint whose weights are those of its companions' config.
+
+    Raises:
+        UserError: anything else; names every fault that the index and the chunks' frames show.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.reader = CheckpointReader(directory)
+        self.companions = directory / COMPANIONS
+        if not self.companions.is_dir():
+            raise UserError(
+                f"{directory}: expected a folder {COMPANIONS}/ with config.json and tokenizer files beside the "
+                "weights; copy them there from the model the training began with"
+            )
+        self.config, self.entries = read_model_config(self.companions)
+        self.slices = list(slices(self.entries, self.config))
+        shapes = self.reader.shapes()
+        faults = list(self._faults({slice_.key: slice_ for slice_ in self.slices}, shapes))
+        if faults:
+            raise UserError(
+                f"{directory}: the weights are not those of {self.companions / 'config.json'}; " + "; ".join(faults)
+            )
+        if faults := self.reader.check({slice_.key for slice_ in self.slices}):
+            raise UserError("; ".join(faults))
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.reader.dtype(key)
+
+    def read(self, files: Files, piece: Piece, out: Bytes) -> None:
+        self.reader.read_rows(files, piece.key, piece.index, piece.at, piece.count, out)
+
+    def _faults(self, expected: dict[str, Slice], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+        weights = {key for key in shapes if not key.startswith("optimizer.")}
+        if missing := expected.keys() - weights:
+            yield f"missing: {', '.join(sorted(missing))}"
+        if extra := weights - expected.keys():
+            yield f"not mapped: {', '.join(sorted(extra))}"
+        for key, slice_ in expected.items():
+            if key not in weights:
+                continue
+            asked, found = slice_.full_shape, shapes[key]
+            rows_may_pad = slice_.pads_rows and len(found) == len(asked) and found[0] >= asked[0]
+            if found != (asked if not rows_may_pad else (found[0], *asked[1:])):
+                yield f"{key} has shape {found}, expected {asked}"
+            if self.reader.dtype(key) not in DTYPES.values():
+                yield f"{key} is {self.reader.dtype(key)}, expected {', '.join(map(str, DTYPES.values()))}"
+
+
+def pieces(
+    all_slices: Iterable[Slice],
+    itemsize: Callable[[Slice], int],
+    blocks: Callable[[Slice, int, int], Iterable[tuple[int, int]]] | None = None,
+) -> Iterator[Piece]:
+    """Cut a model into pieces; each is rows of one tensor and, in Megatron's slice, of one block of ``blocks``."""
+    for slice_ in all_slices:
+        row_bytes = torch.Size(slice_.shapes[0][1:]).numel() * itemsize(slice_)
+        for run in slice_.runs:
+            cut = blocks(slice_, run.target, run.count) if blocks else split_rows(run.target, run.count, row_bytes)
+            for at, count in cut:
+                row = run.source + at - run.target
+                yield Piece(slice_.names[run.part], row, slice_.key, slice_.index, at, count)
+
+
+class _Buffers(threading.local):
+    """One growing buffer per worker."""
+
+    def __init__(self) -> None:
+        self.data = np.empty(0, np.uint8)
+
+    def get(self, size: int) -> Bytes:
+        if self.data.size < size:
+            self.data = np.empty(size, np.uint8)
+        return self.data[:size]
+
+
+def _by_tensor(moved: Iterable[Moved]) -> dict[str, tuple[int, int]]:
+    """CRC-32 and bytes of every Hugging Face tensor as it was read."""
+    parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for done in moved:
+        parts[done.piece.name].append((done.piece.row, done.read_crc, done.read_bytes))
+    return {name: crc32_of_parts((crc, length) for _, crc, length in sorted(found)) for name, found in parts.items()}
+
+
+# --- the two directions --------------------------------------------------------------------------------------
+
+
+def hf_to_megatron(
+    source: Path, target: Path, dtype: torch.dtype | None = None, workers: int | None = None
+) -> Converted:
     """Convert a Hugging Face folder to a torch_dist checkpoint; ``target`` appears whole or not at all.
 
     Args:
         dtype: cast to this training dtype (None: keep, bit for bit).
     Raises:
-        UserError: an unknown architecture, or a missing, left-over, misshapen or non-finite weight (all named).
+        UserError: an unknown architecture, a damaged file, or a missing, left-over, misshapen or non-finite weight
+            (all named).
     """
-    checkpoint = HFCheckpoint(source)
-    config, entries = read_model_config(source)
-    _check_names(checkpoint.names(), config, entries, source)
-    _check_tensors(checkpoint, config, entries, cast=dtype is not None)
+    side = HFSide(source, one_dtype=dtype is None)
+    companions = read_companions(source)
 
-    def chunks() -> Iterator[Chunk]:
-        for entry in entries:
-            shape = entry.shape(config)
-            per_layer = is_per_layer(entry)
-            for layer in range(config.num_layers if per_layer else 1):
-                tensors = [_checked(checkpoint, name) for name in entry.hf_names(layer)]
-                tensor = entry.to_megatron(tensors, config)
-                assert tuple(tensor.shape) == shape, entry.key
-                tensor = tensor.to(dtype) if dtype else tensor
-                if per_layer:
-                    yield Chunk(entry.key, (config.num_layers, *shape), (layer, *(0 for _ in shape)), tensor[None])
-                else:
-                    yield Chunk(entry.key, shape, (0,) * len(shape), tensor)
+    def stored(slice_: Slice) -> torch.dtype:
+        return dtype or side.dtype(slice_.names[0])
 
-    extra_state = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{config.num_layers}"
-        for module in _EXTRA_STATE_MODULES
-        for layer in range(config.num_layers)
+    chunks = [
+        chunk
+        for slice_ in side.slices
+        for chunk in cut_slice(slice_.key, slice_.full_shape, slice_.index, stored(slice_))
     ]
-    temporary = _fresh(target)
-    write_checkpoint(temporary, chunks(), extra_state)
-    copy_companions(source, temporary / COMPANIONS)
-    _publish(temporary, target)
+    weight_bytes = sum(chunk.file.num_bytes for chunk in chunks)
+    framing = 4096 * (len(chunks) + 16 + sum(len(content) // 4096 + 1 for content in companions.values()))
+    with whole_folder(target, weight_bytes + framing) as folder:
+        writer = CheckpointWriter(folder, chunks)
+        not_finite = set[str]()
+        with Files() as files:
+            buffers = _Buffers()
+
+            def work(piece: Piece) -> Moved:
+                weight = side.checkpoint.weights[piece.name]
+                data = buffers.get(piece.count * weight.row_bytes)
+                side.read(files, piece, data)
+                read_crc = written_crc = checksum(data)
+                result = data
+                if dtype is not None and side.dtype(piece.name) != dtype:
+                    result = cast(data, side.dtype(piece.name), dtype)
+                    written_crc = checksum(result)
+                if not all_finite(result, dtype or side.dtype(piece.name)):
+                    not_finite.add(piece.name)
+                if not not_finite:  # else nothing will be kept: only look for more
+                    writer.write(files, piece.key, piece.index, piece.at, result)
+                return Moved(piece, read_crc, data.size, written_crc, result.size)
+
+            moved = move(
+                pieces(
+                    side.slices,
+                    lambda slice_: stored(slice_).itemsize,
+                    lambda slice_, start, count: writer.blocks(slice_.key, slice_.index, start, count),
+                ),
+                work,
+                workers=workers or default_workers(),
+                title=f"convert {source.name} to Megatron",
+                total_bytes=sum(side.checkpoint.weights[name].num_bytes for s in side.slices for name in s.names),
+            )
+            _refuse(not_finite, source)
+            tensors = _by_tensor(moved)
+            parts: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, int]]] = defaultdict(list)
+            for done in moved:
+                parts[done.piece.key, done.piece.index].append((done.piece.at, done.written_crc, done.written_bytes))
+            sums = writer.finish(files, parts, extra_state_keys(side.config))
+            for name, content in companions.items():
+                (folder / COMPANIONS).mkdir(exist_ok=True)
+                files.write(folder / COMPANIONS / name, 0, content)
+                sums[f"{COMPANIONS}/{name}"] = (checksum(content), len(content))
+        _write_manifest(folder, HF_TO_MEGATRON, dtype, tensors, sums)
+    return Converted(weight_bytes, len(tensors))
 
 
-def _checked(checkpoint: HFCheckpoint, name: str) -> Tensor:
-    tensor = checkpoint.tensor(name)
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{checkpoint.directory}: {name} holds NaN or infinite values; the checkpoint is broken")
-    return tensor
-
-
-def megatron_to_hf(source: Path, target: Path) -> None:
+def megatron_to_hf(source: Path, target: Path, workers: int | None = None) -> Converted:
     """Convert a torch_dist checkpoint (ours, or the trainer's at any layout) to a Hugging Face folder.
 
     Raises:
-        UserError: a missing or left-over weight (all named), or a damaged file.
+        UserError: a missing, left-over, misshapen or non-finite weight (all named), or a damaged file.
     """
-    reader = CheckpointReader(source)
-    companions = source / COMPANIONS
-    if not companions.is_dir():
+    side = MegatronSide(source)
+    companions = read_companions(side.companions)
+    tensors = [
+        (name, side.dtype(slice_.key), shape)
+        for slice_ in side.slices
+        for name, shape in zip(slice_.names, slice_.shapes, strict=True)
+    ]
+    weight_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in tensors)
+    small = 2**20 + 512 * len(tensors) + sum(map(len, companions.values()))
+    with whole_folder(target, weight_bytes + small) as folder:
+        writer = HFWriter(folder, tensors)
+        not_finite = set[str]()
+        with Files() as files:
+            buffers = _Buffers()
+
+            def work(piece: Piece) -> Moved:
+                data = buffers.get(piece.count * writer.weights[piece.name].row_bytes)
+                side.read(files, piece, data)
+                crc = checksum(data)
+                if not all_finite(data, side.dtype(piece.key)):
+                    not_finite.add(piece.name)
+                if not not_finite:
+                    writer.write(files, piece.name, piece.row, data)
+                return Moved(piece, crc, data.size, crc, data.size)
+
+            moved = move(
+                pieces(side.slices, lambda slice_: side.dtype(slice_.key).itemsize),
+                work,
+                workers=workers or default_workers(),
+                title=f"convert {source.name} to Hugging Face",
+                total_bytes=weight_bytes,
+            )
+            _refuse(not_finite, source)
+            found = _by_tensor(moved)
+            sums = writer.finish(files, found, companions)
+        _write_manifest(folder, MEGATRON_TO_HF, None, found, sums)
+    return Converted(weight_bytes, len(found))
+
+
+def _refuse(not_finite: set[str], source: Path) -> None:
+    if not_finite:
+        verb = "holds" if len(not_finite) == 1 else "hold"
         raise UserError(
-            f"{source}: expected a folder {COMPANIONS}/ with config.json and tokenizer files beside the "
-            "weights; copy them there from the model the training began with"
+            f"{source}: {', '.join(sorted(not_finite))} {verb} NaN or infinite values (or values that overflow the "
+            "dtype asked for); the checkpoint is broken"
         )
-    config, entries = read_model_config(companions)
-    shapes = reader.shapes()
-    weights = {key for key in shapes if not key.startswith("optimizer.")}
-    expected = {entry.key for entry in entries}
-    faults = []
-    if expected - weights:
-        faults.append(f"missing: {', '.join(sorted(expected - weights))}")
-    if weights - expected:
-        faults.append(f"not mapped: {', '.join(sorted(weights - expected))}")
-    for entry in entries:
-        asked, found = entry.shape(config), shapes.get(entry.key)
-        asked = (config.num_layers, *asked) if is_per_layer(entry) else asked
-        rows_may_pad = entry.key in _PADDED and found is not None and len(found) == len(asked) and found[0] >= asked[0]
-        if found is not None and found != (asked if not rows_may_pad else (found[0], *asked[1:])):
-            faults.append(f"{entry.key} has shape {found}, expected {asked}")
-    if faults:
-        raise UserError(f"{source}: the weights are not those of {companions / 'config.json'}; " + "; ".join(faults))
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for entry in entries:
-            rows = entry.shape(config)[0]  # leaves out the rows that pad the vocabulary for tensor parallelism
-            for layer in range(config.num_layers) if is_per_layer(entry) else (None,):
-                tensor = reader.read(entry.key, layer, rows)
-                yield from zip(entry.hf_names(layer or 0), entry.to_hf(tensor, config), strict=True)
-
-    temporary = _fresh(target)
-    write_hf(temporary, companions, tensors())
-    _publish(temporary, target)
 
 
-def _fresh(target: Path) -> Path:
-    temporary = target.with_name(f".{target.name}.partial")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
+def _write_manifest(
+    folder: Path,
+    direction: str,
+    dtype: torch.dtype | None,
+    tensors: dict[str, tuple[int, int]],
+    sums: dict[str, tuple[int, int]],
+) -> None:
+    cast_to = str(dtype).removeprefix("torch.") if dtype else None
+    manifest = Manifest(direction, cast_to, {name: crc for name, (crc, _) in tensors.items()}, sums)
+    write_json(folder / MANIFEST, manifest.to_json())

@@ -3,133 +3,251 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from megatron_stepkto.checkpoints.checksums import crc32_of_parts
+from megatron_stepkto.checkpoints.stream import Bytes, Files, checksum
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json, write_json
+from megatron_stepkto.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 # Files that travel with a model: config, generation config, tokenizer, chat template. No code.
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+# What programs of ours leave beside a model.
+OURS = ("manifest.json", "started.json", "conversion.json")
 MAX_SHARD_BYTES = 5 * 2**30
+MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where a tensor's bytes begin in a safetensors file; ``dtype`` in its spelling (F32, BF16)."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return torch.Size(self.shape[1:]).numel() * DTYPES[self.dtype].itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape[0] * self.row_bytes
+
+
+def read_header(path: Path) -> dict[str, StoredWeight]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        UserError: no safetensors file, truncated, or one whose header contradicts itself.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"its header has {length} bytes, the file {size}")
+            header = json.loads(file.read(length))
+        found, spans = {}, []
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            found[name] = StoredWeight(path, 8 + length + begin, entry["dtype"], tuple(entry["shape"]))
+            itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else _OTHER_SIZES.get(entry["dtype"])
+            if itemsize and end - begin != torch.Size(entry["shape"]).numel() * itemsize:
+                raise ValueError(f"{name} has {end - begin} bytes, which are not those of its shape")
+            spans.append((begin, end))
+        position = 0
+        for begin, end in sorted(spans):
+            if begin != position or end < begin:
+                raise ValueError(f"its tensors overlap or leave a gap at byte {position} of the data")
+            position = end
+        if 8 + length + position != size:
+            raise ValueError(f"its tensors end at byte {8 + length + position}, the file at byte {size}")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError) as error:
+        raise UserError(f"{path}: damaged or truncated safetensors file ({error}); download it again") from None
 
 
 class HFCheckpoint:
-    """A Hugging Face folder, opened lazily: a tensor is read when it is asked for.
+    """A Hugging Face folder: the headers of all of its files are read and checked, no tensor is.
 
     Raises:
-        UserError: no config.json, no safetensors weights, an index naming a missing file, a damaged file.
+        UserError: no config.json, no safetensors weights, an index naming a missing file or a tensor that is not in
+            the file it names, damaged files; names all of them.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory}: expected a Hugging Face model folder (with config.json), found none")
-        self.config: dict[str, Any] = read_json(directory / "config.json")
-        self._files = self._locate()
-        self._open: dict[str, Any] = {}
+        self.weights = self._locate()
 
-    def _locate(self) -> dict[str, str]:
-        if (self.directory / INDEX).is_file():
-            weight_map: dict[str, str] = read_json(self.directory / INDEX).get("weight_map", {})
-            missing = sorted({name for name in weight_map.values() if not (self.directory / name).is_file()})
-            if missing:
-                raise UserError(
-                    f"{self.directory / INDEX}: names files that are missing: {', '.join(missing)}; download them again"
+    def _locate(self) -> dict[str, StoredWeight]:
+        index = self.directory / INDEX
+        if not index.is_file():
+            if (self.directory / SINGLE).is_file():
+                return read_header(self.directory / SINGLE)
+            raise UserError(
+                f"{self.directory}: expected {SINGLE} or {INDEX}, found neither; "
+                "save the model with safetensors (pickled .bin weights are not read)"
+            )
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{index}: expected an object weight_map from tensor names to file names, found none")
+        faults, headers = [], {}
+        names = set(weight_map.values())
+        if outside := sorted(name for name in names if Path(name).name != name):
+            raise UserError(f"{index}: names files outside of the folder: {', '.join(outside)}; refused")
+        if missing := sorted(name for name in names if not (self.directory / name).is_file()):
+            faults.append(f"{index}: names files that are missing: {', '.join(missing)}; download them again")
+        for name in sorted(names - set(missing)):
+            try:
+                headers[name] = read_header(self.directory / name)
+            except UserError as error:
+                faults.append(str(error))
+        for name, header in headers.items():
+            listed = {tensor for tensor, file in weight_map.items() if file == name}
+            if absent := sorted(listed - header.keys()):
+                faults.append(
+                    f"{self.directory / name}: cannot find {', '.join(absent)}, which {INDEX} says is there; "
+                    "download both again"
                 )
-            return weight_map
-        if (self.directory / SINGLE).is_file():
-            with self._handle(self.directory / SINGLE) as file:
-                return dict.fromkeys(file.keys(), SINGLE)
-        raise UserError(
-            f"{self.directory}: expected {SINGLE} or {INDEX}, found neither; "
-            "save the model with safetensors (pickled .bin weights are not read)"
-        )
+            if unlisted := sorted(header.keys() - weight_map.keys()):
+                faults.append(f"{self.directory / name}: {INDEX} does not list its {', '.join(unlisted)}")
+        if faults:
+            raise UserError("; ".join(faults))
+        return {tensor: headers[file][tensor] for tensor, file in weight_map.items()}
 
-    @staticmethod
-    def _handle(path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged or truncated safetensors file ({error}); download it again") from None
+    def read_rows(self, files: Files, name: str, row: int, out: Bytes) -> None:
+        """Fill ``out`` with rows from ``row``."""
+        weight = self.weights[name]
+        files.read_into(weight.path, weight.offset + row * weight.row_bytes, out)
 
-    def names(self) -> set[str]:
-        return set(self._files)
 
-    def _read(self, name: str, how: str) -> Any:
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = self._handle(self.directory / file)
-        try:
-            return getattr(self._open[file], how)(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.directory / file}: cannot read {name} ({error})") from None
+def companions_of(directory: Path) -> list[Path]:
+    """Config, generation config, tokenizer and chat template files; never weights or code."""
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+        and path.name.endswith(COMPANION_SUFFIXES)
+        and not path.name.endswith(WEIGHT_SUFFIXES)
+        and path.name not in OURS
+    ]
 
-    def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._read(name, "get_tensor")
-        return tensor
 
-    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
-        """From the header alone; the dtype in safetensors' spelling (F32, BF16)."""
-        part = self._read(name, "get_slice")
-        return tuple(part.get_shape()), part.get_dtype()
+def read_companions(directory: Path) -> dict[str, bytes]:
+    """Their contents by name; config.json without ``auto_map``, which names code that does not travel."""
+    contents = {path.name: path.read_bytes() for path in companions_of(directory)}
+    config = read_json(directory / "config.json")
+    if "auto_map" in config:
+        contents["config.json"] = _as_json({key: value for key, value in config.items() if key != "auto_map"})
+    return contents
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy config, generation config, tokenizer and chat template files; never weights or code."""
+    """Copy a model's companions to another folder."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        wanted = path.name.endswith(COMPANION_SUFFIXES) and not path.name.endswith(WEIGHT_SUFFIXES)
-        if path.is_file() and wanted and path.name not in ("manifest.json", "started.json"):
-            shutil.copyfile(path, target / path.name)
+    for name, content in read_companions(source).items():
+        (target / name).write_bytes(content)
 
 
-def write_hf(directory: Path, companions: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a model folder: companions of another folder and these weights, sharded past MAX_SHARD_BYTES."""
-    copy_companions(companions, directory)
-    names: dict[str, int] = {}
-    pending: dict[str, Tensor] = {}
-    files: list[Path] = []
-    total = size = 0
-    dtype: torch.dtype | None = None
+def _as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def flush() -> None:
-        files.append(directory / f"shard-{len(files)}.tmp")
-        save_file(pending, files[-1], metadata={"format": "pt"})
-        pending.clear()
 
-    for name, tensor in tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if pending and size + num_bytes > MAX_SHARD_BYTES:
-            flush()
-            size = 0
-        pending[name] = tensor.contiguous()
-        names[name] = len(files)
-        dtype = dtype or tensor.dtype
-        size += num_bytes
-        total += num_bytes
-    flush()
-    if len(files) == 1:
-        files[0].rename(directory / SINGLE)
-    else:
-        final = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-        for file, name in zip(files, final, strict=True):
-            file.rename(directory / name)
-        write_json(
-            directory / INDEX,
-            {"metadata": {"total_size": total}, "weight_map": {name: final[i] for name, i in sorted(names.items())}},
-        )
-    config = read_json(directory / "config.json")
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+class HFWriter:
+    """Decides where every tensor stands before the first byte is written; then any worker may write any part.
+
+    Args:
+        tensors: (name, dtype, shape) in the order in which they shall stand; sharded past MAX_SHARD_BYTES.
+    """
+
+    def __init__(self, directory: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        self.directory = directory
+        groups: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+        size = 0
+        for name, dtype, shape in tensors:
+            num_bytes = torch.Size(shape).numel() * dtype.itemsize
+            if groups[-1] and size + num_bytes > MAX_SHARD_BYTES:
+                groups.append({})
+                size = 0
+            groups[-1][name] = (dtype, shape)
+            size += num_bytes
+        self.dtype = next(iter(groups[0].values()))[0]
+        self._headers: dict[str, bytes] = {}
+        self.weights: dict[str, StoredWeight] = {}
+        for i, group in enumerate(groups):
+            file = SINGLE if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+            self._place(file, group)
+
+    def _place(self, file: str, group: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, (dtype, shape) in group.items():
+            end = position + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._headers[file] = struct.pack("<Q", len(encoded)) + encoded
+        for name, (dtype, shape) in group.items():
+            start = len(self._headers[file]) + header[name]["data_offsets"][0]
+            self.weights[name] = StoredWeight(self.directory / file, start, _NAMES[dtype], shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(header) for header in self._headers.values()) + sum(w.num_bytes for w in self.weights.values())
+
+    def write(self, files: Files, name: str, row: int, data: Bytes) -> None:
+        """Rows from ``row`` of a tensor."""
+        weight = self.weights[name]
+        files.write(weight.path, weight.offset + row * weight.row_bytes, data)
+
+    def finish(
+        self, files: Files, sums: Mapping[str, tuple[int, int]], companions: Mapping[str, bytes]
+    ) -> dict[str, tuple[int, int]]:
+        """Write headers, the index and the companions.
+
+        Args:
+            sums: CRC-32 and length of every tensor by name.
+
+        Returns:
+            CRC-32 and length of every file by name.
+        """
+        contents = dict(companions)
+        config = json.loads(contents["config.json"])
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(self.dtype).removeprefix("torch.")
+        contents["config.json"] = _as_json(config)
+        if len(self._headers) > 1:
+            total = sum(weight.num_bytes for weight in self.weights.values())
+            located = {name: weight.path.name for name, weight in sorted(self.weights.items())}
+            contents[INDEX] = _as_json({"metadata": {"total_size": total}, "weight_map": located})
+        found = {name: (checksum(content), len(content)) for name, content in contents.items()}
+        for name, content in contents.items():
+            files.write(self.directory / name, 0, content)
+        parts = {name: [(checksum(header), len(header))] for name, header in self._headers.items()}
+        for name, header in self._headers.items():
+            files.write(self.directory / name, 0, header)
+        for name, weight in self.weights.items():  # in the order in which they stand
+            assert sums[name][1] == weight.num_bytes, f"{name}: {sums[name][1]} bytes were written"
+            parts[weight.path.name].append(sums[name])
+        return found | {name: crc32_of_parts(part) for name, part in parts.items()}

@@ -1,20 +1,23 @@
 """Megatron-Core's ``torch_dist`` checkpoint format, written and read without process groups.
 
-A folder holds ``.metadata`` (which chunk of which tensor stands where), ``__0_0.distcp`` (the chunks, each a
-``torch.save``d tensor, one behind another), ``common.pt`` and ``metadata.json``. Neither side ever holds more
-than one chunk.
+A folder holds ``.metadata`` (which chunk of which tensor stands where), ``__0_0.distcp``, ``__0_1.distcp``, ... (the
+chunks, each a file that ``torch.save`` makes of a tensor, one behind another), ``common.pt`` and ``metadata.json``.
+Only bytes are moved: no chunk is ever loaded, however large another writer made it.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
 import pickle
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -28,77 +31,183 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_stepkto.checkpoints.checksums import crc32_of_parts
 from megatron_stepkto.checkpoints.metadata import read_metadata
+from megatron_stepkto.checkpoints.stream import Bytes, Files, checksum, split_rows
+from megatron_stepkto.checkpoints.tensor_file import StoredTensor, TensorFile, TensorFileError, locate_tensor
 from megatron_stepkto.errors import UserError
 
-DATA_FILE = "__0_0.distcp"
+FILE_BYTES = 4 * 2**30
+CHUNK_BYTES = 2**29
+
+Index = tuple[int, ...]
+
+# --- writing -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of the tensor ``key`` of ``shape``, at ``offset``."""
+    """``rows`` rows, from row ``row``, of the slice ``index`` of the stacked tensor ``key``."""
 
     key: str
-    shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensor: Tensor
+    full_shape: tuple[int, ...]
+    index: Index
+    row: int
+    rows: int
+    dtype: torch.dtype
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        return (*self.index, self.row, *(0 for _ in self.full_shape[len(self.index) + 1 :]))
+
+    @property
+    def file(self) -> TensorFile:
+        shape = (*(1 for _ in self.index), self.rows, *self.full_shape[len(self.index) + 1 :])
+        return TensorFile(self.dtype, shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return torch.Size(self.full_shape[len(self.index) + 1 :]).numel() * self.dtype.itemsize
 
 
-def write_checkpoint(directory: Path, chunks: Iterable[Chunk], extra_state_keys: Iterable[str]) -> None:
-    """Write chunks, in the order they come, as a torch_dist checkpoint.
+def cut_slice(key: str, full_shape: tuple[int, ...], index: Index, dtype: torch.dtype) -> Iterator[Chunk]:
+    """One slice of a stacked tensor as chunks of CHUNK_BYTES at most (but one row at least)."""
+    rows = full_shape[len(index)]
+    step = max(1, CHUNK_BYTES // Chunk(key, full_shape, index, 0, rows, dtype).row_bytes)
+    for row in range(0, rows, step):
+        yield Chunk(key, full_shape, index, row, min(step, rows - row), dtype)
 
-    Args:
-        directory: exists and is empty.
-        extra_state_keys: modules' ``_extra_state`` entries; empty without Transformer Engine, but a strict
-            load asks for them.
-    """
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    with (directory / DATA_FILE).open("wb") as file:
 
-        def append(index: MetadataIndex, value: Any) -> None:
-            start = file.tell()
-            buffer = io.BytesIO()
-            torch.save(value, buffer)
-            file.write(buffer.getbuffer())
-            storage[index] = _StorageInfo(DATA_FILE, start, file.tell() - start)
+@dataclass(frozen=True)
+class _Placed:
+    chunk: Chunk
+    file: str
+    start: int
+    data: int
 
+
+class CheckpointWriter:
+    """Decides where every chunk stands before the first byte is written; then any worker may write any part."""
+
+    def __init__(self, directory: Path, chunks: Iterable[Chunk]) -> None:
+        self.directory = directory
+        self._placed: list[_Placed] = []
+        self._of_slice: dict[tuple[str, Index], list[_Placed]] = defaultdict(list)
+        number = position = 0
         for chunk in chunks:
+            length = chunk.file.length
+            if position and position + length > FILE_BYTES:
+                number, position = number + 1, 0
+            placed = _Placed(chunk, f"__0_{number}.distcp", position, position + len(chunk.file.ends(0)[0]))
+            self._placed.append(placed)
+            self._of_slice[chunk.key, chunk.index].append(placed)
+            position += length
+        self._end = (f"__0_{number}.distcp", position)
+
+    def blocks(self, key: str, index: Index, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """(first row, rows) of parts of a slice's rows that one write puts in place."""
+        for placed in self._of_slice[key, index]:
+            chunk = placed.chunk
+            first, last = max(start, chunk.row), min(start + count, chunk.row + chunk.rows)
+            if first < last:
+                yield from split_rows(first, last - first, chunk.row_bytes)
+
+    def write(self, files: Files, key: str, index: Index, row: int, data: Bytes) -> None:
+        """Rows from ``row`` of a slice; they end in the same chunk (see ``blocks``)."""
+        placed = next(p for p in self._of_slice[key, index] if p.chunk.row <= row < p.chunk.row + p.chunk.rows)
+        files.write(self.directory / placed.file, placed.data + (row - placed.chunk.row) * placed.chunk.row_bytes, data)
+
+    def finish(
+        self, files: Files, parts: Mapping[tuple[str, Index], list[tuple[int, int, int]]], extra_state: Iterable[str]
+    ) -> dict[str, tuple[int, int]]:
+        """Write what frames the chunks, and the folder's index.
+
+        Args:
+            parts: of every slice what was written: (row, CRC-32, bytes).
+            extra_state: modules' ``_extra_state`` entries; empty without Transformer Engine, but a strict load
+                asks for them.
+
+        Returns:
+            CRC-32 and length of every file by name.
+        """
+        tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        storage: dict[MetadataIndex, _StorageInfo] = {}
+        sums: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        ordered = {slice_: sorted(found) for slice_, found in parts.items()}
+        for placed in self._placed:
+            chunk = placed.chunk
+            mine = [
+                (crc, length)
+                for row, crc, length in ordered[chunk.key, chunk.index]
+                if chunk.row <= row < chunk.row + chunk.rows
+            ]
+            crc, length = crc32_of_parts(mine)
+            assert length == chunk.file.num_bytes, f"{chunk.key}{chunk.index}: {length} bytes were written"
+            before, after = chunk.file.ends(crc)
+            path = self.directory / placed.file
+            files.write(path, placed.start, before)
+            files.write(path, placed.data + length, after)
+            sums[placed.file] += [(checksum(before), len(before)), (crc, length), (checksum(after), len(after))]
             entry = tensors.setdefault(
-                chunk.key,
-                TensorStorageMetadata(TensorProperties(dtype=chunk.tensor.dtype), torch.Size(chunk.shape), []),
+                chunk.key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(chunk.full_shape), [])
             )
             assert isinstance(entry, TensorStorageMetadata)
-            assert entry.properties.dtype == chunk.tensor.dtype, f"{chunk.key} has chunks of two dtypes"
             offset = torch.Size(chunk.offset)
-            entry.chunks.append(ChunkStorageMetadata(offset, chunk.tensor.shape))
-            # clone: torch.save writes the whole storage behind a view
-            append(MetadataIndex(chunk.key, offset), chunk.tensor.clone(memory_format=torch.contiguous_format))
-        for key in extra_state_keys:
+            entry.chunks.append(ChunkStorageMetadata(offset, torch.Size(chunk.file.shape)))
+            storage[MetadataIndex(chunk.key, offset)] = _StorageInfo(placed.file, placed.start, chunk.file.length)
+
+        name, position = self._end
+        empty = _saved([None])
+        for key in extra_state:
             tensors[key] = BytesStorageMetadata()
-            append(MetadataIndex(key), [None])
-    torch.save({"iteration": 0, "content_metadata": {}}, directory / "common.pt")
-    (directory / "metadata.json").write_text(
-        json.dumps(
-            {
-                "sharded_backend": "torch_dist",
-                "sharded_backend_version": 1,
-                "common_backend": "torch",
-                "common_backend_version": 1,
-            }
-        )
-    )
-    with (directory / ".metadata").open("wb") as file:
-        pickle.dump(Metadata(tensors, planner_data=None, storage_data=storage, storage_meta=StorageMeta()), file)
+            storage[MetadataIndex(key)] = _StorageInfo(name, position, len(empty))
+            files.write(self.directory / name, position, empty)
+            sums[name].append((checksum(empty), len(empty)))
+            position += len(empty)
+        backends = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        metadata = Metadata(tensors, planner_data=None, storage_data=storage, storage_meta=StorageMeta())
+        for name, content in (
+            ("common.pt", _saved({"iteration": 0, "content_metadata": {}})),
+            ("metadata.json", json.dumps(backends).encode()),
+            (".metadata", pickle.dumps(metadata)),
+        ):
+            files.write(self.directory / name, 0, content)
+            sums[name] = [(checksum(content), len(content))]
+        return {name: crc32_of_parts(found) for name, found in sums.items()}
+
+
+def _saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A chunk as another writer cut it: any block of the whole tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    info: _StorageInfo
 
 
 class CheckpointReader:
-    """Reads regions of a checkpoint's tensors, chunk by chunk."""
+    """Reads rows of a checkpoint's tensors from whatever chunks they were cut into."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._metadata = read_metadata(directory)
-        self._cache: tuple[MetadataIndex, Tensor] | None = None
+        self._boxes: dict[str, list[_Box]] = {}
+        self._by_index: dict[tuple[str, int], dict[Index, list[_Box]]] = {}
+        self._located: dict[tuple[str, int], StoredTensor] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor (not of byte entries), optimizer state included."""
@@ -117,54 +226,148 @@ class CheckpointReader:
             raise UserError(f"{self.directory}: no tensor {key}")
         return entry
 
-    def read(self, key: str, index: int | None = None, rows: int | None = None) -> Tensor:
-        """The tensor ``key``, or its slice at ``index`` of the first (layer) axis, cut to ``rows`` leading rows.
+    def check(self, keys: Iterable[str]) -> list[str]:
+        """What keeps these tensors from being read, as lines: chunks that miss a part, missing or damaged files.
+
+        Looks at every chunk's frame, not at its numbers.
+        """
+        faults: list[str] = []
+        unreadable: dict[tuple[str, str], list[str]] = defaultdict(list)
+        handles: dict[str, int | OSError] = {}
+        for key in keys:
+            entry = self._entry(key)
+            boxes = self._boxes[key] = self._find_boxes(key, entry)
+            covered = sum(torch.Size(box.sizes).numel() for box in boxes)
+            distinct = len({box.offsets for box in boxes}) == len(boxes)
+            if covered != entry.size.numel() or not distinct:
+                faults.append(
+                    f"{self.directory}: {key}: chunks cover {covered} of {entry.size.numel()} elements; "
+                    "the checkpoint is incomplete"
+                )
+            for box in boxes:
+                reason = self._locate(box, entry.properties.dtype, handles)
+                if reason:
+                    unreadable[box.info.relative_path, reason].append(f"{key} at byte {box.info.offset}")
+        for handle in handles.values():
+            if isinstance(handle, int):
+                os.close(handle)
+        for (name, reason), found in unreadable.items():
+            faults.append(
+                f"{self.directory / name}: cannot read {', '.join(found)}: {reason}; "
+                "the file is missing or damaged, write the checkpoint again"
+            )
+        return faults
+
+    def _find_boxes(self, key: str, entry: TensorStorageMetadata) -> list[_Box]:
+        boxes = []
+        for chunk in entry.chunks:
+            info = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            inside = len(chunk.offsets) == len(chunk.sizes) == len(entry.size) and all(
+                start >= 0 and size >= 0 and start + size <= whole
+                for start, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            )
+            if info is None or not inside:
+                raise UserError(
+                    f"{self.directory / '.metadata'}: damaged: the chunk of {key} at {tuple(chunk.offsets)} is "
+                    "outside of its tensor, or no file is named for it; write the checkpoint again"
+                )
+            boxes.append(_Box(tuple(chunk.offsets), tuple(chunk.sizes), info))
+        return boxes
+
+    def _locate(self, box: _Box, dtype: torch.dtype, handles: dict[str, int | OSError]) -> str | None:
+        """Note where a chunk's data begin; says what is wrong with it, if anything is."""
+        name, offset, length = box.info.relative_path, box.info.offset, box.info.length
+        if Path(name).name != name or name in ("", ".", ".."):
+            return "its file is outside of the folder: refused"
+        if getattr(box.info, "transform_descriptors", None):
+            return f"it was written with a transformation ({box.info.transform_descriptors}), which is not read"
+        if name not in handles:
+            try:
+                handles[name] = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                handles[name] = error
+        handle = handles[name]
+        if isinstance(handle, OSError):
+            return str(handle.strerror)
+        try:
+            found = locate_tensor(handle, self.directory / name, offset, length)
+        except TensorFileError as error:
+            return str(error)
+        if found.dtype != dtype or found.shape != box.sizes:
+            return f"it holds {found.dtype} {found.shape}, the index says {dtype} {box.sizes}"
+        self._located[name, offset] = found
+        return None
+
+    def read_rows(self, files: Files, key: str, index: Index, row: int, count: int, out: Bytes) -> None:
+        """Fill ``out`` with rows of the slice ``index``; ``check`` has looked at the key.
+
+        Args:
+            out: [count * bytes per row].
+        """
+        entry = self._entry(key)
+        itemsize = entry.properties.dtype.itemsize
+        shape = tuple(entry.size)[len(index) :]
+        columns = torch.Size(shape[1:]).numel()
+        table = out.reshape(count, columns * itemsize)
+        lead, filled = len(index), 0
+        for box in self._boxes_at(key, index):
+            start, rows = box.offsets[lead], box.sizes[lead]
+            first, last = max(row, start), min(row + count, start + rows)
+            if first >= last:
+                continue
+            # Only the last axis of a slice may be cut beside the rows: slices have one or two.
+            left = box.offsets[lead + 1] if len(shape) > 1 else 0
+            width = box.sizes[lead + 1] if len(shape) > 1 else 1
+            number = 0
+            for i, (at, size) in enumerate(zip(index, box.sizes[:lead], strict=True)):
+                number = number * size + at - box.offsets[i]
+            data = self._located[box.info.relative_path, box.info.offset]
+            offset = data.offset + (number * rows + first - start) * width * itemsize
+            target = table[first - row : last - row, left * itemsize : (left + width) * itemsize]
+            if width == columns:
+                files.read_into(data.path, offset, target.reshape(-1))
+            else:
+                block = np.empty((last - first) * width * itemsize, np.uint8)
+                files.read_into(data.path, offset, block)
+                target[:] = block.reshape(target.shape)
+            filled += (last - first) * width
+        if filled != count * columns:
+            raise UserError(
+                f"{self.directory}: {key}{list(index)}: chunks cover {filled} of {count * columns} elements of rows "
+                f"{row} to {row + count}; the checkpoint is incomplete"
+            )
+
+    def _boxes_at(self, key: str, index: Index) -> list[_Box]:
+        found = self._by_index.get((key, len(index)))
+        if found is None:
+            found = defaultdict(list)
+            for box in self._boxes[key]:
+                starts, sizes = box.offsets[: len(index)], box.sizes[: len(index)]
+                for position in itertools.product(
+                    *(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
+                ):
+                    found[position].append(box)
+            self._by_index[key, len(index)] = found
+        return found.get(index, [])
+
+    def read(self, key: str, index: Index = (), rows: int | None = None) -> Tensor:
+        """The tensor ``key``, or its slice at ``index`` of the leading axes (layer, expert), cut to ``rows`` rows.
+
+        For small tensors: holds all of it.
 
         Raises:
             UserError: the chunks do not cover the region, or a file is missing or damaged.
         """
-        entry = self._entry(key)
-        full = tuple(entry.size)
-        shape = full if index is None else full[1:]
+        if faults := self.check([key]):
+            raise UserError("; ".join(faults))
+        shape = self.shapes()[key][len(index) :]
         if rows is not None:
             shape = (rows, *shape[1:])
-        lead = () if index is None else (index,)
-        out = torch.empty(shape, dtype=entry.properties.dtype)
-        filled = 0
-        for chunk in entry.chunks:
-            if index is not None and not chunk.offsets[0] <= index < chunk.offsets[0] + chunk.sizes[0]:
-                continue
-            starts, sizes = chunk.offsets[len(lead) :], chunk.sizes[len(lead) :]
-            ends = [min(s + n, limit) for s, n, limit in zip(starts, sizes, shape, strict=True)]
-            if any(end <= start for start, end in zip(starts, ends, strict=True)):
-                continue
-            tensor = self._load(MetadataIndex(key, chunk.offsets))
-            if index is not None:
-                tensor = tensor[index - chunk.offsets[0]]
-            take = tuple(slice(0, end - start) for start, end in zip(starts, ends, strict=True))
-            put = tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))
-            out[put] = tensor[take]
-            filled += out[put].numel()
-        if filled != out.numel():
-            raise UserError(
-                f"{self.directory}: {key}: chunks cover {filled} of {out.numel()} elements; "
-                "the checkpoint is incomplete"
-            )
+        out = torch.empty(shape, dtype=self.dtype(key))
+        data = out.view(torch.uint8).numpy()
+        inner = shape[: max(0, len(shape) - 2)]  # below these axes are rows and columns
+        with Files() as files:
+            for position in itertools.product(*map(range, inner)):
+                at = (*index, *position)
+                self.read_rows(files, key, at, 0, shape[len(inner)], data[position].reshape(-1))
         return out
-
-    def _load(self, index: MetadataIndex) -> Tensor:
-        if self._cache and self._cache[0] == index:
-            return self._cache[1]
-        info = self._metadata.storage_data[index]
-        path = self.directory / info.relative_path
-        try:
-            with path.open("rb") as file:
-                file.seek(info.offset)
-                tensor: Tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(
-                f"{path}: cannot read {index.fqn} at byte {info.offset}: {error}; "
-                "the file is missing or damaged, write the checkpoint again"
-            ) from None
-        self._cache = (index, tensor)
-        return tensor

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.errors import UserError
@@ -68,3 +79,33 @@ def forward_refusal(folder: Path) -> str:
 def back_refusal(folder: Path) -> str:
     target = folder.parent / "target"
     return refusal(lambda: megatron_to_hf(folder, target), target)
+
+
+DATA_FILE = "__0_0.distcp"
+
+
+class Chunk(NamedTuple):
+    """The part of the tensor ``key`` of ``shape`` that begins at ``offset``."""
+
+    key: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+
+def write_chunks(directory: Path, chunks: Iterable[Chunk]) -> None:
+    """A torch_dist checkpoint of any chunks, by torch.save: as other writers cut them."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    with (directory / DATA_FILE).open("wb") as file:
+        for chunk in chunks:
+            properties = TensorProperties(dtype=chunk.tensor.dtype)
+            entry = tensors.setdefault(chunk.key, TensorStorageMetadata(properties, torch.Size(chunk.shape), []))
+            offset = torch.Size(chunk.offset)
+            entry.chunks.append(ChunkStorageMetadata(offset, chunk.tensor.shape))
+            buffer = io.BytesIO()
+            torch.save(chunk.tensor.clone(memory_format=torch.contiguous_format), buffer)
+            storage[MetadataIndex(chunk.key, offset)] = _StorageInfo(DATA_FILE, file.tell(), buffer.tell())
+            file.write(buffer.getbuffer())
+    metadata = Metadata(tensors, planner_data=None, storage_data=storage, storage_meta=StorageMeta())  # type: ignore[arg-type]
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))

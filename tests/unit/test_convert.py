@@ -19,9 +19,9 @@ from megatron_stepkto.checkpoints.architecture import QKV, GateUp, ModelConfig
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.llama import read_config
 from megatron_stepkto.checkpoints.metadata import read_metadata
-from megatron_stepkto.checkpoints.torch_dist import CheckpointReader, Chunk, write_checkpoint
+from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.errors import UserError
-from tests.unit.checkpoint_folders import LLAMA3, assert_same_bits, copy
+from tests.unit.checkpoint_folders import LLAMA3, Chunk, assert_same_bits, copy, write_chunks
 
 # --- there and back ------------------------------------------------------------------------------------------
 
@@ -41,6 +41,7 @@ def test_there_and_back_is_bitwise(models: dict[str, Path], tmp_path: Path, name
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [
         "chat_template.jinja",
         "config.json",
+        "conversion.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -199,20 +200,20 @@ def test_regions_of_a_tensor_cut_into_blocks(tmp_path: Path) -> None:
     """[2, 4, 6] in blocks of [1, 2, 3], as tensor-parallel ranks would save it; rows past 3 are padding."""
     whole = torch.arange(48.0).view(2, 4, 6)
     offsets = [(a, b, c) for c in (3, 0) for b in (2, 0) for a in (0, 1)]
-    write_checkpoint(
-        tmp_path, (Chunk("w", (2, 4, 6), (a, b, c), whole[a : a + 1, b : b + 2, c : c + 3]) for a, b, c in offsets), []
+    write_chunks(
+        tmp_path, (Chunk("w", (2, 4, 6), (a, b, c), whole[a : a + 1, b : b + 2, c : c + 3]) for a, b, c in offsets)
     )
     reader = CheckpointReader(tmp_path)
     assert reader.shapes() == {"w": (2, 4, 6)}
     assert torch.equal(reader.read("w"), whole)
-    assert torch.equal(reader.read("w", 1), whole[1])
-    assert torch.equal(reader.read("w", 0, rows=3), whole[0, :3])
+    assert torch.equal(reader.read("w", (1,)), whole[1])
+    assert torch.equal(reader.read("w", (0,), rows=3), whole[0, :3])
     with pytest.raises(UserError, match="no tensor absent"):
         reader.read("absent")
 
 
 def test_a_region_that_no_chunk_covers(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, [Chunk("w", (4, 2), (0, 0), torch.ones(3, 2))], [])
+    write_chunks(tmp_path, [Chunk("w", (4, 2), (0, 0), torch.ones(3, 2))])
     with pytest.raises(UserError, match="w: chunks cover 6 of 8 elements; the checkpoint is incomplete"):
         CheckpointReader(tmp_path).read("w")
 

@@ -14,22 +14,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_stepkto.checkpoints import convert
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.metadata import read_metadata
-from megatron_stepkto.checkpoints.torch_dist import DATA_FILE, Chunk, write_checkpoint
 from megatron_stepkto.errors import UserError
 from tests.unit.checkpoint_folders import (
+    DATA_FILE,
     GATE,
     KEY,
     QUERY,
     UP,
+    Chunk,
     assert_same_bits,
     back_refusal,
     change_config,
     change_weights,
     copy,
     forward_refusal,
+    write_chunks,
 )
 
 # --- faults of a Hugging Face folder -------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_missing_and_left_over_weights_of_a_checkpoint_are_all_named(tmp_path: P
     folder = tmp_path / "megatron"
     folder.mkdir()
     keys = ["decoder.final_layernorm.weight", "embedding.word_embeddings.weight", "vision.weight", "adapter.weight"]
-    write_checkpoint(folder, (Chunk(key, (2,), (0,), torch.ones(2)) for key in keys), [])
+    write_chunks(folder, (Chunk(key, (2,), (0,), torch.ones(2)) for key in keys))
     shutil.copytree(models["untied"], folder / COMPANIONS)
     said = back_refusal(folder)
     layers = [
@@ -334,24 +335,24 @@ def test_an_old_target_stays_until_the_new_one_is_whole(models: dict[str, Path],
     assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), load_file(source / "model.safetensors"))
 
 
-@pytest.mark.parametrize("interrupted", ["copy_companions", "_publish"])
-def test_an_interruption_leaves_nothing_that_looks_finished(
+@pytest.mark.parametrize("interrupted", ["CheckpointWriter.write", "CheckpointWriter.finish", "_write_manifest"])
+def test_an_interruption_leaves_nothing(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
 ) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    target = tmp_path / "megatron"
     with monkeypatch.context() as patch:
-        patch.setattr(convert, interrupted, stop)
+        patch.setattr(f"megatron_stepkto.checkpoints.convert.{interrupted}", stop)
         with pytest.raises(KeyboardInterrupt):
-            hf_to_megatron(models["tied"], tmp_path / "megatron")
-    assert [path.name for path in tmp_path.iterdir()] == [".megatron.partial"]
-    hf_to_megatron(models["tied"], tmp_path / "megatron")
+            hf_to_megatron(models["tied"], target)
+    assert not list(tmp_path.iterdir())
+    hf_to_megatron(models["tied"], target)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"megatron_stepkto.checkpoints.convert.{interrupted.replace('Checkpoint', 'HF')}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            megatron_to_hf(target, tmp_path / "back")
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
-    with monkeypatch.context() as patch:
-        patch.setattr(convert, "_publish", stop)
-        with pytest.raises(KeyboardInterrupt):
-            megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
-    assert not (tmp_path / "back").exists()
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    megatron_to_hf(target, tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "megatron"]
