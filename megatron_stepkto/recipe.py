@@ -101,10 +101,19 @@ class Sampling(Section):
 
 
 class Judging(Section):
-    split: Literal["line", "blank_line"] = Field(description="where one step ends and the next begins")
+    split: Literal["line", "blank_line", "step_number", "step_heading", "sentence", "tag"] = Field(
+        description="where one step ends and the next begins (splitting.py)"
+    )
+    step_tag: str | None = Field(None, min_length=1, description="split: tag: the text that ends each step")
     process: Literal["chained_arithmetic", "equations", "none"]
     workers: int = Field(2, ge=1, description="processes that decide answer equivalence")
     timeout_s: float = Field(5.0, gt=0, description="wall-clock limit of one check; past it: undecided")
+
+    @model_validator(mode="after")
+    def _check_tag(self) -> Self:
+        if (self.split == "tag") != (self.step_tag is not None):
+            raise ValueError("split: tag and step_tag go together: give both, or neither")
+        return self
 
 
 class Dataset(Section):

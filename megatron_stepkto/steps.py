@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.records import Step
+from megatron_stepkto.splitting import SplitRule, spans_of_cuts, split_text
 
-SplitRule = Literal["line", "blank_line"]
-_SEPARATORS: dict[str, re.Pattern[str]] = {
-    "line": re.compile(r"\n"),
-    "blank_line": re.compile(r"\n(?:[^\S\n]*\n)+"),
-}
 REPLACEMENT = "\ufffd"  # what decoding puts where bytes are no (whole) character
 # A character has at most four bytes and a token at least one: past this many waiting tokens one of the
 # boundaries between them is a boundary between characters.
 MAX_WAITING_TOKENS = 4
-
-
-def split_text(text: str, how: SplitRule) -> list[tuple[int, int]]:
-    """Half-open character spans of the steps; joined they are the text, character for character.
-
-    ``line`` ends a step at a newline, ``blank_line`` at one or more blank lines (a line of spaces is blank);
-    the separator belongs to the step it closes. A piece of white space alone joins the step before it, at
-    the start the first step. No span is empty, but the empty text is one empty step.
-
-    Raises:
-        UserError: unknown rule.
-    """
-    if how not in _SEPARATORS:
-        raise UserError(f"judge.split: expected one of {', '.join(_SEPARATORS)}, got {how!r}")
-    cuts = [match.end() for match in _SEPARATORS[how].finditer(text)]
-    if not cuts or cuts[-1] != len(text):
-        cuts.append(len(text))
-    spans: list[tuple[int, int]] = []
-    start = piece_start = 0
-    for cut in cuts:
-        if spans and text[piece_start:cut].isspace():
-            spans[-1] = (spans[-1][0], cut)
-            start = cut
-        elif cut == len(text) or not text[start:cut].isspace():
-            spans.append((start, cut))
-            start = cut
-        piece_start = cut
-    return spans
 
 
 class _Decoder:
@@ -63,6 +30,40 @@ class _Decoder:
         )
 
 
+def _byte_tokens(tokenizer: Any) -> dict[int, int]:
+    """Id to byte of the tokens <0x00> ... <0xFF> of a tokenizer with byte fallback; none of any other."""
+    look_up = getattr(tokenizer, "convert_tokens_to_ids", None)
+    if look_up is None or tokenizer.convert_ids_to_tokens(look_up("<0x0A>") or 0) != "<0x0A>":
+        return {}
+    ids = look_up([f"<0x{byte:02X}>" for byte in range(256)])
+    return {token: byte for byte, token in enumerate(ids) if token is not None}
+
+
+def _byte_run(token_ids: Sequence[int], start: int, byte_of: dict[int, int]) -> bytes:
+    """The bytes of the byte tokens that stand at ``start`` without another between them."""
+    end = start
+    while end < len(token_ids) and token_ids[end] in byte_of:
+        end += 1
+    return bytes(byte_of[token] for token in token_ids[start:end])
+
+
+def _starts_in_run(run: bytes) -> list[int]:
+    """Character at which each byte of a run of byte tokens starts, counted from the run's first.
+
+    Decoding takes a run as a whole: where it is no UTF-8, each byte becomes a character of its own, also those
+    that would be whole characters alone.
+    """
+    try:
+        run.decode()
+    except UnicodeDecodeError:
+        return list(range(len(run)))
+    starts, begun = [], -1
+    for byte in run:
+        begun += byte & 0xC0 != 0x80  # not a continuation
+        starts.append(begun)
+    return starts
+
+
 def _whole_characters(decoded: str) -> int:
     return len(decoded.rstrip(REPLACEMENT))
 
@@ -73,19 +74,24 @@ def _decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[
     A token starts at the first character that the tokens before it leave unfinished, so the tokens that
     share a character start at the same one. Streaming windows: tokens [anchor, read) are decoded already and
     give context (SentencePiece drops a leading space where there is none), tokens [read, now) wait for a
-    whole character. Each token is decoded a bounded number of times.
+    whole character. A run of byte tokens is one unit, as it is to the decoder. Each token is decoded a
+    bounded number of times.
     """
     decode = _Decoder(tokenizer, token_ids)
+    byte_of = _byte_tokens(tokenizer)
     pieces: list[str] = []
     starts: list[int] = []
     length = anchor = read = 0  # length: characters of tokens [0, read)
     context = ""  # text of tokens [anchor, read)
     unfinished_at = 0  # characters that are whole before the token now looked at
-    for now in range(1, len(token_ids) + 1):
-        starts.append(unfinished_at)
+    now = 0
+    while now < len(token_ids):
+        run = _byte_run(token_ids, now, byte_of)
+        starts.extend(unfinished_at + start for start in (_starts_in_run(run) if run else [0]))
+        now += len(run) or 1
         window = decode(anchor, now)
         end = now
-        if window.endswith(REPLACEMENT) or len(window) <= len(context):
+        if not run and (window.endswith(REPLACEMENT) or len(window) <= len(context)):
             unfinished_at = max(unfinished_at, length + _whole_characters(window) - len(context))
             end = now - MAX_WAITING_TOKENS + 1
             # bytes that never make a character would wait for ever: let go what does not touch the rest
@@ -140,7 +146,9 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {token for token, entry in added.items() if entry.special}
 
 
-def step_spans(text: str, token_ids: Sequence[int], tokenizer: Any, how: SplitRule) -> list[Step]:
+def step_spans(
+    text: str, token_ids: Sequence[int], tokenizer: Any, how: SplitRule, tag: str | None = None
+) -> list[Step]:
     """Split a response into unlabelled steps, characters and tokens.
 
     Every token is in exactly one step and the token spans are contiguous from 0 to ``len(token_ids)``. A
@@ -150,14 +158,20 @@ def step_spans(text: str, token_ids: Sequence[int], tokenizer: Any, how: SplitRu
 
     Args:
         tokenizer: the sampler's, of transformers (``decode``, ``all_special_ids``, ``added_tokens_decoder``).
+        tag: for ``how="tag"``. A special token of the tokenizer, which the text leaves out, may be one too.
 
     Raises:
-        UserError: the tokens do not decode to the text.
+        UserError: the tokens do not decode to the text, or see ``split_text``.
     """
-    spans = split_text(text, how)
+    starts = token_starts(text, token_ids, tokenizer)
+    special_tag = _special_id(tokenizer, tag) if how == "tag" else None
+    if special_tag is None:
+        spans = split_text(text, how, tag)
+    else:
+        spans = spans_of_cuts(text, _cuts_at(special_tag, token_ids, starts, len(text)))
     begins = [start for start, _ in spans]
     owners: list[int] = []
-    for start in token_starts(text, token_ids, tokenizer):
+    for start in starts:
         if start is None:
             owners.append(owners[-1] if owners else 0)
         else:
@@ -170,3 +184,19 @@ def step_spans(text: str, token_ids: Sequence[int], tokenizer: Any, how: SplitRu
         else:
             steps.append(Step(start=start, end=end, token_start=token_start, token_end=token_end))
     return steps
+
+
+def _special_id(tokenizer: Any, tag: str | None) -> int | None:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return next((token for token, entry in added.items() if entry.special and entry.content == tag), None)
+
+
+def _cuts_at(tag: int, token_ids: Sequence[int], starts: Sequence[int | None], length: int) -> list[int]:
+    """The character at which each step begins that a special token closes."""
+    cuts, following = [], length
+    for token, start in zip(reversed(token_ids), reversed(starts), strict=True):
+        if start is not None:
+            following = start
+        elif token == tag:
+            cuts.append(following)
+    return cuts

@@ -22,7 +22,7 @@ from megatron_stepkto.importing.solution import (
 )
 from megatron_stepkto.judging.answers import extract_answer
 from megatron_stepkto.records import Label
-from megatron_stepkto.steps import split_text
+from megatron_stepkto.splitting import split_text
 
 STEP_MARKER = "ки"  # Math-Shepherd's end of a step
 

@@ -61,7 +61,7 @@ class _Quarantine:
 
 
 def _label(sample: Sample, problem: Problem, tokenizer: Any, settings: Judging, judge: ProcessJudge) -> list[Step]:
-    steps = step_spans(sample.text, sample.token_ids, tokenizer, settings.split)
+    steps = step_spans(sample.text, sample.token_ids, tokenizer, settings.split, settings.step_tag)
     labels = judge.label(problem, sample.text, [(step.start, step.end) for step in steps])
     return [step.model_copy(update={"label": label}) for step, label in zip(steps, labels, strict=True)]
 

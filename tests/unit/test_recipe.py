@@ -86,7 +86,12 @@ def test_there_are_shipped_recipes() -> None:
             7,
             "sample.num_samples: Input should be a valid integer, unable to parse string as an integer, got 'four'",
         ),
-        ("  split: line", "  split: page", 10, "judge.split: Input should be 'line' or 'blank_line', got 'page'"),
+        (
+            "  split: line",
+            "  split: page",
+            10,
+            "judge.split: Input should be 'line', 'blank_line', 'step_number', 'step_heading', 'sentence' or 'tag'",
+        ),
         ("  split: line\n", "", 9, "key judge.split is missing; add it"),
         ("  max_tokens: 32\n", "", 6, "key sample.max_tokens is missing; add it"),
         (

@@ -1,18 +1,20 @@
-"""Text to steps to the sampler's tokens, on a byte-level BPE trained here and a SentencePiece-like one."""
+"""Steps to the sampler's tokens, on tokenizers trained here: byte-level BPE, tiktoken-like, SentencePiece-like."""
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.steps import split_text, step_spans, token_starts
+from megatron_stepkto.splitting import SPLIT_RULES
+from megatron_stepkto.steps import step_spans, token_starts
 
 CORPUS = [
     "We add 3 + 4 = 7.\n\nThen $\\frac{1}{2} \\cdot x^2$ is 7.\nSo the answer is \\boxed{7}.",
@@ -47,46 +49,6 @@ def sentencepiece() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
-def pieces_of(text: str, how: str) -> list[str]:
-    return [text[start:end] for start, end in split_text(text, how)]  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("text", "how", "pieces"),
-    [
-        ("", "line", [""]),
-        ("a", "line", ["a"]),
-        ("a\nb", "line", ["a\n", "b"]),
-        ("a\nb\n", "line", ["a\n", "b\n"]),
-        ("\n\na\n\nb\n", "line", ["\n\na\n\n", "b\n"]),
-        ("a\n  \n b", "line", ["a\n  \n", " b"]),
-        (" \n ", "line", [" \n "]),
-        ("a\r\nb", "line", ["a\r\n", "b"]),
-        ("a\u2028b\x0bc", "line", ["a\u2028b\x0bc"]),
-        ("a\nb\n\nc", "blank_line", ["a\nb\n\n", "c"]),
-        ("a\n \t\n\n  b\nc\n", "blank_line", ["a\n \t\n\n", "  b\nc\n"]),
-        ("\n\na\n\n", "blank_line", ["\n\na\n\n"]),
-    ],
-)
-def test_split_text(text: str, how: str, pieces: list[str]) -> None:
-    assert pieces_of(text, how) == pieces
-
-
-def test_unknown_rule() -> None:
-    with pytest.raises(UserError, match="line, blank_line"):
-        split_text("a", "sentence")  # type: ignore[arg-type]
-
-
-@given(st.text(alphabet="ab \n\t\r😀", max_size=30), st.sampled_from(["line", "blank_line"]))
-def test_split_is_lossless(text: str, how: str) -> None:
-    pieces = pieces_of(text, how)
-    assert "".join(pieces) == text
-    if text:
-        assert all(pieces)
-    if text.strip():
-        assert all(piece.strip() for piece in pieces)
-
-
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(
@@ -101,6 +63,14 @@ TEXTS = st.lists(
                 "“家族”",
                 "\ufffd",
                 "𝔸",
+                ". ",
+                " The",
+                "Mr. ",
+                "Step 2: ",
+                "## Step 3",
+                "[asy]\n\ndraw();\n[/asy]",
+                "\\[ x\n\n \\]",
+                "ки",
             ]
         ),
         st.text(max_size=6),
@@ -117,21 +87,104 @@ def check_cover(steps: list[Any], text: str, num_tokens: int) -> None:
     assert all(step.token_end > step.token_start for step in steps)
 
 
-@settings(max_examples=150, deadline=None)
-@given(text=TEXTS, how=st.sampled_from(["line", "blank_line"]))
-def test_every_token_is_in_the_step_where_it_starts(bpe: Any, text: str, how: Any) -> None:
-    """Expected owners come from the bytes of each token, which the code under test never sees."""
-    encoded = bpe.backend_tokenizer.encode(text)
-    token_ids = [*encoded.ids, bpe.eos_token_id]
-    steps = step_spans(text, token_ids, bpe, how)
-    check_cover(steps, text, len(token_ids))
+# GPT-4's, as published in tiktoken (cl100k_base).
+GPT4_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def tiktoken_like() -> Any:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(GPT4_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|eot|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eot|>")
+
+
+def _like_sentencepiece(model: Any) -> Any:
+    """Llama 2's arrangement: a space is ▁, one stands before the text, unknown characters are bytes."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+BYTE_PIECES = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+
+
+@pytest.fixture(scope="module")
+def llama2_like() -> Any:
+    """BPE over whole sentences, as SentencePiece trains it, with byte fallback."""
+    learner = Tokenizer(models.BPE(unk_token="<unk>"))
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=BYTE_PIECES, show_progress=False)
+    learner.train_from_iterator(CORPUS, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    return _like_sentencepiece(
+        models.BPE(learned["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def unigram_like() -> Any:
+    learner = Tokenizer(models.Unigram())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    learner.train_from_iterator(CORPUS, trainer)
+    learned = json.loads(learner.to_str())["model"]["vocab"]
+    pieces = [(piece, -20.0) for piece in BYTE_PIECES] + [(p, score) for p, score in learned if p not in BYTE_PIECES]
+    return _like_sentencepiece(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+
+
+def bytes_of(tokenizer: Any, token: str) -> bytes:
+    """The bytes that a token stands for, from its spelling: the code under test never sees it."""
+    if tokenizer.backend_tokenizer.decoder.__class__.__name__ == "ByteLevel":
+        symbols = {symbol: byte for byte, symbol in byte_symbols().items()}
+        return bytes(symbols[character] for character in token)
+    if len(token) == 6 and token.startswith("<0x"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+@settings(max_examples=120, deadline=None)
+@given(text=TEXTS, how=st.sampled_from(SPLIT_RULES))
+@pytest.mark.parametrize("kind", ["bpe", "tiktoken_like", "llama2_like", "unigram_like"])
+def test_every_token_is_in_the_step_where_it_starts(
+    kind: str, text: str, how: Any, request: pytest.FixtureRequest
+) -> None:
+    """Expected owners come from the bytes of each token's spelling."""
+    tokenizer = request.getfixturevalue(kind)
+    token_ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    tokens = tokenizer.convert_ids_to_tokens(token_ids)
+    assume(not set(token_ids) & set(tokenizer.all_special_ids))
+    spelt = [bytes_of(tokenizer, token) for token in tokens]
+    whole = b"".join(spelt).decode()
+    dropped = len(whole) - len(tokenizer.decode(token_ids))  # SentencePiece's leading space
+    assert dropped in (0, 1)
+    steps = step_spans(whole[dropped:], [*token_ids, tokenizer.eos_token_id], tokenizer, how, "ки")
+    check_cover(steps, whole[dropped:], len(token_ids) + 1)
     owners = [number for number, step in enumerate(steps) for _ in range(step.token_start, step.token_end)]
     first_byte = 0
-    for number, token in enumerate(encoded.tokens):
-        character = len(text.encode()[:first_byte].decode("utf-8", "ignore"))
+    for number, piece in enumerate(spelt):
+        character = max(0, len(b"".join(spelt)[:first_byte].decode("utf-8", "ignore")) - dropped)
         step = steps[owners[number]]
-        assert step.start <= character < step.end
-        first_byte += len(token)  # one character of the byte-level alphabet per byte
+        # a lone leading space that decoding drops has no character of its own
+        assert step.start <= character < max(step.end, 1)
+        first_byte += len(piece)
     assert owners[-1] == len(steps) - 1
 
 
@@ -145,12 +198,16 @@ def test_any_bytes_a_model_may_write_are_covered(bpe: Any, token_bytes: list[int
     check_cover(step_spans(text, token_ids, bpe, "line"), text, len(token_ids))
 
 
-def byte_tokens(bpe: Any) -> dict[int, int]:
-    """Token id of each single byte; the byte-level alphabet is GPT-2's."""
+def byte_symbols() -> dict[int, str]:
+    """The byte-level alphabet, GPT-2's."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    symbols = {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
-    return {byte: bpe.convert_tokens_to_ids(symbol) for byte, symbol in symbols.items()}
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+def byte_tokens(bpe: Any) -> dict[int, int]:
+    """Token id of each single byte."""
+    return {byte: bpe.convert_tokens_to_ids(symbol) for byte, symbol in byte_symbols().items()}
 
 
 def test_a_character_in_three_tokens_starts_where_it_stands(bpe: Any) -> None:
@@ -231,3 +288,11 @@ def test_work_grows_with_the_length_only(bpe: Any, byte: int) -> None:
     check_cover(step_spans(text, token_ids, counting, "line"), text, 4096)
     assert counting.decoded_tokens < 40 * 4096
     assert time.monotonic() - begun < 10
+
+
+def test_a_special_token_may_be_the_tag(bpe: Any) -> None:
+    """Special tokens are not in the text; the next step begins with the next token."""
+    alphabet, tag = byte_tokens(bpe), bpe.convert_tokens_to_ids("<reserved>")
+    token_ids = [alphabet[97], tag, alphabet[98], alphabet[10], tag, alphabet[99], bpe.eos_token_id]
+    steps = step_spans("ab\nc", token_ids, bpe, "tag", "<reserved>")
+    assert [(s.start, s.end, s.token_start, s.token_end) for s in steps] == [(0, 1, 0, 2), (1, 3, 2, 5), (3, 4, 5, 7)]
