@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_stepkto import __version__
 from megatron_stepkto.errors import StageFailed, UserError
+from megatron_stepkto.planning import command as planning
 from megatron_stepkto.progress import console, say
 from megatron_stepkto.recipe import METHODS, Method, Recipe, load_recipe
 
@@ -81,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--iteration", type=_not_negative, required=True, metavar="T", help="0 is M0")
     evaluate.add_argument("--method", choices=METHODS)
     _recipe_command(commands, "warm-up", _warm_up, "make M0 from random weights (section warm_up)")
+
+    plan = commands.add_parser("plan", help="propose layouts for a model on a cluster, with memory and time")
+    planning.add_arguments(plan)
+    plan.set_defaults(command=planning.run)
 
     report = commands.add_parser("report", help="write RUN/report.html")
     report.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/mini_cpu")

@@ -1,0 +1,109 @@
+"""Activation memory of this package's layers: Korthikanti et al. (arXiv 2205.05198), counted anew for packed documents.
+
+Their 34 s b h bytes per layer (5 a s^2 b of attention aside) assume dropout and an MLP of 4 h. Here there is no
+dropout, the MLP is gated, attention is torch's scaled-dot-product kernel (no s^2 term) over a loop of documents,
+and RoPE, norm and SwiGLU save what their implementations save. ``tests/unit/test_planning_activations.py`` counts
+the tensors that autograd really keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_stepkto.checkpoints.architecture import ModelConfig
+from megatron_stepkto.recipe import Parallel
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which fused kernels run: an unfused operation saves more.
+
+    fused_norm: torch's RMSNorm kernel keeps its input; the composite one keeps it and the normalised tensor, both in
+    float32.
+    fused_swiglu: keeps the output of linear_fc1 alone.
+    """
+
+    fused_norm: bool
+    fused_swiglu: bool
+
+
+CUDA = Kernels(fused_norm=True, fused_swiglu=True)
+CPU = Kernels(fused_norm=False, fused_swiglu=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides a rank's activations. num_bytes: of the compute dtype."""
+
+    tensor: int
+    sequence: bool
+    num_bytes: int
+    recompute: bool
+    kernels: Kernels
+
+    @property
+    def hidden_share(self) -> int:
+        """Sequence parallelism also splits the tokens of norms and residuals over the tensor-parallel ranks."""
+        return self.tensor if self.sequence else 1
+
+    def norm_bytes(self, config: ModelConfig) -> float:
+        """Bytes per token that one RMSNorm keeps; the last four are its float32 statistic."""
+        per_element = self.num_bytes if self.kernels.fused_norm else 2 * 4
+        return (config.hidden_size * per_element + 4) / self.hidden_share
+
+
+def layer_bytes(config: ModelConfig, layout: Layout) -> dict[str, float]:
+    """Bytes per token that one layer keeps for its backward pass on one rank, by part."""
+    hidden = config.hidden_size / layout.hidden_share
+    queries = config.num_heads * config.head_dim / layout.tensor
+    keys = config.num_kv_heads * config.head_dim / layout.tensor
+    ffn = config.ffn_size / layout.tensor
+    b = layout.num_bytes
+    return {
+        "norms": 2 * layout.norm_bytes(config),
+        "attention input": hidden * b,
+        # cosines and sines, for queries and for keys; then both rotated, and all of q, k, v for the value's sake
+        "rotary": 4 * config.head_dim * b,
+        "query, key, value": (2 * queries + 3 * keys) * b,
+        # one output per document, their concatenation (the input of the projection), the log-sum-exp
+        "attention output": 2 * queries * b + 4 * config.num_heads / layout.tensor,
+        "mlp input": hidden * b,
+        "mlp": (3 if layout.kernels.fused_swiglu else 5) * ffn * b,
+    }
+
+
+def saved_per_layer(config: ModelConfig, layout: Layout) -> float:
+    """Bytes per token kept from forward to backward: everything, or under full recompute a layer's input."""
+    if layout.recompute:
+        return config.hidden_size / layout.hidden_share * layout.num_bytes
+    return sum(layer_bytes(config, layout).values())
+
+
+def working_bytes(config: ModelConfig, layout: Layout) -> float:
+    """Bytes per token that live only while one layer's backward runs.
+
+    Gradients of the widest tensors (linear_fc1's output and SwiGLU's) and of the hidden states, gathered under
+    sequence parallelism; under recompute also the layer's own activations, made again.
+    """
+    gradients = (3 * config.ffn_size / layout.tensor + 3 * config.hidden_size) * layout.num_bytes
+    return gradients + (sum(layer_bytes(config, layout).values()) if layout.recompute else 0.0)
+
+
+def head_saved_bytes(config: ModelConfig, layout: Layout) -> tuple[float, float]:
+    """(bytes per token, bytes per response token) that the last stage keeps besides its layers: the final norm;
+    the hidden states of the scored rows and their log-sum-exp."""
+    return layout.norm_bytes(config), config.hidden_size * layout.num_bytes + 4.0
+
+
+def layers_in_flight(config: ModelConfig, parallel: Parallel, stage: int, num_micro_batches: int) -> int:
+    """Layer-passes (a layer of one micro-batch) whose activations a stage holds at its peak.
+
+    1F1B: stage p of P holds min(m, P - p) micro-batches. Interleaved: 2 (P - p - 1) + (v - 1) P warm-up chunks and
+    the running one, at most m v.
+    """
+    stages, virtual = parallel.pipeline, parallel.virtual_pipeline or 1
+    if virtual == 1:
+        chunks = min(num_micro_batches, stages - stage)
+    else:
+        chunks = min(num_micro_batches * virtual, 2 * (stages - stage - 1) + (virtual - 1) * stages + 1)
+    return chunks * config.num_layers // (stages * virtual)

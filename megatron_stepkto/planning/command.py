@@ -1,0 +1,255 @@
+"""``stepkto plan`` and ``tools/plan.py``: propose layouts for a model on a cluster, or judge a given one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.planning.cluster import PRESETS, Cluster
+from megatron_stepkto.recipe import METHODS, Parallel, Recipe, Training, load_recipe
+
+if TYPE_CHECKING:
+    from megatron_stepkto.planning.search import Plan
+    from megatron_stepkto.planning.times import Scenario
+
+LONGEST = 4096
+# Of the longest document, and of a document: only for a rough time, so a rough default.
+MEAN_SHARE = 0.25
+RESPONSE_SHARE = 0.85
+EXAMPLES = 16_384
+GLOBAL_BATCH = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a Hugging Face folder or config.json, or a recipe (YAML)")
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument("--cluster", choices=sorted(PRESETS), default="h100", help="data-sheet values (default h100)")
+    cluster.add_argument("--gpus", type=_positive, help="all GPUs (default: the recipe's train.parallel.ranks)")
+    cluster.add_argument("--gpus-per-node", type=_positive)
+    cluster.add_argument("--gpu-memory", type=float, metavar="GB")
+    cluster.add_argument("--node-bandwidth", type=float, metavar="GB/S", help="of a GPU inside its node, one direction")
+    cluster.add_argument("--network-bandwidth", type=float, metavar="GB/S", help="per GPU between nodes, one direction")
+    cluster.add_argument("--peak", type=float, metavar="TFLOP/S", help="dense bf16")
+    work = parser.add_argument_group("work (a recipe's own values where it has them)")
+    work.add_argument("--longest", type=_positive, metavar="TOKENS", help=f"longest document (default {LONGEST})")
+    work.add_argument("--tokens", type=_positive, help="mean tokens of prompt and response (default: longest / 4)")
+    work.add_argument("--response-tokens", type=_positive, help="mean tokens of a response (default: 85%% of --tokens)")
+    work.add_argument("--examples", type=_positive, help=f"per iteration (default {EXAMPLES:,})")
+    work.add_argument("--global-batch", type=_positive, help=f"examples per update (default {GLOBAL_BATCH})")
+    work.add_argument("--method", choices=METHODS, help="default step_kto")
+    parser.add_argument("--mfu", type=float, help="share of the peak that arithmetic alone reaches (default 0.40)")
+    parser.add_argument(
+        "--layout",
+        metavar="KEY=VALUE,...",
+        help="judge this layout instead of proposing: keys of train.parallel, recompute, micro_batch_tokens",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="build the first layout's true shards on the meta device and compare the parameter counts",
+    )
+    parser.add_argument("--top", type=_positive, default=6, help="proposals to show (default 6)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Raises UserError: no layout fits, or the given one is impossible (exit code 2)."""
+    from megatron_stepkto.planning.search import propose
+    from megatron_stepkto.planning.table import report
+
+    recipe = load_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
+    case, base, longest = _scenario(arguments, recipe)
+    if arguments.layout is not None:
+        plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster), None)]
+    else:
+        if recipe is not None:
+            _warn_about_recipe(case, recipe)
+        plans = propose(case, base, longest)[: arguments.top]
+        if not plans:
+            raise UserError(_nothing_fits(case, base, longest))
+    checks = _check(case, plans[0]) if arguments.check else None
+    if arguments.json:
+        answer = {
+            "model": str(arguments.model),
+            "cluster": asdict(case.cluster),
+            "work": asdict(case.work),
+            "assumptions": asdict(case.assumed),
+            "plans": [plan.as_dict() for plan in plans],
+            **({"check": [asdict(check) for check in checks]} if checks is not None else {}),
+        }
+        sys.stdout.write(json.dumps(answer) + "\n")
+    else:
+        sys.stdout.write(report(arguments.model, case, plans, checks) + "\n")
+
+
+def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Scenario, Training, int]:
+    from megatron_stepkto.checkpoints.convert import read_model_config
+    from megatron_stepkto.planning.times import Assumptions, Scenario, Workload
+
+    config, entries = read_model_config(_model_folder(arguments.model, recipe))
+    train = recipe.train if recipe else None
+    gpus = arguments.gpus or (train.parallel.ranks if train else None)
+    if gpus is None:
+        raise UserError("how many GPUs? Give --gpus N")
+    changes = {
+        "gpus": gpus,
+        "gpus_per_node": arguments.gpus_per_node,
+        "memory_gb": arguments.gpu_memory,
+        "node_gbs": arguments.node_bandwidth,
+        "network_gbs": arguments.network_bandwidth,
+        "bf16_tflops": arguments.peak,
+    }
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    for key, value in given.items():
+        if value <= 0:
+            raise UserError(f"{key} = {value}: expected more than 0")
+    cluster = replace(PRESETS[arguments.cluster], **given)
+    base = train or Training.model_validate({"optimizer": {"lr": 1e-6}, "global_batch_size": GLOBAL_BATCH})
+    base = base.model_copy(
+        update={
+            "dtype": "bfloat16",
+            "global_batch_size": arguments.global_batch or base.global_batch_size,
+            "method": arguments.method or base.method,
+        }
+    )
+    longest = arguments.longest or (train.micro_batch_tokens if train else LONGEST)
+    tokens = arguments.tokens or max(1, int(longest * MEAN_SHARE))
+    samples = _samples(recipe)
+    uses_kl = base.method in ("step_kto", "kto") and base.loss.reference_point == "mismatched"
+    work = Workload(
+        examples=arguments.examples or samples or EXAMPLES,
+        global_batch=base.global_batch_size,
+        epochs=base.epochs,
+        tokens=tokens,
+        response_tokens=arguments.response_tokens or max(1, int(tokens * RESPONSE_SHARE)),
+        kl_share=(recipe.dataset.kl_pair_share if recipe else 1.0) if uses_kl else 0.0,
+        uses_reference=base.method != "rft",
+        samples=samples or (0 if recipe else arguments.examples or EXAMPLES),
+    )
+    if work.response_tokens > work.tokens or work.tokens > longest:
+        raise UserError(
+            f"expected --response-tokens <= --tokens <= --longest, got {work.response_tokens}, {work.tokens}, {longest}"
+        )
+    assumed = Assumptions() if arguments.mfu is None else Assumptions(mfu=arguments.mfu)
+    if not 0 < assumed.mfu <= 1:
+        raise UserError(f"--mfu {assumed.mfu}: expected a share between 0 and 1")
+    return Scenario(config, entries, cluster, work, assumed), base, longest
+
+
+def _model_folder(model: Path, recipe: Recipe | None) -> Path:
+    if recipe is not None:
+        if recipe.initial_model is None:
+            raise UserError(f"{model}: has no initial_model, whose config.json a plan reads; give the model's folder")
+        return recipe.initial_model
+    return model.parent if model.name == "config.json" else model
+
+
+def _samples(recipe: Recipe | None) -> int:
+    """Solutions that a recipe's iteration draws; 0 where it does not say."""
+    if recipe is None or recipe.sample is None or recipe.problems.per_iteration is None:
+        return 0
+    return recipe.problems.per_iteration * recipe.sample.num_samples
+
+
+def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
+    keys: dict[str, Any] = {}
+    for assignment in text.split(","):
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise UserError(f"--layout {assignment}: expected KEY=VALUE, such as tensor=8")
+        keys[key.strip()] = yaml.safe_load(value)
+    beside = ("recompute", "micro_batch_tokens", "dtype")  # keys of train itself
+    outside: dict[str, Any] = {name: keys.pop(name) for name in beside if name in keys}
+    try:
+        tree: dict[str, Any] = {**base.model_dump(), **outside, "parallel": {"ranks": cluster.gpus, **keys}}
+        return Training.model_validate(tree)
+    except ValidationError as error:
+        faults = [
+            f"--layout: {'.'.join(str(part) for part in ('train', *item['loc']))}: "
+            f"{item['msg'].removeprefix('Value error, ')}"
+            + (f"; keys: {', '.join(Parallel.model_fields)}" if item["type"] == "extra_forbidden" else "")
+            for item in error.errors()
+        ]
+        raise UserError("\n".join(faults)) from None
+
+
+def _judge(case: Scenario, settings: Training, recipe: Recipe | None) -> Plan:
+    """The plan of a given layout. Raises UserError when it is impossible."""
+    from megatron_stepkto.planning.layout import check_layout
+    from megatron_stepkto.planning.search import make_plan, ways_out
+
+    place = recipe.place if recipe else None
+    check_layout(case.config, settings.parallel, place)
+    plan = make_plan(case, settings)
+    if not plan.fits(case.cluster):
+        fullest = max(plan.stages, key=lambda stage: stage.peak)
+        prefix = f"{place('train.parallel')}: " if place else ""
+        raise UserError(
+            f"{prefix}pipeline stage {fullest.stage} needs {fullest.peak / 1e9:.1f} GB, a GPU has "
+            f"{case.cluster.memory_gb:g} GB (state {fullest.state / 1e9:.1f}, activations "
+            f"{fullest.activations / 1e9:.1f}, head {fullest.head / 1e9:.1f}, overhead {fullest.overhead / 1e9:.1f}); "
+            f"{ways_out(case, plan)}"
+        )
+    return plan
+
+
+def _warn_about_recipe(case: Scenario, recipe: Recipe) -> None:
+    """A recipe's own layout is judged too, when it is for as many GPUs and bf16."""
+    from megatron_stepkto.progress import warn
+
+    if recipe.train.dtype != "bfloat16" or recipe.train.parallel.ranks != case.cluster.gpus:
+        return
+    try:
+        _judge(case, recipe.train, recipe)
+    except UserError as error:
+        warn(f"the recipe's own layout is impossible: {error}")
+
+
+def _nothing_fits(case: Scenario, base: Training, longest: int) -> str:
+    from megatron_stepkto.planning.search import recipe_keys, smallest
+
+    least = smallest(case, base, longest)
+    cluster = case.cluster
+    if least is None:
+        return (
+            f"no layout of {cluster.gpus} GPUs is possible: tensor x pipeline must divide it, tensor the model's heads "
+            f"and pipeline its {case.config.num_layers} layers; change --gpus"
+        )
+    return (
+        f"no layout of {cluster.gpus} GPUs fits into {cluster.memory_gb:g} GB each (with 10% left free): the smallest "
+        f"needs {least.peak / 1e9:.1f} GB at {recipe_keys(least.settings)}; raise --gpus, take GPUs with more memory, "
+        "or lower --longest"
+    )
+
+
+def _check(case: Scenario, plan: Plan) -> list[Any]:
+    import torch
+
+    from megatron_stepkto.planning.shards import check_plan
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron-Core names every accelerator that it does without
+        checks = check_plan(case.config, case.entries, plan.settings.parallel, torch.bfloat16)
+    wrong = [check for check in checks if not check.agrees]
+    if wrong:
+        raise UserError(
+            "the plan's parameter counts differ from the shards that were built (please report this): "
+            + "; ".join(str(check) for check in wrong)
+        )
+    return checks

@@ -1,0 +1,160 @@
+"""What one rank of each pipeline stage holds, in bytes: exact for weights, gradients and optimizer, then estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.logprobs import DEFAULT_CHUNK
+from megatron_stepkto.planning.activations import (
+    CPU,
+    CUDA,
+    Layout,
+    head_saved_bytes,
+    layers_in_flight,
+    saved_per_layer,
+    working_bytes,
+)
+from megatron_stepkto.planning.parameters import optimizer_shard, padded_vocab_size, stage_parameters
+from megatron_stepkto.recipe import Parallel, Training
+
+# CUDA context, cuBLAS workspaces and NCCL's buffers of a handful of groups.
+OVERHEAD_BYTES = 3.0e9
+# The caching allocator's blocks are not filled to the last byte.
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One rank of a stage. The three last but one never live together: ``peak`` takes the largest.
+
+    weights, gradients (float32), optimizer (float32 main weights where training is bf16, both moments): exact.
+    activations: of all micro-batches in flight and of one layer's backward. head: chunk of logits and the
+    gradient of the head's weight (last stage). kl_pass: forward without gradient. step: AdamW's temporaries.
+    """
+
+    stage: int
+    parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    kl_pass: float
+    step: float
+    overhead: float
+
+    @property
+    def state(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        dynamic = max(self.activations + self.head, self.kl_pass, self.step)
+        return self.state + dynamic * (1 + FRAGMENTATION) + self.overhead
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "peak": self.peak}
+
+
+def data_parallel_size(parallel: Parallel) -> int:
+    return parallel.ranks // (parallel.tensor * parallel.pipeline)
+
+
+def state_bytes(config: ModelConfig, entries: list[Entry], settings: Training, stage: int) -> tuple[int, int, int]:
+    """(weights, gradients, optimizer) of a rank, as ``Engine`` allocates them."""
+    parallel = settings.parallel
+    held = stage_parameters(config, entries, parallel, stage)
+    shard = optimizer_shard(held, data_parallel_size(parallel)) if parallel.distributed_optimizer else held.total
+    if settings.dtype == "bfloat16":
+        return 2 * held.total, 4 * held.total, 12 * shard  # float32 main weights and two moments
+    return 4 * held.total, 4 * held.total, 8 * shard  # the weights are their own main weights
+
+
+def stage_memory(
+    config: ModelConfig,
+    entries: list[Entry],
+    settings: Training,
+    stage: int,
+    *,
+    num_micro_batches: int,
+    response_share: float = 1.0,
+    on_gpu: bool = True,
+) -> StageMemory:
+    """Memory of a rank of pipeline stage ``stage`` at the fullest micro-batch (``micro_batch_tokens``).
+
+    response_share: tokens of responses among all; only these reach the head.
+    """
+    parallel, tokens = settings.parallel, settings.micro_batch_tokens
+    num_bytes = 2 if settings.dtype == "bfloat16" else 4
+    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, CUDA if on_gpu else CPU)
+    weights, gradients, optimizer = state_bytes(config, entries, settings, stage)
+    in_flight = layers_in_flight(config, parallel, stage, num_micro_batches)
+    activations = tokens * (in_flight * saved_per_layer(config, layout) + working_bytes(config, layout))
+    per_stage = config.num_layers // parallel.pipeline
+    if parallel.pipeline > 1:  # the output of each micro-batch waits for its gradient
+        hidden = config.hidden_size / layout.hidden_share * num_bytes
+        activations += tokens * hidden * in_flight / per_stage * (parallel.virtual_pipeline or 1)
+    forward_only = tokens * (3 * config.ffn_size / parallel.tensor + 3 * config.hidden_size) * num_bytes
+    head = 0.0
+    if stage == parallel.pipeline - 1:
+        per_token, per_row = head_saved_bytes(config, layout)
+        activations += tokens * (per_token + response_share * per_row)
+        rows = padded_vocab_size(config.vocab_size, parallel.tensor) // parallel.tensor
+        # backward of a chunk: float32 logits and their copy in the compute dtype; the weight's gradient adds up in
+        # float32, beside one chunk's product and its float32 copy, and is returned in the compute dtype
+        head = DEFAULT_CHUNK * rows * (4 + num_bytes) + rows * config.hidden_size * (4 + 2 * num_bytes + 4)
+        forward_only += DEFAULT_CHUNK * rows * 4 + tokens * config.hidden_size * num_bytes
+    shard = optimizer / (12 if settings.dtype == "bfloat16" else 8)
+    return StageMemory(
+        stage=stage,
+        parameters=stage_parameters(config, entries, parallel, stage).total,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        head=head,
+        kl_pass=forward_only,
+        step=4 * shard if on_gpu else 0.0,  # torch's AdamW takes the root of all second moments at once
+        overhead=OVERHEAD_BYTES if on_gpu else 0.0,
+    )
+
+
+def check_state_fits(
+    config: ModelConfig,
+    entries: list[Entry],
+    settings: Training,
+    capacity: float,
+    where: str,
+    place: Callable[[str], str] | None = None,
+) -> None:
+    """Refuse a layout whose weights, gradients and optimizer alone exceed a rank's memory: it cannot start.
+
+    Args:
+        capacity: bytes that a rank may use. where: whose memory it is, for the message.
+
+    Raises:
+        UserError: names the fullest stage and the keys to change.
+    """
+    sizes = {s: sum(state_bytes(config, entries, settings, s)) for s in range(settings.parallel.pipeline)}
+    stage = max(sizes, key=lambda s: sizes[s])
+    if sizes[stage] <= capacity:
+        return
+    key = "train.parallel"
+    prefix = f"{place(key)}: " if place else ""
+    raise UserError(
+        f"{prefix}weights, gradients and optimizer of a rank of pipeline stage {stage} take "
+        f"{sizes[stage] / 1e9:.1f} GB, {where} has {capacity / 1e9:.1f} GB; {advice(settings.parallel)} "
+        "(`stepkto plan` proposes layouts)"
+    )
+
+
+def advice(parallel: Parallel) -> str:
+    """Which keys lower a rank's memory."""
+    keys = ["raise train.parallel.tensor or train.parallel.pipeline (with train.parallel.ranks)"]
+    if not parallel.distributed_optimizer and data_parallel_size(parallel) > 1:
+        keys.append("set train.parallel.distributed_optimizer: true")
+    return ", or ".join(keys)

@@ -1,0 +1,136 @@
+"""A plan as text: what was assumed, the proposals, the first one's memory per stage, and the YAML to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from megatron_stepkto.planning.memory import data_parallel_size
+from megatron_stepkto.planning.parameters import model_parameters
+from megatron_stepkto.planning.search import Plan, recipe_keys
+from megatron_stepkto.planning.times import Scenario
+
+if TYPE_CHECKING:
+    from megatron_stepkto.planning.shards import Check
+
+
+def report(model: Path, case: Scenario, plans: Sequence[Plan], checks: Sequence[Check] | None) -> str:
+    parts = [_header(model, case), _proposals(case, plans), _memory(plans[0]), _times(plans[0])]
+    if checks is not None:
+        parts.append(_checked(checks))
+    keys = yaml.safe_dump({"train": recipe_keys(plans[0].settings)}, sort_keys=False)
+    return "\n\n".join([*parts, "Layout 1, for a recipe:\n\n" + keys.rstrip()])
+
+
+def _header(model: Path, case: Scenario) -> str:
+    c, k, w, a = case.config, case.cluster, case.work, case.assumed
+    return "\n".join(
+        [
+            f"{model}: {model_parameters(c, case.entries) / 1e9:.2f}B parameters, {c.num_layers} layers, hidden "
+            f"{c.hidden_size:,}, {c.num_heads} heads ({c.num_kv_heads} key-value), vocabulary {c.vocab_size:,}",
+            f"{k.gpus} GPUs, {k.gpus_per_node} per node: {k.memory_gb:g} GB, {k.bf16_tflops:g} TFLOP/s bf16, "
+            f"{k.hbm_gbs:g} GB/s memory, {k.node_gbs:g} GB/s in the node, {k.network_gbs:g} GB/s between nodes",
+            f"  {k.name}: {k.source}",
+            f"an iteration: {w.examples:,} examples of {w.tokens:,} tokens on average ({w.response_tokens:,} of the "
+            f"response), {w.updates:,} updates of {w.global_batch}, {w.kl_share:g} KL pairs per example, "
+            f"{w.samples:,} solutions sampled",
+            f"assumed, not measured: arithmetic at {a.mfu:.0%} of the peak, links at {a.link:.0%} of the data sheet "
+            f"with nothing overlapped, micro-batches {a.fill:.0%} full; sampling {a.sequences} sequences per engine, "
+            f"{a.sampling_hbm:.0%} of memory bandwidth, {a.sampling_mfu:.0%} of the peak; judging not counted",
+        ]
+    )
+
+
+def _rows(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
+def _proposals(case: Scenario, plans: Sequence[Plan]) -> str:
+    rows = [
+        [
+            "",
+            "TP",
+            "PP",
+            "v",
+            "DP",
+            "SP",
+            "recompute",
+            "micro-batch",
+            "peak GB",
+            "s/update",
+            "bubble",
+            "MFU",
+            "h/iteration",
+        ]
+    ]
+    for number, plan in enumerate(plans, 1):
+        p, t = plan.settings.parallel, plan.times
+        rows.append(
+            [
+                str(number),
+                str(p.tensor),
+                str(p.pipeline),
+                str(p.virtual_pipeline or 1),
+                str(data_parallel_size(p)),
+                "yes" if p.sequence else "no",
+                "full" if plan.settings.recompute else "no",
+                f"{plan.settings.micro_batch_tokens:,}",
+                f"{plan.peak / 1e9:.1f}",
+                f"{t.update:.2f}",
+                f"{t.bubble / t.update:.0%}",
+                f"{t.mfu:.0%}",
+                f"{t.iteration / 3600:.2f}",
+            ]
+        )
+    return f"Layouts, fastest first (peak of {case.cluster.memory_gb:g} GB; v: chunks per stage):\n\n" + _rows(rows)
+
+
+def _memory(plan: Plan) -> str:
+    names = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", "head", "KL pass", "step"]
+    rows = [[*names, "overhead", "peak"]]
+    shown = {0, 1, plan.settings.parallel.pipeline - 1}
+    for s in plan.stages:
+        if s.stage not in shown:
+            continue
+        sizes = (s.weights, s.gradients, s.optimizer, s.activations, s.head, s.kl_pass, s.step, s.overhead, s.peak)
+        rows.append([str(s.stage), f"{s.parameters:,}", *(f"{size / 1e9:.1f}" for size in sizes)])
+    return (
+        "Layout 1, GB per rank of a pipeline stage (peak: state + the largest of activations and head, KL pass, "
+        "optimizer step, + 5% + overhead):\n\n" + _rows(rows)
+    )
+
+
+def _times(plan: Plan) -> str:
+    t = plan.times
+    parts = {
+        "arithmetic": t.compute,
+        "tensor-parallel messages": t.tensor_parallel,
+        "expert-parallel messages": t.expert_parallel,
+        "pipeline messages": t.pipeline_messages,
+        "bubble": t.bubble,
+        "data-parallel reduction": t.data_parallel,
+        "optimizer": t.optimizer,
+        "KL pass": t.kl_pass,
+    }
+    update = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items() if seconds)
+    return (
+        f"Layout 1, seconds: update {t.update:.2f} = {update}; {t.micro_batches} micro-batches per replica.\n"
+        f"Iteration {t.iteration:,.0f} = sampling {t.sampling:,.0f} + reference pass {t.reference_pass:,.0f} + updates "
+        f"{t.iteration - t.sampling - t.reference_pass:,.0f}."
+    )
+
+
+def _checked(checks: Sequence[Check]) -> str:
+    rows = [["rank", "tensor", "stage", "parameters", "optimizer shard"]]
+    for check in checks:
+        s = check.shard
+        held = f"{s.optimizer:,}" if s.optimizer is not None else "whole"
+        rows.append([str(s.rank), str(s.tensor_rank), str(s.stage), f"{s.parameters:,}", held])
+    return (
+        "Shards built on the meta device, equal to the plan (data-parallel rank 0, first and last tensor rank):\n\n"
+        + _rows(rows)
+    )

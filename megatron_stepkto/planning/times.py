@@ -1,0 +1,233 @@
+"""Rough times of an update and an iteration: arithmetic at a stated share of the peak, then what cannot hide behind it.
+
+Nothing here was measured on a GPU. The model: a stage's arithmetic runs at ``mfu`` of the peak; tensor-, expert- and
+pipeline-parallel messages are added to it (none is taken to overlap); a pipeline adds its bubble; the data-parallel
+reduction and the optimizer come once per update.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig
+from megatron_stepkto.planning.cluster import Cluster
+from megatron_stepkto.planning.memory import data_parallel_size, state_bytes
+from megatron_stepkto.planning.parameters import model_parameters
+from megatron_stepkto.recipe import Training
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Stated, not measured.
+
+    mfu: share of the bf16 peak that arithmetic alone reaches. link: share of a link's data-sheet bandwidth that
+    collectives reach. fill: share of a packed micro-batch that is not padding or room left over. sampling_mfu,
+    sampling_hbm: shares that decoding reaches of the arithmetic peak and of the memory bandwidth. sequences: solutions
+    that one engine decodes at a time.
+    """
+
+    mfu: float = 0.40
+    link: float = 0.70
+    fill: float = 0.92
+    sampling_mfu: float = 0.30
+    sampling_hbm: float = 0.50
+    sequences: int = 256
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One iteration. Tokens are means per document (prompt and response); kl_share: KL pairs per example, 0 for none.
+
+    passes_reference: whether the method takes log-ratios to a reference. samples: solutions drawn.
+    """
+
+    examples: int
+    global_batch: int
+    epochs: int
+    tokens: int
+    response_tokens: int
+    kl_share: float
+    uses_reference: bool
+    samples: int
+
+    @property
+    def updates(self) -> int:
+        return max(1, math.ceil(self.examples / self.global_batch)) * self.epochs
+
+    @property
+    def response_share(self) -> float:
+        return self.response_tokens / self.tokens
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a plan is made for: a model, a cluster, an iteration's work."""
+
+    config: ModelConfig
+    entries: list[Entry]
+    cluster: Cluster
+    work: Workload
+    assumed: Assumptions
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds. update: one, with its KL pass; its parts follow. mfu: model FLOPs of the update proper (no
+    recomputation, no KL pass) over the peak of all GPUs in that time."""
+
+    update: float
+    compute: float
+    tensor_parallel: float
+    expert_parallel: float
+    pipeline_messages: float
+    bubble: float
+    data_parallel: float
+    optimizer: float
+    kl_pass: float
+    reference_pass: float
+    sampling: float
+    iteration: float
+    mfu: float
+    micro_batches: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forward_flops(config: ModelConfig, tokens: float, response_tokens: float, length: float) -> tuple[float, float]:
+    """(of one layer, of the head) of a forward pass over ``tokens`` in documents of ``length`` tokens.
+
+    Causal attention sees half the pairs: 2 x 2 x length / 2 x (heads x head size) per token.
+    """
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    projections = config.hidden_size * (2 * queries + 2 * keys)
+    mlp = 3 * config.hidden_size * config.ffn_size
+    layer = tokens * (2 * (projections + mlp) + 2 * length * queries)
+    return layer, response_tokens * 2 * config.hidden_size * config.vocab_size
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Seconds of one micro-batch on the slowest stage, by part."""
+
+    compute: float
+    tensor_parallel: float
+    expert_parallel: float
+    pipeline_messages: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor_parallel + self.expert_parallel + self.pipeline_messages
+
+
+def _pass(case: Scenario, settings: Training, tokens: float, layer_passes: int, head_passes: int) -> _Pass:
+    """A micro-batch of ``tokens``. layer_passes: forward passes' worth of arithmetic (3 with backward, 4 with
+    recompute); head_passes likewise."""
+    config, cluster, assumed = case.config, case.cluster, case.assumed
+    parallel = settings.parallel
+    layer, head = forward_flops(config, tokens, tokens * case.work.response_share, case.work.tokens)
+    layers = config.num_layers / parallel.pipeline
+    speed = cluster.bf16_tflops * 1e12 * assumed.mfu * parallel.tensor
+    compute = (layers * layer * layer_passes + head * head_passes) / speed
+
+    hidden = tokens * config.hidden_size * (2 if settings.dtype == "bfloat16" else 4)
+    # two all-reduces (or their halves, under sequence parallelism) per layer and direction; recompute repeats one's
+    directions = {1: 1, 3: 2, 4: 3}[layer_passes]
+    moved = 2 * (parallel.tensor - 1) / parallel.tensor * hidden
+    tensor_time = layers * 2 * directions * moved / _rate(case, parallel.tensor)
+    messages = 0.0
+    if parallel.pipeline > 1:
+        span = parallel.ranks // parallel.pipeline + 1
+        sent = hidden / (parallel.tensor if parallel.sequence else 1) * (parallel.virtual_pipeline or 1)
+        messages = sent * min(directions, 2) / _rate(case, span)
+    return _Pass(compute, tensor_time, 0.0, messages)
+
+
+def _rate(case: Scenario, span: int) -> float:
+    """Bytes per second of a link in a group that spans ``span`` consecutive ranks."""
+    return case.cluster.link_gbs(span) * 1e9 * case.assumed.link
+
+
+def micro_batches(case: Scenario, settings: Training, tokens: float) -> tuple[int, float]:
+    """(number, tokens of one) for a replica's share of ``tokens``; interleaved pipelines round up to their stages."""
+    parallel = settings.parallel
+    # a replica has at least one document
+    per_replica = max(tokens / data_parallel_size(parallel), case.work.tokens)
+    count = math.ceil(per_replica / (settings.micro_batch_tokens * case.assumed.fill))
+    multiple = parallel.pipeline if parallel.virtual_pipeline else 1
+    count = -(-count // multiple) * multiple
+    return count, per_replica / count
+
+
+def estimate_times(case: Scenario, settings: Training) -> Times:
+    config, work, parallel = case.config, case.work, settings.parallel
+    bubble_passes = (parallel.pipeline - 1) / (parallel.virtual_pipeline or 1)
+    batch_tokens = work.global_batch * work.tokens
+    count, tokens = micro_batches(case, settings, batch_tokens)
+    # the head computes its logits again in the backward pass: one product forward, three backward
+    train = _pass(case, settings, tokens, 4 if settings.recompute else 3, 4)
+
+    def forward_only(total: float) -> float:
+        if not total:
+            return 0.0
+        number, size = micro_batches(case, settings, total)
+        return (number + bubble_passes) * _pass(case, settings, size, 1, 1).total
+
+    reduction, step = _once_per_update(case, settings)
+    kl_pass = forward_only(batch_tokens * work.kl_share)
+    bubble = bubble_passes * train.total
+    proper = count * train.total + bubble + reduction + step
+    layer, head = forward_flops(config, batch_tokens, batch_tokens * work.response_share, work.tokens)
+    model_flops = 3 * (config.num_layers * layer + head)
+    reference = forward_only(work.examples * work.tokens * (1 + work.kl_share)) if work.uses_reference else 0.0
+    sampling = sampling_seconds(case)
+    return Times(
+        update=proper + kl_pass,
+        compute=count * train.compute,
+        tensor_parallel=count * train.tensor_parallel,
+        expert_parallel=count * train.expert_parallel,
+        pipeline_messages=count * train.pipeline_messages,
+        bubble=bubble,
+        data_parallel=reduction,
+        optimizer=step,
+        kl_pass=kl_pass,
+        reference_pass=reference,
+        sampling=sampling,
+        iteration=work.updates * (proper + kl_pass) + reference + sampling,
+        mfu=model_flops / (proper * parallel.ranks * case.cluster.bf16_tflops * 1e12),
+        micro_batches=count,
+    )
+
+
+def _once_per_update(case: Scenario, settings: Training) -> tuple[float, float]:
+    """(data-parallel reduction, optimizer) of the fullest stage."""
+    parallel = settings.parallel
+    replicas = data_parallel_size(parallel)
+    held = [state_bytes(case.config, case.entries, settings, stage) for stage in range(parallel.pipeline)]
+    weights, gradients, optimizer = (max(sizes) for sizes in zip(*held, strict=True))
+    share = (replicas - 1) / replicas
+    # float32 gradients: reduce-scatter and, for the new weights, all-gather; or one all-reduce
+    moved = gradients + weights if parallel.distributed_optimizer else 2 * gradients
+    # AdamW reads and writes its state, and reads the gradient's part
+    traffic = 2 * optimizer + gradients / (replicas if parallel.distributed_optimizer else 1)
+    return share * moved / _rate(case, parallel.tensor * replicas), traffic / (case.cluster.hbm_gbs * 1e9)
+
+
+def sampling_seconds(case: Scenario) -> float:
+    """Drawing the iteration's solutions on the same GPUs with the fewest GPUs per engine that hold the weights in half
+    their memory. A decoding step reads the weights and the keys and values of all sequences."""
+    config, cluster, assumed, work = case.config, case.cluster, case.assumed, case.work
+    if not work.samples:
+        return 0.0
+    weights = 2.0 * model_parameters(config, case.entries)
+    per_engine = 1
+    while weights / per_engine > 0.5 * cluster.memory_gb * 1e9 and per_engine < cluster.gpus_per_node:
+        per_engine *= 2
+    engines = max(1, cluster.gpus // per_engine)
+    cache = 4.0 * config.num_layers * config.num_kv_heads * config.head_dim * work.tokens
+    read = (weights + cache * assumed.sequences) / (cluster.hbm_gbs * 1e9 * assumed.sampling_hbm * per_engine)
+    compute = weights * assumed.sequences / (cluster.bf16_tflops * 1e12 * assumed.sampling_mfu * per_engine)
+    tokens_per_second = engines * assumed.sequences / max(read, compute)
+    return work.samples * work.response_tokens / tokens_per_second

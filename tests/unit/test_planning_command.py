@@ -1,0 +1,236 @@
+"""Plans as a user asks for them: proposals that fit and paste into a recipe, and refusals that say what to change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_stepkto.checkpoints.convert import read_model_config
+from megatron_stepkto.cli import main
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.planning.activations import CUDA, Layout, layer_bytes
+from megatron_stepkto.planning.cluster import PRESETS
+from megatron_stepkto.planning.layout import layout_faults
+from megatron_stepkto.planning.memory import check_state_fits, stage_memory
+from megatron_stepkto.planning.times import Assumptions, Scenario, Workload, estimate_times, forward_flops
+from megatron_stepkto.recipe import Training
+
+
+@pytest.fixture(scope="module")
+def configs(repository: Path) -> Path:
+    return repository / "recipes" / "configs"
+
+
+def settings(**changes: Any) -> Training:
+    tree = {"optimizer": {"lr": 1e-6}, "global_batch_size": 256, "dtype": "bfloat16", **changes}
+    return Training.model_validate(tree)
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    main(["plan", *map(str, arguments), "--json"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", *map(str, arguments)])
+    assert caught.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_state_of_a_70b_rank_by_hand(configs: Path) -> None:
+    """TP 8 x PP 8 x DP 16, first stage: 1,201,045,504 elements, a sixteenth of them in the distributed optimizer."""
+    parallel = {"ranks": 1024, "tensor": 8, "pipeline": 8, "sequence": True, "distributed_optimizer": True}
+    train = settings(parallel=parallel, micro_batch_tokens=4096)
+    config, entries = read_model_config(configs / "llama3.3_70b")
+    first = stage_memory(config, entries, train, 0, num_micro_batches=64)
+    assert (first.weights, first.gradients, first.optimizer) == (2_402_091_008, 4_804_182_016, 12 * 75_065_344)
+    assert first.step == 4 * 75_065_344
+    # 8 micro-batches of 10 layers are in flight; one is h / 8 elements, each output too
+    layer = sum(layer_bytes(config, Layout(8, True, 2, False, CUDA)).values())
+    output = 8 * 4096 * 8192 / 8 * 2
+    working = 4096 * (3 * 28672 / 8 + 3 * 8192) * 2
+    assert first.activations == pytest.approx(4096 * 80 * layer + output + working)
+    last = stage_memory(config, entries, train, 7, num_micro_batches=64)
+    assert last.head == 1024 * 16032 * (4 + 2) + 16032 * 8192 * (4 + 2 * 2 + 4)
+    assert first.head == 0
+    assert first.peak == pytest.approx(first.state + 1.05 * first.activations + 3e9)
+
+
+def test_float32_needs_no_main_weights(configs: Path) -> None:
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    memory = stage_memory(config, entries, settings(dtype="float32"), 0, num_micro_batches=1)
+    assert (memory.weights, memory.optimizer) == (4 * 8_030_261_248, 8 * 8_030_261_248)
+
+
+def test_recompute_and_sequence_parallelism_lower_activations(configs: Path) -> None:
+    config, entries = read_model_config(configs / "llama3.1_8b")
+
+    def activations(**changes: Any) -> float:
+        return stage_memory(config, entries, settings(**changes), 0, num_micro_batches=1).activations
+
+    whole = activations(parallel={"ranks": 4, "tensor": 4})
+    assert activations(parallel={"ranks": 4, "tensor": 4, "sequence": True}) < 0.7 * whole
+    assert activations(parallel={"ranks": 4, "tensor": 4}, recompute=True) < 0.35 * whole
+
+
+def test_flops_by_hand(configs: Path) -> None:
+    """8B: 2 FLOPs per weight of a layer's matrices, plus causal attention over documents of 1,024 tokens."""
+    config, _ = read_model_config(configs / "llama3.1_8b")
+    layer, head = forward_flops(config, tokens=1, response_tokens=0.5, length=1024)
+    matrices = 4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336
+    assert layer == 2 * matrices + 2 * 2 * 512 * 4096
+    assert head == 0.5 * 2 * 4096 * 128_256
+
+
+def workload(**changes: Any) -> Workload:
+    given = {
+        "examples": 16_384,
+        "global_batch": 256,
+        "epochs": 1,
+        "tokens": 1000,
+        "response_tokens": 800,
+        "kl_share": 0.0,
+        "uses_reference": False,
+        "samples": 0,
+    }
+    return Workload(**{**given, **changes})
+
+
+def test_time_of_one_gpu_by_hand(configs: Path) -> None:
+    """Nothing to send, no bubble: arithmetic at the stated share of the peak, and the optimizer's memory traffic."""
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    case = Scenario(config, entries, PRESETS["h100"], workload(), Assumptions(mfu=0.5, fill=1.0))
+    times = estimate_times(case, settings(micro_batch_tokens=4000))
+    layer, head = forward_flops(config, 256_000, 204_800, 1000)
+    arithmetic = (3 * 32 * layer + 4 * head) / (0.5 * 989e12)
+    state = 12 * 8_030_261_248
+    optimizer = (2 * state + 4 * 8_030_261_248) / 3350e9
+    assert times.micro_batches == 64
+    assert times.compute == pytest.approx(arithmetic)
+    assert times.update == pytest.approx(arithmetic + optimizer)
+    assert times.iteration == pytest.approx(64 * times.update)
+    assert times.mfu == pytest.approx((96 * layer + 3 * head) / 989e12 / times.update)
+
+
+def test_bubble_messages_and_passes(configs: Path) -> None:
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    cluster = PRESETS["h100"]
+
+    def times(work: Workload, **layout: Any) -> Any:
+        case = Scenario(config, entries, cluster, work, Assumptions(fill=1.0, link=1.0))
+        return estimate_times(case, settings(parallel=layout, micro_batch_tokens=4000))
+
+    piped = times(workload(), ranks=4, pipeline=4)
+    interleaved = times(workload(), ranks=4, pipeline=4, virtual_pipeline=4)
+    running = piped.compute + piped.pipeline_messages
+    assert piped.bubble == pytest.approx(running * 3 / 64)  # (P - 1) / m
+    assert interleaved.bubble == pytest.approx(
+        (interleaved.compute + interleaved.pipeline_messages) * 3 / (64 * 4)
+    )  # (P - 1) / (m v)
+    split = times(workload(), ranks=2, tensor=2)
+    # 2 all-reduces per layer forward, 2 backward, each 2 (n - 1) / n of the hidden states
+    assert split.tensor_parallel == pytest.approx(32 * 4 * 256_000 * 4096 * 2 / 450e9)
+    replicas = times(workload(), ranks=8, distributed_optimizer=True)
+    assert replicas.data_parallel == pytest.approx(7 / 8 * 6 * 8_030_261_248 / 450e9)
+    plain, paired = times(workload(), ranks=1), times(workload(kl_share=0.25, uses_reference=True), ranks=1)
+    layer, head = forward_flops(config, 256_000, 204_800, 1000)
+    forward = (32 * layer + head) / (0.4 * 989e12)
+    assert paired.kl_pass == pytest.approx(0.25 * forward)
+    assert paired.update - plain.update == pytest.approx(0.25 * forward)
+    assert paired.reference_pass == pytest.approx(64 * 1.25 * forward)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gpus", "cluster"), [(64, "h100"), (256, "h100"), (1024, "h100"), (64, "h200"), (64, "a100")])
+def test_proposals_for_70b_fit_and_paste_into_a_recipe(
+    gpus: int, cluster: str, configs: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = plan_json(capsys, configs / "llama3.3_70b", "--gpus", gpus, "--cluster", cluster)
+    config, _ = read_model_config(configs / "llama3.3_70b")
+    recipe = yaml.safe_load((repository / "recipes" / "mini_cpu.yaml").read_text())
+    assert len(found["plans"]) >= 3
+    seconds = [plan["seconds"]["iteration"] for plan in found["plans"]]
+    assert seconds == sorted(seconds)
+    for plan in found["plans"]:
+        pasted = Training.model_validate({**recipe["train"], **plan["train"]})
+        assert pasted.parallel.ranks == gpus
+        assert layout_faults(config, pasted.parallel) == []
+        assert plan["peak_bytes"] <= 0.9 * found["cluster"]["memory_gb"] * 1e9
+        assert plan["peak_bytes"] == max(stage["peak"] for stage in plan["stages"])
+        assert len(plan["stages"]) == pasted.parallel.pipeline
+
+
+def test_what_is_printed(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(configs / "llama3.1_8b"), "--gpus", "8"])
+    text = capsys.readouterr().out
+    assert "8.03B parameters, 32 layers, hidden 4,096, 32 heads (8 key-value)" in text
+    assert "NVIDIA H100 SXM data sheet" in text
+    assert "assumed, not measured: arithmetic at 40% of the peak" in text
+    _, _, keys = text.partition("for a recipe:\n\n")
+    assert yaml.safe_load(keys)["train"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run's patches last as long as the process")
+def test_check_builds_the_shards(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = "tensor=8,pipeline=8,sequence=true"
+    found = plan_json(
+        capsys, configs / "llama3.3_70b", "--gpus", 64, "--layout", layout, "--cluster", "h200", "--check"
+    )
+    built = {(c["shard"]["stage"], c["shard"]["tensor_rank"]): c["shard"]["chunks"] for c in found["check"]}
+    assert len(built) == 16
+    assert built[0, 7] == [1_201_045_504]
+    assert built[7, 0] == [1_201_053_696]
+
+
+def test_refusals_name_the_key(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    eight, seventy = configs / "llama3.1_8b", configs / "llama3.3_70b"
+    assert "how many GPUs? Give --gpus N" in refusal(capsys, eight)
+    assert "no layout of 8 GPUs fits into 80 GB each" in refusal(capsys, seventy, "--gpus", 8)
+    message = refusal(capsys, eight, "--gpus", 8, "--layout", "tensor=3")
+    assert "train.parallel: ranks (8) must be a multiple of tensor x pipeline (3 x 1)" in message
+    assert "train.parallel.pipe: Extra inputs are not permitted; keys: ranks, tensor, pipeline" in refusal(
+        capsys, eight, "--gpus", 8, "--layout", "pipe=2"
+    )
+    assert "train.parallel.tensor = 16 does not divide the model's key-value heads (8)" in refusal(
+        capsys, eight, "--gpus", 16, "--layout", "tensor=16"
+    )
+    message = refusal(capsys, eight, "--gpus", 8, "--layout", "tensor=4,sequence=true,micro_batch_tokens=32768")
+    assert "pipeline stage 0 needs" in message
+    assert "each of these alone makes it fit: train.recompute: true;" in message
+    assert "train.parallel.distributed_optimizer: true" in message
+    assert "expected --response-tokens <= --tokens <= --longest, got 900, 800, 4096" in refusal(
+        capsys, eight, "--gpus", 8, "--tokens", 800, "--response-tokens", 900
+    )
+
+
+def test_a_recipe_brings_its_own_work(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, repository / "recipes" / "mini_cpu.yaml", "--method", "rft")
+    assert found["cluster"]["gpus"] == 2
+    assert (found["work"]["examples"], found["work"]["global_batch"]) == (320 * 8, 64)
+    assert (found["work"]["kl_share"], found["work"]["uses_reference"]) == (0.0, False)
+
+
+def test_state_that_cannot_fit_is_refused_before_training(configs: Path) -> None:
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    train = settings(parallel={"ranks": 4, "tensor": 2})
+    needed = 18 * 4_015_263_744
+    check_state_fits(config, entries, train, needed, "a GPU")
+    with pytest.raises(UserError) as caught:
+        check_state_fits(config, entries, train, needed - 1, "a GPU", lambda key: f"r.yaml:9 ({key})")
+    assert str(caught.value) == (
+        "r.yaml:9 (train.parallel): weights, gradients and optimizer of a rank of pipeline stage 0 take 72.3 GB, "
+        "a GPU has 72.3 GB; raise train.parallel.tensor or train.parallel.pipeline (with train.parallel.ranks), or set "
+        "train.parallel.distributed_optimizer: true (`stepkto plan` proposes layouts)"
+    )

@@ -1,0 +1,8 @@
+"""Propose layouts (TP, PP, DP, recompute, micro-batch) for a model on a cluster: the command ``stepkto plan``."""
+
+import sys
+
+from megatron_stepkto.cli import main
+
+if __name__ == "__main__":
+    main(["plan", *sys.argv[1:]])
