@@ -21,7 +21,8 @@ from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe import Recipe
 from megatron_stepkto.records import JudgedSample, Problem, read_records
-from megatron_stepkto.sampling.draw import Pass, draw, read_prompts
+from megatron_stepkto.sampling.draw import Drawing, Pass, read_prompts
+from megatron_stepkto.sampling.job import Job
 
 Z_95 = 1.959963984540054  # 97.5% quantile of the standard normal distribution
 # Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same draws.
@@ -231,39 +232,51 @@ def _mean(values: Iterable[float]) -> float:
 # --- the stage -------------------------------------------------------------------------------------------------
 
 
+def evaluation_drawing(model: Path, name: str, problems: Path, recipe: Recipe, directory: Path) -> Drawing:
+    """The solutions that an evaluation judges: one greedy and k sampled ones per problem.
+
+    Raises:
+        UserError: the recipe has no section evaluate or sample.
+    """
+    evaluation, sampling = recipe.evaluate, recipe.sample
+    if evaluation is None or sampling is None:
+        raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
+    job = Job(
+        model=model,
+        model_name=name,
+        passes=[
+            Pass(name="greedy", num_samples=1, temperature=0, top_p=1),
+            Pass(name="sampled", num_samples=evaluation.k, temperature=evaluation.temperature, top_p=evaluation.top_p),
+        ],
+        prompts=read_prompts(problems, recipe.prompt, model),
+        # no log-probs, and chunks that do not depend on the K of training
+        settings=sampling.model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
+        seed=SEED,
+        directory=directory / "drawn",
+    )
+    return Drawing(job, f"{name}: solving {evaluation.split} problems", directory / "logs")
+
+
 def evaluate_model(model: Path, name: str, problems: Path, recipe: Recipe, directory: Path) -> dict[str, Any]:
     """Draw, judge and measure; leaves greedy.jsonl, sampled.jsonl and metrics.json and returns the latter.
 
     Killed at any instant, the same call goes on where it stopped.
 
     Raises:
-        UserError: the recipe has no section evaluate, sample or judge, or see ``draw`` and ``judge_file``.
+        UserError: the recipe has no section evaluate, sample or judge, or see ``Drawing`` and ``judge_file``.
     """
-    evaluation, sampling, judging = recipe.evaluate, recipe.sample, recipe.judge
-    if evaluation is None or sampling is None or judging is None:
+    evaluation, judging = recipe.evaluate, recipe.judge
+    if evaluation is None or judging is None:
         raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
-    passes = [
-        Pass(name="greedy", num_samples=1, temperature=0, top_p=1),
-        Pass(name="sampled", num_samples=evaluation.k, temperature=evaluation.temperature, top_p=evaluation.top_p),
-    ]
     drawn = directory / "drawn"
     if (directory / "metrics.json").is_file():  # written last; an earlier attempt was killed while tidying up
         shutil.rmtree(drawn, ignore_errors=True)
         return dict(read_json(directory / "metrics.json"))
-    result = draw(
-        model,
-        name,
-        read_prompts(problems, recipe.prompt, model),
-        passes,
-        # no log-probs, and chunks that do not depend on the K of training
-        sampling.model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
-        SEED,
-        drawn,
-        title=f"{name}: solving {evaluation.split} problems",
-        logs=directory / "logs",
-    )
+    drawing = evaluation_drawing(model, name, problems, recipe, directory)
+    drawing.draw()
+    result = drawing.finish()
     judged: dict[str, list[JudgedSample]] = {}
-    for pass_ in passes:
+    for pass_ in drawing.job.passes:
         path = directory / f"{pass_.name}.jsonl"
         judge_file(problems, result.paths[pass_.name], path, model, judging)
         judged[pass_.name] = list(read_records(path, JudgedSample))

@@ -1,9 +1,8 @@
-"""Files that are either whole or absent: atomic writes, hashes, locks."""
+"""Files that are either whole or absent: atomic writes, hashes."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -66,29 +65,6 @@ def sha256_of(path: Path) -> str:
         return digest.hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def exclusive_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold ``path`` as an advisory lock; the kernel frees it when the process dies, however it dies.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{what} is being written by another process ({file.read().strip() or 'unknown'}): "
-                "wait for it or stop it, then run the command again"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield
 
 
 def stable_hash(*parts: object) -> int:

@@ -6,6 +6,7 @@ each skips itself when it is done.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,8 @@ from megatron_stepkto import recipe as recipes
 from megatron_stepkto import warm_up
 from megatron_stepkto.data.dataset import build_dataset
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer, exclusive_lock, read_json, stable_hash, write_json
+from megatron_stepkto.files import atomic_writer, read_json, stable_hash, write_json
+from megatron_stepkto.locks import exclusive_lock
 from megatron_stepkto.problems import write_problems
 from megatron_stepkto.progress import say
 from megatron_stepkto.stages import Result, Stage, run_stage
@@ -84,8 +86,10 @@ class Run:
     def evaluation(self, t: int) -> Path:
         return (self.base if t == 0 else self.root) / "evaluate" / self.name(t)
 
-    def run(self, stage: Stage, work: Callable[[], Result]) -> dict[str, Any]:
-        manifest = run_stage(stage, work, force=self.force)
+    def run(
+        self, stage: Stage, work: Callable[[], Result], together: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
+        manifest = run_stage(stage, work, force=self.force, together=together)
         self.finished.append((str(stage.directory.relative_to(self.base)), manifest))
         return manifest
 
@@ -142,7 +146,7 @@ def evaluation_problems_stage(run: Run) -> None:
 
 
 def sample_stage(run: Run, t: int) -> None:
-    from megatron_stepkto.sampling.draw import draw_samples
+    from megatron_stepkto.sampling.draw import Drawing, sample_drawing
 
     sampling = run.recipe.sample
     assert sampling is not None
@@ -151,13 +155,14 @@ def sample_stage(run: Run, t: int) -> None:
     model = run.model(t - 1)
     seed = stable_hash(run.recipe.seed, "sample", t) % 2**31
     settings = {
-        "sample": sampling.model_dump(mode="json", exclude={"workers"}),
+        "sample": sampling.model_dump(mode="json", exclude={"workers", "stall_timeout_s"}),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
         "seed": seed,
     }
 
-    def work() -> Result:
-        path, counts = draw_samples(
+    @functools.cache
+    def drawing() -> Drawing:
+        return sample_drawing(
             model,
             run.name(t - 1),
             problems,
@@ -167,9 +172,13 @@ def sample_stage(run: Run, t: int) -> None:
             directory,
             title=_title(run, t, "sample"),
         )
-        return Result([path], counts)
 
-    run.run(Stage(_title(run, t, "sample"), directory, settings, {"problems": problems, "model": model}), work)
+    def work() -> Result:
+        result = drawing().finish()
+        return Result(list(result.paths.values()), result.counts)
+
+    stage = Stage(_title(run, t, "sample"), directory, settings, {"problems": problems, "model": model})
+    run.run(stage, work, together=lambda: drawing().draw())
 
 
 def judge_stage(run: Run, t: int) -> None:
@@ -293,7 +302,7 @@ def convert_stage(run: Run, t: int) -> None:
 
 
 def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
-    from megatron_stepkto.evaluation import evaluate_model
+    from megatron_stepkto.evaluation import evaluate_model, evaluation_drawing
 
     evaluation = run.recipe.evaluate
     assert evaluation is not None
@@ -313,11 +322,13 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
     }
 
     def work() -> Result:
-        evaluate_model(run.model(t), run.name(t), problems, run.recipe, directory)
+        evaluate_model(*inputs)
         return Result([directory / name for name in ("greedy.jsonl", "sampled.jsonl", "metrics.json")])
 
     title = f"{run.compared + ' ' if run.compared else ''}evaluate {run.name(t)}"
-    run.run(Stage(title, directory, settings, {"problems": problems, "model": run.model(t)}), work)
+    stage = Stage(title, directory, settings, {"problems": problems, "model": run.model(t)})
+    inputs = (run.model(t), run.name(t), problems, run.recipe, directory)
+    run.run(stage, work, together=lambda: evaluation_drawing(*inputs).draw())
     return dict(read_json(directory / "metrics.json"))
 
 

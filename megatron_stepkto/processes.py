@@ -17,16 +17,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from megatron_stepkto.errors import StageFailed, UserError
-from megatron_stepkto.progress import ProgressBar, read_progress
+from megatron_stepkto.progress import ProgressBar, Report, read_progress, warn
 
 POLL_EVERY_S = 0.3
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
+RESTARTS = 3
 LOG_LINES = 15
 ERROR_FILE = "STEPKTO_ERROR_FILE"
 PARENT = "STEPKTO_PARENT"
@@ -45,18 +47,25 @@ _LAUNCHER = (
 
 @dataclass(frozen=True)
 class Child:
-    """A command, the log of all it prints (each attempt has its own), additions to the environment."""
+    """A command, the log of all it prints (each attempt has its own), additions to the environment.
+
+    stalled: asked about three times a second; True: the child is stuck. It is then killed and started again, at
+    most ``RESTARTS`` times in a row.
+    """
 
     command: list[str]
     log: Path
     env: dict[str, str] = field(default_factory=dict)
+    stalled: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
 class _Running:
+    child: Child
     process: subprocess.Popen[bytes]
     log: Path
     error_file: Path
+    restarts: int = 0
 
 
 def run_children(
@@ -64,15 +73,14 @@ def run_children(
     *,
     title: str,
     unit: str,
-    progress: Sequence[Path] = (),
-    done_before: int = 0,
+    progress: Sequence[Path] | Callable[[], Report | None] = (),
     poll: Callable[[], None] | None = None,
 ) -> None:
     """Start all ``children``, show their progress as one bar, and return when all have ended well.
 
     Args:
-        progress: a ``ProgressFile`` per child (some children may have none); their sums are shown.
-        done_before: units that earlier attempts did, counted as done and in the total.
+        progress: a ``ProgressFile`` per child (some children may have none), whose sums are shown; or a function
+            that knows how far the work is.
         poll: called about three times a second.
 
     Raises:
@@ -84,7 +92,7 @@ def run_children(
         with _terminable(), contextlib.ExitStack() as stack:
             for each in children:
                 running.append(_start(each))
-            shown = _Display(stack, title, unit, progress, done_before)
+            shown = _Display(stack, title, unit, progress if callable(progress) else partial(_sum_of, progress))
             left = list(running)
             while left:
                 for child in [child for child in left if _ended(child.process)]:
@@ -92,6 +100,10 @@ def run_children(
                     if child.process.returncode:
                         _stop(left)
                         raise _failure(title, child)
+                for child in [child for child in left if child.child.stalled is not None and child.child.stalled()]:
+                    left.remove(child)
+                    running.append(_restart(title, child))
+                    left.append(running[-1])
                 shown.update()
                 if poll:
                     poll()
@@ -101,26 +113,47 @@ def run_children(
         _stop(running)
 
 
+def _sum_of(files: Sequence[Path]) -> Report | None:
+    """The sum of several progress files, when all of them are there, for then the total is known."""
+    reports = [report for report in map(read_progress, files) if report is not None]
+    if not reports or len(reports) < len(files):
+        return None
+    notes = "  ".join(report.note for report in reports if report.note)
+    return Report(sum(report.done for report in reports), sum(report.total for report in reports), notes)
+
+
 class _Display:
-    """One bar over several progress files; it appears when all of them do, for then the total is known."""
+    """One bar; it appears when the total is known."""
 
     def __init__(
-        self, stack: contextlib.ExitStack, title: str, unit: str, files: Sequence[Path], done_before: int
+        self, stack: contextlib.ExitStack, title: str, unit: str, measure: Callable[[], Report | None]
     ) -> None:
-        self._stack, self._title, self._unit = stack, title, unit
-        self._files, self._done_before = files, done_before
+        self._stack, self._title, self._unit, self._measure = stack, title, unit, measure
         self._bar: ProgressBar | None = None
 
     def update(self) -> None:
-        reports = [report for report in map(read_progress, self._files) if report is not None]
-        if not reports or len(reports) < len(self._files):
+        if (report := self._measure()) is None:
             return
-        done = self._done_before + sum(report[0] for report in reports)
-        total = self._done_before + sum(report[1] for report in reports)
-        if self._bar is None or self._bar.total != total:  # a new phase of the work counts other things
+        if self._bar is None or self._bar.total != report.total:  # a new phase of the work counts other things
             self._stack.close()
-            self._bar = self._stack.enter_context(ProgressBar(self._title, total, self._unit))
-        self._bar.update(done, "  ".join(report[2] for report in reports if report[2]))
+            self._bar = self._stack.enter_context(ProgressBar(self._title, report.total, self._unit))
+        self._bar.update(report.done, report.note)
+
+
+def _restart(title: str, stuck: _Running) -> _Running:
+    """Kill a child that makes no progress, and start it again.
+
+    Raises:
+        StageFailed: that did not help ``RESTARTS`` times.
+    """
+    _signal_group(stuck.process, signal.SIGKILL)  # what hangs does not listen to SIGTERM
+    stuck.process.wait()
+    if stuck.restarts == RESTARTS:
+        raise StageFailed(
+            f"{title}: a process made no progress, and {RESTARTS} restarts did not help; its log: {stuck.log}"
+        )
+    warn(f"{title}: a process makes no progress: starting it again; its log: {stuck.log}")
+    return replace(_start(stuck.child), restarts=stuck.restarts + 1)
 
 
 def _start(child: Child) -> _Running:
@@ -140,7 +173,7 @@ def _start(child: Child) -> _Running:
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
             start_new_session=True,  # a group that can be signalled whole, and that Ctrl-C does not reach
         )  # fmt: skip
-    return _Running(process, log, error_file)
+    return _Running(child, process, log, error_file)
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -97,7 +98,8 @@ class ProgressFile:
         now = time.monotonic()
         if last or now - self._last >= self.every_s:
             self._last = now
-            temporary = self.path.with_suffix(".tmp")
+            # its own name: processes of several hosts may report on the same work
+            temporary = self.path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
             temporary.write_text(json.dumps({"done": done, "total": total, "note": note}))
             temporary.replace(self.path)
 

@@ -97,6 +97,7 @@ class Sampling(Section):
     chunk_problems: int = Field(32, ge=1, description="problems in one request batch: the unit of resuming")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     tensor_parallel: int = Field(1, ge=1, description="GPUs per engine")
+    stall_timeout_s: float = Field(600.0, gt=0, description="an engine that makes no token for so long starts anew")
     gap_problems: int = Field(8, ge=0, description="problems whose samples carry log-probs for the trainer to compare")
 
 

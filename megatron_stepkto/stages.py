@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import exclusive_lock, read_json, sha256_of, write_json
+from megatron_stepkto.files import read_json, sha256_of, write_json
+from megatron_stepkto.locks import Lock, exclusive_lock
 from megatron_stepkto.progress import say
 
 MANIFEST = "manifest.json"
@@ -106,57 +107,84 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}: was {old!r:.80}, is {new!r:.80}"]
 
 
-def run_stage(stage: Stage, work: Callable[[], Result], *, force: bool = False) -> dict[str, Any]:
+def run_stage(
+    stage: Stage, work: Callable[[], Result], *, force: bool = False, together: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Run ``work`` unless the stage is finished; returns its manifest.
+
+    Args:
+        together: the part before ``work`` that any number of processes, on any hosts, may do at once (it shares
+            the work out by itself). One of them then does ``work``, and the others find it done.
 
     Raises:
         UserError: another process writes the directory, or it holds the work of another key and ``force`` is
             not set, or a finished output was removed.
     """
-    directory = stage.directory
-    with exclusive_lock(directory / ".lock", str(directory)):
+    lock = stage.directory / ".lock"
+    begun = time.time()
+    shared = together is not None
+    with exclusive_lock(lock, str(stage.directory), wait=shared, note=say) as held:
         key = stage.key()
-        for name in (MANIFEST, STARTED):
-            path = directory / name
-            if not path.is_file():
-                continue
-            different = _differences(read_json(path)["key"], key)
-            if different and not force:
-                state = "finished" if name == MANIFEST else "begun"
-                raise UserError(
-                    f"{directory} was {state} with another configuration:\n  "
-                    + "\n  ".join(different)
-                    + "\nundo the change, choose another name, or pass --force to redo the stage and what follows"
-                )
-            if different:
-                _clear(directory)
-            break
-        if stage.manifest_path.is_file():
-            manifest = read_json(stage.manifest_path)
-            lost = [name for name in manifest["outputs"] if not (directory / name).exists()]
-            if not lost:
-                say(f"{stage.title}: already done ({directory})")
-                return dict(manifest)
-            if not force:
-                raise UserError(f"{directory}: finished, but {', '.join(lost)} is gone; restore it or pass --force")
+        if (done := _begin(stage, key, force)) is not None:
+            say(f"{stage.title}: already done ({stage.directory})")
+            return done
+        if together is None:
+            return _finish(stage, key, work, held, begun)
+    together()
+    with exclusive_lock(lock, str(stage.directory), wait=True, note=say) as held:
+        if (done := _begin(stage, key, force=False)) is not None:
+            say(f"{stage.title}: finished by another process ({stage.directory})")
+            return done
+        return _finish(stage, key, work, held, begun)
+
+
+def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | None:
+    """Returns the manifest of a finished stage; else leaves the directory marked as begun for ``key``."""
+    directory = stage.directory
+    for name in (MANIFEST, STARTED):
+        path = directory / name
+        if not path.is_file():
+            continue
+        different = _differences(read_json(path)["key"], key)
+        if different and not force:
+            state = "finished" if name == MANIFEST else "begun"
+            raise UserError(
+                f"{directory} was {state} with another configuration:\n  "
+                + "\n  ".join(different)
+                + "\nundo the change, choose another name, or pass --force to redo the stage and what follows"
+            )
+        if different:
             _clear(directory)
-        write_json(directory / STARTED, {"key": key})
-        begun = time.time()
-        result = work()
-        outputs = {
-            str(path.relative_to(directory)): {"sha256": sha256_of(path), "bytes": _size(path)}
-            for path in result.outputs
-        }
-        manifest = {
-            "stage": stage.title,
-            "key": key,
-            "versions": package_versions(),
-            "outputs": outputs,
-            "counts": result.counts,
-            "seconds": round(time.time() - begun, 2),
-        }
-        write_json(stage.manifest_path, manifest)
-        return manifest
+        break
+    if stage.manifest_path.is_file():
+        manifest = read_json(stage.manifest_path)
+        lost = [name for name in manifest["outputs"] if not (directory / name).exists()]
+        if not lost:
+            return dict(manifest)
+        if not force:
+            raise UserError(f"{directory}: finished, but {', '.join(lost)} is gone; restore it or pass --force")
+        _clear(directory)
+    write_json(directory / STARTED, {"key": key})
+    return None
+
+
+def _finish(stage: Stage, key: dict[str, Any], work: Callable[[], Result], held: Lock, begun: float) -> dict[str, Any]:
+    result = work()
+    outputs = {
+        str(path.relative_to(stage.directory)): {"sha256": sha256_of(path), "bytes": _size(path)}
+        for path in result.outputs
+    }
+    manifest = {
+        "stage": stage.title,
+        "key": key,
+        "versions": package_versions(),
+        "outputs": outputs,
+        "counts": result.counts,
+        "seconds": round(time.time() - begun, 2),
+    }
+    held.check()
+    write_json(stage.manifest_path, manifest)
+    return manifest
 
 
 def _size(path: Path) -> int:
@@ -164,7 +192,15 @@ def _size(path: Path) -> int:
 
 
 def _clear(directory: Path) -> None:
-    """Remove an earlier key's work; its key goes last, or what is left would pass for work of the new one."""
+    """Remove an earlier key's work; its key goes last, or what is left would pass for work of the new one.
+
+    Raises:
+        UserError: another process is at a part of it.
+    """
+    for claims in directory.rglob("claims"):
+        for claim in claims.iterdir():
+            with exclusive_lock(claim, str(directory)):
+                pass
     for path in directory.iterdir():
         if path.name in (".lock", "logs", MANIFEST, STARTED):
             continue

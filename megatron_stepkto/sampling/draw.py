@@ -1,26 +1,32 @@
-"""Draw solutions with any number of worker processes; killed at any instant, the same call goes on."""
+"""Draw solutions with any number of worker processes on any number of hosts; killed at any instant, the same call
+goes on. ``Drawing.draw`` may run many times at once (an array of Slurm jobs); ``Drawing.finish`` once, at the end."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_stepkto import recipe
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import atomic_writer, read_json, write_json
 from megatron_stepkto.processes import Child, run_children
+from megatron_stepkto.progress import ProgressFile, Report
 from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
 from megatron_stepkto.records import Problem, Sample, read_records
-from megatron_stepkto.sampling.job import Job, Pass, PromptRow
+from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment
 
-__all__ = ["DrawResult", "Pass", "PromptRow", "draw", "draw_samples", "read_prompts"]
+__all__ = ["DrawResult", "Drawing", "Pass", "PromptRow", "draw", "read_prompts", "sample_drawing"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,49 @@ def read_prompts(problems: Path, prompt: recipe.Prompt, tokenizer_dir: Path) -> 
     ]
 
 
-def draw_samples(
+@dataclass(frozen=True)
+class Drawing:
+    """A job, and how this process takes part in it.
+
+    The samples depend on the job alone, not on the number of workers nor on interruptions: what is drawn in
+    one call of the engine is fixed by the job, the engine starts each call with an empty cache, each sample
+    has its own seed, and a chunk's file is whole or absent. The samples of the first
+    ``settings.gap_problems`` problems of each pass carry ``token_log_probs``: raw ones, of temperature 1.
+
+    logs: what the workers print goes there.
+    """
+
+    job: Job
+    title: str
+    logs: Path
+
+    def draw(self) -> None:
+        """Take part until every chunk is drawn.
+
+        Raises:
+            UserError: the model does not fit the prompts or the machine, or the directory holds another job.
+            StageFailed: a worker died; its log is named.
+        """
+        if not self.job.is_merged:
+            _check(self.job)
+            _claim(self.job)
+            _draw_missing(self.job, self.title, self.logs)
+        if self.job.is_merged:  # by another process, while our workers' last reports made the folder anew
+            shutil.rmtree(self.job.chunk_dir, ignore_errors=True)
+
+    def finish(self) -> DrawResult:
+        """Leave ``directory/<pass>.jsonl``, problems in order, samples in order; only when all is drawn."""
+        job = self.job
+        speed = _speed(job)
+        if not job.is_merged:
+            for pass_ in job.passes:
+                _merge(job, pass_, job.output(pass_))
+        shutil.rmtree(job.chunk_dir, ignore_errors=True)
+        paths = {pass_.name: job.output(pass_) for pass_ in job.passes}
+        return DrawResult(paths, {**_count(job, paths), **speed})
+
+
+def sample_drawing(
     model: Path,
     model_name: str,
     problems: Path,
@@ -50,17 +98,19 @@ def draw_samples(
     directory: Path,
     *,
     title: str,
-) -> tuple[Path, dict[str, Any]]:
-    """The sample stage: K solutions of each problem of a file, in ``directory/samples.jsonl``; see ``draw``."""
+) -> Drawing:
+    """The sample stage: K solutions of each problem of a file, in ``directory/samples.jsonl``."""
     pass_ = Pass(
         name="samples",
         num_samples=settings.num_samples,
         temperature=settings.temperature,
         top_p=settings.top_p,
     )
-    prompts = read_prompts(problems, prompt, model)
-    result = draw(model, model_name, prompts, [pass_], settings, seed, directory, title=title)
-    return result.paths["samples"], result.counts
+    job = Job(
+        model=model, model_name=model_name, passes=[pass_], prompts=read_prompts(problems, prompt, model),
+        settings=settings, seed=seed, directory=directory,
+    )  # fmt: skip
+    return Drawing(job, title, directory / "logs")
 
 
 def draw(
@@ -73,40 +123,15 @@ def draw(
     directory: Path,
     *,
     title: str,
-    logs: Path | None = None,
 ) -> DrawResult:
-    """Draw every pass from ``model``; leaves ``directory/<pass>.jsonl``, problems in order, samples in order.
-
-    The samples depend on the job alone, not on the number of workers nor on interruptions: what is drawn in
-    one call of the engine is fixed by the job, the engine starts each call with an empty cache, each sample
-    has its own seed, and a chunk's file is whole or absent. The samples of the first
-    ``settings.gap_problems`` problems of each pass carry ``token_log_probs``: raw ones, of temperature 1.
-    What the workers print goes to ``logs`` (None: ``directory/logs``).
-
-    Raises:
-        UserError: the model does not fit the prompts or the machine, or ``directory`` holds another job.
-        StageFailed: a worker died; its log is named.
-    """
+    """Draw every pass from ``model`` with this process's workers alone; see ``Drawing``."""
     job = Job(
         model=model, model_name=model_name, passes=list(passes), prompts=list(prompts), settings=settings,
         seed=seed, directory=directory,
     )  # fmt: skip
-    _check(job)
-    merged = directory / "chunks.merged"
-    if merged.is_dir():
-        shutil.rmtree(merged)
-    paths = {pass_.name: directory / f"{pass_.name}.jsonl" for pass_ in passes}
-    speed: dict[str, Any] = {}
-    if job.chunk_dir.is_dir() or not all(path.is_file() for path in paths.values()):
-        _claim(job)
-        _draw_missing(job, title, logs or directory / "logs")
-        for pass_ in passes:
-            _merge(job, pass_, paths[pass_.name])
-        speed = _speed(job)
-        # by rename first: a folder of which half is deleted would look like work to do
-        job.chunk_dir.rename(merged)
-        shutil.rmtree(merged)
-    return DrawResult(paths, {**_count(job, paths), **speed})
+    drawing = Drawing(job, title, directory / "logs")
+    drawing.draw()
+    return drawing.finish()
 
 
 def _check(job: Job) -> None:
@@ -146,35 +171,77 @@ def _claim(job: Job) -> None:
 def _identity(job: dict[str, Any]) -> dict[str, Any]:
     """What the samples depend on: not who draws them nor where the folders stand."""
     # the passes carry the temperatures
-    settings = {k: v for k, v in job["settings"].items() if k not in ("workers", "temperature", "top_p")}
+    others = ("workers", "temperature", "top_p", "stall_timeout_s")
+    settings = {k: v for k, v in job["settings"].items() if k not in others}
     return {key: job[key] for key in ("model_name", "passes", "prompts", "seed")} | {"settings": settings}
 
 
 def _draw_missing(job: Job, title: str, logs: Path) -> None:
-    missing = sum(chunk.num_solutions for chunk in job.missing())
+    missing = job.missing()
     if not missing:
         return
-    total = sum(chunk.num_solutions for chunk in job.chunks())
-    workers = [worker for worker in range(job.settings.workers) if job.missing(worker)]
-    for worker in range(job.settings.workers):
-        job.progress_path(worker).unlink(missing_ok=True)
-        job.speed_path(worker).unlink(missing_ok=True)
-    run_children(
-        [_child(job, worker, logs) for worker in workers],
-        title=title,
-        unit="solutions",
-        progress=[job.progress_path(worker) for worker in workers],
-        done_before=total - missing,
-    )
+    me = f"{os.uname().nodename}-{os.getpid()}"
+    # beside the chunks it could go while a worker starts, when another process merges them
+    job_file = logs / f"job-{me}.json"
+    write_json(job_file, job.model_dump(mode="json"))
+    names = [f"{me}-{worker}" for worker in range(min(job.settings.workers, len(missing)))]
+    shared = ProgressFile(job.progress_path)
+
+    def measure() -> Report:
+        report = _measure(job, names)
+        with contextlib.suppress(FileNotFoundError):  # another process just merged all chunks
+            shared.report(*report)
+        return report
+
+    try:
+        run_children(
+            [_child(job, worker, name, job_file, logs) for worker, name in enumerate(names)],
+            title=title,
+            unit="solutions",
+            progress=measure,
+        )
+    finally:
+        job_file.unlink(missing_ok=True)
     left = [chunk.file_name for chunk in job.missing()]
     assert not left, f"workers ended well without {left}"
 
 
-def _child(job: Job, worker: int, logs: Path) -> Child:
-    command = [
-        sys.executable, "-m", "megatron_stepkto.sampling.worker",
-        str(job.chunk_dir / "job.json"), "--worker", str(worker),
-    ]  # fmt: skip
+def _measure(job: Job, workers: Sequence[str]) -> Report:
+    """All chunks that are drawn, by whomever, and what this process's workers have in hand."""
+    total = sum(chunk.num_solutions for chunk in job.chunks())
+    done = total - sum(chunk.num_solutions for chunk in job.missing())
+    pulses = [pulse for name in workers if (pulse := _read_pulse(job.pulse_path(name)))]
+    notes = "  ".join(pulse.note for pulse in pulses if pulse.note)
+    return Report(min(total, done + sum(pulse.solutions for pulse in pulses)), total, notes)
+
+
+def _read_pulse(path: Path) -> Pulse | None:
+    try:
+        return Pulse.model_validate_json(path.read_text())
+    except (OSError, ValidationError):
+        return None
+
+
+class _Stall:
+    """Is a worker stuck? Its engine is busy, and no token came for ``limit_s``: a silent log says nothing."""
+
+    def __init__(self, pulse: Path, limit_s: float) -> None:
+        self._pulse, self._limit_s = pulse, limit_s
+        self._last: Pulse | None = None
+        self._since = time.monotonic()
+
+    def __call__(self) -> bool:
+        pulse = _read_pulse(self._pulse)
+        if pulse != self._last or (pulse is not None and not pulse.busy):
+            self._last, self._since = pulse, time.monotonic()
+        if time.monotonic() - self._since <= self._limit_s:
+            return False
+        self._since = time.monotonic()  # the one that is started anew has as long
+        return True
+
+
+def _child(job: Job, worker: int, name: str, job_file: Path, logs: Path) -> Child:
+    command = [sys.executable, "-m", "megatron_stepkto.sampling.worker", str(job_file), "--name", name]
     env = {"OMP_NUM_THREADS": "1"}
     if job.settings.backend == "vllm":
         build = vllm_build()
@@ -183,7 +250,9 @@ def _child(job: Job, worker: int, logs: Path) -> Child:
             env["CUDA_VISIBLE_DEVICES"] = _gpus_of(worker, job.settings.tensor_parallel)
     elif job.settings.workers > 1:
         env["CUDA_VISIBLE_DEVICES"] = _gpus_of(worker, 1)
-    return Child(command, logs / f"worker-{worker}.log", env)
+    return Child(
+        command, logs / f"worker-{worker}.log", env, _Stall(job.pulse_path(name), job.settings.stall_timeout_s)
+    )
 
 
 def _gpus_of(worker: int, count: int) -> str:
@@ -224,16 +293,19 @@ def _count(job: Job, paths: dict[str, Path]) -> dict[str, Any]:
     return {
         "solutions": reasons.total(), "tokens": tokens, "empty": empty,
         "finish_reasons": dict(sorted(reasons.items())),
+        "finished_share": round(reasons["stop"] / reasons.total(), 4),
     }  # fmt: skip
 
 
 def _speed(job: Job) -> dict[str, Any]:
-    """Speed of this attempt's workers; nothing where every chunk was there already."""
-    reports = [read_json(path) for path in map(job.speed_path, range(job.settings.workers)) if path.is_file()]
-    slowest = max((report["generate_seconds"] for report in reports), default=0.0)
-    if not slowest:
+    """Speed of all workers that drew a chunk, of all processes and attempts."""
+    reports = [read_json(path) for path in sorted(job.chunk_dir.glob("speed-*.json"))]
+    rates = [report["tokens"] / report["generate_seconds"] for report in reports if report["generate_seconds"]]
+    if not rates:
         return {}
     return {
-        "tokens_per_second": round(sum(report["tokens"] for report in reports) / slowest),
+        "engines": len(rates),
+        "tokens_per_second_per_engine": round(sum(rates) / len(rates)),
+        "engine_seconds": round(sum(r["generate_seconds"] + r["start_seconds"] for r in reports), 1),
         "engine_start_seconds": round(max(report["start_seconds"] for report in reports), 2),
     }

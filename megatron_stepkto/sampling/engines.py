@@ -12,7 +12,7 @@ from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
 from megatron_stepkto.sampling.job import Job
 
-Report = Callable[[int], None]  # called with the number of requests finished so far
+Report = Callable[[int, int], None]  # called with the requests finished and the tokens generated since the last call
 
 
 @dataclass(frozen=True)

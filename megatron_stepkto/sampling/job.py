@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,14 +84,30 @@ class Job(_Frozen):
             for index, start in enumerate(range(0, len(self.prompts), size)):
                 yield Chunk(pass_, index, start, min(start + size, len(self.prompts)))
 
-    def missing(self, worker: int | None = None) -> list[Chunk]:
-        """Chunks without a file; those of one worker, or all."""
-        return [
-            chunk
-            for number, chunk in enumerate(self.chunks())
-            if (worker is None or number % self.settings.workers == worker)
-            and not (self.chunk_dir / chunk.file_name).is_file()
-        ]
+    def output(self, pass_: Pass) -> Path:
+        """All samples of a pass, in order; it appears when every chunk is there."""
+        return self.directory / f"{pass_.name}.jsonl"
+
+    @property
+    def is_merged(self) -> bool:
+        return all(self.output(pass_).is_file() for pass_ in self.passes)
+
+    def is_drawn(self, chunk: Chunk) -> bool:
+        return (self.chunk_dir / chunk.file_name).is_file() or self.is_merged
+
+    def missing(self) -> list[Chunk]:
+        """Chunks that nobody has drawn."""
+        try:
+            found = set(os.listdir(self.chunk_dir))  # one look: a shared file system is slow at single ones
+        except FileNotFoundError:
+            found = set()
+        # The order counts: when chunks are gone because another process merged them, the outputs are there by now.
+        left = [chunk for chunk in self.chunks() if chunk.file_name not in found]
+        return [] if left and self.is_merged else left
+
+    def claim_path(self, chunk: Chunk) -> Path:
+        """Folder of the lock that whoever draws the chunk holds."""
+        return self.chunk_dir / "claims" / Path(chunk.file_name).stem
 
     def sample_id(self, pass_: Pass, problem_id: str, number: int) -> str:
         return f"{problem_id}/{self.model_name}/{pass_.name}/{number}"
@@ -99,9 +116,27 @@ class Job(_Frozen):
         """A seed of 53 bits: a JSON number of that size survives every reader."""
         return stable_hash(self.seed, pass_.name, problem_id, number) >> 11
 
-    def progress_path(self, worker: int) -> Path:
-        return self.chunk_dir / f"progress-{worker}.json"
+    @property
+    def progress_path(self) -> Path:
+        """How far all processes together are."""
+        return self.chunk_dir / "progress.json"
 
-    def speed_path(self, worker: int) -> Path:
-        """Where a worker leaves {tokens, generate_seconds, start_seconds} of its last attempt."""
+    def pulse_path(self, worker: str) -> Path:
+        """What a worker is at: a ``Pulse``."""
+        return self.chunk_dir / f"pulse-{worker}.json"
+
+    def speed_path(self, worker: str) -> Path:
+        """Where a worker leaves {tokens, generate_seconds, start_seconds} after every chunk."""
         return self.chunk_dir / f"speed-{worker}.json"
+
+
+class Pulse(_Frozen):
+    """A worker's sign of life. tokens: all that its engine generated, also for requests that are not finished.
+
+    busy: it starts its engine or draws; otherwise it waits for chunks that other workers have claimed.
+    """
+
+    busy: bool
+    solutions: int  # of the chunk in hand
+    tokens: int
+    note: str = ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from megatron_stepkto.errors import UserError
@@ -38,11 +39,12 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request], report: Report) -> list[Completion]:
         completions: list[Completion] = []
         for start in range(0, len(requests), MAX_SEQUENCES):
-            completions += self._batch(requests[start : start + MAX_SEQUENCES])
-            report(len(completions))
+            batch = requests[start : start + MAX_SEQUENCES]
+            completions += self._batch(batch, partial(report, len(completions), len(batch)))
+            report(len(completions), 0)
         return completions
 
-    def _batch(self, requests: Sequence[Request]) -> list[Completion]:
+    def _batch(self, requests: Sequence[Request], tick: Callable[[], None]) -> list[Completion]:
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -50,7 +52,7 @@ class TransformersEngine:
         pad = self._end_ids[0]
         rows = [[pad] * (width - len(request.token_ids)) + request.token_ids for request in requests]
         mask = [[0] * (width - len(r.token_ids)) + [1] * len(r.token_ids) for r in requests]
-        draw = _SeededDraw(requests, self._device)
+        draw = _SeededDraw(requests, self._device, tick)
         with torch.inference_mode():
             output = self._model.generate(
                 torch.tensor(rows, device=self._device),
@@ -84,9 +86,10 @@ class _SeededDraw:
     softmax(log p / T). Records the raw log-prob of what it chooses.
     """
 
-    def __init__(self, requests: Sequence[Request], device: str) -> None:
+    def __init__(self, requests: Sequence[Request], device: str, tick: Callable[[], None]) -> None:
         import torch
 
+        self._tick = tick
         self._requests = requests
         self._generators = [torch.Generator(device).manual_seed(request.seed) for request in requests]
         self.log_probs: list[Any] = []  # per position: [rows]
@@ -97,6 +100,7 @@ class _SeededDraw:
         raw = torch.log_softmax(scores.float(), dim=-1)
         drawn = torch.stack([self._perturb(*row) for row in zip(raw, self._requests, self._generators, strict=True)])
         self.log_probs.append(raw.gather(1, drawn.argmax(dim=-1, keepdim=True)).squeeze(1))
+        self._tick()
         return drawn
 
     @staticmethod

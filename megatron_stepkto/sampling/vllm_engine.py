@@ -81,10 +81,12 @@ class VLLMEngine:
         # the last bits of the log-probs.
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not clear its prefix cache: requests of an earlier chunk still run")
+        reporter = _TokenCount(self._llm.llm_engine.engine_core, report)
         prompts: list[Any] = [{"prompt_token_ids": request.token_ids} for request in requests]
-        outputs = self._llm.generate(
-            prompts, [self._parameters(request) for request in requests], use_tqdm=partial(_Reporter, report)
-        )
+        with reporter:
+            outputs = self._llm.generate(
+                prompts, [self._parameters(request) for request in requests], use_tqdm=partial(_Reporter, reporter)
+            )
         return [_completion(output.outputs[0]) for output in outputs]
 
     def _parameters(self, request: Request) -> Any:
@@ -108,18 +110,45 @@ def _completion(output: Any) -> Completion:
     return Completion(token_ids, str(output.finish_reason), log_probs)
 
 
+class _TokenCount:
+    """Reports every token that the engine generates, while the ``with`` block lasts.
+
+    vLLM's offline interface speaks of a request when it is finished, which at 8,000 tokens tells a slow engine
+    from a stuck one too late. What comes out of the engine's core names the new tokens of each step.
+    """
+
+    def __init__(self, core: Any, report: Report) -> None:
+        self._core, self._report, self._get_output = core, report, core.get_output
+        self._finished = 0
+
+    def __enter__(self) -> None:
+        def get_output() -> Any:
+            outputs = self._get_output()
+            self._report(self._finished, sum(len(output.new_token_ids) for output in outputs.outputs))
+            return outputs
+
+        self._core.get_output = get_output
+
+    def __exit__(self, *_: object) -> None:
+        self._core.get_output = self._get_output
+
+    def finished(self, requests: int) -> None:
+        self._finished = requests
+        self._report(requests, 0)
+
+
 class _Reporter(tqdm):
     """vLLM reports to a tqdm bar that it makes itself; this one draws nothing and passes the count on."""
 
-    def __init__(self, report: Report, *arguments: Any, **options: Any) -> None:
-        self._report = report
+    def __init__(self, count: _TokenCount, *arguments: Any, **options: Any) -> None:
+        self._count = count
         super().__init__(*arguments, **{**options, "file": io.StringIO()})
         self._counts = self.desc.startswith("Processed")  # it also makes bars for adding requests
 
     def update(self, n: float | None = 1) -> bool | None:
         shown: bool | None = super().update(n)
         if self._counts:
-            self._report(int(self.n))
+            self._count.finished(int(self.n))
         return shown
 
 

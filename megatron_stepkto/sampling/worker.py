@@ -1,16 +1,21 @@
-"""One sampling process: ``python -m megatron_stepkto.sampling.worker JOB --worker I`` draws its chunks."""
+"""One sampling process: ``python -m megatron_stepkto.sampling.worker JOB --name NAME`` draws what nobody draws.
+
+A chunk is claimed before it is drawn, by the lock of its name, so that any number of workers on any hosts share
+a job: one that comes late helps, and the claim of one that died is taken over. A chunk's file is whole or absent.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto.files import read_json, write_json
+from megatron_stepkto.files import read_json, stable_hash, write_json
+from megatron_stepkto.locks import Lock, Watch, try_lock
 from megatron_stepkto.processes import child_main
-from megatron_stepkto.progress import ProgressFile
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.records import Sample, Sampler, write_records
 from megatron_stepkto.sampling.engines import (
@@ -21,54 +26,97 @@ from megatron_stepkto.sampling.engines import (
     end_token_ids,
     open_engine,
 )
-from megatron_stepkto.sampling.job import Chunk, Job
+from megatron_stepkto.sampling.job import Chunk, Job, Pulse
+
+PULSE_EVERY_S = 0.3
+LOOK_AGAIN_S = 1.0  # when all chunks that are left are in others' hands
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("job", type=Path)
-    parser.add_argument("--worker", type=int, required=True)
+    parser.add_argument("--name", required=True, help="unique among all workers of the job")
     arguments = parser.parse_args()
-    Worker(Job.model_validate(read_json(arguments.job)), arguments.worker).run()
+    Worker(Job.model_validate(read_json(arguments.job)), arguments.name).run()
 
 
 class Worker:
-    def __init__(self, job: Job, number: int) -> None:
-        self._job, self._number = job, number
-        self._chunks = job.missing(number)
-        self._total = sum(chunk.num_solutions for chunk in self._chunks)
-        self._progress = ProgressFile(job.progress_path(number))
-        self._done = self._tokens = 0
-        self._seconds = 0.0
+    def __init__(self, job: Job, name: str) -> None:
+        self._job, self._name = job, name
+        self._watch = Watch()
+        self._tokens = self._drawn_tokens = 0
+        self._last_pulse = self._seconds = self._start_seconds = 0.0
         self._vocab_size: int | None = read_json(job.model / "config.json").get("vocab_size")
 
     def run(self) -> None:
-        self._progress.report(0, self._total, "starting the engine", last=True)
-        begun = time.monotonic()
+        engine: Engine | None = None
         tokenizer = load_tokenizer(self._job.model)
+        while missing := self._job.missing():
+            claimed = self._claim(missing)
+            if claimed is None:
+                self._pulse(busy=False, solutions=0, now=True)
+                time.sleep(LOOK_AGAIN_S)
+                continue
+            chunk, claim = claimed
+            try:
+                if self._job.is_drawn(chunk):  # its owner finished it between our two looks
+                    continue
+                if engine is None:  # not before: a worker that finds nothing to do loads no model
+                    engine = self._open(tokenizer)
+                self._draw(chunk, engine, tokenizer)
+            finally:
+                claim.release()
+
+    def _claim(self, missing: Sequence[Chunk]) -> tuple[Chunk, Lock] | None:
+        """A chunk that nobody alive is at. Each worker looks from a place of its own, or all would collide."""
+        first = stable_hash(self._name) % len(missing)
+        for chunk in [*missing[first:], *missing[:first]]:
+            claim = None
+            with contextlib.suppress(FileNotFoundError):  # another process just merged all chunks
+                claim = try_lock(self._job.claim_path(chunk), self._watch)
+            if isinstance(claim, Lock):
+                return chunk, claim
+        return None
+
+    def _open(self, tokenizer: Any) -> Engine:
+        self._pulse(busy=True, solutions=0, note="starting the engine", now=True)
+        begun = time.monotonic()
         engine = open_engine(self._job, end_token_ids(self._job.model, tokenizer))
-        start_seconds = time.monotonic() - begun
-        for chunk in self._chunks:
-            self._draw(chunk, engine, tokenizer)
-        self._progress.report(self._done, self._total, self._note(), last=True)
-        speed = {"tokens": self._tokens, "generate_seconds": self._seconds, "start_seconds": start_seconds}
-        write_json(self._job.speed_path(self._number), speed)
+        self._start_seconds = time.monotonic() - begun
+        return engine
 
     def _draw(self, chunk: Chunk, engine: Engine, tokenizer: Any) -> None:
         requests = chunk_requests(self._job, chunk)
         begun = time.monotonic()
-        completions = engine.generate(
-            requests,
-            lambda finished: self._progress.report(self._done + finished, self._total, self._note()),
-        )
+        self._pulse(busy=True, solutions=0, now=True)
+
+        def report(finished: int, new_tokens: int) -> None:
+            self._tokens += new_tokens
+            self._pulse(busy=True, solutions=finished)
+
+        completions = engine.generate(requests, report)
         self._seconds += time.monotonic() - begun
-        self._tokens += sum(len(completion.token_ids) for completion in completions)
+        self._drawn_tokens += sum(len(completion.token_ids) for completion in completions)
         samples = chunk_samples(self._job, chunk, requests, completions, tokenizer, self._vocab_size)
         write_records(self._job.chunk_dir / chunk.file_name, samples)
-        self._done += chunk.num_solutions
+        speed = {
+            "tokens": self._drawn_tokens,
+            "generate_seconds": self._seconds,
+            "start_seconds": self._start_seconds,
+        }
+        write_json(self._job.speed_path(self._name), speed)
 
-    def _note(self) -> str:
-        return f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds else ""
+    def _pulse(self, *, busy: bool, solutions: int, note: str = "", now: bool = False) -> None:
+        if now or time.monotonic() - self._last_pulse >= PULSE_EVERY_S:
+            self._last_pulse = time.monotonic()
+            if self._seconds and not note:
+                note = f"{self._drawn_tokens / self._seconds:,.0f} tokens/s"
+            pulse = Pulse(busy=busy, solutions=solutions, tokens=self._tokens, note=note)
+            path = self._job.pulse_path(self._name)
+            draft = path.with_suffix(".tmp")
+            with contextlib.suppress(FileNotFoundError):
+                draft.write_text(pulse.model_dump_json())
+                draft.replace(path)
 
 
 def chunk_requests(job: Job, chunk: Chunk) -> list[Request]:

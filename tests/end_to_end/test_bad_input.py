@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.files import exclusive_lock
+from megatron_stepkto.locks import exclusive_lock
 from tests.builders import write_llama
 
 pytestmark = pytest.mark.end_to_end

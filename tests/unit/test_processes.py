@@ -169,5 +169,40 @@ def test_progress_of_several_children_is_summed(tmp_path: Path, capsys: pytest.C
         for path, done, note in zip(files, (10, 7), ("fast", ""), strict=True)
     ]
     children = [python(script, tmp_path / f"{n}.log") for n, script in enumerate(scripts)]
-    run_children(children, title="drawing", unit="solutions", progress=files, done_before=5)
-    assert "drawing: 22/25 solutions" in capsys.readouterr().err
+    run_children(children, title="drawing", unit="solutions", progress=files)
+    assert "drawing: 17/20 solutions" in capsys.readouterr().err
+
+
+def test_a_stuck_child_is_killed_and_started_again_a_few_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stuck until its third start: the two before are killed, whatever they do with SIGTERM."""
+    starts = tmp_path / "starts"
+    script = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"open({str(starts)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        f"while len(open({str(starts)!r}).readlines()) < 3: time.sleep(0.1)\n"
+    )
+    asked: list[int] = []
+
+    def stalled() -> bool:
+        pids = [int(line) for line in starts.read_text().split()] if starts.exists() else []
+        if len(pids) in (1, 2) and pids[-1] not in asked:
+            asked.append(pids[-1])
+            return True
+        return False
+
+    child = Child([sys.executable, "-c", script], tmp_path / "a.log", {}, stalled)
+    run_children([child], title="drawing", unit="units")
+    assert len(starts.read_text().split()) == 3
+    for pid in asked:
+        assert_ends(pid)
+    assert capsys.readouterr().err.count("makes no progress: starting it again") == 2
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == ["a-2.log", "a-3.log", "a.log"]
+
+
+def test_restarts_of_a_stuck_child_are_bounded(tmp_path: Path) -> None:
+    child = Child([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "a.log", {}, lambda: True)
+    with pytest.raises(StageFailed, match=r"3 restarts did not help; its log: .*a-4\.log"):
+        run_children([child], title="drawing", unit="units")

@@ -237,7 +237,7 @@ def test_a_forced_clearing_cut_short_never_passes_for_work_of_the_new_key(
 HOLDER = """
 import sys
 from pathlib import Path
-from megatron_stepkto.files import exclusive_lock
+from megatron_stepkto.locks import exclusive_lock
 with exclusive_lock(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     sys.stdin.read()

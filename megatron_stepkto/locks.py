@@ -1,0 +1,267 @@
+"""Locks that work on shared file systems: one owner among processes of many hosts, and the dead are found out.
+
+``flock`` is not used: over NFS it may be local to a host, or absent. A lock is a folder of numbered files, one
+per owner that ever was; the newest counts:
+
+    .held.000007   JSON: who owns it; its mtime is set anew every ``HEARTBEAT_S`` seconds
+    .free.000007   the same file after its owner let go (a rename)
+
+To take the lock a process makes ``.held.<newest + 1>`` by a hard link, which exactly one of any number of
+contenders can. Numbers only grow, so that nobody mistakes a fresh owner for the dead one that he looked at.
+
+Whether an owner is dead is decided without comparing clocks: at once when it ran in this kernel and its process is
+gone; else when its heartbeat does not change while *this* process watches, for ``SILENCE_S`` seconds, or for
+``SHORT_SILENCE_S`` when Slurm says that its job is over or was started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_stepkto.errors import UserError
+
+HEARTBEAT_S = 10.0
+SILENCE_S = 90.0  # nine heartbeats: a stalled file server must not pass for a dead owner
+SHORT_SILENCE_S = 25.0
+POLL_S = 0.5
+_HELD, _FREE = ".held.", ".free."
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, so that any other can tell whether it still lives. ``kernel``: boot and pid namespace."""
+
+    token: str
+    host: str
+    kernel: str
+    pid: int
+    started: str  # of the process, in clock ticks since boot: a pid is used again
+    slurm_job: str
+    slurm_attempt: int
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """Start time of a process from /proc; "" when there is none, or only its zombie."""
+    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+def _kernel() -> str:
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    return f"{_read(Path('/proc/sys/kernel/random/boot_id')).strip()} {namespace}"
+
+
+def this_process() -> Owner:
+    return Owner(
+        token=uuid.uuid4().hex,
+        host=os.uname().nodename,
+        kernel=_kernel(),
+        pid=os.getpid(),
+        started=_started(os.getpid()),
+        slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+        slurm_attempt=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+    )
+
+
+def _slurm_says_over(owner: Owner) -> bool:
+    """Is the owner's job gone, or in a later attempt? False where Slurm cannot be asked."""
+    if not owner.slurm_job:
+        return False
+    if owner.slurm_job == os.environ.get("SLURM_JOB_ID"):
+        return owner.slurm_attempt < int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    try:
+        found = subprocess.run(
+            ["squeue", "--noheader", "--jobs", owner.slurm_job, "--format=%T"],
+            capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    states = set(found.stdout.split())
+    if found.returncode:
+        return "Invalid job id" in found.stderr
+    return not states & {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
+
+
+class Watch:
+    """Remembers owners and when (on this process's own clock) their heartbeat last changed."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[int, float, bool]] = {}
+
+    def is_dead(self, path: Path, owner: Owner) -> bool:
+        """Is the owner that wrote ``path`` dead? Ask again and again: silence is measured between the calls."""
+        if owner.kernel and owner.kernel == _kernel():
+            return _started(owner.pid) != owner.started
+        try:
+            beat = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False  # let go or taken over meanwhile: look again
+        now = time.monotonic()
+        before, since, over = self._seen.get(path, (None, now, False))
+        if beat != before:
+            self._seen[path] = (beat, now, _slurm_says_over(owner))
+            return False
+        return now - since > (SHORT_SILENCE_S if over else SILENCE_S)
+
+    def knows_alive(self, path: Path, owner: Owner, first_beat: int) -> bool:
+        """Has the owner shown life since ``first_beat``, or is its process seen here?"""
+        if owner.kernel and owner.kernel == _kernel():
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            return path.stat().st_mtime_ns != first_beat
+        return False
+
+
+def _newest(folder: Path) -> Path | None:
+    found = [path for path in folder.iterdir() if path.name.startswith((_HELD, _FREE))]
+    return max(found, key=_number, default=None)
+
+
+def _number(path: Path) -> int:
+    return int(path.name[len(_HELD) :])
+
+
+def read_owner(path: Path) -> Owner | None:
+    try:
+        return Owner(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class Lock:
+    """A lock that this process holds; a thread keeps its heart beating until ``release``."""
+
+    def __init__(self, path: Path, owner: Owner) -> None:
+        self.path, self.owner = path, owner
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(HEARTBEAT_S):
+            try:
+                os.utime(self.path)
+            except FileNotFoundError:
+                if self._over.is_set():
+                    return
+                # Somebody took us for dead (this host hung for minutes). Two writers are worse than none.
+                print(f"error: {self.path} was taken over by another process: stopping", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            except OSError:
+                continue  # the file server does not answer: the next beat tells
+
+    @property
+    def is_ours(self) -> bool:
+        return self.path.exists()
+
+    def check(self) -> None:
+        """Raises UserError when another process took the lock over: what this one made must not count."""
+        if not self.is_ours:
+            raise UserError(f"{self.path.parent.parent}: another process took over, as this one seemed dead; stopping")
+
+    def release(self) -> None:
+        self._over.set()
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(self.path.with_name(self.path.name.replace(_HELD, _FREE)))
+
+
+def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
+    """Take the lock, or return its owner that is not known to be dead (None: just changing hands, try again)."""
+    if folder.is_file():
+        folder.unlink()  # versions before 0.2 kept an flock file there
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        newest = _newest(folder)
+    except FileNotFoundError:
+        return None
+    if newest is not None and newest.name.startswith(_HELD):
+        owner = read_owner(newest)
+        if owner is None:
+            if newest.exists():
+                raise UserError(f"{newest}: expected the owner of a lock, got something else; remove {folder}")
+            return None
+        if not watch.is_dead(newest, owner):
+            return owner
+    number = _number(newest) + 1 if newest is not None else 1
+    ours, mine = this_process(), folder / f"{_HELD}{number:06d}"
+    draft = folder / f".draft.{ours.token}"
+    draft.write_text(json.dumps(asdict(ours)))
+    try:
+        os.link(draft, mine)
+    except FileExistsError:
+        return None
+    finally:
+        draft.unlink()
+    # A contender that slept since it listed the folder may have made a number that is long past.
+    if _newest(folder) != mine:
+        mine.unlink(missing_ok=True)
+        return None
+    for path in folder.iterdir():
+        if path.name.startswith((_HELD, _FREE)) and _number(path) < number:
+            path.unlink(missing_ok=True)
+    return Lock(mine, ours)
+
+
+@contextlib.contextmanager
+def exclusive_lock(
+    folder: Path, what: str, *, wait: bool = False, note: Callable[[str], None] | None = None
+) -> Iterator[Lock]:
+    """Hold the lock in ``folder``. An owner that may be dead is watched until that is known.
+
+    Args:
+        wait: for an owner that lives too, as long as it takes.
+        note: is told once when there is something to wait for.
+
+    Raises:
+        UserError: a process that is alive holds it (unless ``wait``).
+    """
+    watch, told = Watch(), False
+    first: tuple[str, int] | None = None
+    while True:
+        got = try_lock(folder, watch)
+        if isinstance(got, Lock):
+            break
+        if got is not None:
+            path = _newest(folder)
+            beat = path.stat().st_mtime_ns if path is not None and path.exists() else 0
+            if first is None or first[0] != got.token:
+                first = (got.token, beat)
+            if not wait and path is not None and watch.knows_alive(path, got, first[1]):
+                raise UserError(
+                    f"{what} is being written by another process ({got}): "
+                    "wait for it or stop it, then run the command again"
+                )
+            if note and not told:
+                told = True
+                note(f"{what} is held by {got}: " + ("waiting" if wait else "watching whether it is alive"))
+        time.sleep(POLL_S if got is not None else 0.05)
+    try:
+        yield got
+    finally:
+        got.release()

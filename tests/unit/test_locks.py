@@ -1,0 +1,196 @@
+"""One owner at a time among real processes; the dead are found out, whoever is alive is believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_stepkto import locks
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.locks import Lock, Watch, exclusive_lock, this_process, try_lock
+
+COUNTER = """
+import sys, os
+from pathlib import Path
+from megatron_stepkto.locks import exclusive_lock
+folder, times = Path(sys.argv[1]), int(sys.argv[2])
+for _ in range(times):
+    with exclusive_lock(folder / "lock", "it", wait=True):
+        number = int((folder / "counter").read_text())
+        os.sched_yield()
+        (folder / "counter").write_text(str(number + 1))
+"""
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megatron_stepkto.locks import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), "it"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def foreign(folder: Path, number: int = 1, **changes: object) -> Path:
+    """A lock held by a process of another host."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = replace(this_process(), host="elsewhere", kernel="another boot", **changes)  # type: ignore[arg-type]
+    path = folder / f".held.{number:06d}"
+    path.write_text(json.dumps(asdict(owner)))
+    return path
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(locks, "SILENCE_S", 1.5)
+    monkeypatch.setattr(locks, "SHORT_SILENCE_S", 0.2)
+    monkeypatch.setattr(locks, "POLL_S", 0.05)
+    yield
+
+
+@pytest.fixture
+def beating(tmp_path: Path) -> Iterator[threading.Event]:
+    """Touches tmp_path/lock/.held.000001 until set."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.1):
+            os.utime(tmp_path / "lock" / ".held.000001")
+
+    foreign(tmp_path / "lock")
+    thread = threading.Thread(target=beat)
+    thread.start()
+    yield over
+    over.set()
+    thread.join()
+
+
+def test_no_two_processes_hold_it(tmp_path: Path) -> None:
+    (tmp_path / "counter").write_text("0")
+    running = [subprocess.Popen([sys.executable, "-c", COUNTER, str(tmp_path), "40"]) for _ in range(4)]
+    assert [process.wait(60) for process in running] == [0] * 4
+    assert (tmp_path / "counter").read_text() == "160"
+    assert len(list((tmp_path / "lock").iterdir())) == 1, "nothing is left behind but the newest number"
+
+
+def test_a_killed_owner_of_this_machine_is_dead_at_once(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "lock")], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=rf"being written by another process \(process {holder.pid} on "):
+        exclusive_lock(tmp_path / "lock", "it").__enter__()
+    holder.kill()
+    holder.communicate(timeout=20)
+    begun = time.monotonic()
+    with exclusive_lock(tmp_path / "lock", "it") as held:
+        assert held.path.name == ".held.000002"
+    assert time.monotonic() - begun < 5
+    assert [path.name for path in (tmp_path / "lock").iterdir()] == [".free.000002"]
+
+
+def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    owner = replace(this_process(), started="1")
+    (tmp_path / "lock" / ".held.000004").write_text(json.dumps(asdict(owner)))
+    with exclusive_lock(tmp_path / "lock", "it") as held:
+        assert held.path.name == ".held.000005"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_silence_of_another_host_is_death_and_a_beat_is_life(tmp_path: Path, beating: threading.Event) -> None:
+    with pytest.raises(UserError, match=r"process .* on elsewhere"):
+        exclusive_lock(tmp_path / "lock", "it").__enter__()
+    beating.set()
+    begun = time.monotonic()
+    with exclusive_lock(tmp_path / "lock", "it") as held:
+        assert held.path.name == ".held.000002"
+        assert 1.5 <= time.monotonic() - begun < 6
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_clock_of_the_other_host_does_not_matter(tmp_path: Path) -> None:
+    """A heartbeat from the far future or past is only a number that changes or does not."""
+    for stamp in (0, 4_000_000_000):
+        path = foreign(tmp_path / str(stamp))
+        os.utime(path, (stamp, stamp))
+        begun = time.monotonic()
+        with exclusive_lock(tmp_path / str(stamp), "it"):
+            assert 1.5 <= time.monotonic() - begun < 6
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("answer", "quick"), [("", True), ("COMPLETED", True), ("RUNNING", False), ("COMPLETING", False)]
+)
+def test_slurm_is_asked_about_the_owners_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, quick: bool
+) -> None:
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(f"#!/bin/sh\necho {answer}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    foreign(tmp_path / "lock", slurm_job="17")
+    begun = time.monotonic()
+    with exclusive_lock(tmp_path / "lock", "it"):
+        assert (time.monotonic() - begun < 1.4) == quick
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_earlier_attempt_of_our_own_job_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    foreign(tmp_path / "lock", slurm_job="17", slurm_attempt=1)
+    begun = time.monotonic()
+    with exclusive_lock(tmp_path / "lock", "it"):
+        assert time.monotonic() - begun < 1.4
+
+
+def test_who_was_taken_for_dead_stops_and_must_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.1)
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        got = try_lock(tmp_path / "lock", Watch())
+        assert isinstance(got, Lock)
+        got.check()
+        got.path.unlink()
+        foreign(tmp_path / "lock", number=2)
+        with pytest.raises(UserError, match="another process took over"):
+            got.check()
+        deadline = time.monotonic() + 10
+        while not told.is_set() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert told.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    got.release()
+    assert [path.name for path in (tmp_path / "lock").iterdir()] == [".held.000002"], "the other's is left alone"
+
+
+def test_a_contender_that_slept_does_not_get_a_number_that_is_past(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It listed the folder, slept while others took and freed the lock, and then makes the number it planned."""
+    folder = tmp_path / "lock"
+    foreign(folder, number=7)
+    real, slept = locks._newest, []
+
+    def asleep(path: Path) -> Path | None:
+        if not slept:
+            slept.append(True)
+            return folder / ".free.000003"
+        return real(path)
+
+    monkeypatch.setattr(locks, "_newest", asleep)
+    assert try_lock(folder, Watch()) is None
+    assert [path.name for path in folder.iterdir()] == [".held.000007"]
