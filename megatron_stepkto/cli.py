@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_stepkto import __version__
+from megatron_stepkto.conversion_options import add_conversion_options
 from megatron_stepkto.errors import StageFailed, UserError
 from megatron_stepkto.planning import command as planning
 from megatron_stepkto.progress import console, say
@@ -24,11 +25,16 @@ Command = Callable[[argparse.Namespace], None]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0: done; 1: a stage failed; 2: input to correct; 130 and 143: interrupted, run again to go on."""
-    signal.signal(signal.SIGTERM, _interrupt)
     arguments = _parser().parse_args(argv)
     command: Command = arguments.command
+    guarded(lambda: command(arguments))
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Do the work of a command; whatever ends it early becomes one message and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        command(arguments)
+        work()
     except UserError as error:
         _fail(f"error: {error}", 2)
     except StageFailed as error:
@@ -72,12 +78,21 @@ def _parser() -> argparse.ArgumentParser:
         ("judge", "label steps and answers"),
         ("dataset", "choose examples and KL pairs"),
         ("train", "train on them with Megatron-Core"),
-        ("convert", "Megatron weights to a Hugging Face folder"),
+        (
+            "convert",
+            "Megatron weights to a Hugging Face folder; as `convert IN OUT`, a folder of either kind to the other",
+        ),
     ):
         stage = _recipe_command(commands, name, _stage, text)
-        stage.add_argument("--iteration", type=_positive, required=True, metavar="T")
+        stage.add_argument("--iteration", type=_positive, required=name != "convert", metavar="T")
         stage.add_argument("--method", choices=METHODS, help="a compared method; default: the recipe's own")
         stage.set_defaults(stage=name)
+        if name == "convert":
+            stage.add_argument(
+                "output", type=Path, nargs="?", metavar="OUT", help="then RECIPE is IN, a model's folder"
+            )
+            add_conversion_options(stage)
+            stage.set_defaults(command=_convert)
     evaluate = _recipe_command(commands, "evaluate", _evaluate, "measure M_T on held-out problems")
     evaluate.add_argument("--iteration", type=_not_negative, required=True, metavar="T", help="0 is M0")
     evaluate.add_argument("--method", choices=METHODS)
@@ -188,6 +203,20 @@ def _stage(arguments: argparse.Namespace) -> None:
             "begin with `judge --iteration 1`"
         )
     STAGES[arguments.stage](run, arguments.iteration)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    if arguments.iteration is not None:
+        if arguments.output is not None:
+            raise UserError("convert RECIPE --iteration T takes no OUT; convert IN OUT takes no --iteration")
+        _stage(arguments)
+        return
+    if arguments.recipe.suffix in (".yaml", ".yml"):
+        raise UserError(f"convert {arguments.recipe}: --iteration T is missing")
+    from megatron_stepkto.checkpoints.command import run_conversion
+
+    arguments.source = arguments.recipe
+    run_conversion(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Convert a Hugging Face folder to a Megatron-Core torch_dist checkpoint, bit for bit."""
 
-from megatron_stepkto.checkpoints.command import conversion_command
-from megatron_stepkto.checkpoints.convert import hf_to_megatron
+from megatron_stepkto.checkpoints.command import tool
+from megatron_stepkto.checkpoints.convert import HF_TO_MEGATRON
 
 if __name__ == "__main__":
-    conversion_command(__doc__, hf_to_megatron)
+    tool(HF_TO_MEGATRON, __doc__)

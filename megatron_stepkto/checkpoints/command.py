@@ -1,25 +1,105 @@
-"""The command line that both conversion tools share."""
+"""The command line of conversion: ``stepkto convert IN OUT`` and the two tools are the same code."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
+from megatron_stepkto.checkpoints.convert import HF_TO_MEGATRON, MEGATRON_TO_HF, hf_to_megatron, megatron_to_hf
+from megatron_stepkto.checkpoints.dry_run import dry_run
+from megatron_stepkto.checkpoints.verify import is_finished, verify
+from megatron_stepkto.conversion_options import EPILOG, add_conversion_options
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.progress import console, say
+from megatron_stepkto.recipe import Parallel
 
 
-def conversion_command(description: str | None, convert: Callable[[Path, Path], None]) -> None:
-    """``TOOL SOURCE TARGET``; exit code 2 and one message for what the user can correct."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    arguments = parser.parse_args()
-    try:
-        if arguments.target.exists():
-            raise UserError(f"{arguments.target}: already there; give a folder that does not exist, or remove it")
-        convert(arguments.source, arguments.target)
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+def tool(direction: str, description: str | None) -> None:
+    """``tools/hf_to_megatron.py`` and ``tools/megatron_to_hf.py``."""
+    from megatron_stepkto.cli import guarded
+
+    parser = argparse.ArgumentParser(
+        description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="IN")
+    parser.add_argument("output", type=Path, metavar="OUT", nargs="?", help="not needed with --dry-run")
+    parser.add_argument("--force", action="store_true", help="replace OUT")
+    add_conversion_options(parser)
+    guarded(lambda: run_conversion(parser.parse_args(), direction))
+
+
+def direction_of(source: Path) -> str:
+    """Raises UserError for a folder that is neither a Hugging Face model nor a Megatron checkpoint."""
+    if (source / ".metadata").is_file():
+        return MEGATRON_TO_HF
+    if (source / "config.json").is_file():
+        return HF_TO_MEGATRON
+    raise UserError(
+        f"{source}: expected a Hugging Face folder (with config.json) or a Megatron torch_dist checkpoint (with "
+        ".metadata), found neither"
+    )
+
+
+def run_conversion(arguments: argparse.Namespace, direction: str | None = None) -> None:
+    """Raises UserError; exits with 1 when --verify finds differences."""
+    source, target = arguments.source, arguments.output
+    workers = arguments.workers
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: expected 1 or more")
+    if arguments.dry_run:
+        sys.stdout.write(dry_run(source, _layout(arguments)))
+        return
+    if target is None:
+        raise UserError("OUT is missing: say where the converted checkpoint shall be written")
+    direction = direction or direction_of(source)
+    if not (target.exists() and arguments.verify and not arguments.force):
+        _convert(source, target, direction, arguments.force, workers)
+    if arguments.verify:
+        _verify(source, target, direction, workers)
+
+
+def _layout(arguments: argparse.Namespace) -> Parallel:
+    sizes = {"--tensor": arguments.tensor, "--pipeline": arguments.pipeline}
+    for option, size in (sizes | {"--virtual-pipeline": arguments.virtual_pipeline or 2}).items():
+        if size < 1:
+            raise UserError(f"{option} {size}: expected 1 or more")
+    if arguments.virtual_pipeline and arguments.pipeline == 1:
+        raise UserError("--virtual-pipeline needs --pipeline 2 or more")
+    return Parallel(
+        ranks=arguments.tensor * arguments.pipeline,
+        tensor=arguments.tensor,
+        pipeline=arguments.pipeline,
+        virtual_pipeline=arguments.virtual_pipeline,
+        sequence=arguments.tensor > 1,
+    )
+
+
+def _convert(source: Path, target: Path, direction: str, force: bool, workers: int | None) -> None:
+    if target.exists() and not force:
+        if target.is_dir() and is_finished(source, target, direction, workers):
+            say(f"{target}: already the finished result of {source}; nothing to do")
+            return
+        raise UserError(f"{target}: already there, and not the result of {source}; choose another folder, or --force")
+    began = time.monotonic()
+    if direction == HF_TO_MEGATRON:
+        done = hf_to_megatron(source, target, workers=workers)
+    else:
+        done = megatron_to_hf(source, target, workers=workers)
+    seconds = time.monotonic() - began
+    say(
+        f"{target}: {done.num_tensors} tensors, all finite, {done.weight_bytes / 1e9:.3g} GB "
+        f"in {seconds:.1f} s ({done.weight_bytes / 1e9 / seconds:.2g} GB/s)"
+    )
+
+
+def _verify(source: Path, target: Path, direction: str, workers: int | None) -> None:
+    hf, megatron = (source, target) if direction == HF_TO_MEGATRON else (target, source)
+    differences = verify(hf, megatron, workers)
+    if differences:
+        console.print(f"{source} and {target} differ:", style="red", markup=False)
+        for line in differences:
+            say(f"  {line}")
+        raise SystemExit(1)
+    say(f"{source} and {target} hold the same model, bit by bit")

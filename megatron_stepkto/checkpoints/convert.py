@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig, find_architecture
 from megatron_stepkto.checkpoints.checksums import crc32_of_parts
 from megatron_stepkto.checkpoints.huggingface import DTYPES, HFCheckpoint, HFWriter, read_companions
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
-from megatron_stepkto.checkpoints.manifest import Manifest
+from megatron_stepkto.checkpoints.manifest import Manifest, read_manifest
 from megatron_stepkto.checkpoints.slices import Slice, extra_state_keys, slices
 from megatron_stepkto.checkpoints.stream import (
+    Buffers,
     Bytes,
     Files,
     Moved,
@@ -42,7 +41,7 @@ HF_TO_MEGATRON, MEGATRON_TO_HF = "hf_to_megatron", "megatron_to_hf"
 
 @dataclass(frozen=True)
 class Converted:
-    """weight_bytes: of the weights alone. peak of memory: a few pieces per worker, whatever the model."""
+    """weight_bytes: of the tensors that were written."""
 
     weight_bytes: int
     num_tensors: int
@@ -87,6 +86,12 @@ class HFSide:
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.checkpoint.weights[name].dtype]
+
+    def slice_dtype(self, slice_: Slice) -> torch.dtype:
+        return self.dtype(slice_.names[0])
+
+    def companion_files(self) -> dict[str, bytes]:
+        return read_companions(self.checkpoint.directory)
 
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
         self.checkpoint.read_rows(files, piece.name, piece.row, out)
@@ -153,6 +158,12 @@ class MegatronSide:
     def dtype(self, key: str) -> torch.dtype:
         return self.reader.dtype(key)
 
+    def slice_dtype(self, slice_: Slice) -> torch.dtype:
+        return self.dtype(slice_.key)
+
+    def companion_files(self) -> dict[str, bytes]:
+        return read_companions(self.companions)
+
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
         self.reader.read_rows(files, piece.key, piece.index, piece.at, piece.count, out)
 
@@ -173,6 +184,9 @@ class MegatronSide:
                 yield f"{key} is {self.reader.dtype(key)}, expected {', '.join(map(str, DTYPES.values()))}"
 
 
+Side = HFSide | MegatronSide
+
+
 def pieces(
     all_slices: Iterable[Slice],
     itemsize: Callable[[Slice], int],
@@ -188,24 +202,42 @@ def pieces(
                 yield Piece(slice_.names[run.part], row, slice_.key, slice_.index, at, count)
 
 
-class _Buffers(threading.local):
-    """One growing buffer per worker."""
-
-    def __init__(self) -> None:
-        self.data = np.empty(0, np.uint8)
-
-    def get(self, size: int) -> Bytes:
-        if self.data.size < size:
-            self.data = np.empty(size, np.uint8)
-        return self.data[:size]
-
-
 def _by_tensor(moved: Iterable[Moved]) -> dict[str, tuple[int, int]]:
     """CRC-32 and bytes of every Hugging Face tensor as it was read."""
     parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for done in moved:
         parts[done.piece.name].append((done.piece.row, done.read_crc, done.read_bytes))
     return {name: crc32_of_parts((crc, length) for _, crc, length in sorted(found)) for name, found in parts.items()}
+
+
+def tensor_checksums(side: Side, workers: int | None, title: str) -> dict[str, int]:
+    """CRC-32 of every Hugging Face tensor of either side."""
+    row_bytes = {
+        name: torch.Size(shape[1:]).numel() * side.slice_dtype(slice_).itemsize
+        for slice_ in side.slices
+        for name, shape in zip(slice_.names, slice_.shapes, strict=True)
+    }
+    buffers = Buffers()
+    with Files() as files:
+
+        def work(piece: Piece) -> Moved:
+            data = buffers.get(piece.count * row_bytes[piece.name])
+            side.read(files, piece, data)
+            crc = checksum(data)
+            return Moved(piece, crc, data.size, crc, data.size)
+
+        moved = move(
+            pieces(side.slices, lambda slice_: side.slice_dtype(slice_).itemsize),
+            work,
+            workers=workers or default_workers(),
+            title=title,
+            total_bytes=sum(
+                shape[0] * row_bytes[name]
+                for slice_ in side.slices
+                for name, shape in zip(slice_.names, slice_.shapes, strict=True)
+            ),
+        )
+    return {name: crc for name, (crc, _) in _by_tensor(moved).items()}
 
 
 # --- the two directions --------------------------------------------------------------------------------------
@@ -223,7 +255,7 @@ def hf_to_megatron(
             (all named).
     """
     side = HFSide(source, one_dtype=dtype is None)
-    companions = read_companions(source)
+    companions = side.companion_files()
 
     def stored(slice_: Slice) -> torch.dtype:
         return dtype or side.dtype(slice_.names[0])
@@ -239,7 +271,7 @@ def hf_to_megatron(
         writer = CheckpointWriter(folder, chunks)
         not_finite = set[str]()
         with Files() as files:
-            buffers = _Buffers()
+            buffers = Buffers()
 
             def work(piece: Piece) -> Moved:
                 weight = side.checkpoint.weights[piece.name]
@@ -269,6 +301,7 @@ def hf_to_megatron(
             )
             _refuse(not_finite, source)
             tensors = _by_tensor(moved)
+            _check_manifest(source, tensors)
             parts: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, int]]] = defaultdict(list)
             for done in moved:
                 parts[done.piece.key, done.piece.index].append((done.piece.at, done.written_crc, done.written_bytes))
@@ -288,7 +321,7 @@ def megatron_to_hf(source: Path, target: Path, workers: int | None = None) -> Co
         UserError: a missing, left-over, misshapen or non-finite weight (all named), or a damaged file.
     """
     side = MegatronSide(source)
-    companions = read_companions(side.companions)
+    companions = side.companion_files()
     tensors = [
         (name, side.dtype(slice_.key), shape)
         for slice_ in side.slices
@@ -300,7 +333,7 @@ def megatron_to_hf(source: Path, target: Path, workers: int | None = None) -> Co
         writer = HFWriter(folder, tensors)
         not_finite = set[str]()
         with Files() as files:
-            buffers = _Buffers()
+            buffers = Buffers()
 
             def work(piece: Piece) -> Moved:
                 data = buffers.get(piece.count * writer.weights[piece.name].row_bytes)
@@ -321,6 +354,7 @@ def megatron_to_hf(source: Path, target: Path, workers: int | None = None) -> Co
             )
             _refuse(not_finite, source)
             found = _by_tensor(moved)
+            _check_manifest(source, found)
             sums = writer.finish(files, found, companions)
         _write_manifest(folder, MEGATRON_TO_HF, None, found, sums)
     return Converted(weight_bytes, len(found))
@@ -332,6 +366,19 @@ def _refuse(not_finite: set[str], source: Path) -> None:
         raise UserError(
             f"{source}: {', '.join(sorted(not_finite))} {verb} NaN or infinite values (or values that overflow the "
             "dtype asked for); the checkpoint is broken"
+        )
+
+
+def _check_manifest(source: Path, tensors: dict[str, tuple[int, int]]) -> None:
+    """Damage that came after an earlier conversion wrote the source: its manifest knows every tensor's checksum."""
+    manifest = read_manifest(source)
+    if manifest is None or manifest.cast is not None:
+        return
+    damaged = [name for name, (crc, _) in sorted(tensors.items()) if manifest.tensors.get(name, crc) != crc]
+    if damaged:
+        raise UserError(
+            f"{source}: {', '.join(damaged)}: the bytes are not those that {MANIFEST} says were written; the folder "
+            f"is damaged, write it again (if you changed these weights on purpose, remove its {MANIFEST})"
         )
 
 

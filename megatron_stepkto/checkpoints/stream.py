@@ -81,6 +81,18 @@ def cast(data: Bytes, source: torch.dtype, target: torch.dtype) -> Bytes:
     return torch.from_numpy(data).view(source).to(target).view(torch.uint8).numpy()
 
 
+class Buffers(threading.local):
+    """One growing buffer per worker."""
+
+    def __init__(self) -> None:
+        self._data = np.empty(0, np.uint8)
+
+    def get(self, size: int) -> Bytes:
+        if self._data.size < size:
+            self._data = np.empty(size, np.uint8)
+        return self._data[:size]
+
+
 class Files:
     """Open files, read and written at offsets by several threads; flushed to disk in the background.
 

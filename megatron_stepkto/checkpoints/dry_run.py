@@ -1,0 +1,98 @@
+"""What a conversion would do, from a config.json alone: the mapping, and what each rank of a layout would hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
+from megatron_stepkto.checkpoints.slices import Slice, slices
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import read_json
+from megatron_stepkto.planning.layout import layout_faults
+from megatron_stepkto.planning.parameters import model_parameters, stage_layers, stage_parameters
+from megatron_stepkto.recipe import Parallel
+
+
+def dry_run(source: Path, parallel: Parallel) -> str:
+    """The mapping and the bytes per rank, as text.
+
+    Args:
+        source: a config.json, a Hugging Face folder, or a Megatron folder with companions; weights are not needed.
+
+    Raises:
+        UserError: no config, one that is not served, or a layout in which the model cannot be split (all reasons).
+    """
+    folder = source.parent if source.name == "config.json" else source
+    if not (folder / "config.json").is_file() and (folder / COMPANIONS).is_dir():
+        folder = folder / COMPANIONS
+    config, entries = read_model_config(folder)
+    faults = layout_faults(config, parallel)
+    if faults:
+        # the recipe's keys are this command's options
+        raise UserError("\n".join(fault.message.replace("train.parallel.", "--") for fault in faults))
+    dtype = _dtype(read_json(folder / "config.json"))
+    total = model_parameters(config, entries)
+    lines = [
+        f"{folder}: {config.num_layers} layers, hidden size {config.hidden_size}, {config.num_heads} heads in "
+        f"{config.num_kv_heads} groups, vocabulary {config.vocab_size}",
+        f"{total:,} parameters, {total * dtype.itemsize / 1e9:,.2f} GB in {str(dtype).removeprefix('torch.')}",
+        "",
+        "Megatron-Core's tensor, its shape, and the Hugging Face tensors in it:",
+        *_mapping(list(slices(entries, config))),
+        "",
+        f"--tensor {parallel.tensor} --pipeline {parallel.pipeline}"
+        + (f" --virtual-pipeline {parallel.virtual_pipeline}" if parallel.virtual_pipeline else "")
+        + ": weights of one rank of each pipeline stage",
+    ]
+    for stage in range(parallel.pipeline):
+        held = stage_parameters(config, entries, parallel, stage)
+        layers = ", ".join(_span(numbers) for numbers in stage_layers(config, parallel, stage))
+        lines.append(
+            f"  stage {stage}: layers {layers}: {held.total:,} parameters, "
+            f"{held.total * dtype.itemsize:,} bytes ({held.total * dtype.itemsize / 1e9:.2f} GB)"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _dtype(config: dict[str, object]) -> torch.dtype:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"config.json: dtype = {name!r}: expected float32, float16 or bfloat16")
+    return dtype
+
+
+def _span(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _mapping(all_slices: list[Slice]) -> Iterator[str]:
+    """One line per Hugging Face tensor name, in which ``{0..79}`` stands for the layers (and experts)."""
+    firsts: dict[str, Slice] = {}
+    lasts: dict[str, Slice] = {}
+    for slice_ in all_slices:
+        firsts.setdefault(slice_.key, slice_)
+        lasts[slice_.key] = slice_
+    for key, first in firsts.items():
+        yield f"  {key} {list(first.full_shape)}"
+        for part, (name, shape) in enumerate(zip(first.names, first.shapes, strict=True)):
+            runs = [run for run in first.runs if run.part == part]
+            rows = f"rows {runs[0].target} to {runs[0].target + runs[0].count - 1}" if len(first.names) > 1 else "whole"
+            if len(runs) > 1:
+                rows += f", ... in {len(runs)} runs of {runs[0].count}"
+            yield f"    <- {_ranged(name, lasts[key].names[part])} {list(shape)}: {rows}"
+
+
+def _ranged(first: str, last: str) -> str:
+    """Two names that differ in numbers only, as one with ranges."""
+    ends = iter(re.findall(r"\d+", last))
+
+    def both(found: re.Match[str]) -> str:
+        end = next(ends)
+        return found[0] if end == found[0] else f"{{{found[0]}..{end}}}"
+
+    return re.sub(r"\d+", both, first)

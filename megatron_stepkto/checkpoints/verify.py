@@ -1,0 +1,120 @@
+"""Whether two folders hold the same model, bit by bit, and whether a folder is as it was written."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megatron_stepkto.checkpoints.convert import (
+    COMPANIONS,
+    HF_TO_MEGATRON,
+    HFSide,
+    MegatronSide,
+    Side,
+    pieces,
+    read_model_config,
+    tensor_checksums,
+)
+from megatron_stepkto.checkpoints.manifest import NAME, damaged_files, missing_or_resized, read_manifest
+from megatron_stepkto.checkpoints.stream import Buffers, Files, Moved, Piece, default_workers, move
+from megatron_stepkto.errors import UserError
+
+
+@dataclass
+class _Difference:
+    rows: int = 0
+    elements: int = 0
+    first_row: int = field(default=2**63)
+
+
+def verify(hf: Path, megatron: Path, workers: int | None = None) -> list[str]:
+    """Differences between a Hugging Face folder and a Megatron one, as lines; empty when they hold the same model.
+
+    Compares configs, dtypes and every bit of every tensor (rows that pad the vocabulary apart), and every file of
+    either folder with its manifest, where it has one.
+
+    Raises:
+        UserError: one of the folders is damaged or incomplete; names all faults.
+    """
+    faults = [
+        fault
+        for folder in (hf, megatron)
+        if (manifest := read_manifest(folder)) is not None
+        for fault in damaged_files(folder, manifest)
+    ]
+    try:
+        ours, theirs = HFSide(hf), MegatronSide(megatron)
+    except UserError as error:
+        raise UserError("; ".join([str(error), *faults])) from None
+    if ours.config != theirs.config:
+        changed = [
+            f"{name}: {value} / {getattr(theirs.config, name)}"
+            for name, value in vars(ours.config).items()
+            if value != getattr(theirs.config, name)
+        ]
+        faults.append(f"{hf / 'config.json'} and {megatron / COMPANIONS / 'config.json'} differ: {', '.join(changed)}")
+        if [s.shapes for s in ours.slices] != [s.shapes for s in theirs.slices]:
+            return faults
+    other_dtype = {
+        name: f"{name} is {ours.dtype(name)} in {hf.name}, {theirs.dtype(slice_.key)} in {megatron.name}"
+        for slice_ in ours.slices
+        for name in slice_.names
+        if ours.dtype(name) != theirs.dtype(slice_.key)
+    }
+    same_dtype = [slice_ for slice_ in ours.slices if not other_dtype.keys() & set(slice_.names)]
+    differences: dict[str, _Difference] = {}
+    lock, left, right = threading.Lock(), Buffers(), Buffers()
+    with Files() as files:
+
+        def work(piece: Piece) -> Moved:
+            weight = ours.checkpoint.weights[piece.name]
+            size = piece.count * weight.row_bytes
+            mine, other = left.get(size), right.get(size)
+            ours.read(files, piece, mine)
+            theirs.read(files, piece, other)
+            if not np.array_equal(mine, other):
+                unequal = (mine != other).reshape(piece.count, -1, ours.dtype(piece.name).itemsize).any(axis=2)
+                with lock:
+                    found = differences.setdefault(piece.name, _Difference())
+                    found.rows += int(unequal.any(axis=1).sum())
+                    found.elements += int(unequal.sum())
+                    found.first_row = min(found.first_row, piece.row + int(unequal.any(axis=1).argmax()))
+            return Moved(piece, 0, size, 0, size)
+
+        move(
+            pieces(same_dtype, lambda slice_: ours.dtype(slice_.names[0]).itemsize),
+            work,
+            workers=workers or default_workers(),
+            title=f"compare {hf.name} with {megatron.name}",
+            total_bytes=sum(ours.checkpoint.weights[name].num_bytes for s in same_dtype for name in s.names),
+        )
+    faults += other_dtype.values()
+    for name, found in sorted(differences.items()):
+        shape = ours.checkpoint.weights[name].shape
+        faults.append(
+            f"{name} {list(shape)}: {found.elements} elements in {found.rows} rows differ, "
+            f"first in row {found.first_row}"
+        )
+    return faults
+
+
+def is_finished(source: Path, target: Path, direction: str, workers: int | None = None) -> bool:
+    """Whether ``target`` is the whole result of converting ``source`` as it is now. Reads the source."""
+    manifest = read_manifest(target)
+    if manifest is None or manifest.direction != direction or manifest.cast is not None:
+        return False
+    if missing_or_resized(target, manifest):
+        return False
+    side: Side = HFSide(source) if direction == HF_TO_MEGATRON else MegatronSide(source)
+    companions = target / COMPANIONS if direction == HF_TO_MEGATRON else target
+    if not all(
+        (companions / name).is_file() and (name == "config.json" or (companions / name).read_bytes() == content)
+        for name, content in side.companion_files().items()
+    ):
+        return False
+    if read_model_config(companions)[0] != side.config:
+        return False
+    return tensor_checksums(side, workers, f"compare {source.name} with {NAME}") == dict(manifest.tensors)

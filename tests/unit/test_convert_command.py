@@ -1,0 +1,225 @@
+"""``stepkto convert IN OUT`` and the two tools: directions, what is there already, verification, dry run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_stepkto.checkpoints.manifest import damaged_files, read_manifest
+from megatron_stepkto.checkpoints.stream import Files
+from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
+from megatron_stepkto.checkpoints.verify import verify
+from megatron_stepkto.cli import main
+from tests.unit.checkpoint_folders import DATA_FILE, GATE, assert_same_bits, change_config, change_weights, copy
+
+
+def stepkto(*arguments: object) -> int:
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_direction_is_that_of_the_folder(models: dict[str, Path], tmp_path: Path) -> None:
+    assert stepkto("convert", models["untied"], tmp_path / "megatron", "--verify") == 0
+    assert stepkto("convert", tmp_path / "megatron", tmp_path / "back", "--verify", "--workers", 3) == 0
+    assert_same_bits(
+        load_file(tmp_path / "back" / "model.safetensors"), load_file(models["untied"] / "model.safetensors")
+    )
+
+
+def test_the_tools_are_the_same_code(models: dict[str, Path], tmp_path: Path, repository: Path) -> None:
+    for tool, source, target in (
+        ("hf_to_megatron.py", models["bf16"], tmp_path / "megatron"),
+        ("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back"),
+    ):
+        command = [sys.executable, str(repository / "tools" / tool), str(source), str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=repository)
+        assert done.returncode == 0, done.stderr
+        assert "39 tensors, all finite" in done.stderr
+        again = subprocess.run([*command, "--verify"], capture_output=True, text=True, timeout=120, cwd=repository)
+        assert "hold the same model, bit by bit" in again.stderr
+    wrong = [sys.executable, str(repository / "tools" / "megatron_to_hf.py"), str(models["bf16"]), str(tmp_path / "x")]
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=120, cwd=repository)
+    assert done.returncode == 2
+    assert "expected a Megatron torch_dist checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_finished_target_is_left_alone_and_any_other_is_refused(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = copy(models["tied"], tmp_path / "hf"), tmp_path / "megatron"
+    assert stepkto("convert", source, target) == 0
+    before = (target / DATA_FILE).stat().st_mtime_ns
+    assert stepkto("convert", source, target) == 0
+    assert "already the finished result" in capsys.readouterr().err
+    assert (target / DATA_FILE).stat().st_mtime_ns == before
+
+    change_weights(source, lambda weights: weights[GATE][3].add_(1))
+    assert stepkto("convert", source, target) == 2
+    assert "already there, and not the result of" in capsys.readouterr().err
+    assert stepkto("convert", source, target, "--force") == 0
+    assert verify(source, target) == []
+    change_config(source, rms_norm_eps=1e-3)
+    assert stepkto("convert", source, target) == 2
+    change_config(source, rms_norm_eps=1e-6)
+    (source / "tokenizer.json").write_text("{}")
+    assert stepkto("convert", source, target) == 2
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    assert stepkto("convert", source, foreign) == 2
+    assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+def test_verification_names_what_differs(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = copy(models["tied"], tmp_path / "hf")
+    name = "model.layers.2.self_attn.k_proj.weight"
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[name][5, 7] += 1e-6
+        weights[name][9, :2] *= 2
+        weights["model.norm.weight"][0] = -0.0 if weights["model.norm.weight"][0] else 1.0
+
+    change_weights(changed, change)
+    assert verify(changed, models["megatron"]) == [
+        f"{name} [32, 64]: 3 elements in 2 rows differ, first in row 5",
+        "model.norm.weight [64]: 1 elements in 1 rows differ, first in row 0",
+    ]
+    assert stepkto("convert", changed, models["megatron"], "--verify") == 1
+    assert "3 elements in 2 rows differ" in capsys.readouterr().err
+    change_weights(changed, lambda weights: weights.update({n: t.bfloat16() for n, t in weights.items()}))
+    assert len(verify(changed, models["megatron"])) == 38
+    other_rope = change_config(
+        copy(models["tied"], tmp_path / "rope"), rope_parameters={"rope_type": "default", "rope_theta": 5.0}
+    )
+    (difference,) = verify(other_rope, models["megatron"])
+    assert "rope" in difference
+
+
+def test_verification_reads_the_manifest(models: dict[str, Path], tmp_path: Path) -> None:
+    """A flipped bit where no tensor lies is found by the file's checksum, and only by it."""
+    megatron = copy(models["megatron"], tmp_path / "megatron")
+    manifest = read_manifest(megatron)
+    assert manifest is not None
+    files = {str(path.relative_to(megatron)) for path in megatron.rglob("*") if path.is_file()}
+    assert files == {*manifest.files, "conversion.json"}
+    assert damaged_files(megatron, manifest) == []
+    content = bytearray((megatron / DATA_FILE).read_bytes())
+    content[-5] ^= 4
+    (megatron / DATA_FILE).write_bytes(content)
+    (difference,) = verify(models["tied"], megatron)
+    assert difference.startswith(f"{megatron / DATA_FILE}: damaged: its CRC-32 is ")
+    (megatron / "common.pt").unlink()
+    assert f"{megatron / 'common.pt'}: missing" in verify(models["tied"], megatron)
+
+
+@pytest.mark.parametrize("direction", ["from Hugging Face", "from Megatron"])
+def test_damage_after_a_conversion_is_found_by_the_next(
+    models: dict[str, Path], tmp_path: Path, direction: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The manifest's checksum of every tensor is compared in passing, without --verify."""
+    source, name = tmp_path / "source", "model.layers.3.mlp.down_proj.weight"
+    if direction == "from Hugging Face":
+        assert stepkto("convert", models["megatron"], source) == 0
+        weights = load_file(source / "model.safetensors")
+        weights[name][1, 2] += 1e-6
+        save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    else:
+        copy(models["megatron"], source)
+        row = load_file(models["tied"] / "model.safetensors")[name][1].numpy().tobytes()
+        content = (source / DATA_FILE).read_bytes()
+        assert content.count(row) == 1
+        (source / DATA_FILE).write_bytes(content.replace(row, row[:8] + b"\1" + row[9:]))
+    assert stepkto("convert", source, tmp_path / "target") == 2
+    said = capsys.readouterr().err
+    assert f"{name}: the bytes are not those that conversion.json says were written" in said
+    assert not (tmp_path / "target").exists()
+    (source / "conversion.json").unlink()
+    assert stepkto("convert", source, tmp_path / "target") == 0
+
+
+def test_a_manifest_is_the_same_for_the_same_input(models: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        copied = copy(models["tied"], tmp_path / f"source of {name}")
+        assert stepkto("convert", copied, tmp_path / name, "--workers", 1 if name == "one" else 4) == 0
+    for path in sorted((tmp_path / "one").rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
+
+
+def test_code_of_the_models_author_is_named_and_left_behind(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = change_config(copy(models["tied"], tmp_path / "hf"), auto_map={"AutoModelForCausalLM": "evil.Evil"})
+    (source / "evil.py").write_text("raise SystemExit('ran')")
+    assert stepkto("convert", source, tmp_path / "megatron") == 0
+    assert "auto_map names code of the model's author: it is neither run nor copied" in capsys.readouterr().err
+    assert stepkto("convert", tmp_path / "megatron", tmp_path / "back") == 0
+    for folder in (tmp_path / "megatron" / "huggingface", tmp_path / "back"):
+        assert not (folder / "evil.py").exists()
+        assert "auto_map" not in json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{tied}"], "OUT is missing"),
+        (["recipe.yaml"], "--iteration T is missing"),
+        (["{tied}", "{new}", "--iteration", "1"], "takes no --iteration"),
+        (["{new}", "{new}2"], "expected a Hugging Face folder"),
+        (["{tied}", "{new}", "--workers", "0"], "expected 1 or more"),
+    ],
+)
+def test_wrong_arguments(
+    models: dict[str, Path],
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"tied": models["tied"], "new": tmp_path / "new"}
+    assert stepkto("convert", *(argument.format(**places) for argument in arguments)) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_needs_only_a_config(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    shutil.copyfile(repository / "recipes" / "configs" / "llama3.3_70b" / "config.json", config)
+    assert stepkto("convert", config, "--dry-run", "--tensor", 8, "--pipeline", 8) == 0
+    said = capsys.readouterr().out
+    assert "70,553,706,496 parameters, 141.11 GB in bfloat16" in said
+    # an independent count of true shards (see test_planning_shards.py), in bytes of bfloat16
+    assert "stage 0: layers 0 to 9: 1,201,045,504 parameters, 2,402,091,008 bytes" in said
+    assert "stage 1: layers 10 to 19: 1,069,711,360 parameters, 2,139,422,720 bytes" in said
+    assert (
+        "    <- model.layers.{0..79}.self_attn.k_proj.weight [1024, 8192]: rows 1024 to 1151, ... in 8 runs of 128\n"
+    ) in said
+    assert stepkto("convert", config, "--dry-run", "--tensor", 3, "--pipeline", 7) == 2
+    said = capsys.readouterr().err
+    for size in ("attention heads (64)", "key-value heads (8)", "feed-forward size (28672)", "layers (80)"):
+        assert f"does not divide the model's {size}; choose one of 1, 2, 4" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_file_that_shrinks_during_the_reading(models: dict[str, Path], tmp_path: Path) -> None:
+    """It passed the check at the beginning: an error that names it, no crash of the process, as a mapping would."""
+    folder = copy(models["megatron"], tmp_path / "megatron")
+    reader = CheckpointReader(folder)
+    assert reader.check(["output_layer.weight"] if "output_layer.weight" in reader.shapes() else reader.shapes()) == []
+    (folder / DATA_FILE).write_bytes(b"")
+    out = torch.empty(64, dtype=torch.float32).view(torch.uint8).numpy()
+    with Files() as files, pytest.raises(OSError, match="ends at byte"):
+        reader.read_rows(files, "decoder.final_layernorm.weight", (), 0, 64, out)
