@@ -109,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", type=Path, metavar="RUN")
     status.set_defaults(command=_status)
 
+    check = commands.add_parser(
+        "check-answers", help="say of pairs of answers whether they are equal, as the judge does"
+    )
+    check.add_argument("file", metavar="FILE", help="JSON lines of gold, pred and optionally expected; - reads stdin")
+    check.add_argument("--workers", type=_positive, default=2, help="processes for what needs computer algebra")
+    check.add_argument("--cpu-seconds", type=float, default=3.0, help="limit of one pair; past it: undecided")
+    check.set_defaults(command=_check_answers)
+
     imports = commands.add_parser("import", help="turn a public step-label file into our records")
     imports.add_argument(
         "format", help="prm800k, math-shepherd, math-aps, processbench, ... (an unknown one lists all)"
@@ -249,6 +257,13 @@ def _status(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.status import status_text
 
     sys.stdout.write(status_text(arguments.run) + "\n")
+
+
+def _check_answers(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.judging.check_answers import check_answers
+
+    if not check_answers(arguments.file, arguments.workers, arguments.cpu_seconds, sys.stdout):
+        raise SystemExit(2)
 
 
 def _import(arguments: argparse.Namespace) -> None:

@@ -108,7 +108,7 @@ class Judging(Section):
     step_tag: str | None = Field(None, min_length=1, description="split: tag: the text that ends each step")
     process: Literal["chained_arithmetic", "equations", "none"]
     workers: int = Field(2, ge=1, description="processes that decide answer equivalence")
-    timeout_s: float = Field(5.0, gt=0, description="wall-clock limit of one check; past it: undecided")
+    timeout_s: float = Field(3.0, gt=0, description="CPU seconds of one check; past it: undecided")
 
     @model_validator(mode="after")
     def _check_tag(self) -> Self:

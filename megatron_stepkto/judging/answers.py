@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s${}]+)")
@@ -11,29 +12,59 @@ _MARKERS = re.compile(
     r"\#{4}[ \t]*(?P<hash>[^\n]*)"
     r"|^[ \t]*A:[ \t]*(?P<a>[^\n]*)"
     r"|\b(?:final[ \t]+)?answer\**:\**[ \t]*\n?[ \t]*(?P<colon>[^\n]*)"
+    r"|答案(?:[是为：:]|[ \t])+(?P<chinese>[^\n。]*)"
     r"|\banswer[ \t]+is:?[ \t]*(?P<is>[^\n]*)",
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"[.!](?=\s|\**$)")
 
 
+# What may stand between two boxes that state one answer together: "\boxed{1} and \boxed{2}", "... bins and b = ...".
+# Not "or": writers put it between two spellings of one answer as well.
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\s*\{\s*and\s*\}|\b(?:[a-z]+ )?and\b)*"
+    r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=\s*)?"
+)
+_INNER_DOLLAR = re.compile(r"(?<!\\)\$")
+_FINAL = re.compile(r"\bfinal[ \t]+answer[ \t]+is:?[ \t]*(?P<final>[-+$\\(\d][^\n]*)", re.IGNORECASE)
+
+
 def _last_box(text: str) -> str | None:
-    """Content of the closed box (\\boxed, \\fbox, \\framebox) that opens last; ``\\{`` is no brace."""
-    open_braces: list[int | None] = []  # where the content of a box starts; None for another brace
-    best: tuple[int, int] | None = None
+    """Content of the closed box (\\boxed, \\fbox, \\framebox) that opens last; ``\\{`` is no brace.
+
+    Boxes that follow one another with nothing but "and" or a comma between them are one list.
+    "The final answer is ..." after the last box takes its place.
+    """
+    open_braces: list[tuple[int, int] | None] = []  # where a box and its content start; None for another brace
+    boxes: list[tuple[int, int, int]] = []  # of each closed box: where it and its content start, where that ends
     for token in _BOX_TOKENS.finditer(text):
         if token[0] == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None and (best is None or start > best[0]):
-                best = (start, token.start())
+            box = open_braces.pop() if open_braces else None
+            if box is not None:
+                boxes.append((*box, token.start()))
         elif token[0] == "{":
             open_braces.append(None)
         elif token[0].endswith("{") and token[0] != "\\{":
-            open_braces.append(token.end())
-    if best:
-        return text[best[0] : best[1]].strip()
-    bare = _BARE_BOX.findall(text)
-    return str(bare[-1]) if bare else None
+            open_braces.append((token.start(), token.end()))
+    if not boxes:
+        bare = _BARE_BOX.findall(text)
+        return str(bare[-1]) if bare else None
+    boxes.sort()
+    stated = _FINAL.search(text, boxes[-1][2])
+    if stated and "\\boxed" not in stated["final"]:  # the boxes were intermediate results
+        return _SENTENCE_END.split(stated["final"], maxsplit=1)[0].strip()
+    contents: list[str] = []
+    next_start = None
+    for start, inner, end in reversed(boxes):
+        if next_start is not None and not (
+            end < next_start and _BETWEEN_BOXES.fullmatch(text, end + 1, next_start) is not None
+        ):
+            break
+        contents.append(_INNER_DOLLAR.sub("", text[inner:end]).strip())
+        next_start = start
+    if len(set(contents)) == 1:  # the same answer boxed twice
+        return contents[0]
+    return ", ".join(reversed(contents))
 
 
 def extract_answer(text: str) -> str | None:
@@ -56,14 +87,31 @@ def extract_answer(text: str) -> str | None:
     return answer.strip().strip("*").strip() or None
 
 
+def stated_answer(text: str) -> str:
+    """The final answer of a solution; a text that states none is an answer itself."""
+    return extract_answer(text) or text.strip()
+
+
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACES = re.compile(r"\\[ ,;:!]|\\(?:quad|qquad)(?![a-zA-Z])|~|\s+")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\{[^{}]*\})\s*(\d)|(\d)\s*(\{[^{}]*\}))")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\{,\}| )\d{3})+(?:\.\d+)?")
+# minus, and the full-width digits and signs of Chinese text
+_WIDE = str.maketrans("−０１２３４５６７８９－＋．，：％（）＝", "-0123456789-+.,:%()=")
+_SIZES = re.compile(r"\\(?:left|right|displaystyle|bigl?|bigr|Bigl?|Bigr)(?![a-zA-Z])")
+_FRACTION_KINDS = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_COUNTED = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+)
+_NUMBER_WORDS = {word: str(number) for number, word in enumerate(_COUNTED.split())}
 _DECIMAL = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?")
-# no units of one letter: 5m may be a product
+# no units of one letter, 5m may be a product, but those that LaTeX sets upright: 5\\text{ m}
+_UNIT_LETTER = re.compile(
+    r"(?<=[\d}])(?:\\[ ,;]|\s)*\\(?:text|textrm|mathrm|mbox)\s*\{\s*[mgshlL]\s*\}(?:\^\s*\{?[23]\}?)?(?=[\s$.]*$)"
+)
 _UNITS = (
     "dollars?|cents?|euros?|pounds?|percent|degrees?|radians?|units?|square|cubic|sq|"
     "inch(?:es)?|in|foot|feet|ft|yards?|yd|miles?|mi|mph|mm|cm|dm|km|meters?|metres?|kilometers?|centimeters?|"
@@ -73,6 +121,12 @@ _UNITS = (
 )
 _UNIT_TAIL = re.compile(
     rf"(?P<value>.*[\d}})])\s*(?:(?:{_UNITS})(?:\s*/\s*|\s+|$|(?=\^))(?:\^\s*\{{?[23]\}}?\s*)?)+",
+    re.IGNORECASE,
+)
+_SCALE_WORD = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion|dozen)\b", re.IGNORECASE)
+_ARITHMETIC_WORD = re.compile(
+    r"\b(?:times|plus|minus|and|or|over|by|squared|cubed|half|halves|thirds?|quarters?|more|less|than|hundred|thousand|"
+    r"million|billion|trillion|dozen|base|mod|factorial)\b",
     re.IGNORECASE,
 )
 _NUMBER_AND_WORDS = re.compile(r"(?P<value>[-+]?[\d.,/]*\d)\s+[a-z]{3,}(?:\s+[a-z]{2,})*", re.IGNORECASE)
@@ -93,7 +147,8 @@ def _plain_number(text: str) -> str:
     return f"{sign}{whole}.{part}" if part else f"{sign}{whole}"
 
 
-def _unwrap(text: str) -> str:
+def unwrap(text: str) -> str:
+    """Without the delimiters of one formula: "$5$" -> "5"."""
     for opening, closing in _WRAPPERS:
         if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]
@@ -102,12 +157,28 @@ def _unwrap(text: str) -> str:
     return text
 
 
-def without_unit(text: str) -> str:
-    """Drop what names a unit after a value: '18 dollars' -> '18', '5 cm ^2' -> '5'."""
+def split_unit(text: str) -> tuple[str, str]:
+    """The value and what names a unit after it: '18 dollars' -> ('18', 'dollars'), '5 cm ^2' -> ('5', 'cm ^2')."""
     match = _UNIT_TAIL.fullmatch(text) or _NUMBER_AND_WORDS.fullmatch(text)
-    return match["value"].strip() if match else text
+    if not match:
+        return text, ""
+    end = match.end("value")
+    if scale := _SCALE_WORD.match(text, end):
+        end = scale.end()
+    if _ARITHMETIC_WORD.search(text, end):  # "3 times as many", "5 and a half": more than a value with its unit
+        return text, ""
+    return text[:end].strip(), text[end:].strip()
 
 
+def plain_text(answer: str) -> str:
+    """The answer without math delimiters, ``\\text`` and its kin, sizes of LaTeX and a full stop at the end."""
+    text = unwrap(answer.translate(_WIDE).strip().rstrip(".").strip()).rstrip(".").strip()
+    text = _TEXT.sub(r" \1 ", text)
+    text = _SIZES.sub("", text)
+    return _FRACTION_KINDS.sub(r"\\frac", text)
+
+
+@lru_cache(maxsize=8192)  # a gold answer meets many samples
 def normalise(answer: str) -> str:
     """A normal form in which many equal answers are the same text; equal forms differ at most in their units.
 
@@ -115,14 +186,9 @@ def normalise(answer: str) -> str:
     currency, percent and degree signs, thousands commas, leading and trailing zeros, units after a value,
     a full stop at the end.
     """
-    text = answer.strip().rstrip(".").strip()
-    text = _unwrap(text).rstrip(".").strip()
-    text = _TEXT.sub(r" \1 ", text)
-    text = re.sub(r"\\(?:left|right|displaystyle|bigl?|bigr|Bigl?|Bigr)(?![a-zA-Z])", "", text)
-    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
-    text = text.replace("−", "-").replace("\\$", "").replace("\\%", "").replace("%", "")
+    text = plain_text(_UNIT_LETTER.sub("", answer)).replace("\\$", "").replace("\\%", "").replace("%", "")
     text = _SPACES.sub(" ", _DEGREES.sub("", text)).strip().lstrip("$€£").strip()
-    text = without_unit(text).rstrip(".")
+    text = split_unit(text)[0].rstrip(".")
     text = _SHORT_FRACTION.sub(_unfold_fraction, text)
     if _THOUSANDS.fullmatch(text):
         text = re.sub(r"[{,} ]", "", text)
@@ -130,4 +196,4 @@ def normalise(answer: str) -> str:
         text = re.sub(r"(?<![\d])\s+|\s+(?![\d])", "", text)
     if re.fullmatch(r"\((?:[A-Z]|[-+]?[\d.]+)\)", text):  # a choice, "(073)"
         text = text[1:-1]
-    return _plain_number(text)
+    return _NUMBER_WORDS.get(text.casefold()) or _plain_number(text)

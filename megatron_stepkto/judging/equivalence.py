@@ -1,8 +1,10 @@
 """Is an answer equal to the gold answer? A check that cannot be made is "undecided", never "wrong".
 
-The exact path decides what it is certain of. The rest goes to math-verify in worker processes that are
-killed and replaced at the time limit, hold at most 2 GiB, and die with this process. Importing math-verify
-costs seconds, so workers start with the first pair that needs one.
+The exact path decides what it is certain of. The rest goes to math-verify in worker processes that hold at
+most 1 GiB and die with this process. Each pair has a limit of *CPU time*, set in the worker by the kernel's
+own clock of that process, so that a loaded machine gives the same verdicts as an idle one; only a worker
+that sleeps is caught by a wall-clock net, far larger (``NET``). Importing math-verify costs seconds, so
+workers start with the first pair that needs one.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +28,7 @@ from megatron_stepkto.judging import exact
 from megatron_stepkto.records import Label
 
 START_TIMEOUT_S = 180.0  # a cold start on a loaded machine
-MAX_ANSWER_CHARS = 10_000
+NET, MIN_NET_S = 60, 60.0  # wall-clock seconds per CPU second, and at least, after which a worker counts as stuck
 
 
 _LABELS: dict[str, Label] = {"right": 1, "wrong": 0, "undecided": None}
@@ -33,7 +36,10 @@ _LABELS: dict[str, Label] = {"right": 1, "wrong": 0, "undecided": None}
 
 @dataclass(frozen=True)
 class Verdict:
-    """``how``: exact, math-verify, timeout, unparsed, too-long, crashed, or "failed: <exception>"."""
+    """``how`` it was decided: exact or math-verify. Why it was not: unparsed, timeout (CPU), stuck (wall clock),
+    too-long, crashed, "doubt: <units, base, ...>", "failed: <exception>" (MemoryError: past 1 GiB).
+    ``milliseconds`` of CPU time.
+    """
 
     verdict: Literal["right", "wrong", "undecided"]
     how: str
@@ -47,10 +53,10 @@ class Verdict:
 class _Worker:
     """One math-verify process and the pair it works on."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_seconds: float) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_stepkto.judging.math_verify_worker", str(os.getpid())],
+            [sys.executable, "-m", "megatron_stepkto.judging.math_verify_worker", str(os.getpid()), str(cpu_seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -89,6 +95,9 @@ class _Worker:
         self._errors.seek(0)
         return self._errors.read().decode("utf-8", "replace").strip()[-800:]
 
+    def how_it_ended(self) -> str:
+        return "timeout" if self._process.wait() == -signal.SIGPROF else "crashed"
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -103,11 +112,12 @@ class EquivalenceChecker:
 
     Args:
         workers: processes at most, each on one pair at a time.
-        timeout_s: wall-clock limit of one pair; past it the pair is undecided.
+        timeout_s: CPU seconds of one pair; past it the pair is undecided.
     """
 
     def __init__(self, workers: int, timeout_s: float) -> None:
         self._num_workers, self._timeout_s = workers, timeout_s
+        self._net_s = max(MIN_NET_S, NET * timeout_s)
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
 
@@ -139,11 +149,13 @@ class EquivalenceChecker:
         hard: list[tuple[str, str]] = []
         for pair in dict.fromkeys(pairs):
             begun = time.perf_counter()
-            certain = exact.compare(*pair) if max(map(len, pair)) <= MAX_ANSWER_CHARS else None
+            certain = exact.compare(*pair)
             milliseconds = (time.perf_counter() - begun) * 1000
-            if certain is not None:
+            if isinstance(certain, exact.Doubt):
+                found[pair] = Verdict("undecided", f"doubt: {certain}", milliseconds)
+            elif certain is not None:
                 found[pair] = Verdict("right" if certain else "wrong", "exact", milliseconds)
-            elif max(map(len, pair)) > MAX_ANSWER_CHARS:
+            elif max(map(len, pair)) > exact.MAX_ANSWER_CHARS:
                 found[pair] = Verdict("undecided", "too-long", milliseconds)
             else:
                 hard.append(pair)
@@ -167,12 +179,15 @@ class EquivalenceChecker:
                 if worker.ready and worker.pair is None and (number := next(waiting, None)) is not None:
                     worker.send(number, *hard[number])
             for number, verdict in self._collect():
-                found[hard[number]] = verdict
+                doubt = exact.doubt(*hard[number]) if verdict.verdict == "right" else None
+                found[hard[number]] = (
+                    Verdict("undecided", f"doubt: {doubt}", verdict.milliseconds) if doubt else verdict
+                )
                 left -= 1
                 report(len(found))
 
     def _start(self) -> None:
-        worker = _Worker()
+        worker = _Worker(self._timeout_s)
         self._workers.append(worker)
         self._selector.register(worker.fileno, selectors.EVENT_READ, worker)
 
@@ -184,7 +199,7 @@ class EquivalenceChecker:
     def _collect(self) -> list[tuple[int, Verdict]]:
         """Wait for the next reply, death or time-out; workers that died or ran late are gone afterwards."""
         limits = [
-            (self._timeout_s if worker.ready else START_TIMEOUT_S) - worker.elapsed()
+            (self._net_s if worker.ready else START_TIMEOUT_S) - worker.elapsed()
             for worker in self._workers
             if worker.pair is not None or not worker.ready
         ]
@@ -192,26 +207,26 @@ class EquivalenceChecker:
         for key, _ in self._selector.select(max(0.0, min(limits, default=0.0))):
             worker: _Worker = key.data
             reply = worker.receive()
-            milliseconds = worker.elapsed() * 1000
             if reply is None:
                 number, words = worker.pair, worker.last_words()
-                started = worker.ready
+                started, how = worker.ready, worker.how_it_ended()
                 self._retire(worker)
                 if not started:
                     raise StageFailed(f"a math-verify process did not start; it printed:\n{words}")
                 if number is not None:
-                    done.append((number, Verdict("undecided", "crashed", milliseconds)))
+                    milliseconds = 1000 * (self._timeout_s if how == "timeout" else worker.elapsed())
+                    done.append((number, Verdict("undecided", how, milliseconds)))
             elif "ready" in reply:
                 worker.ready = True
             elif reply and worker.pair is not None:
-                done.append((worker.pair, Verdict(reply["verdict"], reply["how"], milliseconds)))
+                done.append((worker.pair, Verdict(reply["verdict"], reply["how"], reply["milliseconds"])))
                 worker.pair = None
         for worker in list(self._workers):
             if not worker.ready and worker.elapsed() > START_TIMEOUT_S:
                 raise StageFailed(
                     f"a math-verify process was not ready in {START_TIMEOUT_S:.0f} s: {worker.last_words()}"
                 )
-            if worker.pair is not None and worker.elapsed() > self._timeout_s:
-                done.append((worker.pair, Verdict("undecided", "timeout", worker.elapsed() * 1000)))
+            if worker.pair is not None and worker.elapsed() > self._net_s:
+                done.append((worker.pair, Verdict("undecided", "stuck", worker.elapsed() * 1000)))
                 self._retire(worker)
         return done

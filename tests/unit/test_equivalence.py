@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_stepkto.judging import exact
-from megatron_stepkto.judging.answers import extract_answer
+from megatron_stepkto.judging.answers import extract_answer, stated_answer
 from megatron_stepkto.judging.equivalence import EquivalenceChecker
 
 
@@ -47,14 +48,44 @@ def checker() -> Iterator[EquivalenceChecker]:
         ("1/3", "0.3333", None),  # a rounding or not: not certain
         ("listen", "silent", None),  # the same product of letters
         ("(1,2)", "[1,2]", None),
+        (r"36^\circ", r"\$36", "units"),
+        (r"5\text{ m}", r"500\text{ cm}", True),
+        (r"5\text{ m}", r"5\text{ cm}", False),
+        ("15 square feet", r"15\text{ ft}^2", True),
+        ("15 square feet", "15 feet", "units"),
+        ("1 hour", "60 minutes", True),
+        ("10", "10 million", False),
+        ("10000000", "10 million dollars", True),
+        ("0.5", r"0.5\%", "percent"),
+        ("1/2", r"0.5\%", "percent"),
+        ("20", r"20\%", True),
+        ("1500", r"1.5 \times 10^3", True),
+        ("1500", "1.5e3", True),
+        ("2516_8", "2516_{8}", True),
+        ("2516_8", "2516", True),
+        ("2516_8", "2516_9", False),
+        (r"101_{\text{two}}", "101_2", True),
+        ("40", "40_9", "base"),
+        ("54", "204_5", "base"),
+        ("6", "six", True),
+        ("5", "5 and six", None),
+        ("12", "１２", True),
+        (r"p=5,q=2\text{ and }p=7,q=2", "p = 5, q = 2; p = 7, q = 2", True),
+        ("7" * 100_000, "7" * 100_000, True),
+        ("7" * 100_000, "7" * 99_999 + "8", False),
         ("1,2", "12", None),
         (r"\sqrt{8}", r"2\sqrt{2}", None),
         ("1/0", "5", None),
         ("", "5", None),
     ],
 )
-def test_exact(gold: str, answer: str, expected: bool | None) -> None:
-    assert exact.compare(gold, answer) is expected
+def test_exact(gold: str, answer: str, expected: bool | str | None) -> None:
+    """A text is why nobody can tell."""
+    found = exact.compare(gold, answer)
+    assert (found, type(found) is exact.Doubt) == (expected, isinstance(expected, str))
+
+
+SHIFTED_AND_EQUAL = {("3", "3"), ("7", "7"), ("5", "x=5")}
 
 
 def test_processes_start_only_when_needed() -> None:
@@ -81,6 +112,11 @@ def test_processes_start_only_when_needed() -> None:
         ("1/2^{99}", "1/2^{98}", "wrong"),
         (r"4\sqrt{2}", "4", "wrong"),
         ("x+1", "x+2", "wrong"),
+        (r"$1 - \frac{1}{\mathrm{e}}$", r"$1 + \frac{1}{\mathrm{e}}$", "wrong"),
+        (r"(-\infty,2)", "x < 2", "right"),
+        (r"(-\infty,2)", "x > 2", "wrong"),
+        ("2^{100}", "2^{100}+1", "wrong"),
+        (r"6 \text{ and } 8", "8,6", "right"),
     ],
 )
 def test_math_verify(checker: EquivalenceChecker, gold: str, answer: str, verdict: str) -> None:
@@ -92,6 +128,22 @@ def test_what_cannot_be_compared_is_undecided(checker: EquivalenceChecker) -> No
     (unparsed, long) = checker.check_many([("5", r"\frac{"), ("5", "x" * 20_000)])
     assert (unparsed.verdict, unparsed.how) == ("undecided", "unparsed")
     assert (long.verdict, long.how, long.label) == ("undecided", "too-long", None)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "how"),
+    [
+        (r"5\pi\text{ cm}", r"5\pi\text{ m}", "doubt: units"),
+        ("1:30", "2:60", "doubt: time or ratio"),
+        (r"\{3,4\}", "(3,4)", "doubt: set or tuple"),
+        ("1+" * 2000 + "1", "1+" * 2000 + "11", "unparsed"),  # some number of it must not stand for all
+    ],
+)
+def test_what_computer_algebra_overlooks_is_undecided(
+    checker: EquivalenceChecker, gold: str, answer: str, how: str
+) -> None:
+    (found,) = checker.check_many([(gold, answer)])
+    assert (found.verdict, found.how) == ("undecided", how)
 
 
 def test_gsm8k_model_solutions_agree_with_their_labels(data_dir: Path, checker: EquivalenceChecker) -> None:
@@ -106,30 +158,67 @@ def test_gsm8k_model_solutions_agree_with_their_labels(data_dir: Path, checker: 
 
 def test_math500_solutions_match_their_answers(data_dir: Path) -> None:
     rows = [json.loads(line) for line in (data_dir / "eval/math500.jsonl").open()]
-    assert all(exact.compare(row["answer"], extract_answer(row["solution"]) or "") for row in rows)
+    assert all(exact.compare(row["answer"], extract_answer(row["solution"]) or "") is True for row in rows)
 
 
 def test_exact_path_equates_no_other_math500_answers(data_dir: Path) -> None:
     """All 125,000 pairs of golds: those called equal differ in spelling or in a sign that names a unit."""
     golds = [json.loads(line)["answer"] for line in (data_dir / "eval/math500.jsonl").open()]
-    equal = {(a, b) for a in golds for b in golds if a < b and exact.compare(a, b)}
+    equal = {(a, b) for a in golds for b in golds if a < b and exact.compare(a, b) is True}
     spelling = {(r"2 \sqrt{5}", r"2\sqrt{5}"), (r"\frac14", r"\frac{1}{4}")}
-    units = {("15", r"15\mbox{ cm}^2"), ("36", r"\$36"), (r"36^\circ", r"\$36")}
+    units = {("15", r"15\mbox{ cm}^2"), ("36", r"\$36")}
     assert equal == spelling | units | {(n, rf"{n}^\circ") for n in ("120", "30", "36", "90")}
 
 
-def test_grader_triples(data_dir: Path, checker: EquivalenceChecker) -> None:
-    """189 cases from the tests of seven graders, at least 95% as expected. Many are whole texts or several
-    boxes, which math-verify reads by itself; prose goes through extract_answer, as in the judge stage."""
+def test_grader_triples(data_dir: Path, repository: Path, checker: EquivalenceChecker) -> None:
+    """189 cases from the tests of seven graders; where we differ stands, with the reason, in the documentation."""
     rows = [json.loads(line) for line in (data_dir / "equivalence/triples.jsonl").open()]
-
-    def answer_of(text: str) -> str:
-        return text if "\\boxed" in text or "$" in text else extract_answer(text) or text
-
-    verdicts = checker.check_many([(row["gold"], answer_of(row["pred"])) for row in rows])
-    agree = sum((v.verdict == "right") == row["expected"] for v, row in zip(verdicts, rows, strict=True))
+    verdicts = checker.check_many([(stated_answer(row["gold"]), stated_answer(row["pred"])) for row in rows])
+    differ = {row["id"] for row, v in zip(rows, verdicts, strict=True) if (v.verdict == "right") != row["expected"]}
+    listed = set(re.findall(r"^\| (eq-\d+) ", (repository / "docs/answer_checking.md").read_text(), re.MULTILINE))
     assert len(rows) == 189
-    assert agree / len(rows) >= 0.95
+    assert len(differ) / len(rows) <= 0.05
+    assert differ == listed
+
+
+def test_choices(data_dir: Path) -> None:
+    rows = [json.loads(line) for line in (data_dir / "equivalence/letters.jsonl").open()]
+    found = [exact.compare(stated_answer(row["gold"]), stated_answer(row["pred"])) for row in rows]
+    assert found == [row["expected"] for row in rows]
+
+
+def test_gold_solutions_state_their_answers(data_dir: Path) -> None:
+    """All of AIME24 and GSM8K; AMC23 has answers only, as floats, which equal what a model writes."""
+    for name, count in (("aime24", 30), ("gsm8k_test", 1319)):
+        rows = [json.loads(line) for line in (data_dir / f"eval/{name}.jsonl").open()]
+        assert [exact.compare(str(row["answer"]), stated_answer(row["solution"])) for row in rows] == [True] * count
+    answers = [json.loads(line)["answer"] for line in (data_dir / "eval/amc23.jsonl").open()]
+    assert [exact.compare(str(answer), f"{answer:g}") for answer in answers] == [True] * 40
+
+
+def test_shifted_pairs_agree_only_where_they_are_equal(data_dir: Path, checker: EquivalenceChecker) -> None:
+    golds = [json.loads(line)["answer"] for line in (data_dir / "eval/math500.jsonl").open()]
+    pairs = list(zip(golds, golds[1:] + golds[:1], strict=True))
+    verdicts = checker.check_many(pairs)
+    assert {pair for pair, v in zip(pairs, verdicts, strict=True) if v.verdict == "right"} == SHIFTED_AND_EQUAL
+    assert sum(v.verdict == "undecided" for v in verdicts) <= 5
+
+
+def test_load_changes_no_verdict() -> None:
+    """Eight busy processes: pairs take many times longer by the clock, and use the same CPU time."""
+    pairs = [(r"\sqrt{8}", r"2\sqrt{2}"), ("9^{9^{9^9}}", "5"), ("(x+1)^{30}", "(x+1)^{29}(1+x)"), ("x", "y")]
+    with EquivalenceChecker(workers=2, timeout_s=1.5) as checker:
+        alone = checker.check_many(pairs)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    try:
+        with EquivalenceChecker(workers=2, timeout_s=1.5) as checker:
+            loaded = checker.check_many(pairs)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert [(v.verdict, v.how) for v in alone] == [(v.verdict, v.how) for v in loaded]
+    assert [v.how for v in alone] == ["math-verify", "timeout", "math-verify", "math-verify"]
 
 
 def test_a_time_out_is_undecided_and_the_next_pair_is_decided() -> None:
@@ -138,7 +227,7 @@ def test_a_time_out_is_undecided_and_the_next_pair_is_decided() -> None:
         verdicts = checker.check_many(pairs)
     assert [v.how for v in verdicts] == ["timeout", "math-verify", "timeout", "math-verify"]
     assert [v.verdict for v in verdicts] == ["undecided", "right", "undecided", "wrong"]
-    assert 2000 <= verdicts[0].milliseconds < 10_000
+    assert verdicts[0].milliseconds == 2000  # CPU time
 
 
 PARENT = """

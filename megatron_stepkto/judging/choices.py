@@ -1,0 +1,36 @@
+"""Which letter of a multiple-choice question an answer names."""
+
+from __future__ import annotations
+
+import re
+
+_BARE = re.compile(r"\(?([A-J])\)?[.:)]?", re.ASCII)
+# a letter that is neither part of a word or formula, nor the article "A", nor the pronoun "I"
+_LETTER = re.compile(
+    r"(?<![A-Za-z0-9\\$_^'=*+/<>-])(?:[B-HJ]|A(?! (?!or\b|and\b)[a-z])|(?<=\()I(?=\)))(?![A-Za-z0-9_^='*+/<>-])",
+    re.ASCII,
+)
+_NEGATED = re.compile(r"(?:\bnot|n't\b[^.,;:]{0,40}|\bnon|\bneither|\bnor|不是)\s*\(?$", re.IGNORECASE)
+_OR = re.compile(r"\)?\s*(?:or|nor|and|,)\s*\(?", re.IGNORECASE)
+MAX_CHARS = 1000
+
+
+def bare_choice(form: str) -> str | None:
+    """The letter of an answer that is one: 'B', '(B)', 'B.'."""
+    match = _BARE.fullmatch(form)
+    return match[1] if match else None
+
+
+def named_choice(text: str) -> str | None:
+    """The one letter that a text names, "not A" and "can't be A or B" aside; None where it names none or several."""
+    if len(text) > MAX_CHARS:
+        return None
+    named: set[str] = set()
+    negated, last_end = False, 0
+    for match in _LETTER.finditer(text):
+        chained = last_end > 0 and _OR.fullmatch(text, last_end, match.start()) is not None
+        negated = (chained and negated) or _NEGATED.search(text[max(0, match.start() - 60) : match.start()]) is not None
+        last_end = match.end()
+        if not negated:
+            named.add(match[0])
+    return named.pop() if len(named) == 1 else None
