@@ -182,6 +182,7 @@ def sample_stage(run: Run, t: int) -> None:
 
 
 def judge_stage(run: Run, t: int) -> None:
+    from megatron_stepkto.judging.process import judging_key
     from megatron_stepkto.judging.stage import judge_file
 
     if run.recipe.problems.source == "imports":
@@ -192,10 +193,12 @@ def judge_stage(run: Run, t: int) -> None:
     problems = run.base / f"iteration_{t}" / "problems" / "problems.jsonl"
     samples = run.sampled_at(t) / "sample" / "samples.jsonl"
     out = directory / "judged.jsonl"
-    settings = {"judge": judging.model_dump(mode="json", exclude={"workers"})}
+    settings = {"judge": judging_key(judging)}
 
     def work() -> Result:
-        counts = judge_file(problems, samples, out, run.model(t - 1), judging, quarantine=run.quarantine)
+        counts = judge_file(
+            problems, samples, out, run.model(t - 1), judging, quarantine=run.quarantine, seed=run.recipe.seed
+        )
         return Result([out], counts)
 
     run.run(Stage(_title(run, t, "judge"), directory, settings, {"problems": problems, "samples": samples}), work)
@@ -303,6 +306,7 @@ def convert_stage(run: Run, t: int) -> None:
 
 def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
     from megatron_stepkto.evaluation import evaluate_model, evaluation_drawing
+    from megatron_stepkto.judging.process import judging_key
 
     evaluation = run.recipe.evaluate
     assert evaluation is not None
@@ -317,7 +321,7 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
         "sample": sampling.model_dump(
             mode="json", include={"backend", "max_tokens", "chunk_problems", "dtype", "tensor_parallel"}
         ),
-        "judge": judging.model_dump(mode="json", exclude={"workers"}),
+        "judge": judging_key(judging),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
     }
 

@@ -12,12 +12,13 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -101,12 +102,91 @@ class Sampling(Section):
     gap_problems: int = Field(8, ge=0, description="problems whose samples carry log-probs for the trainer to compare")
 
 
+class RuleJudge(Section):
+    """Exact rules: of the miniature task; of the equations in a step; none judges nothing."""
+
+    kind: Literal["chained_arithmetic", "equations", "none"]
+
+
+class LLMJudge(Section):
+    """A language model behind an OpenAI-compatible server gives a verdict on every step (docs/judges.md)."""
+
+    kind: Literal["llm"]
+    base_url: str = Field(min_length=1, description="such as http://host:8000/v1; several servers: commas between")
+    model: str = Field(min_length=1, description="its name at the server")
+    api_key_env: str | None = Field(None, description="environment variable that holds the key")
+    prompt: RecipePath | None = Field(None, description="Jinja template; null: judging/prompts/step_judge.txt")
+    votes: int = Field(1, ge=1, description="answers per solution")
+    threshold: float = Field(0.5, ge=0.5, le=1, description="share of the votes that a label must exceed; 1: all")
+    temperature: float = Field(0.6, ge=0)
+    max_tokens: int = Field(4096, ge=1, description="of one answer, thinking included")
+    comment_chars: int = Field(200, ge=0, description="length of the comment before each verdict; 0: none")
+    schema_key: Literal["response_format", "structured_outputs"] = "response_format"
+    request: dict[str, Any] = Field({}, description="further keys of every request, such as chat_template_kwargs")
+    concurrency: int = Field(64, ge=1, description="requests under way at a time")
+    timeout_s: float = Field(600.0, gt=0, description="of one request")
+    retries: int = Field(6, ge=0, description="further attempts after a failed one")
+
+    @model_validator(mode="after")
+    def _check_votes(self) -> Self:
+        if self.votes > 1 and self.temperature == 0:
+            raise ValueError(f"votes: {self.votes} needs temperature > 0: without it all answers are the same")
+        return self
+
+
+class PRMJudge(Section):
+    """A Hugging Face process reward model: the probability that a step is right."""
+
+    kind: Literal["prm"]
+    model: RecipePath = Field(description="Hugging Face folder; with base_url only its tokenizer is read")
+    convention: Literal["qwen_math_prm", "math_shepherd"]
+    threshold: float = Field(0.5, ge=0, le=1, description="probability from which a step is right")
+    wrong_below: float | None = Field(None, ge=0, le=1, description="below: wrong, up to threshold: null")
+    base_url: str | None = Field(None, description="vLLM servers with --runner pooling; null: transformers, here")
+    served_name: str | None = Field(None, description="the model's name at the server; null: the folder's path")
+    api_key_env: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    workers: int = Field(1, ge=1, description="processes, each with the model")
+    batch_tokens: int = Field(16384, ge=1, description="tokens in one forward pass")
+    concurrency: int = Field(64, ge=1, description="requests under way at a time")
+    timeout_s: float = Field(600.0, gt=0)
+    retries: int = Field(6, ge=0)
+
+    @model_validator(mode="after")
+    def _check_thresholds(self) -> Self:
+        if self.wrong_below is not None and self.wrong_below > self.threshold:
+            raise ValueError(f"wrong_below ({self.wrong_below}) must not be above threshold ({self.threshold})")
+        if self.base_url is not None and self.convention == "math_shepherd":
+            raise ValueError("convention: math_shepherd reads logits of a language model: remove base_url")
+        return self
+
+
+class MonteCarloJudge(Section):
+    """Math-Shepherd's estimate: solutions are completed from each step on; do they reach the answer?"""
+
+    kind: Literal["monte_carlo"]
+    model: RecipePath | None = Field(None, description="Hugging Face folder that completes; null: the sampler's own")
+    sample: Sampling = Field(description="how completions are drawn; num_samples of them per step")
+    threshold: float = Field(
+        0.0, ge=0, lt=1, description="share of right completions that makes a step right when exceeded; 0: any one"
+    )
+
+
+ProcessJudge = Annotated[RuleJudge | LLMJudge | PRMJudge | MonteCarloJudge, Field(discriminator="kind")]
+
+
+def _short_form(value: Any) -> Any:
+    """``process: equations`` is ``process: {kind: equations}``."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class Judging(Section):
     split: Literal["line", "blank_line", "step_number", "step_heading", "sentence", "tag"] = Field(
         description="where one step ends and the next begins (splitting.py)"
     )
     step_tag: str | None = Field(None, min_length=1, description="split: tag: the text that ends each step")
-    process: Literal["chained_arithmetic", "equations", "none"]
+    process: Annotated[ProcessJudge, BeforeValidator(_short_form)] = Field(description="who labels the steps")
+    after_first_error: Literal["keep", "drop"] = Field("keep", description="labels behind the first wrong step")
     workers: int = Field(2, ge=1, description="processes that decide answer equivalence")
     timeout_s: float = Field(3.0, gt=0, description="CPU seconds of one check; past it: undecided")
 
@@ -328,27 +408,44 @@ def _lines(node: yaml.Node, prefix: tuple[str | int, ...] = ()) -> dict[tuple[st
 
 
 def _section_keys(location: tuple[str | int, ...]) -> list[str]:
-    """Keys that are allowed beside ``location``."""
+    """Keys that are allowed beside ``location``, which names the kind of a section that has several."""
     model: Any = Recipe
+    several: list[Any] = []
     for part in location[:-1]:
         if isinstance(part, int):
             continue
+        if several:
+            model = next(m for m in several if part in get_args(m.model_fields["kind"].annotation))
+            several = []
+            continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if model is None:
+        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not models:
             return []
+        model, several = models[0], models if len(models) > 1 else []
     return sorted(model.model_fields)
+
+
+def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """pydantic names the kind of a section that has several: judge.process.llm.model."""
+    kinds = {
+        kind
+        for judge in get_args(get_args(ProcessJudge)[0])
+        for kind in get_args(judge.model_fields["kind"].annotation)
+    }
+    tagged = location[:2] == ("judge", "process") and len(location) > 2 and location[2] in kinds
+    return location[:2] + location[3:] if tagged else location
 
 
 def _explain(error: ValidationError, places: dict[tuple[str | int, ...], str]) -> str:
     messages = []
     for item in error.errors():
-        location = tuple(item["loc"])
+        location = _without_tags(item["loc"])
         place = _place(location, places)
         dotted = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
-            allowed = _section_keys(location)
+            allowed = _section_keys(item["loc"])
             near = difflib.get_close_matches(str(location[-1]), allowed, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(allowed)}"
             messages.append(f"{place}: unknown key {dotted}; {hint}")

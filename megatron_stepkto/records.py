@@ -69,7 +69,10 @@ class Sample(Record):
 
 
 class Step(Record):
-    """One step: characters [start, end) of the text and tokens [token_start, token_end) of the response."""
+    """One step: characters [start, end) of the text and tokens [token_start, token_end) of the response.
+
+    ``votes`` and ``score`` (share of votes or probability of "right") are what the label was decided from.
+    """
 
     start: int = Field(ge=0)
     end: int = Field(ge=0)
@@ -77,6 +80,7 @@ class Step(Record):
     token_end: int = Field(ge=0)
     label: Label = None
     votes: list[Label] | None = None
+    score: float | None = None
 
     @model_validator(mode="after")
     def _check_span(self) -> Self:

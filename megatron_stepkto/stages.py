@@ -24,6 +24,7 @@ from megatron_stepkto.progress import say
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+CACHE = "cache"  # a folder of what is keyed by content: it serves the work of another key, too
 PACKAGES = (
     "megatron-stepkto",
     "torch",
@@ -202,7 +203,7 @@ def _clear(directory: Path) -> None:
             with exclusive_lock(claim, str(directory)):
                 pass
     for path in directory.iterdir():
-        if path.name in (".lock", "logs", MANIFEST, STARTED):
+        if path.name in (".lock", "logs", CACHE, MANIFEST, STARTED):
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in (MANIFEST, STARTED):

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.judging.outcome import Outcome, judge_outcomes
-from megatron_stepkto.judging.process import ProcessJudge, process_judge
+from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
 from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging
@@ -60,10 +60,30 @@ class _Quarantine:
         return len(self._rows)
 
 
-def _label(sample: Sample, problem: Problem, tokenizer: Any, settings: Judging, judge: ProcessJudge) -> list[Step]:
-    steps = step_spans(sample.text, sample.token_ids, tokenizer, settings.split, settings.step_tag)
-    labels = judge.label(problem, sample.text, [(step.start, step.end) for step in steps])
-    return [step.model_copy(update={"label": label}) for step, label in zip(steps, labels, strict=True)]
+def _solution(sample: Sample, problems: dict[str, Problem], path: Path, tokenizer: Any, settings: Judging) -> Solution:
+    problem = problems.get(sample.problem_id)
+    if problem is None:
+        raise UserError(f"problem_id {sample.problem_id} is not in {path}; give its problems")
+    return Solution(
+        solution_id=sample.sample_id,
+        problem=problem,
+        text=sample.text,
+        steps=tuple(step_spans(sample.text, sample.token_ids, tokenizer, settings.split, settings.step_tag)),
+        prompt_token_ids=tuple(sample.prompt_token_ids),
+        token_ids=tuple(sample.token_ids),
+        finished=sample.finish_reason != "length",
+    )
+
+
+def _labelled(solution: Solution, verdicts: list[Verdict], settings: Judging) -> list[Step]:
+    if settings.after_first_error == "drop":
+        verdicts = cut_after_first_error(verdicts)
+    return [
+        step.model_copy(
+            update={"label": v.label, "votes": None if v.votes is None else list(v.votes), "score": v.score}
+        )
+        for step, v in zip(solution.steps, verdicts, strict=True)
+    ]
 
 
 def _count(judged: Sequence[JudgedSample]) -> dict[str, int]:
@@ -86,6 +106,7 @@ def judge_file(
     settings: Judging,
     *,
     quarantine: Path | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Judge every sample of a file and write JudgedSample rows in the same order, all or nothing.
 
@@ -100,21 +121,25 @@ def judge_file(
     """
     by_id = _read_problems(problems)
     tokenizer = load_tokenizer(tokenizer_dir)
-    judge = process_judge(settings.process)
+    place = Workplace(output.parent, tokenizer_dir, seed, settings.workers, settings.timeout_s)
+    judge = process_judge(settings.process, place)
     who = Judge(outcome="answer", process=judge.name)
     rows = list(read_records(samples, Sample, quarantine=quarantine))
     bad = _Quarantine(quarantine, samples)
-    good: list[_Labelled] = []
-    with ProgressBar("judging steps", len(rows), "samples") as bar:
+    split: list[tuple[Sample, Solution]] = []
+    with ProgressBar("splitting into steps", len(rows), "samples") as bar:
         for number, sample in enumerate(rows, 1):
             try:
-                problem = by_id.get(sample.problem_id)
-                if problem is None:
-                    raise UserError(f"problem_id {sample.problem_id} is not in {problems}; give its problems")
-                good.append((sample, problem, _label(sample, problem, tokenizer, settings, judge)))
+                split.append((sample, _solution(sample, by_id, problems, tokenizer, settings)))
             except UserError as error:
                 bad.reject(sample, str(error))
             bar.update(number)
+    good: list[_Labelled] = []
+    for (sample, solution), verdicts in zip(split, judge.judge([s for _, s in split]), strict=True):
+        if isinstance(verdicts, UserError):
+            bad.reject(sample, str(verdicts))
+        else:
+            good.append((sample, solution.problem, _labelled(solution, verdicts, settings)))
     outcomes = _judge_answers(good, settings)
     judged = [
         JudgedSample(**dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=who)
@@ -124,7 +149,7 @@ def judge_file(
     if not judged:
         raise UserError(f"{samples}: expected at least one good sample, all {quarantined} were bad; see {quarantine}")
     write_records(output, judged)
-    return {**_count(judged), **({"quarantined": quarantined} if quarantined else {})}
+    return {**_count(judged), **judge.counts(), **({"quarantined": quarantined} if quarantined else {})}
 
 
 def _judge_answers(good: Sequence[_Labelled], settings: Judging) -> list[Outcome]:

@@ -19,7 +19,7 @@ PROBLEM = Problem(
     problem="Max has 27 pens. Tom has 5 more than Max. Ann has twice as many as Tom. How many does Ann have?",
     answer="64",
 )
-SETTINGS = Judging(split="line", process="chained_arithmetic")
+SETTINGS = Judging.model_validate({"split": "line", "process": "chained_arithmetic"})
 RIGHT = "Tom has 27 + 5 = 32.\nAnn has 32 * 2 = 64.\nAnswer: \\boxed{64}"
 LUCKY = "Tom has 27 + 5 = 22.\nAnn has 32 * 2 = 64.\nAnswer: \\boxed{64}"
 WRONG = "Tom has 27 + 5 = 22.\nAnn has 22 * 2 = 44.\nAnswer: \\boxed{44}"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.judging.equations import check_equations
-from megatron_stepkto.judging.process import process_judge
-from megatron_stepkto.records import Problem
+from megatron_stepkto.judging.process import Solution, Workplace, process_judge
+from megatron_stepkto.recipe import RuleJudge
+from megatron_stepkto.records import Label, Problem, Step
 
 PROBLEM = Problem(
     problem_id="p", problem="Max has 27 coins. Tom has 2 more than Max. How many does Tom have?", answer="29"
@@ -72,25 +74,35 @@ def test_check_equations(text: str, verdicts: list[bool]) -> None:
     assert check_equations(text) == verdicts
 
 
+def labels_of(kind: str, steps: list[str], problem: Problem = PROBLEM) -> list[Label]:
+    ends = list(accumulate(map(len, steps)))
+    spans = [
+        Step(start=end - len(step), end=end, token_start=0, token_end=0) for step, end in zip(steps, ends, strict=True)
+    ]
+    judge = process_judge(RuleJudge(kind=kind), Workplace(Path("unused")))  # type: ignore[arg-type]
+    assert judge.name == kind
+    (verdicts,) = judge.judge([Solution("s", problem, "".join(steps), tuple(spans))])
+    if isinstance(verdicts, UserError):
+        raise verdicts
+    return [verdict.label for verdict in verdicts]
+
+
 def test_judges_by_name() -> None:
-    text = "Tom has 27 + 2 = 29.\nso 1 + 1 = 3\nAnswer: \\boxed{29}"
-    spans = [(0, 21), (21, 34), (34, len(text))]
-    expected = {"chained_arithmetic": [1, 0, None], "equations": [1, 0, None], "none": [None, None, None]}
-    for name, labels in expected.items():
-        judge = process_judge(name)
-        assert judge.name == name
-        assert judge.label(PROBLEM, text, spans) == labels
-    with pytest.raises(UserError, match="chained_arithmetic, equations, none"):
-        process_judge("oracle")
+    steps = ["Tom has 27 + 2 = 29.\n", "so 1 + 1 = 3\n", "Answer: \\boxed{29}"]
+    assert labels_of("chained_arithmetic", steps) == [1, 0, None]
+    assert labels_of("equations", steps) == [1, 0, None]
+    assert labels_of("none", steps) == [None, None, None]
+    with pytest.raises(UserError, match="not a chained-arithmetic problem"):
+        labels_of("chained_arithmetic", steps, PROBLEM.model_copy(update={"problem": "2 + 2?"}))
 
 
 def test_equations_judge_finds_gsm8k_gold_solutions_right(data_dir: Path) -> None:
     """6,140 lines of GSM8K's own solutions; two are called wrong, and are: "$32 - $20 = $300" and
     "$3/2 = $1.50+$3.00=$4.50"."""
-    judge, labels = process_judge("equations"), Counter[int | None]()
+    labels: Counter[Label] = Counter()
     for line in (data_dir / "eval/gsm8k_test.jsonl").open():
         text = json.loads(line)["solution"]
-        labels.update(judge.label(PROBLEM, step, [(0, len(step))])[0] for step in text.splitlines())
+        labels.update(labels_of("equations", text.splitlines()))
     assert labels[0] == 2
     assert labels[1] > 4000
 
@@ -98,10 +110,8 @@ def test_equations_judge_finds_gsm8k_gold_solutions_right(data_dir: Path) -> Non
 def test_equations_judge_does_not_contradict_people(data_dir: Path) -> None:
     """ProcessBench: of the steps people call right, those with equations are never called wrong."""
     counts: Counter[tuple[int | None, int | None]] = Counter()
-    judge = process_judge("equations")
     for line in (data_dir / "steps/processbench_gsm8k.jsonl").open():
         row = json.loads(line)
-        for step, label in zip(row["steps"], row["labels"], strict=True):
-            counts[label, judge.label(PROBLEM, step, [(0, len(step))])[0]] += 1
+        counts.update(zip(row["labels"], labels_of("equations", row["steps"]), strict=True))
     assert counts[1, 0] == 0
     assert counts[1, 1] >= 300 and counts[0, 0] >= 10

@@ -1,0 +1,70 @@
+"""From recipe keys to a process judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto import recipe
+from megatron_stepkto.judging.process.interface import ProcessJudge
+from megatron_stepkto.judging.process.rule import RULES, RuleJudge
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a judge keeps its unfinished work, and what it may need from around it.
+
+    ``directory/cache`` holds answers keyed by what was asked: it outlives a change of the recipe.
+    ``model`` is the Hugging Face folder of the model that sampled.
+    """
+
+    directory: Path
+    model: Path | None = None
+    seed: int = 0
+    workers: int = 2  # processes that decide answer equivalence
+    timeout_s: float = 5.0
+
+
+def process_judge(settings: recipe.ProcessJudge, place: Workplace) -> ProcessJudge:
+    """The judge that ``judge.process`` asks for.
+
+    Raises:
+        UserError: its files, or variables of the environment, are missing.
+    """
+    if isinstance(settings, recipe.LLMJudge):
+        from megatron_stepkto.judging.process.llm import LLMJudge
+
+        return LLMJudge(settings, place.directory / "cache" / "verdicts.jsonl")
+    if isinstance(settings, recipe.PRMJudge):
+        from megatron_stepkto.judging.process.prm import PRMJudge
+
+        return PRMJudge(settings, place.directory)
+    if isinstance(settings, recipe.MonteCarloJudge):
+        from megatron_stepkto.judging.process.monte_carlo import MonteCarloJudge
+
+        return MonteCarloJudge(settings, place)
+    return RuleJudge(settings.kind, RULES[settings.kind])
+
+
+# How the work is done, not what comes out: a change of these leaves finished labels as they are.
+_HOW = {"base_url", "api_key_env", "timeout_s", "retries", "concurrency", "workers", "batch_tokens", "served_name"}
+
+
+def judging_key(settings: recipe.Judging) -> dict[str, Any]:
+    """What of the section decides the labels; a prompt or a model counts by content, not by where it stands."""
+    from megatron_stepkto.files import sha256_of
+
+    key = settings.model_dump(mode="json", exclude={"workers"})
+    process = {name: value for name, value in key["process"].items() if name not in _HOW}
+    if isinstance(settings.process, recipe.LLMJudge):
+        from megatron_stepkto.judging.process.llm import template_hash
+
+        process["prompt"] = {"sha256": template_hash(settings.process.prompt)}
+    elif isinstance(settings.process, recipe.PRMJudge):
+        process["model"] = {"sha256": sha256_of(settings.process.model)}
+    elif isinstance(settings.process, recipe.MonteCarloJudge):
+        if settings.process.model is not None:
+            process["model"] = {"sha256": sha256_of(settings.process.model)}
+        process["sample"].pop("workers")
+    return {**key, "process": process}

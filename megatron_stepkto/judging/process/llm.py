@@ -1,0 +1,259 @@
+"""A language model reads the problem and the numbered steps and gives a verdict on each, several times over."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.judging.process.cache import AnswerCache, content_key
+from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
+from megatron_stepkto.judging.process.interface import Solution, Verdicts, majority
+from megatron_stepkto.progress import ProgressBar, warn
+from megatron_stepkto.records import Label
+
+WORDS: dict[str, Label] = {"right": 1, "wrong": 0, "unsure": None}
+FEW = 20  # answers after which a judge whose answers are mostly useless is stopped
+LARGEST_SEED = 2**31  # some servers take 32 bits
+
+
+def template_text(path: Path | None) -> str:
+    """The prompt template: the user's file, or the one of this package.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    if path is None:
+        return resources.files("megatron_stepkto.judging").joinpath("prompts/step_judge.txt").read_text("utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"judge.process.prompt: {path}: expected a text file ({error}); see docs/judges.md") from None
+
+
+def template_hash(path: Path | None) -> str:
+    return hashlib.sha256(template_text(path).encode()).hexdigest()
+
+
+class PromptTemplate:
+    """Jinja in a sandbox: a template sees ``problem, reference, answer, steps, comments`` and nothing else."""
+
+    def __init__(self, path: Path | None) -> None:
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        self._where = str(path or "the built-in prompt")
+        try:
+            self._template = environment.from_string(template_text(path))
+        except TemplateError as error:
+            raise self._error(error) from None
+
+    def render(self, solution: Solution, comments: bool) -> str:
+        try:
+            return self._template.render(
+                problem=solution.problem.problem,
+                reference=solution.problem.solution,
+                answer=solution.problem.answer,
+                steps=[text.strip() for text in solution.step_texts],
+                comments=comments,
+            )
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise self._error(error) from None
+
+    def _error(self, error: Exception) -> UserError:
+        line = getattr(error, "lineno", None)
+        return UserError(f"judge.process.prompt: {self._where}{f':{line}' if line else ''}: {error}; correct it")
+
+
+def answer_schema(num_steps: int, comment_chars: int) -> dict[str, Any]:
+    """One key per step, so that the number of verdicts is fixed; enums and bounded strings, so that it ends."""
+    verdict: dict[str, Any] = {"type": "string", "enum": list(WORDS)}
+    if comment_chars:
+        properties = {"comment": {"type": "string", "maxLength": comment_chars}, "verdict": verdict}
+        verdict = _object(properties)
+    return _object({f"step_{number}": verdict for number in range(1, num_steps + 1)})
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
+    }  # fmt: skip
+
+
+def read_votes(content: Any, num_steps: int) -> list[Label]:
+    """The verdicts in a model's answer.
+
+    Raises:
+        BadAnswer: it is not one verdict for each step.
+    """
+    try:
+        answer = json.loads(content)
+        given = [answer[f"step_{number}"] for number in range(1, num_steps + 1)]
+        words = [entry["verdict"] if isinstance(entry, dict) else entry for entry in given]
+        if len(answer) != num_steps:
+            raise KeyError("too many steps")
+        return [WORDS[word] for word in words]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadAnswer(f"expected a verdict on each of {num_steps} steps, got {str(content)[:200]!r}") from None
+
+
+@dataclass(frozen=True)
+class _Request:
+    solution: int
+    vote: int
+    key: str
+    body: dict[str, Any]
+
+
+class LLMJudge:
+    def __init__(self, settings: recipe.LLMJudge, cache: Path) -> None:
+        self._settings, self._cache_path = settings, cache
+        self._template = PromptTemplate(settings.prompt)
+        self._service = Service(
+            settings.base_url, settings.api_key_env, settings.timeout_s, settings.retries
+        )  # fmt: skip
+        self.name = f"llm:{settings.model}"
+        self._counts: Counter[str] = Counter()
+        self._useless = ""  # the last useless answer
+
+    def counts(self) -> dict[str, Any]:
+        return {"judge": dict(sorted(self._counts.items()))}
+
+    def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
+        votes: dict[tuple[int, int], list[Label]] = {}
+        with AnswerCache(self._cache_path) as cache:
+            run_async(self._ask_all(solutions, cache, votes))
+        return [self._verdicts(number, solution, votes) for number, solution in enumerate(solutions)]
+
+    def _verdicts(self, number: int, solution: Solution, votes: dict[tuple[int, int], list[Label]]) -> Verdicts:
+        nothing: list[Label] = [None] * len(solution.steps)
+        given = [votes.get((number, vote), nothing) for vote in range(self._settings.votes)]
+        return [majority(step, self._settings.threshold) for step in zip(*given, strict=True)]
+
+    # --- requests ---
+
+    def _requests(self, solutions: Sequence[Solution]) -> Iterator[_Request]:
+        for number, solution in enumerate(solutions):
+            for vote in range(self._settings.votes):
+                body = self._body(solution, vote)
+                yield _Request(number, vote, content_key(body), body)
+
+    def _body(self, solution: Solution, vote: int) -> dict[str, Any]:
+        """What is asked, and all that decides the answer: its hash is the cache's key."""
+        settings = self._settings
+        prompt = self._template.render(solution, settings.comment_chars > 0)
+        schema = answer_schema(len(solution.steps), settings.comment_chars)
+        # spaced by hashing: servers that draw n samples from seed s use s, s + 1, ...
+        seed = int(content_key(prompt, vote)[:8], 16) % LARGEST_SEED
+        body: dict[str, Any] = {
+            "model": settings.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
+            "seed": seed,
+            **settings.request,
+        }
+        if settings.schema_key == "structured_outputs":
+            body["structured_outputs"] = {"json": schema}
+        else:
+            body["response_format"] = {
+                "type": "json_schema", "json_schema": {"name": "verdicts", "strict": True, "schema": schema},
+            }  # fmt: skip
+        return body
+
+    async def _ask_all(
+        self, solutions: Sequence[Solution], cache: AnswerCache, votes: dict[tuple[int, int], list[Label]]
+    ) -> None:
+        missing = []
+        for request in self._requests(solutions):
+            known = cache.get(request.key)
+            if known is None:
+                missing.append((request.solution, request.vote))
+            else:
+                votes[request.solution, request.vote] = known
+        self._counts["cached"] = len(votes)
+        if not missing:
+            return
+        total = len(solutions) * self._settings.votes
+        async with Client(self._service, self._counts) as client:
+            await client.check_model(self._settings.model)
+            with ProgressBar("judging steps", total, "votes") as bar:
+                bar.update(len(votes), self._note())
+                await self._work(client, solutions, missing, cache, votes, bar)
+        if failed := self._counts["failed"] + self._counts["too_long"]:
+            warn(f"{failed} of {total} votes have no verdict, their steps lose a vote; the last: {self._useless}")
+
+    async def _work(
+        self, client: Client, solutions: Sequence[Solution], missing: list[tuple[int, int]], cache: AnswerCache,
+        votes: dict[tuple[int, int], list[Label]], bar: ProgressBar,
+    ) -> None:  # fmt: skip
+        queue = iter(missing)
+        total, finished = bar.total, bar.total - len(missing)
+
+        async def worker() -> None:
+            nonlocal finished
+            for number, vote in queue:
+                body = self._body(solutions[number], vote)
+                found = await self._ask(client, body, len(solutions[number].steps))
+                if found is not None:
+                    cache.put(content_key(body), found)
+                    votes[number, vote] = found
+                finished += 1
+                bar.update(min(finished, total), self._note())
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self._settings.concurrency, len(missing))):
+                group.create_task(worker())
+
+    async def _ask(self, client: Client, body: dict[str, Any], num_steps: int) -> list[Label] | None:
+        """The votes of one request; None where there are none to be had."""
+
+        def read(answer: Any) -> list[Label]:
+            usage = answer.get("usage") if isinstance(answer, dict) else None
+            for name in ("prompt_tokens", "completion_tokens"):
+                self._counts[name] += int((usage or {}).get(name) or 0)
+            try:
+                choice = answer["choices"][0]
+                content = choice["message"]["content"]
+            except (KeyError, IndexError, TypeError):
+                raise BadAnswer(f"expected choices[0].message.content, got {str(answer)[:200]}") from None
+            if choice.get("finish_reason") == "length":
+                raise BadAnswer(f"the answer is longer than judge.process.max_tokens: ...{str(content)[-80:]!r}")
+            return read_votes(content, num_steps)
+
+        try:
+            found = await client.post("/chat/completions", body, read)
+            self._counts["answered"] += 1
+            return found
+        except TooLong as error:
+            self._counts["too_long"] += 1
+            self._useless = str(error)
+        except NoAnswer as error:
+            self._counts["failed"] += 1
+            self._useless = str(error)
+        useless = self._counts["failed"] + self._counts["too_long"]
+        if useless >= FEW and useless > self._counts["answered"]:
+            raise UserError(
+                f"{useless} of the first {useless + self._counts['answered']} votes have no verdict; the last: "
+                f"{self._useless}; check the model, judge.process.max_tokens and judge.process.prompt"
+            )
+        return None
+
+    def _note(self) -> str:
+        counts = self._counts
+        tried = sum(count for name, count in counts.items() if name.startswith("status_"))
+        tried += counts["bad_answers"] + counts["time_outs"] + counts["connection_errors"]
+        return (
+            f"{counts['prompt_tokens']:,} + {counts['completion_tokens']:,} tokens"
+            + (f", {counts['cached']:,} cached" if counts["cached"] else "")
+            + (f", {tried:,} failed attempts" if tried else "")
+        )

@@ -1,0 +1,120 @@
+"""Math-Shepherd's estimate (arXiv 2312.08935, section 3.2): a step is right if solutions that go on from it are.
+
+From the end of each step n completions are drawn. With ``threshold: 0`` one right answer among them is enough
+(the paper's hard estimate); else the share of right ones must exceed the threshold (soft).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.judging.equivalence import EquivalenceChecker
+from megatron_stepkto.judging.outcome import judge_outcomes
+from megatron_stepkto.judging.process.build import Workplace
+from megatron_stepkto.judging.process.cache import content_key
+from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
+from megatron_stepkto.progress import ProgressBar
+from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.records import Label, Sample, read_records
+from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
+
+CHUNK = 2048  # completions whose answers are compared together
+
+
+def estimate(outcomes: Sequence[Label], threshold: float) -> Verdict:
+    """Label from the outcomes of a step's completions. Undecided ones count both ways: only where they could
+    not change the label is there one."""
+    right, undecided, total = outcomes.count(1), outcomes.count(None), len(outcomes)
+    label: Label = None
+    if right > threshold * total:
+        label = 1
+    elif right + undecided <= threshold * total:
+        label = 0
+    return Verdict(label, tuple(outcomes), right / total)
+
+
+class MonteCarloJudge:
+    def __init__(self, settings: recipe.MonteCarloJudge, place: Workplace) -> None:
+        model = settings.model or place.model
+        if model is None:
+            raise UserError("judge.process.model: expected the Hugging Face folder that completes; give it")
+        self._settings, self._place, self._model = settings, place, model
+        self.name = f"monte_carlo:{settings.sample.num_samples}"
+        self._counts: dict[str, Any] = {}
+
+    def counts(self) -> dict[str, Any]:
+        return {"rollouts": self._counts}
+
+    def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
+        """The last step of a finished solution has nothing behind it: its own outcome decides.
+
+        Steps from which completions are drawn are those with an end before the solution's end.
+        """
+        prefixes = [
+            (number, place)
+            for number, solution in enumerate(solutions)
+            for place, step in enumerate(solution.steps)
+            if step.token_end < len(solution.token_ids) or not solution.finished
+        ]
+        drawn = self._draw(solutions, prefixes) if prefixes else {}
+        finished = [number for number, solution in enumerate(solutions) if solution.finished]
+        own = dict(zip(finished, self._outcomes([(solutions[n], solutions[n].text) for n in finished]), strict=True))
+        judged: list[Verdicts] = []
+        for number, solution in enumerate(solutions):
+            outcomes = [drawn.get((number, place), [own.get(number)]) for place in range(len(solution.steps))]
+            judged.append([estimate(step, self._settings.threshold) for step in outcomes])
+        return judged
+
+    def _draw(
+        self, solutions: Sequence[Solution], prefixes: Sequence[tuple[int, int]]
+    ) -> dict[tuple[int, int], list[Label]]:
+        """Outcomes of the completions of each prefix, whose tokens are the sampler's own."""
+        rows, num_samples = [], self._settings.sample.num_samples
+        for number, place in prefixes:
+            solution = solutions[number]
+            if not solution.prompt_token_ids:
+                raise UserError(f"solution {solution.solution_id}: rollouts need the prompt's tokens, it has none")
+            kept = solution.token_ids[: solution.steps[place].token_end]
+            rows.append(
+                PromptRow(problem_id=f"{solution.solution_id}#{place}", token_ids=[*solution.prompt_token_ids, *kept])
+            )
+        sampling = self._settings.sample.model_copy(update={"gap_problems": 0})
+        pass_ = Pass(
+            name="rollouts", num_samples=num_samples, temperature=sampling.temperature, top_p=sampling.top_p
+        )  # fmt: skip
+        # a folder per job, as finished rollouts of other solutions would be taken for these
+        job = content_key([row.model_dump() for row in rows], sampling.model_dump(mode="json"), self._place.seed)
+        result = draw(
+            self._model, "rollout", rows, [pass_], sampling, self._place.seed,
+            self._place.directory / "cache" / f"rollouts-{job[:12]}", title="rollouts",
+        )  # fmt: skip
+        self._counts = {name: result.counts[name] for name in ("solutions", "tokens", "finish_reasons")}
+        tokenizer = load_tokenizer(self._model)
+        texts = []
+        # one row per prefix and sample, in order (draw checks it)
+        for row, sample in enumerate(read_records(result.paths["rollouts"], Sample)):
+            number, place = prefixes[row // num_samples]
+            solution = solutions[number]
+            whole = [*solution.token_ids[: solution.steps[place].token_end], *sample.token_ids]
+            text = tokenizer.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            texts.append((solution, text))
+        outcomes = self._outcomes(texts)
+        return {
+            prefix: outcomes[row * num_samples : (row + 1) * num_samples] for row, prefix in enumerate(prefixes)
+        }  # fmt: skip
+
+    def _outcomes(self, texts: Sequence[tuple[Solution, str]]) -> list[Label]:
+        outcomes: list[Label] = []
+        with (
+            EquivalenceChecker(self._place.workers, self._place.timeout_s) as checker,
+            ProgressBar("judging rollouts", len(texts), "answers") as bar,
+        ):
+            for start in range(0, len(texts), CHUNK):
+                chunk = texts[start : start + CHUNK]
+                found = judge_outcomes([t for _, t in chunk], [s.problem.answer for s, _ in chunk], checker)
+                outcomes += [outcome.label for outcome in found]
+                bar.update(len(outcomes))
+        return outcomes

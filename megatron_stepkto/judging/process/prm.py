@@ -1,0 +1,246 @@
+"""Process reward models: the probability that each step is right, by the conventions that such models are trained on.
+
+``qwen_math_prm`` (Qwen2.5-Math-PRM, arXiv 2501.07301): the chat template with its system prompt, ``<extra_0>``
+after each step, a two-class head on that token. ``math_shepherd`` (arXiv 2312.08935, peiyi9979's Mistral): each
+step ends with " ки", and the language model's logits of "+" and "-" on that token are compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import read_json, write_json
+from megatron_stepkto.judging.process.cache import AnswerCache, content_key
+from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
+from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
+from megatron_stepkto.processes import Child, run_children
+from megatron_stepkto.progress import ProgressBar
+from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.records import Label
+
+QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+QWEN_TAG, SHEPHERD_TAG = "<extra_0>", "ки"
+ROWS_PER_CHUNK = 64  # the unit of resuming
+
+
+class PRMRow(BaseModel):
+    """Tokens of one solution as the model reads it; ``positions`` are those of its step ends."""
+
+    model_config = ConfigDict(frozen=True)
+
+    token_ids: list[int]
+    positions: list[int]
+
+
+class PRMJob(BaseModel):
+    """``candidates``: tokens whose logits are compared, right first; None: the model has a head of two classes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: Path
+    rows: list[PRMRow]
+    candidates: tuple[int, int] | None
+    dtype: str
+    batch_tokens: int
+    workers: int
+    directory: Path
+
+    def chunks(self, worker: int) -> list[int]:
+        """First rows of the chunks of a worker that are not scored yet."""
+        starts = range(0, len(self.rows), ROWS_PER_CHUNK)
+        return [start for start in starts[worker :: self.workers] if not self.chunk_path(start).is_file()]
+
+    def chunk_path(self, start: int) -> Path:
+        return self.directory / f"scores-{start:07d}.json"
+
+    def progress_path(self, worker: int) -> Path:
+        return self.directory / f"progress-{worker}.json"
+
+
+def qwen_math_prm_row(solution: Solution, tokenizer: Any) -> PRMRow:
+    tag = _only_token(tokenizer, QWEN_TAG)
+    messages = [
+        {"role": "system", "content": QWEN_SYSTEM},
+        {"role": "user", "content": solution.problem.problem},
+        {"role": "assistant", "content": "".join(step.strip() + QWEN_TAG for step in solution.step_texts)},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    return _row(solution, tokenizer(text, add_special_tokens=False)["input_ids"], tag)
+
+
+def math_shepherd_row(solution: Solution, tokenizer: Any) -> PRMRow:
+    tag = tokenizer(f" {SHEPHERD_TAG}", add_special_tokens=False)["input_ids"][-1]
+    steps = "\n".join(f"{step.strip()} {SHEPHERD_TAG}" for step in solution.step_texts)
+    return _row(solution, tokenizer(f"{solution.problem.problem} {steps}")["input_ids"], tag)
+
+
+def _only_token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise UserError(f"judge.process.model: its tokenizer has no token {text}; another convention?")
+    return int(ids[0])
+
+
+def _row(solution: Solution, token_ids: Sequence[int], tag: int) -> PRMRow:
+    positions = [position for position, token in enumerate(token_ids) if token == tag]
+    if len(positions) != len(solution.steps):
+        raise UserError(
+            f"solution {solution.solution_id}: expected one step mark per step, got {len(positions)} for "
+            f"{len(solution.steps)} steps: the solution or the problem holds the mark itself"
+        )
+    return PRMRow(token_ids=list(token_ids), positions=positions)
+
+
+ROWS: dict[str, Callable[[Solution, Any], PRMRow]] = {
+    "qwen_math_prm": qwen_math_prm_row,
+    "math_shepherd": math_shepherd_row,
+}
+
+
+def candidate_tokens(convention: str, tokenizer: Any) -> tuple[int, int] | None:
+    """As the model card has it: the last two tokens of "+ -"."""
+    if convention == "qwen_math_prm":
+        return None
+    plus, minus = tokenizer("+ -", add_special_tokens=False)["input_ids"][-2:]
+    return int(plus), int(minus)
+
+
+class PRMJudge:
+    def __init__(self, settings: recipe.PRMJudge, directory: Path) -> None:
+        self._settings, self._directory = settings, directory
+        self._tokenizer = load_tokenizer(settings.model)
+        self.name = f"prm:{settings.model.name}"
+        self._counts: Counter[str] = Counter()
+
+    def counts(self) -> dict[str, Any]:
+        return {"judge": dict(sorted(self._counts.items()))}
+
+    def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
+        make = ROWS[self._settings.convention]
+        rows: list[PRMRow] = []
+        judged: list[Verdicts] = []
+        for solution in solutions:
+            try:
+                rows.append(make(solution, self._tokenizer))
+                judged.append([])
+            except UserError as error:
+                judged.append(error)
+        scores = iter(self._ask(rows) if self._settings.base_url else self._run(rows))
+        return [verdicts if isinstance(verdicts, UserError) else self._verdicts(next(scores)) for verdicts in judged]
+
+    def _verdicts(self, scores: Sequence[float]) -> list[Verdict]:
+        return [Verdict(self._label(score), None, score) for score in scores]
+
+    def _label(self, score: float) -> Label:
+        low = self._settings.threshold if self._settings.wrong_below is None else self._settings.wrong_below
+        return 1 if score >= self._settings.threshold else 0 if score < low else None
+
+    # --- transformers, in worker processes ---
+
+    def _run(self, rows: list[PRMRow]) -> list[list[float]]:
+        settings = self._settings
+        job_key = content_key(str(settings.model), settings.dtype, [row.model_dump() for row in rows])
+        job = PRMJob(
+            model=settings.model, rows=rows, candidates=candidate_tokens(settings.convention, self._tokenizer),
+            dtype=settings.dtype, batch_tokens=settings.batch_tokens, workers=settings.workers,
+            directory=self._directory / "cache" / f"prm-{job_key[:12]}",
+        )  # fmt: skip
+        workers = [worker for worker in range(job.workers) if job.chunks(worker)]
+        if workers:
+            write_json(job.directory / "job.json", job.model_dump(mode="json"))
+            for worker in workers:
+                job.progress_path(worker).unlink(missing_ok=True)
+            left = sum(min(ROWS_PER_CHUNK, len(rows) - start) for worker in workers for start in job.chunks(worker))
+            run_children(
+                [self._child(job, worker) for worker in workers],
+                title="judging steps",
+                unit="solutions",
+                progress=[job.progress_path(worker) for worker in workers],
+                done_before=len(rows) - left,
+            )
+        starts = range(0, len(rows), ROWS_PER_CHUNK)
+        return [scores for start in starts for scores in read_json(job.chunk_path(start))]
+
+    def _child(self, job: PRMJob, worker: int) -> Child:
+        import sys
+
+        command = [
+            sys.executable, "-m", "megatron_stepkto.judging.process.prm_worker",
+            str(job.directory / "job.json"), "--worker", str(worker),
+        ]  # fmt: skip
+        env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return Child(command, self._directory / "logs" / f"prm-{worker}.log", env)
+
+    # --- a vLLM server ---
+
+    def _ask(self, rows: list[PRMRow]) -> list[list[float]]:
+        found: dict[int, list[float]] = {}
+        with AnswerCache(self._directory / "cache" / "scores.jsonl") as cache:
+            run_async(self._ask_all(rows, cache, found))
+        return [found[number] for number in range(len(rows))]
+
+    async def _ask_all(self, rows: list[PRMRow], cache: AnswerCache, found: dict[int, list[float]]) -> None:
+        import asyncio
+
+        settings = self._settings
+        name = settings.served_name or str(settings.model)
+        for number, row in enumerate(rows):
+            known = cache.get(content_key(name, row.token_ids))
+            if known is not None:
+                found[number] = known
+        self._counts["cached"] = len(found)
+        missing = iter([number for number in range(len(rows)) if number not in found])
+        assert settings.base_url is not None
+        service = Service(settings.base_url, settings.api_key_env, settings.timeout_s, settings.retries)
+        if len(found) == len(rows):
+            return
+        async with Client(service, self._counts) as client:
+            await client.check_model(name)
+            with ProgressBar("judging steps", len(rows), "solutions") as bar:
+                bar.update(len(found))
+
+                async def worker() -> None:
+                    for number in missing:
+                        row = rows[number]
+                        body = {"model": name, "input": row.token_ids, "task": "token_classify"}
+                        try:
+                            scores = await client.post(
+                                "//pooling",
+                                body,
+                                lambda answer, row=row: read_scores(answer, len(row.positions)),  # type: ignore[misc]
+                            )
+                        except (TooLong, NoAnswer) as error:
+                            raise UserError(f"judge.process: solution {number} has no scores: {error}") from None
+                        cache.put(content_key(name, row.token_ids), scores)
+                        found[number] = scores
+                        bar.update(len(found))
+
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(settings.concurrency, len(rows) - len(found))):
+                        group.create_task(worker())
+
+
+def read_scores(answer: Any, num_steps: int) -> list[float]:
+    """Probabilities of "right" in a pooling answer: one row of two classes per step.
+
+    Raises:
+        BadAnswer: it is something else.
+    """
+    try:
+        rows = answer["data"][0]["data"]
+        scores = [float(right) for _, right in rows]
+        if len(scores) != num_steps or not all(0 <= score <= 1 for score in scores):
+            raise ValueError
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise BadAnswer(
+            f"expected two probabilities for each of {num_steps} steps, got {str(answer)[:200]}; is the server's "
+            "step_tag_id the tokenizer's <extra_0>?"
+        ) from None
+    return scores

@@ -1,0 +1,339 @@
+"""The LLM judge against servers over HTTP that answer well, badly, late or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.judging.process import client as clients
+from megatron_stepkto.judging.process.cache import AnswerCache
+from megatron_stepkto.judging.process.interface import Solution, Verdict, cut_after_first_error, majority
+from megatron_stepkto.judging.process.llm import LLMJudge, PromptTemplate, answer_schema, read_votes
+from megatron_stepkto.recipe import LLMJudge as Settings
+from megatron_stepkto.records import Label, Problem, Step
+from tests.scripted_server import Reply, ScriptedServer, chat
+
+
+def solution(number: int, steps: list[str]) -> Solution:
+    ends = list(accumulate(map(len, steps)))
+    spans = tuple(
+        Step(start=end - len(s), end=end, token_start=0, token_end=0) for s, end in zip(steps, ends, strict=True)
+    )
+    problem = Problem(problem_id=f"p{number}", problem=f"Problem {number}?", answer="7", solution="Because.")
+    return Solution(f"s{number}", problem, "".join(steps), spans)
+
+
+SOLUTIONS = [solution(n, [f"good {n}\n", "bad\n", "unclear"][: 1 + n % 3]) for n in range(12)]
+WORD = {"good": "right", "bad": "wrong", "unclear": "unsure"}
+EXPECTED: dict[str, Label] = {"good": 1, "bad": 0, "unclear": None}
+
+
+def steps_in(body: dict[str, Any]) -> list[str]:
+    return re.findall(r"\[step \d+\]\n(\w+)", body["messages"][0]["content"])
+
+
+def honest(body: dict[str, Any], number: int = 0) -> Reply:
+    """Verdicts that follow from the steps' first words."""
+    return chat({f"step_{n}": {"comment": "", "verdict": WORD[word]} for n, word in enumerate(steps_in(body), 1)})
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(clients, "DEAD_AFTER_S", 0.3)
+
+
+def judge(url: str, cache: Path, **changes: Any) -> LLMJudge:
+    options = {"kind": "llm", "base_url": url, "model": "judge", "retries": 5, "timeout_s": 5.0, **changes}
+    return LLMJudge(Settings.model_validate(options), cache / "verdicts.jsonl")
+
+
+def labels(verdicts: list[Any]) -> list[list[Label]]:
+    return [[verdict.label for verdict in row] for row in verdicts]
+
+
+ALL_RIGHT = [[EXPECTED[text.split()[0]] for text in s.step_texts] for s in SOLUTIONS]
+
+
+def test_verdicts_seeds_and_schema(tmp_path: Path) -> None:
+    with ScriptedServer(honest) as server:
+        asked = judge(server.url, tmp_path, votes=3, concurrency=4)
+        verdicts = asked.judge(SOLUTIONS)
+    assert labels(verdicts) == ALL_RIGHT
+    assert verdicts[1] == [Verdict(1, (1, 1, 1), 1.0), Verdict(0, (0, 0, 0), 0.0)]
+    assert len(server.requests) == 36 and len({body["seed"] for body in server.requests}) == 36
+    assert server.most_under_way <= 4
+    assert set(server.paths) == {"/v1/chat/completions"}
+    counts = asked.counts()["judge"]
+    assert counts == {"answered": 36, "cached": 0, "prompt_tokens": 3600, "completion_tokens": 360}
+    prompt = server.requests[0]["messages"][0]["content"]
+    assert "Problem 0?" in prompt and "Because." in prompt and "Correct final answer: 7" in prompt
+    sent = server.requests[0]["response_format"]["json_schema"]
+    assert sent["strict"] and sent["schema"]["required"] == ["step_1"]
+    assert sent["schema"]["properties"]["step_1"]["properties"]["verdict"]["enum"] == ["right", "wrong", "unsure"]
+
+
+def test_structured_outputs_and_further_keys(tmp_path: Path) -> None:
+    with ScriptedServer(honest) as server:
+        changes = {"schema_key": "structured_outputs", "request": {"top_k": 20}, "comment_chars": 0}
+        assert labels(judge(server.url, tmp_path, **changes).judge(SOLUTIONS[:3])) == ALL_RIGHT[:3]
+    body = max(server.requests, key=lambda b: len(steps_in(b)))
+    assert "response_format" not in body and body["top_k"] == 20
+    assert body["structured_outputs"]["json"] == answer_schema(3, 0)
+    assert answer_schema(3, 0)["properties"]["step_3"] == {"type": "string", "enum": ["right", "wrong", "unsure"]}
+
+
+def test_votes_that_differ(tmp_path: Path) -> None:
+    """Four votes on the one step: right, wrong, wrong, right is a tie; three to one is not."""
+    one = [solution(0, ["good"])]
+    for given, expected in (("RWWR", None), ("RRWR", 1), ("WWRW", 0), ("UURR", None), ("RRRU", 1)):
+        words = iter(given)
+        code = {"R": "right", "W": "wrong", "U": "unsure"}
+        with ScriptedServer(lambda body, n, w=words, c=code: chat({"step_1": {"verdict": c[next(w)]}})) as server:  # type: ignore[misc]
+            verdicts = judge(server.url, tmp_path / given, votes=4, concurrency=1).judge(one)
+        assert labels(verdicts) == [[expected]], given
+        assert verdicts[0][0].score == given.count("R") / 4  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("votes", "threshold", "label"),
+    [
+        ([1, 1, 0], 0.5, 1), ([1, 1, 0], 0.7, None), ([0, 0, 0], 0.9, 0), ([0, 0, 0], 1.0, 0), ([1, 1, 0], 1.0, None),
+        ([None, None, 1], 0.5, None), ([None], 0.5, None), ([1, 1, None, None], 0.5, None), ([], 0.5, None),
+    ],
+)  # fmt: skip
+def test_majority(votes: list[Label], threshold: float, label: Label) -> None:
+    assert majority(votes, threshold).label == label
+
+
+def test_labels_after_the_first_error_may_be_dropped() -> None:
+    given = [Verdict(1), Verdict(None), Verdict(0, (0, 0)), Verdict(1, (1, 1), 1.0), Verdict(0)]
+    cut = cut_after_first_error(given)
+    assert [v.label for v in cut] == [1, None, 0, None, None]
+    assert cut[3].votes == (1, 1) and cut[3].score == 1.0
+
+
+BAD = {
+    "429": Reply("slow down", 429), "500": Reply("oops", 500), "503": Reply("starting", 503),
+    "broken JSON": chat('{"step_1": {"verd'), "no JSON": Reply("<html>"), "no choices": Reply({"error": "?"}),
+    "cut off": chat("{", "length"), "another word": chat({"step_1": {"verdict": "maybe"}}),
+    "a step too few": chat({}), "a step too many": chat({f"step_{n}": {"verdict": "right"} for n in range(1, 9)}),
+    "dropped": Reply(drop=True), "silence": Reply("late", hang_s=0.6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_what_a_retry_can_mend(tmp_path: Path, fault: str) -> None:
+    """Every first attempt fails; the second is answered."""
+    seen: Counter[int] = Counter()
+
+    def script(body: dict[str, Any], number: int) -> Reply:
+        seen[body["seed"]] += 1
+        return BAD[fault] if seen[body["seed"]] == 1 else honest(body)
+
+    with ScriptedServer(script) as server:
+        asked = judge(server.url, tmp_path, timeout_s=0.3, concurrency=3)
+        assert labels(asked.judge(SOLUTIONS[:6])) == ALL_RIGHT[:6]
+    assert len(server.requests) == 12
+    counts = asked.counts()["judge"]
+    assert counts["answered"] == 6
+    assert sum(counts.values()) - sum(counts[n] for n in ("answered", "prompt_tokens", "completion_tokens")) == 6
+
+
+def test_retry_after_is_honoured(tmp_path: Path) -> None:
+    times: list[float] = []
+
+    def script(body: dict[str, Any], number: int) -> Reply:
+        times.append(time.monotonic())
+        return honest(body) if number else Reply("wait", 429, {"Retry-After": "0.7"})
+
+    with ScriptedServer(script) as server:
+        judge(server.url, tmp_path).judge(SOLUTIONS[:1])
+    assert len(times) == 2 and times[1] - times[0] >= 0.69
+
+
+def test_retry_after_as_a_date_and_nonsense() -> None:
+    assert clients._retry_after("Wed, 21 Oct 2099 07:28:00 GMT") == clients.LONGEST_RETRY_AFTER_S
+    assert clients._retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert clients._retry_after("3") == 3 and clients._retry_after("99999999") == clients.LONGEST_RETRY_AFTER_S
+    assert clients._retry_after("soon") is None and clients._retry_after(None) is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (Reply("bad key", 401), "refuses a request without a key .status 401: bad key"),
+        (Reply({"error": "The model `judge` does not exist"}, 404), "does not exist"),
+        (Reply({"error": "unknown field response_format"}, 400), "status 400.*unknown field"),
+    ],
+)
+def test_what_no_retry_can_mend_ends_at_once(tmp_path: Path, reply: Reply, said: str) -> None:
+    with ScriptedServer(lambda body, number: reply) as server, pytest.raises(UserError, match=said):
+        judge(server.url, tmp_path, concurrency=2).judge(SOLUTIONS)
+    assert len(server.requests) <= 2
+
+
+def test_no_request_is_made_to_a_wrong_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ScriptedServer(honest) as server, pytest.raises(UserError, match="no model 'llama'; it has judge"):
+        judge(server.url, tmp_path, model="llama").judge(SOLUTIONS)
+    with ScriptedServer(honest, models=Reply("no", 401)) as locked, pytest.raises(UserError, match="status 401"):
+        judge(locked.url, tmp_path).judge(SOLUTIONS)
+    assert not server.requests and not locked.requests
+    with pytest.raises(UserError, match=rf"no server answers: {server.url} \(.*; start it"):
+        judge(server.url, tmp_path).judge(SOLUTIONS)
+    with pytest.raises(UserError, match="is no URL"):
+        judge("localhost", tmp_path).judge(SOLUTIONS)
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(UserError, match="JUDGE_KEY, which is not set"):
+        judge(server.url, tmp_path, api_key_env="JUDGE_KEY").judge(SOLUTIONS)
+
+
+def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    with ScriptedServer(honest) as server:
+        judge(server.url, tmp_path, api_key_env="JUDGE_KEY").judge(SOLUTIONS[:2])
+    assert set(server.keys) == {"Bearer secret"}
+    assert "secret" not in (tmp_path / "verdicts.jsonl").read_text()
+
+
+def test_a_solution_that_does_not_fit_loses_its_votes_alone(tmp_path: Path) -> None:
+    def script(body: dict[str, Any], number: int) -> Reply:
+        too_long = "Problem 4?" in body["messages"][0]["content"]
+        return Reply("This model's maximum context length is 10 tokens", 400) if too_long else honest(body)
+
+    with ScriptedServer(script) as server:
+        asked = judge(server.url, tmp_path)
+        verdicts = labels(asked.judge(SOLUTIONS))
+    assert verdicts == [[None, None] if n == 4 else row for n, row in enumerate(ALL_RIGHT)]
+    assert asked.counts()["judge"]["too_long"] == 1 and len(server.requests) == 12
+
+
+def test_a_judge_of_useless_answers_is_stopped(tmp_path: Path) -> None:
+    many = [solution(n, ["good"]) for n in range(200)]
+    with (
+        ScriptedServer(lambda body, number: chat("I think that")) as server,
+        pytest.raises(UserError, match=r"20 of the first 20 votes have no verdict.*I think that"),
+    ):
+        judge(server.url, tmp_path, retries=1, concurrency=4).judge(many)
+    assert len(server.requests) <= 50
+
+
+def test_what_fails_for_good_loses_a_vote_and_is_asked_again_later(tmp_path: Path) -> None:
+    def script(body: dict[str, Any], number: int) -> Reply:
+        return chat("?") if "Problem 1?" in body["messages"][0]["content"] else honest(body)
+
+    with ScriptedServer(script) as server:
+        first = judge(server.url, tmp_path, retries=1)
+        assert labels(first.judge(SOLUTIONS))[1] == [None, None]
+        server.script = honest
+        second = judge(server.url, tmp_path, retries=1)
+        assert labels(second.judge(SOLUTIONS)) == ALL_RIGHT
+    assert second.counts()["judge"]["cached"] == 11 and len(server.requests) == 12 + 1 + 1
+
+
+def test_the_cache_asks_nothing_twice_and_heals_a_torn_line(tmp_path: Path) -> None:
+    with ScriptedServer(honest) as server:
+        judge(server.url, tmp_path, votes=2).judge(SOLUTIONS)
+    path = tmp_path / "verdicts.jsonl"
+    # the server is gone: nothing is needed from it
+    again = judge(server.url, tmp_path, votes=2)
+    assert labels(again.judge(SOLUTIONS)) == ALL_RIGHT and again.counts()["judge"] == {"cached": 24}
+    path.write_bytes(path.read_bytes()[:-20])
+    with ScriptedServer(honest) as server:
+        judge(server.url, tmp_path, votes=2).judge(SOLUTIONS)
+        assert len(server.requests) == 1
+        judge(server.url, tmp_path, votes=3).judge(SOLUTIONS)  # the third votes alone
+        assert len(server.requests) == 1 + 12
+        judge(server.url, tmp_path, temperature=0.9).judge(SOLUTIONS)  # another question
+        assert len(server.requests) == 1 + 12 + 12
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(["nonsense", *lines]) + "\n")
+    with pytest.raises(UserError, match=r"verdicts\.jsonl:1: expected a cached answer"), AnswerCache(path):
+        pass
+
+
+def test_a_server_that_dies_is_dropped_and_its_work_goes_to_the_other(tmp_path: Path) -> None:
+    many = [solution(n, ["good"]) for n in range(60)]
+    with ScriptedServer(honest) as living:
+        dying = ScriptedServer(lambda body, number: honest(body) if number < 5 else Reply(drop=True))
+        with dying:
+            asked = judge(f"{dying.url}, {living.url}", tmp_path, concurrency=4)
+            assert labels(asked.judge(many)) == [[1]] * 60
+    assert 55 <= len(living.requests) <= 60
+    assert asked.counts()["judge"]["connection_errors"] >= 1
+
+
+def test_the_last_server_dies(tmp_path: Path) -> None:
+    many = [solution(n, ["good"]) for n in range(60)]
+    dying = ScriptedServer(lambda body, number: honest(body) if number < 10 else Reply(drop=True))
+    with dying, pytest.raises(UserError, match=r"no server is left.*answers so far are kept"):
+        judge(dying.url, tmp_path, concurrency=4, retries=50).judge(many)
+    with ScriptedServer(honest) as server:
+        judge(server.url, tmp_path).judge(many)
+    assert len(server.requests) == 50
+
+
+def test_a_template_is_the_users_and_sees_only_its_variables(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("{{ problem }}|{{ steps[0] }}|{{ answer }}")
+    hostile = solution(0, ["{{ 7 * 7 }} {% raw %}"])
+    assert PromptTemplate(path).render(hostile, False) == "Problem 0?|{{ 7 * 7 }} {% raw %}|7"
+    for text, said in (
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ nothing }}", "'nothing' is undefined"),
+        ("a\n{% if %}", r"prompt\.txt:2"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            PromptTemplate(path).render(hostile, False)
+    with pytest.raises(UserError, match="expected a text file"):
+        PromptTemplate(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "1", None, '{"step_1": {}}', '{"step_1": []}', "[" * 100000])
+def test_answers_that_are_none(content: Any) -> None:
+    with pytest.raises(clients.BadAnswer):
+        read_votes(content, 1)
+
+
+def test_killed_in_the_middle_no_paid_answer_is_asked_again(tmp_path: Path) -> None:
+    """kill -9 while requests are under way: at most those under way are asked twice."""
+
+    def slow(body: dict[str, Any], number: int) -> Reply:
+        time.sleep(0.02 * random.random())
+        return honest(body)
+
+    with ScriptedServer(slow) as server:
+        script = (
+            "import sys; from pathlib import Path; from tests.unit.test_llm_judge import judge, solution\n"
+            f"judge({server.url!r}, Path({str(tmp_path)!r}), votes=2, concurrency=8)"
+            ".judge([solution(n, ['good', 'bad']) for n in range(300)])"
+        )
+        child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+        deadline = time.monotonic() + 60
+        while len(server.requests) < 150 and time.monotonic() < deadline:
+            assert child.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        time.sleep(0.1)
+        before = len(server.requests)
+        assert before < 550, "nothing was left to ask"
+        many = [solution(n, ["good", "bad"]) for n in range(300)]
+        assert labels(judge(server.url, tmp_path, votes=2, concurrency=8).judge(many)) == [[1, 0]] * 300
+        assert 600 <= len(server.requests) <= 600 + 8
+    rows = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
+    assert len({row["key"] for row in rows}) == len(rows) == 600
