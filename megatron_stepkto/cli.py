@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_stepkto import __version__
 from megatron_stepkto.conversion_options import add_conversion_options
 from megatron_stepkto.errors import StageFailed, UserError
+from megatron_stepkto.judging import command as judging
 from megatron_stepkto.planning import command as planning
 from megatron_stepkto.progress import console, say
 from megatron_stepkto.recipe import METHODS, Method, Recipe, load_recipe
@@ -101,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="propose layouts for a model on a cluster, with memory and time")
     planning.add_arguments(plan)
     plan.set_defaults(command=planning.run)
+
+    judge_eval = commands.add_parser("judge-eval", help="compare a process judge with labels of people")
+    judging.add_arguments(judge_eval)
+    judge_eval.set_defaults(command=judging.run)
 
     report = commands.add_parser("report", help="write RUN/report.html")
     report.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/mini_cpu")

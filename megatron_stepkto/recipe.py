@@ -480,6 +480,34 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: one line per fault, each with file:line and what to do.
     """
+    tree, places = _read_tree(path, overrides)
+    try:
+        recipe = Recipe.model_validate(tree, context={"folder": path.parent})
+    except ValidationError as error:
+        raise UserError(_explain(error, places)) from None
+    recipe._places = places
+    return recipe
+
+
+class _JudgeAlone(BaseModel):
+    judge: Judging
+
+
+def load_judging(path: Path, overrides: list[str] | None = None) -> Judging:
+    """The section judge of a recipe, or of a file that holds nothing else.
+
+    Raises:
+        UserError: as ``load_recipe``, for that section.
+    """
+    tree, places = _read_tree(path, overrides)
+    try:
+        return _JudgeAlone.model_validate(tree, context={"folder": path.parent}).judge
+    except ValidationError as error:
+        raise UserError(_explain(error, places)) from None
+
+
+def _read_tree(path: Path, overrides: list[str] | None) -> tuple[dict[str, Any], dict[tuple[str | int, ...], str]]:
+    """The keys of a YAML file, overridden, and the place of each."""
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
@@ -508,9 +536,4 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         key = tuple(assignment.partition("=")[0].split("."))
         places = {k: v for k, v in places.items() if k[: len(key)] != key}  # a whole section may be replaced
         places[key] = f"--set {assignment}"
-    try:
-        recipe = Recipe.model_validate(tree, context={"folder": path.parent})
-    except ValidationError as error:
-        raise UserError(_explain(error, places)) from None
-    recipe._places = places
-    return recipe
+    return tree, places

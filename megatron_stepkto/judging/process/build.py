@@ -66,5 +66,5 @@ def judging_key(settings: recipe.Judging) -> dict[str, Any]:
     elif isinstance(settings.process, recipe.MonteCarloJudge):
         if settings.process.model is not None:
             process["model"] = {"sha256": sha256_of(settings.process.model)}
-        process["sample"].pop("workers")
+        process["sample"] = {n: v for n, v in process["sample"].items() if n not in ("workers", "stall_timeout_s")}
     return {**key, "process": process}

@@ -21,6 +21,7 @@ from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.records import Label, Sample, read_records
 from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
 
+HOW_DRAWN = {"workers", "stall_timeout_s"}  # keys that do not decide what is drawn
 CHUNK = 2048  # completions whose answers are compared together
 
 
@@ -53,17 +54,22 @@ class MonteCarloJudge:
 
         Steps from which completions are drawn are those with an end before the solution's end.
         """
+        unknown = {number for number, solution in enumerate(solutions) if not solution.problem.answer}
         prefixes = [
             (number, place)
             for number, solution in enumerate(solutions)
+            if number not in unknown
             for place, step in enumerate(solution.steps)
             if step.token_end < len(solution.token_ids) or not solution.finished
         ]
         drawn = self._draw(solutions, prefixes) if prefixes else {}
-        finished = [number for number, solution in enumerate(solutions) if solution.finished]
+        finished = [number for number, s in enumerate(solutions) if s.finished and number not in unknown]
         own = dict(zip(finished, self._outcomes([(solutions[n], solutions[n].text) for n in finished]), strict=True))
         judged: list[Verdicts] = []
         for number, solution in enumerate(solutions):
+            if number in unknown:
+                judged.append(UserError(f"solution {solution.solution_id}: rollouts need the problem's answer"))
+                continue
             outcomes = [drawn.get((number, place), [own.get(number)]) for place in range(len(solution.steps))]
             judged.append([estimate(step, self._settings.threshold) for step in outcomes])
         return judged
@@ -86,7 +92,9 @@ class MonteCarloJudge:
             name="rollouts", num_samples=num_samples, temperature=sampling.temperature, top_p=sampling.top_p
         )  # fmt: skip
         # a folder per job, as finished rollouts of other solutions would be taken for these
-        job = content_key([row.model_dump() for row in rows], sampling.model_dump(mode="json"), self._place.seed)
+        job = content_key(
+            [row.model_dump() for row in rows], sampling.model_dump(mode="json", exclude=HOW_DRAWN), self._place.seed
+        )
         result = draw(
             self._model, "rollout", rows, [pass_], sampling, self._place.seed,
             self._place.directory / "cache" / f"rollouts-{job[:12]}", title="rollouts",

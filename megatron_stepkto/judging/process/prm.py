@@ -7,6 +7,8 @@ step ends with " ки", and the language model's logits of "+" and "-" on that t
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from megatron_stepkto.judging.process.cache import AnswerCache, content_key
 from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
 from megatron_stepkto.processes import Child, run_children
-from megatron_stepkto.progress import ProgressBar
+from megatron_stepkto.progress import ProgressBar, Report
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.records import Label
 
@@ -60,8 +62,9 @@ class PRMJob(BaseModel):
     def chunk_path(self, start: int) -> Path:
         return self.directory / f"scores-{start:07d}.json"
 
-    def progress_path(self, worker: int) -> Path:
-        return self.directory / f"progress-{worker}.json"
+    def report(self) -> Report:
+        starts = [start for start in range(0, len(self.rows), ROWS_PER_CHUNK) if self.chunk_path(start).is_file()]
+        return Report(sum(len(self.rows[start : start + ROWS_PER_CHUNK]) for start in starts), len(self.rows), "")
 
 
 def qwen_math_prm_row(solution: Solution, tokenizer: Any) -> PRMRow:
@@ -155,22 +158,16 @@ class PRMJudge:
         workers = [worker for worker in range(job.workers) if job.chunks(worker)]
         if workers:
             write_json(job.directory / "job.json", job.model_dump(mode="json"))
-            for worker in workers:
-                job.progress_path(worker).unlink(missing_ok=True)
-            left = sum(min(ROWS_PER_CHUNK, len(rows) - start) for worker in workers for start in job.chunks(worker))
             run_children(
                 [self._child(job, worker) for worker in workers],
                 title="judging steps",
                 unit="solutions",
-                progress=[job.progress_path(worker) for worker in workers],
-                done_before=len(rows) - left,
+                progress=job.report,
             )
         starts = range(0, len(rows), ROWS_PER_CHUNK)
         return [scores for start in starts for scores in read_json(job.chunk_path(start))]
 
     def _child(self, job: PRMJob, worker: int) -> Child:
-        import sys
-
         command = [
             sys.executable, "-m", "megatron_stepkto.judging.process.prm_worker",
             str(job.directory / "job.json"), "--worker", str(worker),
@@ -187,8 +184,6 @@ class PRMJudge:
         return [found[number] for number in range(len(rows))]
 
     async def _ask_all(self, rows: list[PRMRow], cache: AnswerCache, found: dict[int, list[float]]) -> None:
-        import asyncio
-
         settings = self._settings
         name = settings.served_name or str(settings.model)
         for number, row in enumerate(rows):

@@ -14,7 +14,6 @@ from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json, write_json
 from megatron_stepkto.judging.process.prm import ROWS_PER_CHUNK, PRMJob, PRMRow
 from megatron_stepkto.processes import child_main
-from megatron_stepkto.progress import ProgressFile
 
 HEAD = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
 
@@ -123,9 +122,6 @@ def main() -> None:
     arguments = parser.parse_args()
     job = PRMJob.model_validate(read_json(arguments.job))
     chunks = job.chunks(arguments.worker)
-    total = sum(len(job.rows[start : start + ROWS_PER_CHUNK]) for start in chunks)
-    progress = ProgressFile(job.progress_path(arguments.worker))
-    progress.report(0, total, "loading the model", last=True)
     device = f"cuda:{arguments.worker % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # more cores are used by more workers
@@ -135,12 +131,9 @@ def main() -> None:
         else CandidateModel(job.model, job.dtype, job.candidates)
     )
     model.to(device).eval()
-    done = 0
     for start in chunks:
         rows = job.rows[start : start + ROWS_PER_CHUNK]
         write_json(job.chunk_path(start), score_rows(model, rows, job.batch_tokens, device))
-        done += len(rows)
-        progress.report(done, total, last=done == total)
 
 
 if __name__ == "__main__":

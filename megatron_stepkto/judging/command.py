@@ -1,0 +1,66 @@
+"""``stepkto judge-eval``: a process judge against labels of people."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.importing.formats import FORMATS
+from megatron_stepkto.progress import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "judge", metavar="JUDGE", help="a recipe, a file with its section judge alone, or the name of a rule: equations"
+    )
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FORMAT=FILE",
+        help="such as processbench=gsm8k.jsonl, mrben=..., bigbench_mistake=...",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for judge_eval.json and unfinished work")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: judge....=...")
+    parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder that tokenises the solutions (monte_carlo)")
+    parser.add_argument("--limit", type=int, help="the first so many solutions of each file")
+    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and go on")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.judging.evaluation import REPORT, judge_eval, report_table
+
+    files = [_import(text) for text in arguments.files]
+    report = judge_eval(
+        _judging(arguments.judge, arguments.set),
+        files,
+        arguments.output,
+        tokenizer=arguments.tokenizer,
+        limit=arguments.limit,
+        quarantine=arguments.quarantine,
+    )
+    sys.stdout.write(report_table(report) + "\n")
+    say(f"report: {arguments.output / REPORT}")
+
+
+def _judging(name: str, overrides: list[str]) -> recipe.Judging:
+    """The steps are those that people judged, so a rule's name needs no section."""
+    path = Path(name)
+    if path.is_file():
+        return recipe.load_judging(path, overrides)
+    rules = get_args(recipe.RuleJudge.model_fields["kind"].annotation)
+    if name not in rules:
+        raise UserError(f"judge-eval: {name} is no file and no rule; expected a YAML file or one of {', '.join(rules)}")
+    if overrides:
+        raise UserError("judge-eval: --set changes keys of a file; name one instead of a rule")
+    return recipe.Judging.model_validate({"split": "line", "process": name})
+
+
+def _import(text: str) -> recipe.Import:
+    format_, separator, path = text.partition("=")
+    if not separator:
+        raise UserError(f"judge-eval: {text}: expected FORMAT=FILE; formats: {', '.join(FORMATS)}")
+    return recipe.Import(format=format_, path=Path(path))
