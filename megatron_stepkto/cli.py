@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -33,24 +34,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def guarded(work: Callable[[], None]) -> None:
     """Do the work of a command; whatever ends it early becomes one message and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _interrupt)
     try:
         work()
     except UserError as error:
         _fail(f"error: {error}", 2)
     except StageFailed as error:
         _fail(f"failed: {error}", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted: finished work is kept; run the same command again to go on", 130)
+    except KeyboardInterrupt as stop:
+        _fail("interrupted: finished work is kept; run the same command again to go on", 143 if stop.args else 130)
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: nobody reads any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
-        _fail(f"error: {error.filename or ''}: {error.strerror or error}", 2)
+        # a fault of the machine may pass, and a batch system tries again; a wrong path does not
+        code = 1 if error.errno in _MACHINE_FAULTS else 2
+        _fail(f"error: {error.filename or ''}: {error.strerror or error}", code)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+_MACHINE_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EREMOTEIO)
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -87,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         stage = _recipe_command(commands, name, _stage, text)
         stage.add_argument("--iteration", type=_positive, required=name != "convert", metavar="T")
         stage.add_argument("--method", choices=METHODS, help="a compared method; default: the recipe's own")
+        if name == "train":
+            stage.add_argument(
+                "--weights-only", action="store_true", help="only turn the weights into Megatron's format (no GPU)"
+            )
         stage.set_defaults(stage=name)
         if name == "convert":
             stage.add_argument(
@@ -97,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _recipe_command(commands, "evaluate", _evaluate, "measure M_T on held-out problems")
     evaluate.add_argument("--iteration", type=_not_negative, required=True, metavar="T", help="0 is M0")
     evaluate.add_argument("--method", choices=METHODS)
+    _recipe_command(commands, "doctor", _doctor, "is this machine (or each node, by srun) fit for the recipe?")
+    _recipe_command(commands, "prepare", _prepare, "check the layout, make M0, choose all problems: no GPU needed")
     _recipe_command(commands, "warm-up", _warm_up, "make M0 from random weights (section warm_up)")
 
     plan = commands.add_parser("plan", help="propose layouts for a model on a cluster, with memory and time")
@@ -121,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--workers", type=_positive, default=2, help="processes for what needs computer algebra")
     check.add_argument("--cpu-seconds", type=float, default=3.0, help="limit of one pair; past it: undecided")
     check.set_defaults(command=_check_answers)
-
+    _slurm_commands(commands)
     imports = commands.add_parser("import", help="turn a public step-label file into our records")
     imports.add_argument(
         "format", help="prm800k, math-shepherd, math-aps, processbench, ... (an unknown one lists all)"
@@ -132,6 +145,28 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and go on")
     imports.set_defaults(command=_import)
     return parser
+
+
+def _slurm_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    slurm = commands.add_parser("slurm", help="a run as a chain of Slurm jobs (docs/cluster.md)")
+    verbs = slurm.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    submit = verbs.add_parser("submit", help="submit what is not done and not in the queue")
+    submit.add_argument("recipe", type=Path, metavar="RECIPE")
+    submit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    submit.add_argument("--iterations", type=_positive, help="instead of the recipe's number")
+    submit.add_argument(
+        "--site", type=Path, default=Path(os.environ.get("STEPKTO_SITE", "slurm/site.sh")), metavar="FILE",
+        help="your cluster's settings, a copy of slurm/site.example.sh (default: $STEPKTO_SITE or slurm/site.sh)",
+    )  # fmt: skip
+    submit.add_argument("--dry-run", action="store_true", help="print the exact sbatch commands instead")
+    submit.set_defaults(command=_slurm_submit)
+    for name, command, text in (
+        ("status", _slurm_status, "each job: state, attempts, progress, why it waits, its log"),
+        ("cancel", _slurm_cancel, "cancel this run's jobs and no others"),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/mini_cpu")
+        verb.set_defaults(command=command)
 
 
 def _recipe_command(
@@ -205,7 +240,7 @@ def _one(arguments: argparse.Namespace) -> Run:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.pipeline import STAGES
+    from megatron_stepkto.pipeline import STAGES, train_stage
 
     run = _one(arguments)
     if run.recipe.problems.source == "imports" and (
@@ -215,7 +250,10 @@ def _stage(arguments: argparse.Namespace) -> None:
             f"{arguments.recipe}: problems.source is imports: it has one iteration and no stage problems or sample; "
             "begin with `judge --iteration 1`"
         )
-    STAGES[arguments.stage](run, arguments.iteration)
+    if getattr(arguments, "weights_only", False):
+        train_stage(run, arguments.iteration, weights_only=True)
+    else:
+        STAGES[arguments.stage](run, arguments.iteration)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -244,6 +282,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     sys.stdout.write(results_table({"method": run.method, "iterations": [row]}) + "\n")
 
 
+def _doctor(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.doctor import report
+
+    report(_load(arguments))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.pipeline import Run, prepare_all
+
+    prepare_all(Run(_load(arguments), arguments.from_scratch, arguments.force, arguments.quarantine))
+
+
 def _warm_up(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.pipeline import Run, prepare
 
@@ -269,6 +319,24 @@ def _check_answers(arguments: argparse.Namespace) -> None:
 
     if not check_answers(arguments.file, arguments.workers, arguments.cpu_seconds, sys.stdout):
         raise SystemExit(2)
+
+
+def _slurm_submit(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.slurm.commands import submit
+
+    sys.stdout.write(submit(_load(arguments), arguments.site, dry_run=arguments.dry_run) + "\n")
+
+
+def _slurm_status(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.slurm.commands import status
+
+    sys.stdout.write(status(arguments.run) + "\n")
+
+
+def _slurm_cancel(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.slurm.commands import cancel
+
+    sys.stdout.write(cancel(arguments.run) + "\n")
 
 
 def _import(arguments: argparse.Namespace) -> None:

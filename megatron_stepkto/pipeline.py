@@ -272,8 +272,10 @@ def dataset_key(settings: recipes.Dataset, method: recipes.Method) -> dict[str, 
     return {name: value for name, value in key.items() if name in used}
 
 
-def train_stage(run: Run, t: int) -> None:
-    from megatron_stepkto.training.stage import train
+def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
+    """weights_only: the part that needs no GPU, and leaves the rest to a later call."""
+    from megatron_stepkto.training.nodes import tell_others, this_node
+    from megatron_stepkto.training.stage import help_train, prepare_weights, train
 
     directory = run.iteration(t) / "train"
     data = run.iteration(t) / "dataset"
@@ -288,7 +290,15 @@ def train_stage(run: Run, t: int) -> None:
         inputs["reference"] = reference
 
     stage = Stage(_title(run, t, "train"), directory, {"train": training_key(settings), "seed": seed}, inputs)
-    run.run(stage, lambda: train(stage, settings, seed))
+    if weights_only:
+        run_stage(stage, lambda: prepare_weights(stage, settings), force=run.force)
+        return
+    nodes = this_node()
+    if nodes.number > 0:
+        help_train(directory, settings, nodes, stage.title)
+        return
+    run.run(stage, lambda: train(stage, settings, seed, nodes))
+    tell_others(directory, nodes, start=False)
 
 
 def convert_stage(run: Run, t: int) -> None:
@@ -369,6 +379,14 @@ def prepare(run: Run) -> None:
     check_fits(run.model(0), run.recipe)
     if run.recipe.evaluate:
         evaluation_problems_stage(run)
+
+
+def prepare_all(run: Run) -> None:
+    """What needs nothing but the recipe: M0, and the problems of every iteration and of the evaluation."""
+    prepare(run)
+    if run.recipe.problems.source != "imports":
+        for t in range(1, run.recipe.iterations + 1):
+            problems_stage(run, t)
 
 
 def run_iterations(run: Run) -> list[dict[str, Any]]:

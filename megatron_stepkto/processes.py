@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,23 +24,26 @@ from types import FrameType
 from typing import Any
 
 from megatron_stepkto.errors import StageFailed, UserError
-from megatron_stepkto.progress import ProgressBar, Report, read_progress, warn
+from megatron_stepkto.progress import ProgressBar, Report, read_progress, say, warn
 
 POLL_EVERY_S = 0.3
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
 RESTARTS = 3
+STOPPED = 143  # exit code of who was told to stop, saved and ended
 LOG_LINES = 15
 ERROR_FILE = "STEPKTO_ERROR_FILE"
+LOG_FILE = "STEPKTO_LOG_FILE"
 PARENT = "STEPKTO_PARENT"
 _PR_SET_PDEATHSIG = 1
 
 # Ties the child to this process before its program starts, so that programs that are not ours (torchrun)
 # are tied too: the setting survives exec. A preexec_fn would run Python between fork and exec, which may
-# deadlock when another thread holds a lock.
+# deadlock when another thread holds a lock. SIGUSR1 (save and stop) would kill a child that has no handler yet.
 _LAUNCHER = (
     "import ctypes, os, sys\n"
     f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
     "os.getppid() == int(sys.argv[1]) or os._exit(1)\n"
+    "import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
     "os.execvp(sys.argv[2], sys.argv[2:])\n"
 )
 
@@ -75,6 +78,7 @@ def run_children(
     unit: str,
     progress: Sequence[Path] | Callable[[], Report | None] = (),
     poll: Callable[[], None] | None = None,
+    saves: bool = False,
 ) -> None:
     """Start all ``children``, show their progress as one bar, and return when all have ended well.
 
@@ -82,35 +86,54 @@ def run_children(
         progress: a ``ProgressFile`` per child (some children may have none), whose sums are shown; or a function
             that knows how far the work is.
         poll: called about three times a second.
+        saves: on SIGTERM or SIGUSR1 the children are asked by SIGUSR1 to save and end with exit code 143, and are
+            given the time that they need; the same signal a second time stops them.
 
     Raises:
+        SystemExit: 143, they were stopped.
         UserError: a child reported one. StageFailed: a child died; names its log and shows its end. In both
             cases, and on Ctrl-C, SIGTERM or any other exception, the remaining children are stopped first.
     """
     running: list[_Running] = []
+    signals = _Signals(saves)
     try:
-        with _terminable(), contextlib.ExitStack() as stack:
+        with signals, contextlib.ExitStack() as stack:
             for each in children:
-                running.append(_start(each))
-            shown = _Display(stack, title, unit, progress if callable(progress) else partial(_sum_of, progress))
+                running.append(_start(each, running[0].error_file if running else None))
+            measure = progress if callable(progress) else partial(_sum_of, progress)
+            shown = _Display(stack, title, unit, measure)
             left = list(running)
             while left:
                 for child in [child for child in left if _ended(child.process)]:
                     left.remove(child)
-                    if child.process.returncode:
+                    if child.process.returncode and not (signals.told and _was_stopped(child.process)):
+                        # one that broke because another one did may be seen first: the culprit ends in this instant
+                        time.sleep(POLL_EVERY_S)
+                        failed = [child, *(other for other in left if _ended(other.process))]
                         _stop(left)
-                        raise _failure(title, child)
+                        raise _failure(title, failed)
                 for child in [child for child in left if child.child.stalled is not None and child.child.stalled()]:
                     left.remove(child)
                     running.append(_restart(title, child))
                     left.append(running[-1])
+                if signals.told:
+                    # again and again: a child that still imports ignores it (see _LAUNCHER)
+                    for child in left:
+                        child.process.send_signal(signal.SIGUSR1)
                 shown.update()
                 if poll:
                     poll()
                 if left:
                     time.sleep(POLL_EVERY_S)
+        if signals.told and any(map(_was_stopped, (child.process for child in running))):
+            say(f"{title}: saved and stopped; run the same command again to go on")
+            raise SystemExit(STOPPED)
     finally:
         _stop(running)
+
+
+def _was_stopped(process: subprocess.Popen[bytes]) -> bool:
+    return process.returncode in (STOPPED, -signal.SIGTERM, -signal.SIGUSR1)
 
 
 def _sum_of(files: Sequence[Path]) -> Report | None:
@@ -153,20 +176,22 @@ def _restart(title: str, stuck: _Running) -> _Running:
             f"{title}: a process made no progress, and {RESTARTS} restarts did not help; its log: {stuck.log}"
         )
     warn(f"{title}: a process makes no progress: starting it again; its log: {stuck.log}")
-    return replace(_start(stuck.child), restarts=stuck.restarts + 1)
+    return replace(_start(stuck.child, stuck.error_file), restarts=stuck.restarts + 1)
 
 
-def _start(child: Child) -> _Running:
+def _start(child: Child, error_file: Path | None = None) -> _Running:
+    """error_file: where the children of one call report; the first report is the cause, others follow from it."""
     log = child.log
     log.parent.mkdir(parents=True, exist_ok=True)
     attempt = 1
     while log.exists():
         attempt += 1
         log = child.log.with_name(f"{child.log.stem}-{attempt}{child.log.suffix}")
-    error_file = log.with_suffix(".error")
-    error_file.unlink(missing_ok=True)
+    if error_file is None:
+        error_file = log.with_suffix(".error")
+        error_file.unlink(missing_ok=True)
     parent = f"{os.getpid()}@{os.uname().nodename}"
-    env = {**os.environ, **child.env, ERROR_FILE: str(error_file), PARENT: parent}
+    env = {**os.environ, **child.env, ERROR_FILE: str(error_file), LOG_FILE: str(log), PARENT: parent}
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-S", "-c", _LAUNCHER, str(os.getpid()), *child.command],
@@ -206,16 +231,18 @@ def _stop(children: Sequence[_Running]) -> None:
         child.process.wait()
 
 
-def _failure(title: str, child: _Running) -> Exception:
-    report = _read_report(child.error_file)
+def _failure(title: str, failed: Sequence[_Running]) -> Exception:
+    """What ended the children: what the first of them reported, else how one ended that ended badly."""
+    report = _read_report(failed[0].error_file)
     if report and report["kind"] == "user":
         return UserError(report["message"])
+    child = next((c for c in failed if report and str(c.log) == report["log"]), failed[0])
     code = child.process.returncode
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    # under torchrun the log ends with the launcher's words about the rank that failed, not with the rank's
+    log = report["log"] if report else child.log
     text = report["message"] if report else child.log.read_text(encoding="utf-8", errors="replace")
     end = "\n".join(f"  {line}" for line in text.splitlines()[-LOG_LINES:])
-    return StageFailed(f"{title}: a process ended with {how}; the end of its log {child.log}:\n{end}")
+    return StageFailed(f"{title}: a process ended with {how}; the end of its log {log}:\n{end}")
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:
@@ -224,21 +251,33 @@ def _read_report(path: Path) -> dict[str, Any] | None:
     return None
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit so that children are stopped first (only the main thread gets signals)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class _Signals:
+    """Handles SIGTERM and SIGUSR1 inside the ``with`` block (only the main thread gets signals).
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+    The first one is kept in ``told`` when the children can save; else, and the second time, SystemExit(143) is
+    raised, so that children are stopped first.
+    """
 
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, saves: bool) -> None:
+        self._saves = saves
+        self.told = False
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = [signal.signal(number, self._handle) for number in self.NUMBERS]
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self.NUMBERS, self._before, strict=False):
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._saves and not self.told:
+            self.told = True
+        elif not self._saves or number == signal.SIGTERM:
+            raise SystemExit(STOPPED)
 
 
 def die_with_parent() -> None:
@@ -286,7 +325,8 @@ def _report(kind: str, message: str) -> None:
     if path is None:
         return
     whole = Path(f"{path}.{os.getpid()}")
-    whole.write_text(json.dumps({"kind": kind, "message": message}), encoding="utf-8")
+    report = {"kind": kind, "message": message, "log": os.environ.get(LOG_FILE, "")}
+    whole.write_text(json.dumps(report), encoding="utf-8")
     with contextlib.suppress(FileExistsError):
         os.link(whole, path)
     whole.unlink()

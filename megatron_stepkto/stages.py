@@ -109,11 +109,16 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def run_stage(
-    stage: Stage, work: Callable[[], Result], *, force: bool = False, together: Callable[[], None] | None = None
+    stage: Stage,
+    work: Callable[[], Result | None],
+    *,
+    force: bool = False,
+    together: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Run ``work`` unless the stage is finished; returns its manifest.
+    """Run ``work`` unless the stage is finished; returns its manifest ({} where work did only a part).
 
     Args:
+        work: returns None when it did only a part of the stage; a later call goes on.
         together: the part before ``work`` that any number of processes, on any hosts, may do at once (it shares
             the work out by itself). One of them then does ``work``, and the others find it done.
 
@@ -169,8 +174,12 @@ def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | N
     return None
 
 
-def _finish(stage: Stage, key: dict[str, Any], work: Callable[[], Result], held: Lock, begun: float) -> dict[str, Any]:
+def _finish(
+    stage: Stage, key: dict[str, Any], work: Callable[[], Result | None], held: Lock, begun: float
+) -> dict[str, Any]:
     result = work()
+    if result is None:
+        return {}
     outputs = {
         str(path.relative_to(stage.directory)): {"sha256": sha256_of(path), "bytes": _size(path)}
         for path in result.outputs

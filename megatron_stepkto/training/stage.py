@@ -15,19 +15,21 @@ from megatron_stepkto.files import read_json, stable_hash, write_json
 from megatron_stepkto.processes import Child, run_children
 from megatron_stepkto.progress import say, warn
 from megatron_stepkto.stages import Result, Stage
+from megatron_stepkto.training.engine import threads_per_rank
 from megatron_stepkto.training.job import Job
+from megatron_stepkto.training.nodes import Nodes, tell_others, this_node, wait_for_word
 
 
-def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
+def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | None = None) -> Result:
     """Train the input ``model`` on the input ``train``; leaves ``final/`` (torch_dist) and ``metrics.jsonl``.
 
-    An attempt that was cut short goes on at its newest checkpoint.
+    An attempt that was cut short goes on at its newest checkpoint. With several ``nodes`` this is the first of them,
+    and ``help_train`` runs on the others.
 
     Raises:
         UserError: bad input, found here or by a rank. StageFailed: a rank died; its log is named.
     """
     directory = stage.directory
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     initial = directory / "initial"
     reference = directory / "reference" if "reference" in stage.inputs else None
     contents = sorted((name, entry["sha256"]) for name, entry in stage.key()["inputs"].items())
@@ -43,12 +45,13 @@ def train(stage: Stage, settings: recipe.Training, seed: int) -> Result:
         fingerprint=fingerprint,
     )
     if not job.final.is_dir():  # it appears whole, by rename, when the training is done
-        _convert_once(stage.inputs["model"], initial, dtype)
-        if reference is not None:
-            _convert_once(stage.inputs["reference"], reference, dtype)
+        prepare_weights(stage, settings)
         write_json(directory / "job.json", job.model_dump(mode="json"))
         job.progress.unlink(missing_ok=True)
-        run_children([_launcher(job)], title=stage.title, unit="updates", progress=[job.progress])
+        nodes = nodes or this_node()
+        children = _ranks(directory, settings, nodes)
+        tell_others(directory, nodes, start=True)
+        run_children(children, title=stage.title, unit="updates", progress=[job.progress], saves=True)
 
     notes = read_json(job.notes)
     for warning in notes.get("warnings", []):
@@ -71,25 +74,33 @@ def _convert_once(source: Path, target: Path, dtype: torch.dtype) -> None:
         hf_to_megatron(source, target, dtype)
 
 
-def _launcher(job: Job) -> Child:
-    ranks = job.settings.parallel.ranks
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+def prepare_weights(stage: Stage, settings: recipe.Training) -> None:
+    """What of the stage needs no GPU: ``initial/`` (and ``reference/``), the inputs in Megatron's format."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    _convert_once(stage.inputs["model"], stage.directory / "initial", dtype)
+    if "reference" in stage.inputs:
+        _convert_once(stage.inputs["reference"], stage.directory / "reference", dtype)
+
+
+def help_train(directory: Path, settings: recipe.Training, nodes: Nodes, title: str) -> None:
+    """Run this node's ranks of the training that the first node leads."""
+    if wait_for_word(directory, nodes):
+        run_children(_ranks(directory, settings, nodes), title=title, unit="updates", saves=True)
+
+
+def _ranks(directory: Path, settings: recipe.Training, nodes: Nodes) -> list[Child]:
+    """This node's ranks, each with its own log."""
+    ranks = settings.parallel.ranks
+    here = nodes.ranks_here(ranks)
+    env = {"OMP_NUM_THREADS": str(threads_per_rank(here)), "PYTHONWARNINGS": "ignore"}
+    if nodes.count == 1:
+        # gloo looks up the host's name to choose an interface, which fails on machines without DNS: name it.
+        env["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-        "megatron_stepkto.training.rank",
-        str(job.directory / "job.json"),
+        sys.executable, "-W", "ignore", "-m", "megatron_stepkto.training.rank", str(directory / "job.json"),
+    ]  # fmt: skip
+    first = nodes.number * here
+    return [
+        Child(command, directory / "logs" / f"rank-{first + local}.log", {**env, **nodes.environment(ranks, local)})
+        for local in range(here)
     ]
-    # gloo looks up the host's name to choose an interface, which fails on machines without DNS: name it.
-    env = {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONWARNINGS": "ignore",
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-    }
-    return Child(command, job.directory / "logs" / "train.log", env)

@@ -1,0 +1,156 @@
+"""Which jobs a run is made of, what each waits for, and with which flags it is submitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_stepkto.files import read_json
+from megatron_stepkto.pipeline import Run
+from megatron_stepkto.recipe import Recipe
+from megatron_stepkto.slurm.queue import comment
+from megatron_stepkto.slurm.site import Site
+from megatron_stepkto.stages import MANIFEST
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job (or array). ``name``: stage and iteration; ``directories``: of the stages that it makes."""
+
+    name: str
+    script: str
+    after: list[str]
+    directories: list[Path]
+    flags: list[str]
+    arguments: list[str] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.directories) and all((folder / MANIFEST).is_file() for folder in self.directories)
+
+
+def folder(run: Path) -> Path:
+    """Where a run keeps what belongs to its jobs: recipe, site file, record, logs, attempts, failures."""
+    return run / "slurm"
+
+
+def log_path(run: Path, name: str) -> Path:
+    return folder(run) / "logs" / f"{name}.log"
+
+
+def chain(recipe: Recipe, site: Site) -> list[Step]:
+    """All jobs of a run, each after those that it waits for."""
+    run = Run(recipe)
+    base = run.base
+    imported = recipe.problems.source == "imports"
+    chosen = [base / f"iteration_{t}" / "problems" for t in range(1, recipe.iterations + 1)]
+    first = [] if imported else chosen
+    if recipe.evaluate:
+        first = [*first, base / "evaluate" / "problems"]
+    if run.makes_m0:
+        first = [*first, base / "M0" / "convert"]
+    if imported:
+        first = [*first, run.sampled_at(1) / "judge"]
+    steps = [Step("prepare", "prepare", [], first, _cpu(site))]
+    before = "prepare"
+    measured = []
+
+    def add(stage: str, t: int, after: str, directory: Path, flags: list[str]) -> str:
+        steps.append(Step(f"{stage}_{t}", stage, [after], [directory], flags, [str(t)]))
+        return f"{stage}_{t}"
+
+    if recipe.evaluate:
+        measured.append(add("evaluate", 0, "prepare", run.evaluation(0), _evaluate(recipe, site)))
+    for t in range(1, recipe.iterations + 1):
+        if not imported:
+            before = add("sample", t, before, run.sampled_at(t) / "sample", _sample(recipe, site))
+            before = add("judge", t, before, run.sampled_at(t) / "judge", _judge(site))
+        before = add("dataset", t, before, run.iteration(t) / "dataset", _cpu(site))
+        before = add("train", t, before, run.iteration(t) / "train", _train(recipe, site))
+        before = add("convert", t, before, run.iteration(t) / "convert", _cpu(site))
+        if recipe.evaluate:
+            measured.append(add("evaluate", t, before, run.evaluation(t), _evaluate(recipe, site)))
+    steps.append(Step("finish", "finish", measured or [before], [], _cpu(site)))
+    return steps
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Does the summary stand, with a row per iteration?"""
+    summary = recipe.run_dir / "summary.json"
+    if not (summary.is_file() and (recipe.run_dir / "report.html").is_file()):
+        return False
+    rows = len(read_json(summary)["iterations"])
+    return rows == (recipe.iterations + 1 if recipe.evaluate else 0)
+
+
+# --- flags of sbatch -------------------------------------------------------------------------------------------
+
+
+def _gpu_partition(site: Site) -> list[str]:
+    return [f"--partition={site.gpu_partition}"] if site.gpu_partition else []
+
+
+def _cpu(site: Site) -> list[str]:
+    partition = [f"--partition={site.cpu_partition}"] if site.cpu_partition else []
+    return [*partition, "--nodes=1", f"--cpus-per-task={site.cpu_task_cpus}", f"--time={site.time_cpu}"]
+
+
+def _gpus(site: Site, wanted: int) -> list[str]:
+    """GPUs of one node, and the cores that go with them."""
+    if site.gpus_per_node == 0:
+        return [f"--cpus-per-task={site.cpus_per_node}"]
+    gpus = min(wanted, site.gpus_per_node)
+    return [f"--gpus-per-node={gpus}", f"--cpus-per-task={max(1, site.cpus_per_node * gpus // site.gpus_per_node)}"]
+
+
+def _engines(recipe: Recipe, site: Site) -> list[str]:
+    assert recipe.sample is not None
+    return [*_gpu_partition(site), "--nodes=1", *_gpus(site, recipe.sample.workers * recipe.sample.tensor_parallel)]
+
+
+def _sample(recipe: Recipe, site: Site) -> list[str]:
+    return [*_engines(recipe, site), f"--time={site.time_sample}", f"--array=0-{site.sample_elements - 1}"]
+
+
+def _evaluate(recipe: Recipe, site: Site) -> list[str]:
+    return [*_engines(recipe, site), f"--time={site.time_evaluate}"]
+
+
+def _judge(site: Site) -> list[str]:
+    if not site.has_judge_server:
+        return [*_cpu(site)[:-1], f"--time={site.time_judge}"]
+    return [*_gpu_partition(site), "--nodes=1", *_gpus(site, site.gpus_per_node), f"--time={site.time_judge}"]
+
+
+def train_nodes(recipe: Recipe, site: Site) -> int:
+    ranks = recipe.train.parallel.ranks
+    return site.train_nodes or -(-ranks // max(1, site.gpus_per_node))
+
+
+def _train(recipe: Recipe, site: Site) -> list[str]:
+    nodes = train_nodes(recipe, site) if site.gpus_per_node or site.train_nodes else 1
+    per_node = -(-recipe.train.parallel.ranks // nodes)
+    flags = [f"--nodes={nodes}", "--ntasks-per-node=1", *_gpus(site, per_node), f"--time={site.time_train}"]
+    return [*_gpu_partition(site), *flags]
+
+
+def command(step: Step, run: Path, site: Site, after: list[int], cwd: Path) -> list[str]:
+    """The sbatch command of a step. ``after``: job numbers that it waits for."""
+    log = log_path(run, f"{step.name}.%a" if any(flag.startswith("--array") for flag in step.flags) else step.name)
+    flags = [
+        "sbatch", "--parsable",
+        f"--job-name=stepkto-{run.name}-{step.name}",
+        f"--comment={comment(run, step.name)}",
+        f"--output={log}", "--open-mode=append",  # all attempts of a job write one log
+        f"--chdir={cwd}",
+        "--requeue",  # a lost node or a preemption puts the job back
+        f"--signal=B:USR1@{site.stop_lead}",
+        *([f"--account={site.account}"] if site.account else []),
+        *step.flags,
+        *site.extra,
+    ]  # fmt: skip
+    if after:
+        # without the second flag a dependent of a failed job waits for ever
+        flags += ["--dependency=afterok:" + ":".join(map(str, after)), "--kill-on-invalid-dep=yes"]
+    script = site.scripts / f"{step.script}.sbatch"
+    return [*flags, str(script), str(folder(run) / "site.sh"), str(run), *step.arguments]

@@ -1,0 +1,221 @@
+"""``stepkto slurm submit``, ``status`` and ``cancel``."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import atomic_writer, read_json, write_json
+from megatron_stepkto.locks import exclusive_lock
+from megatron_stepkto.pipeline import Run, check_fits
+from megatron_stepkto.progress import read_progress, say
+from megatron_stepkto.recipe import Recipe, load_recipe
+from megatron_stepkto.slurm.chain import Step, chain, command, folder, is_finished, log_path
+from megatron_stepkto.slurm.queue import Queued, ask, queued_jobs
+from megatron_stepkto.slurm.site import Site, read_site
+from megatron_stepkto.stages import MANIFEST, STARTED
+
+
+def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
+    """Submit the jobs of a run that are neither done nor in the queue; returns the graph with the job numbers.
+
+    Raises:
+        UserError: a bad site file, a recipe that does not fit its model, another recipe's jobs in the queue, or
+            Slurm refuses.
+    """
+    site = read_site(site_file)
+    recipe = _absolute(recipe)
+    run = recipe.run_dir
+    if recipe.initial_model is not None:
+        check_fits(Run(recipe).model(0), recipe)  # before hours of sampling
+    steps = chain(recipe, site)
+    if dry_run:
+        return _dry_run(steps, recipe, site)
+    with exclusive_lock(folder(run) / ".lock", f"the record of {run}'s jobs", wait=True, note=say):
+        queued = queued_jobs(run)
+        _write_recipe(recipe, run, queued)
+        shutil.copyfile(site_file, folder(run) / "site.sh")
+        (folder(run) / "logs").mkdir(exist_ok=True)
+        return _submit_missing(steps, recipe, site, queued)
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Jobs start in the folder of the submission; the copy of the recipe must mean the same from anywhere."""
+    return recipe.model_copy(update={"output": recipe.output.resolve()})
+
+
+def _write_recipe(recipe: Recipe, run: Path, queued: list[Queued]) -> None:
+    """Jobs read a copy: an edit of the recipe must not change a chain that is under way."""
+    path = folder(run) / "recipe.yaml"
+    content = recipe.model_dump(mode="json")
+    if path.is_file() and queued:
+        old = yaml.safe_load(path.read_text())
+        changed = sorted(key for key in content if content[key] != old.get(key) and key != "iterations")
+        if changed:
+            raise UserError(
+                f"{run}: jobs of this run are in the queue with another recipe (different: {', '.join(changed)}); "
+                f"cancel them first: stepkto slurm cancel {run}"
+            )
+    with atomic_writer(path) as file:
+        yaml.safe_dump(content, file, sort_keys=False)
+
+
+def _dry_run(steps: list[Step], recipe: Recipe, site: Site) -> str:
+    """The exact commands, in order, with $NAME for the number of an earlier job."""
+    lines = []
+    for step in steps:
+        words = command(step, recipe.run_dir, site, [], Path.cwd())
+        if step.after:
+            after = ":".join(f"${{{name}}}" for name in step.after)
+            words[-3 - len(step.arguments) : -3 - len(step.arguments)] = [
+                f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes",
+            ]  # fmt: skip
+        shown = " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in words)
+        lines.append(f"{step.name}=$({shown})")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    job: int | None  # None: the step is done
+    how: str
+
+
+def _submit_missing(steps: list[Step], recipe: Recipe, site: Site, queued: list[Queued]) -> str:
+    run = recipe.run_dir
+    live: dict[str, list[Queued]] = {}
+    for each in queued:
+        live.setdefault(each.stage, []).append(each)
+    record: dict[str, Any] = _read_record(run)
+    placed: dict[str, _Placed] = {}
+    for step in steps:
+        mine = live.get(step.name, [])
+        done = step.is_done or (
+            step.name == "finish" and all(p.job is None for p in placed.values()) and is_finished(recipe)
+        )
+        # A job that waits for one that is gone would be killed with it, or wait for ever.
+        waits_for_new = any(placed[name].how == "submitted" for name in step.after)
+        if done:
+            placed[step.name] = _Placed(None, "done")
+        elif mine and not waits_for_new:
+            placed[step.name] = _Placed(mine[0].job, "in the queue")
+        else:
+            for old in sorted({each.job for each in mine}):
+                ask(["scancel", str(old)])
+            _forget_failures(run, step.name)
+            after = [job for name in step.after if (job := placed[name].job) is not None]
+            words = command(step, run, site, after, Path.cwd())
+            number = int(ask(words).split(";")[0])
+            placed[step.name] = _Placed(number, "submitted")
+            record[step.name] = {"job": number, "after": after, "command": words}
+            write_json(_record_path(run), record)
+    return "\n".join(_graph(steps, placed))
+
+
+def _graph(steps: list[Step], placed: dict[str, _Placed]) -> list[str]:
+    lines = []
+    for step in steps:
+        job, how = placed[step.name].job, placed[step.name].how
+        after = ", ".join(f"{name} {placed[name].job}" for name in step.after if placed[name].job is not None)
+        lines.append(f"{job or '-':>9}  {step.name:<12} {how:<13}{'after ' + after if after and job else ''}".rstrip())
+    return lines
+
+
+def _record_path(run: Path) -> Path:
+    return folder(run) / "jobs.json"
+
+
+def _read_record(run: Path) -> dict[str, Any]:
+    return dict(read_json(_record_path(run))) if _record_path(run).is_file() else {}
+
+
+def _forget_failures(run: Path, name: str) -> None:
+    for path in [*(folder(run) / "failures").glob(name), *(folder(run) / "failures").glob(f"{name}.*")]:
+        path.unlink()
+
+
+# --- status ----------------------------------------------------------------------------------------------------
+
+
+def _known_run(run: Path) -> tuple[Path, Recipe]:
+    run = run.resolve()
+    if not (folder(run) / "recipe.yaml").is_file():
+        raise UserError(f"{run}: expected a run that was given to Slurm, found none; see stepkto slurm submit")
+    return run, load_recipe(folder(run) / "recipe.yaml")
+
+
+def status(run: Path) -> str:
+    """Each job: state, number, attempts, progress, why it waits or where its log is.
+
+    Raises:
+        UserError: the folder is no run of Slurm's, or Slurm does not answer.
+    """
+    run, recipe = _known_run(run)
+    queued = queued_jobs(run)
+    record = _read_record(run)
+    lines = [f"{'job':>9}  {'stage':<12} {'state':<12} {'attempts':<9} {'progress':<22} notes"]
+    for step in chain(recipe, read_site(folder(run) / "site.sh")):
+        mine = [job for job in queued if job.stage == step.name]
+        number = mine[0].job if mine else record.get(step.name, {}).get("job")
+        attempts, failures = _count(run, "attempts", step.name), _count(run, "failures", step.name)
+        shown = str(attempts or "") + (f" ({failures} failed)" if failures else "")
+        state, note = _state(run, recipe, step, mine)
+        lines.append(
+            f"{number or '-':>9}  {step.name:<12} {state:<12} {shown:<9} {_progress(step):<22} {note}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _state(run: Path, recipe: Recipe, step: Step, mine: list[Queued]) -> tuple[str, str]:
+    stopped = sorted((folder(run) / "failures").glob(f"{step.name}*.stopped"))
+    names = [path.name.removesuffix(".stopped") for path in stopped]
+    mine_stopped = [path for path, name in zip(stopped, names, strict=True) if name.split(".")[0] == step.name]
+    if step.is_done or (step.name == "finish" and not mine and is_finished(recipe)):
+        return "done", ""
+    if mine_stopped:
+        path = mine_stopped[0]
+        return "stopped", f"{path.read_text().strip()}; log: {log_path(run, path.name.removesuffix('.stopped'))}"
+    if not mine:
+        return "not queued", "stepkto slurm submit continues the run"
+    states = sorted({job.state for job in mine})
+    if "RUNNING" in states:
+        logs = sorted((folder(run) / "logs").glob(f"{step.name}*.log"))
+        return "running", f"log: {logs[-1]}" if logs else ""
+    return states[0].lower(), f"reason: {', '.join(sorted({job.reason for job in mine}))}"
+
+
+def _count(run: Path, kind: str, name: str) -> int:
+    """Attempts or failures; of an array those of all elements."""
+    files = [*(folder(run) / kind).glob(name), *(folder(run) / kind).glob(f"{name}.*")]
+    return sum(len(path.read_text().splitlines()) for path in files if path.suffix != ".stopped")
+
+
+def _progress(step: Step) -> str:
+    if not step.directories or step.is_done:
+        return ""
+    directory = next((d for d in step.directories if (d / STARTED).is_file() and not (d / MANIFEST).is_file()), None)
+    if directory is None:
+        return ""
+    reports = [report for path in directory.rglob("progress.json") if (report := read_progress(path))]
+    return f"{reports[0].done}/{reports[0].total} {reports[0].note}"[:40] if reports else "begun"
+
+
+# --- cancel ----------------------------------------------------------------------------------------------------
+
+
+def cancel(run: Path) -> str:
+    """Cancel the jobs that are this run's by their comment; nothing that is done is lost."""
+    run, _ = _known_run(run)
+    with exclusive_lock(folder(run) / ".lock", f"the record of {run}'s jobs", wait=True, note=say):
+        numbers = sorted({job.job for job in queued_jobs(run)})
+        if numbers:
+            ask(["scancel", *map(str, numbers)])
+    if not numbers:
+        return f"{run}: no job is in the queue"
+    return f"cancelled: {', '.join(map(str, numbers))}; what is done is kept, stepkto slurm submit goes on"

@@ -1,0 +1,60 @@
+"""What Slurm knows about a run's jobs. They are found by their comment, which names the run's folder and the stage."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_stepkto.errors import UserError
+
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job, or an element of an array, that is in the queue. ``job``: the number that dependencies name."""
+
+    job: int
+    element: str
+    state: str
+    reason: str
+    stage: str
+
+
+def ask(command: Sequence[str]) -> str:
+    """Run a Slurm command.
+
+    Raises:
+        UserError: there is no Slurm, it does not answer, or it refuses.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]}: not found; run this where Slurm's commands are (a login node)") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]}: Slurm did not answer in {TIMEOUT_S} s; try again") from None
+    if done.returncode:
+        raise UserError(f"{' '.join(command[:1])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def comment(run: Path, stage: str) -> str:
+    return f"stepkto {stage} {run}"
+
+
+def queued_jobs(run: Path) -> list[Queued]:
+    """This user's jobs of this run that are not over."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    listed = ask(["squeue", "--noheader", f"--user={user}", "--format=%F|%K|%T|%r|%k"])
+    found = []
+    for line in listed.splitlines():
+        job, element, state, reason, note = line.split("|", 4)
+        word, _, rest = note.strip().partition(" ")
+        stage, _, folder = rest.partition(" ")
+        if word == "stepkto" and folder == str(run):
+            found.append(Queued(int(job), "" if element == "N/A" else element, state, reason, stage))
+    return found

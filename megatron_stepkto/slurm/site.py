@@ -1,0 +1,108 @@
+"""The site file: bash that jobs source, of which ``submit`` reads the few variables that become flags of sbatch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from megatron_stepkto.errors import UserError
+
+
+@dataclass(frozen=True)
+class Site:
+    """Names and values as in slurm/site.example.sh, in lower case."""
+
+    stepkto_home: Path
+    account: str
+    gpu_partition: str
+    cpu_partition: str
+    gpus_per_node: int
+    cpus_per_node: int
+    train_nodes: int | None
+    sample_elements: int
+    cpu_task_cpus: int
+    time_sample: str
+    time_judge: str
+    time_train: str
+    time_evaluate: str
+    time_cpu: str
+    stop_lead: int
+    container: str
+    image_train: str
+    image_sample: str
+    has_judge_server: bool
+    extra: list[str]
+
+    @property
+    def scripts(self) -> Path:
+        return self.stepkto_home / "slurm"
+
+
+_LISTS = {"extra": "SBATCH_EXTRA", "has_judge_server": "JUDGE_SERVER"}
+# prints NAME, NUL, number of words, NUL, words, each with a NUL; an unset variable prints -1
+_PRINT = """
+source "$1"; shift
+set +u  # an empty array counts as unset
+for name in "$@"; do
+    if ! declare -p "$name" >/dev/null 2>&1; then printf '%s\\0-1\\0' "$name"; continue; fi
+    declare -n words=$name
+    printf '%s\\0%s\\0' "$name" "${#words[@]}"
+    ((${#words[@]})) && printf '%s\\0' "${words[@]}"
+    unset -n words
+done
+exit 0
+"""
+
+
+def read_site(path: Path) -> Site:
+    """Source the file in a bash of its own and take what ``submit`` needs.
+
+    Raises:
+        UserError: no such file, an error in it, a variable missing or of the wrong kind.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: expected your cluster's settings, found none; copy slurm/site.example.sh there")
+    names = {field.name: _LISTS.get(field.name, field.name.upper()) for field in fields(Site)}
+    done = subprocess.run(
+        ["bash", "-uec", _PRINT, "bash", str(path.resolve()), *names.values()],
+        capture_output=True, text=True, check=False, env=dict(os.environ),
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{path}: bash cannot read it: {done.stderr.strip()}")
+    words = done.stdout.split("\0")
+    found: dict[str, list[str]] = {}
+    while len(words) > 1:
+        name, count = words[0], int(words[1])
+        if count < 0:
+            raise UserError(f"{path}: variable {name} is missing; see slurm/site.example.sh")
+        found[name], words = words[2 : 2 + count], words[2 + count :]
+    values: dict[str, object] = {}
+    for field in fields(Site):
+        given = found[names[field.name]]
+        values[field.name] = given if field.name == "extra" else _value(path, names[field.name], str(field.type), given)
+    site = Site(**values)  # type: ignore[arg-type]
+    if site.container not in ("none", "apptainer", "enroot"):
+        raise UserError(f"{path}: CONTAINER={site.container}: expected none, apptainer or enroot")
+    for image in ("image_train", "image_sample"):
+        if site.container != "none" and not getattr(site, image):
+            raise UserError(f"{path}: CONTAINER={site.container} needs {image.upper()}")
+    if not (site.scripts / "train.sbatch").is_file():
+        raise UserError(f"{path}: STEPKTO_HOME={site.stepkto_home}: expected this project's checkout with slurm/ in it")
+    return site
+
+
+def _value(path: Path, name: str, kind: str, given: list[str]) -> object:
+    if kind == "bool":
+        return bool(given)
+    text = given[0] if given else ""
+    if kind == "Path":
+        return Path(text)
+    if kind == "str":
+        return text
+    if kind == "int | None" and not text:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"{path}: {name}={text}: expected a whole number")
+    return int(text)

@@ -1,0 +1,101 @@
+"""One launcher per node: who this process is among them, and how the first tells the others to start.
+
+``srun --ntasks-per-node=1 stepkto train ...`` runs the same command on every node of a job. The first node's does
+the stage's work: it holds the lock, converts the weights, writes the job file and the manifest. The others wait for
+its word and start their node's ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import read_json, write_json
+
+POLL_S = 0.3
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """``number`` of ``count`` nodes; where rank 0 listens; ``attempt``: the same on all nodes, another each time."""
+
+    number: int = 0
+    count: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+    attempt: str = ""
+
+    def ranks_here(self, ranks: int) -> int:
+        if ranks % self.count:
+            raise UserError(
+                f"train.parallel.ranks is {ranks}, which {self.count} nodes cannot share evenly; "
+                "change TRAIN_NODES in the site file or the ranks"
+            )
+        return ranks // self.count
+
+    def environment(self, ranks: int, local: int) -> dict[str, str]:
+        """Variables that ``init_process_group`` and the engine read, for one rank of this node."""
+        here = self.ranks_here(ranks)
+        return {
+            "RANK": str(self.number * here + local),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(local),
+            "LOCAL_WORLD_SIZE": str(here),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def this_node() -> Nodes:
+    """From Slurm's variables inside a step of more than one task; otherwise this machine alone.
+
+    Raises:
+        UserError: a step with several tasks per node, or without MASTER_ADDR and MASTER_PORT.
+    """
+    # not SLURM_NNODES: it is also set in a shell of salloc, where nobody starts the other launchers
+    count = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != count:
+        raise UserError(
+            f"expected one task per node (srun --ntasks-per-node=1), got {os.environ['SLURM_STEP_NUM_TASKS']} tasks "
+            f"on {count} nodes: each starts its node's ranks by itself"
+        )
+    if count == 1:
+        return Nodes(port=_free_port())
+    try:
+        return Nodes(
+            number=int(os.environ["SLURM_NODEID"]),
+            count=count,
+            address=os.environ["MASTER_ADDR"],
+            port=int(os.environ["MASTER_PORT"]),
+            attempt=f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"
+            f".{os.environ['SLURM_STEP_ID']}",
+        )
+    except KeyError as error:
+        raise UserError(f"{error.args[0]} is not set: several nodes need it; see slurm/train.sbatch") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _word(directory: Path, nodes: Nodes) -> Path:
+    return directory / "logs" / f"launch-{nodes.attempt}.json"
+
+
+def tell_others(directory: Path, nodes: Nodes, *, start: bool) -> None:
+    """The first node's word: start your ranks, or there is nothing to do. Only the first word counts."""
+    if nodes.count > 1 and not _word(directory, nodes).is_file():
+        write_json(_word(directory, nodes), {"start": start})
+
+
+def wait_for_word(directory: Path, nodes: Nodes) -> bool:
+    """Wait for it on another node. When the first fails before, srun ends this process (--kill-on-bad-exit)."""
+    while not _word(directory, nodes).is_file():
+        time.sleep(POLL_S)
+    return bool(read_json(_word(directory, nodes))["start"])

@@ -1,0 +1,50 @@
+# What is particular to your cluster. Copy to slurm/site.sh and edit; every job sources it. It is bash: quote paths.
+# shellcheck shell=bash disable=SC1091,SC2034
+
+STEPKTO_HOME=$HOME/megatron-stepkto     # this checkout, on a file system that all nodes see
+
+# --- where jobs go ---------------------------------------------------------------------------------------------
+ACCOUNT=                                # empty: your default account
+GPU_PARTITION=gpu                       # sample, evaluate, train, and judge where it needs a server
+CPU_PARTITION=cpu                       # prepare, dataset, convert, finish
+SBATCH_EXTRA=()                         # more flags of sbatch for every job, such as (--qos=long)
+
+# --- what a node has -------------------------------------------------------------------------------------------
+GPUS_PER_NODE=8                         # 0: no GPUs at all (recipes with device: cpu)
+CPUS_PER_NODE=96
+TRAIN_NODES=                            # empty: train.parallel.ranks / GPUS_PER_NODE
+SAMPLE_ELEMENTS=4                       # elements of the sample array, one node each; a late one helps
+CPU_TASK_CPUS=16                        # of prepare, judge without a server, dataset, convert, finish
+
+# --- how long (a job that reaches its limit saves, is put back and goes on) ------------------------------------
+TIME_SAMPLE=04:00:00
+TIME_JUDGE=04:00:00
+TIME_TRAIN=08:00:00
+TIME_EVALUATE=02:00:00
+TIME_CPU=02:00:00
+STOP_LEAD=600                           # seconds before the limit when a job is told: one update and one checkpoint
+
+# --- programs --------------------------------------------------------------------------------------------------
+CONTAINER=none                          # none, apptainer or enroot (with Pyxis)
+IMAGE_TRAIN=                            # Megatron-Core, torch, Transformer Engine: .sif, or an enroot image
+IMAGE_SAMPLE=                           # vLLM
+MOUNTS=$HOME,/scratch                   # what a container sees of the cluster, separated by commas
+
+# environment KIND: make the command `stepkto` available. KIND: train (Megatron) or sample (vLLM). Runs on each node,
+# before the container if there is one (with enroot not at all: the image holds everything).
+environment() {
+    case $1 in
+    train) source "$HOME/venv-megatron/bin/activate" ;;
+    sample) source "$HOME/venv-vllm/bin/activate" ;;
+    esac
+}
+
+# judge_server: only for recipes whose judge is a language model: start the server in the foreground (the job runs it
+# in the background, in the environment `sample`, and stops it at the end) and say where it listens.
+JUDGE_SERVER=()                         # such as (vllm serve /models/judge --port 8000 --tensor-parallel-size 8)
+JUDGE_URL=http://127.0.0.1:8000/v1
+
+# --- network ---------------------------------------------------------------------------------------------------
+RENDEZVOUS=                             # empty: the first node's name
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+export HF_HUB_OFFLINE=1                 # nodes often have no internet: models are folders

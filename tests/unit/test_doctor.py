@@ -1,0 +1,135 @@
+"""Each fault that doctor knows, injected: one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_stepkto import doctor
+from megatron_stepkto.files import write_json
+from megatron_stepkto.recipe import Recipe, load_recipe
+from megatron_stepkto.training.nodes import Nodes
+
+
+@pytest.fixture
+def recipe(repository: Path, tmp_path: Path) -> Recipe:
+    return load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", "train.device=cpu"])
+
+
+def one(faults: list[str]) -> str:
+    assert len(faults) == 1, faults
+    assert "\n" not in faults[0]
+    return faults[0]
+
+
+def test_a_healthy_machine_has_no_fault_and_its_ranks_add_up(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.doctor(recipe) == []
+    said = capsys.readouterr().err
+    assert "all-reduce of 8 MiB over 2 ranks on 1 node(s), gloo:" in said
+    assert list((recipe.run_dir / "doctor").iterdir()) == []
+
+
+def test_exit_code(recipe: Recipe, repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_stepkto", "doctor", str(repository / "recipes" / "mini_cpu.yaml"),
+         f"--set=output={tmp_path}/file", "--set=train.device=cpu"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.startswith("fault: ")
+    assert "cannot write (Not a directory); give a shared folder of yours as `output`" in done.stdout
+
+
+def test_checkpoint_size_by_hand(recipe: Recipe) -> None:
+    """fp32: weights 4 bytes, with AdamW 12; one input, 2 + 1 checkpoints, 3 iterations in 2 formats."""
+    from safetensors.torch import load_file
+
+    assert recipe.initial_model is not None
+    parameters = sum(t.numel() for t in load_file(recipe.initial_model / "model.safetensors").values())
+    assert doctor.checkpoint_bytes(recipe) == parameters * (4 + 3 * 12 + 3 * 2 * 4)
+    bf16 = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": "bfloat16"})})
+    assert doctor.checkpoint_bytes(bf16) == parameters * (2 + 3 * 14 + 3 * 2 * 2)
+
+
+def test_full_disk(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    needed = doctor.checkpoint_bytes(recipe)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    assert doctor._space(recipe) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    assert one(doctor._space(recipe)).startswith(
+        f"{tmp_path} has 0.0 GB free, the run's checkpoints need 0.0 GB; make room"
+    )
+
+
+def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {resource.RLIMIT_NOFILE: 1024, resource.RLIMIT_MEMLOCK: 65536}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], limits[which]))
+    assert "may open 1024 files" in one(doctor._limits(on_gpu=False))
+    limits[resource.RLIMIT_NOFILE] = 65536
+    assert "may lock 64 KiB of memory" in one(doctor._limits(on_gpu=True))
+    limits[resource.RLIMIT_MEMLOCK] = resource.RLIM_INFINITY
+    assert doctor._limits(on_gpu=True) == []
+
+
+def test_busy_and_absent_gpus() -> None:
+    assert doctor.busy_gpus("0, 4\n1, 1024\n") == []
+    assert one(doctor.busy_gpus("0, 4\n1, 70311\n")).startswith("GPU 1 is not idle: 70311 MiB in use; ")
+    import torch
+
+    if not torch.cuda.is_available():
+        assert one(doctor._gpus(8)).startswith("torch sees 0 GPUs, the layout needs 8 on this node; ")
+
+
+def test_wrong_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    real = time.time
+    monkeypatch.setattr(doctor.time, "time", lambda: real() + 60)
+    faults, skew = doctor._write_test(tmp_path / "x", Nodes())
+    assert one(faults).startswith("the clock is +60 s from that of the file server")
+    assert skew == pytest.approx(60, abs=2)
+
+
+def report(node: str, clock: float = 0.0, **versions: str) -> dict[str, object]:
+    return {
+        "node": node,
+        "faults": [],
+        "clock_s": clock,
+        "versions": {"torch": "2.13.0", "python": "3.11.2", **versions},
+    }
+
+
+def test_nodes_that_disagree() -> None:
+    assert doctor.disagreements([report("n1"), report("n2")]) == []
+    assert one(doctor.disagreements([report("n1"), report("n2", torch="2.12.1")])).startswith(
+        "n2: torch is 2.12.1, on n1 it is 2.13.0; "
+    )
+    assert one(doctor.disagreements([report("n1", apex="1"), report("n2")])).startswith("n2: apex is absent, on n1")
+    assert one(doctor.disagreements([report("n1", -4), report("n2", 4.5)])).startswith("n2: clock is +8 s from n1's")
+
+
+def test_a_node_that_does_not_see_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "MEET_S", 0.5)
+    write_json(tmp_path / "node-0.json", report("n1"))
+    seen = doctor._meet(tmp_path, 2)
+    assert one(doctor._unseen(tmp_path, seen, 2)).startswith(
+        f"only 1 of 2 nodes (n1) are seen in {tmp_path} after 0 s: "
+    )
+
+
+def test_ranks_that_cannot_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes, of which the other never comes: the line names the logs and what to look at."""
+    monkeypatch.setattr(doctor, "ALL_REDUCE_S", 3.0)
+    nodes = Nodes(number=1, count=2, address="127.0.0.1", port=29, attempt="x")  # where nobody listens
+    fault = one(doctor._all_reduce(tmp_path, nodes, 1, on_gpu=False))
+    assert "all-reduce over 2 ranks failed" in fault
+    assert f"logs: {tmp_path}" in fault
