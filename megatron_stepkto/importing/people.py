@@ -67,15 +67,50 @@ def parse_processbench(row: dict[str, Any]) -> ImportedRow:
     return one_solution("processbench", str(raw.id), raw.problem, answer, steps, labels, outcome)
 
 
+_MRBEN_KEYS = (
+    "Question_UUID", "Question", "Sampled_Model", "Model_Solution_First_Error_Step", "Model_Solution_Correctness",
+)  # fmt: skip
+
+
 class _MrBen(_FirstErrorLayout):
     labels: list[Label]
     options: str
     answer: str
     solution_correct: bool
 
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, row: dict[str, Any]) -> dict[str, Any]:
+        """The authors' own keys: steps count from 1, "N/A" stands for none."""
+        if "Model_Solution_Steps" not in row:
+            return row
+        missing = [key for key in _MRBEN_KEYS if key not in row]
+        if missing:
+            raise ValueError(f"missing key {missing[0]!r}")
+        steps, first = row["Model_Solution_Steps"], str(row["Model_Solution_First_Error_Step"]).strip()
+        if isinstance(steps, str):
+            steps = [line for line in steps.splitlines() if line.strip()]
+        if not isinstance(steps, list) or not (first == "N/A" or first.isdecimal()):
+            raise ValueError(f"expected a list of steps and a first error of N/A or a number, got {first!r:.40}")
+        correct = str(row["Model_Solution_Correctness"]).strip().lower()
+        if correct not in ("correct", "incorrect") or (correct == "correct") != (first == "N/A"):
+            raise ValueError(f"Model_Solution_Correctness {correct!r:.40} contradicts the first error step {first}")
+        error = None if first == "N/A" else int(first) - 1
+        answer = row.get("Ground_Truth_Answer_Modified") or row.get("Ground_Truth_Answer")
+        return {
+            "id": f"{row['Question_UUID']}-{row['Sampled_Model']}",
+            "problem": row["Question"],
+            "options": row.get("Options") or "",
+            "answer": answer,
+            "steps": steps,
+            "first_error": error,
+            "labels": until_first_error(len(steps), error),
+            "solution_correct": correct == "correct",
+        }
+
 
 def parse_mrben(row: dict[str, Any]) -> ImportedRow:
-    """Mr-Ben (normalised keys): multiple choice; the options are part of the problem's text.
+    """Mr-Ben, published or normalised keys: multiple choice; the options are part of the problem's text.
 
     ``solution_correct`` judges the reasoning as a whole, so it is false for a lucky solution. Outcome: 1
     where it is true; else whether the one choice that the last step names is the answer; null where that

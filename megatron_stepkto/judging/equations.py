@@ -1,7 +1,9 @@
 """Simple equations in running text ("12 * 3 = 36", "$5 + $6 = $11", "<<12*3=36>>"), checked exactly.
 
 A text is read as runs of numbers, operators and brackets; a run with "=" is an equation. What is not plainly
-arithmetic on both sides (a variable, a unit inside, a power, a root) is passed over, not judged.
+arithmetic on both sides (a variable, a unit inside, a power, a root) is passed over, not judged, and so is what
+a reader could take in two ways: a wrong "wrong" teaches a wrong step. Values are exact fractions: nothing is
+evaluated, and work grows with the length of the text alone.
 """
 
 from __future__ import annotations
@@ -30,6 +32,18 @@ _TOKEN = re.compile(rf"\s*({_NUMBER}|[-+*/()%])")
 _MARKER = re.compile(r"\s*(?:[-*•]\s|\(?\d{1,3}[.)]\s)")  # of a list item
 _BEFORE_WORDS = re.compile(r"\b(?:of|than|times|x)\s*\}?\s*$", re.IGNORECASE)
 _CLOCK = re.compile(r"\d[:.]$")  # 3:00
+_FRACTION = re.compile(rf"\\[dt]?frac\s*{{\s*({_NUMBER})\s*}}\s*{{\s*({_NUMBER})\s*}}")
+_BOXED = re.compile(rf"\\boxed\s*{{\s*(\$?(?:{_NUMBER}))\s*}}")
+_WORDS_IN_FORMULA = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{[^{}]{0,80}\}\s*$")
+_OPERATOR_BEFORE = re.compile(
+    r"\\(?!(?:quad|qquad|implies|Rightarrow|Longrightarrow|rightarrow|to|therefore|because|displaystyle|item|iff)\b)"
+    r"[a-zA-Z]+\s*$"
+)
+# What stands behind a run and multiplies it: 12 \cos C, 3 x; not words, spacing or a next relation
+_MULTIPLIED = re.compile(
+    r"\s*(?:\\(?!text|mbox|quad|qquad|approx|implies|Rightarrow|Longrightarrow|rightarrow|to\b|therefore|end|begin"
+    r"|mathrm|left|right|neq?|leq?|geq?|equiv|quad|boxed|textbf)[a-zA-Z]|(?![aAIR]\b)[a-zA-Z](?![a-zA-Z'’]))"
+)
 _OPEN_BEFORE = frozenset("([{<>:;,.?!*\"'`=\n\t \u2248")
 _FREE_AFTER = frozenset(")]}<>:;,.?!*\"'`\n\t ")
 
@@ -133,11 +147,28 @@ def sides_equal(left: Side, right: Side) -> bool | None:
     for lone, other in ((right, left), (left, right)):
         if lone.lone and lone.value is not None and other.value is not None:
             # "10 / 50 * 100 = 20%" is as common as "10 / 50 = 20%"
-            values = {lone.value, lone.value * 100} if lone.percents else {lone.value}
-            slack = Fraction(1, 2 * 10**lone.decimals) if lone.decimals else Fraction(0)
-            if any(abs(other.value - value) <= slack for value in values):
+            scales = (1, 100) if lone.percents else (1,)
+            if any(abs(other.value - lone.value * scale) <= _slack(lone) for scale in scales):
                 return True
+            if any(_shortened(other.value, lone, scale) for scale in scales):
+                return None
     return left.value == right.value
+
+
+def _slack(lone: Side) -> Fraction:
+    return Fraction(1, 2 * 10**lone.decimals) if lone.decimals else Fraction(0)
+
+
+def _shortened(exact: Fraction, lone: Side, scale: int) -> bool:
+    """Is ``lone`` what is left of ``exact`` when digits are cut off, or when it is rounded to a whole number?
+
+    "9 / 7 = 1" may be a quotient whose remainder follows, "2 / 3 = 0.66" a way to round.
+    """
+    assert lone.value is not None
+    unit = Fraction(scale, 10**lone.decimals * (100 if lone.percents else 1))
+    given = lone.value * scale
+    cut = abs(given) <= abs(exact) < abs(given) + unit and given * exact >= 0
+    return cut or (lone.decimals == 0 and abs(exact - given) <= unit / 2)
 
 
 def _run_verdicts(run: str) -> list[bool]:
@@ -153,10 +184,25 @@ def _run_verdicts(run: str) -> list[bool]:
     return verdicts
 
 
+def _takes(before: str, run: str) -> bool:
+    """Does what stands before a run take it as a factor or an argument?"""
+    if run.startswith("("):
+        return bool(re.search(r"['’)]$|[a-zA-Z_}]$", before))
+    if _OPERATOR_BEFORE.search(before):
+        return True
+    return bool(re.search(r"\}\s*$", before)) and not _WORDS_IN_FORMULA.search(before)
+
+
 def check_equations(text: str) -> list[bool]:
     """One truth value per simple equation of the text, left to right; ``a = b = c`` is two."""
     for name, sign in _LATEX.items():
         text = text.replace(name, sign)
+    text = _BOXED.sub(r" \1 ", text)
+    # a number before it would make it a mixed number, or a product
+    text = _FRACTION.sub(
+        lambda m: m[0] if re.search(r"[\d)}]\s*$", text[max(0, m.start() - 4) : m.start()]) else f"({m[1]}/{m[2]})",
+        text,
+    )
     text = text.replace("**", "  ")  # bold type; as a power it is not judged either
     text = _TIMES.sub(r"\1*", text).translate(_SIGNS)
     marker = _MARKER.match(text)
@@ -167,14 +213,14 @@ def check_equations(text: str) -> list[bool]:
         run = match[0]
         if "=" not in run or len(run) > MAX_RUN_CHARS:
             continue
-        before, after = text[: match.start()][-10:], text[match.end() : match.end() + 1]
+        before, after = text[max(0, match.start() - 100) : match.start()], text[match.end() : match.end() + 1]
         stripped = run.strip()
         glued = bool(before) and not run[0].isspace() and before[-1] not in _OPEN_BEFORE
-        glued = glued or bool(_CLOCK.search(before))
+        glued = glued or bool(_CLOCK.search(before)) or _takes(before, stripped)
         if glued or _BEFORE_WORDS.search(before) or (before.strip() and stripped[0] in "+*/-%)"):
             first = stripped.find("=")  # the left side is cut off by what stands before it
             run = run[run.find("=") + 1 :] if first >= 0 else ""
-        if after and not run[-1:].isspace() and after not in _FREE_AFTER:
+        if (after and not run[-1:].isspace() and after not in _FREE_AFTER) or _MULTIPLIED.match(text, match.end()):
             run = run[: run.rfind("=")] if "=" in run else ""
         verdicts += _run_verdicts(run)
     return verdicts

@@ -415,3 +415,27 @@ def test_recipe_of_real_text_reads_its_files(data_dir: Path, repository: Path) -
     counts = read_imports(loaded.problems.imports).counts
     assert counts["solutions"] == 400 + 1000 + 6 + 7 + 3693
     assert counts["problems_with_conflicting_answers"] == 0
+
+
+def test_mrben_as_published(data_dir: Path) -> None:
+    """The authors' keys (1-based steps, N/A) give what the normalised file gives."""
+    lines = (data_dir / "steps/mrben_math.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines[:200]):
+        uuid, model = row["id"].rsplit("-", 1)
+        published = {
+            "Question_UUID": uuid,
+            "Question": row["problem"],
+            "Options": row["options"],
+            "Ground_Truth_Answer": "Z",
+            "Ground_Truth_Answer_Modified": row["answer"],
+            "Sampled_Model": model,
+            "Model_Solution_Steps": row["steps"],
+            "Model_Solution_Correctness": "correct" if row["solution_correct"] else "incorrect",
+            "Model_Solution_First_Error_Step": "N/A" if row["first_error"] is None else str(row["first_error"] + 1),
+        }
+        importer = importer_of("mrben")
+        assert importer(published) == importer(row)
+        with pytest.raises(ValueError, match="contradicts the first error step"):
+            importer({**published, "Model_Solution_Correctness": "correct", "Model_Solution_First_Error_Step": "1"})
+        with pytest.raises(ValueError, match="missing key 'Sampled_Model'"):
+            importer({key: value for key, value in published.items() if key != "Sampled_Model"})

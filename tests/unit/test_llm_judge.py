@@ -309,6 +309,11 @@ def test_answers_that_are_none(content: Any) -> None:
         read_votes(content, 1)
 
 
+def test_a_comment_may_hold_control_characters() -> None:
+    """As vLLM's guided decoding lets a model write them."""
+    assert read_votes('{"step_1": {"comment": "a\tb\x16", "verdict": "wrong"}}', 1) == [0]
+
+
 def test_killed_in_the_middle_no_paid_answer_is_asked_again(tmp_path: Path) -> None:
     """kill -9 while requests are under way: at most those under way are asked twice."""
 

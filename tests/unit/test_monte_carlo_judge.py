@@ -1,0 +1,96 @@
+"""Monte-Carlo estimates: labels from outcomes by hand, and rollouts of a real model from the sampler's own tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_stepkto.chained_arithmetic.problems import generate
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.judging.process import Solution, Workplace, process_judge
+from megatron_stepkto.judging.process.monte_carlo import estimate
+from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.recipe import Judging
+from megatron_stepkto.records import Label, Sample, read_records
+from megatron_stepkto.steps import step_spans
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "threshold", "label", "score"),
+    [
+        ([0, 0, 1, 0], 0.0, 1, 0.25), ([0, 0, 0, 0], 0.0, 0, 0.0), ([0, 0, None, 0], 0.0, None, 0.0),
+        ([1, 0, 0, 0], 0.5, 0, 0.25), ([1, 1, 0, 0], 0.5, 0, 0.5), ([1, 1, 1, 0], 0.5, 1, 0.75),
+        ([1, 1, None, 0], 0.5, None, 0.5), ([1, 1, 1, None], 0.5, 1, 0.75), ([None], 0.0, None, 0.0),
+    ],
+)  # fmt: skip
+def test_estimate(outcomes: list[Label], threshold: float, label: Label, score: float) -> None:
+    verdict = estimate(outcomes, threshold)
+    assert (verdict.label, verdict.score, verdict.votes) == (label, score, tuple(outcomes))
+
+
+def judging(**changes: Any) -> Any:
+    sample = {"backend": "transformers", "num_samples": 4, "max_tokens": 64, "dtype": "float32", "chunk_problems": 8}
+    return Judging.model_validate({"split": "line", "process": {"kind": "monte_carlo", "sample": sample, **changes}})
+
+
+def solutions(model: Path, count: int) -> list[Solution]:
+    """Gold solutions, every second one with the first step's result changed."""
+    tokenizer = load_tokenizer(model)
+    made = []
+    for number, problem in enumerate(generate("test", count, 5)):
+        assert problem.solution is not None
+        text = problem.solution
+        if number % 2:
+            first, rest = text.split("\n", 1)
+            left, result = first.rstrip(".").rsplit(" ", 1)
+            text = f"{left} {int(result) + 7}.\n{rest}"
+        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        steps = step_spans(text, ids, tokenizer, "line")
+        prompt = tokenizer.encode(problem.problem + "\n")
+        made.append(Solution(f"s{number}", problem, text, tuple(steps), tuple(prompt), tuple(ids)))
+    return made
+
+
+def test_rollouts_of_the_shipped_model(repository: Path, tmp_path: Path) -> None:
+    """M0 of the demo solves about half: from right prefixes rollouts reach the answer more often than from wrong."""
+    model = repository / "recipes" / "mini_cpu_m0"
+    given = solutions(model, 12)
+    place = Workplace(tmp_path, model, seed=3)
+    judge = process_judge(judging().process, place)
+    verdicts = judge.judge(given)
+    assert not any(isinstance(row, UserError) for row in verdicts)
+    right = [row[0].score or 0.0 for number, row in enumerate(verdicts) if not number % 2]  # type: ignore[index]
+    wrong = [row[0].score or 0.0 for number, row in enumerate(verdicts) if number % 2]  # type: ignore[index]
+    assert sum(right) > sum(wrong) + 1
+    for solution, row in zip(given, verdicts, strict=True):
+        assert not isinstance(row, UserError) and len(row) == len(solution.steps)
+        assert all(len(v.votes or ()) == 4 for v in row[:-1])
+        assert row[-1].votes == (1,)  # the answer line itself is right in all of them: nothing is rolled out
+    # the prompts of the rollouts are the sampler's own ids, cut at the ends of steps
+    (file,) = (tmp_path / "cache").glob("rollouts-*/rollouts.jsonl")
+    rows = list(read_records(file, Sample))
+    steps = [(solution, step) for solution in given for step in solution.steps[:-1]]
+    assert len(rows) == 4 * len(steps)
+    for row, (solution, step) in zip(rows[::4], steps, strict=True):
+        assert row.prompt_token_ids == [*solution.prompt_token_ids, *solution.token_ids[: step.token_end]]
+    # asked again: the same rollouts, none drawn
+    before = file.stat().st_mtime_ns
+    again = process_judge(judging(threshold=0.5).process, place).judge(given)
+    assert file.stat().st_mtime_ns == before
+    assert [[v.score for v in row] for row in again] == [[v.score for v in row] for row in verdicts]  # type: ignore[union-attr]
+    assert judge.counts()["rollouts"]["solutions"] == len(rows)
+
+
+def test_what_rollouts_need(repository: Path, tmp_path: Path) -> None:
+    model = repository / "recipes" / "mini_cpu_m0"
+    (one,) = solutions(model, 1)
+    with pytest.raises(UserError, match=r"judge\.process\.model"):
+        process_judge(judging().process, Workplace(tmp_path))
+    judge = process_judge(judging().process, Workplace(tmp_path, model))
+    nameless = Solution("s", one.problem.model_copy(update={"answer": ""}), one.text, one.steps)
+    (verdict,) = judge.judge([nameless])
+    assert isinstance(verdict, UserError) and "need the problem's answer" in str(verdict)
+    with pytest.raises(UserError, match="need the prompt's tokens"):
+        judge.judge([Solution("s", one.problem, one.text, one.steps, (), one.token_ids)])
