@@ -263,6 +263,27 @@ class Loss(Section):
         return self
 
 
+class FP8(Section):
+    """8-bit matrix products of Transformer Engine. Loss, log-probs, reference points, embedding and head stay as they
+    are; optimizer and main weights stay in fp32."""
+
+    format: Literal["e4m3", "hybrid"] = Field("hybrid", description="hybrid: e4m3 forward, e5m2 gradients")
+    scaling: Literal["delayed", "current", "blockwise", "mxfp8"] = Field(
+        "current", description="of a tensor by its history or its own maximum, of 128-value or 32-value blocks"
+    )
+    bf16_layers_at_start: int = Field(0, ge=0)
+    bf16_layers_at_end: int = Field(0, ge=0)
+    weights: bool = Field(
+        False, description="keep and gather matrices in FP8; checkpoints hold the main weights in bf16"
+    )
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> Self:
+        if self.scaling == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
+            raise ValueError("scaling: delayed cannot leave first or last layers in bf16; choose current or blockwise")
+        return self
+
+
 class Training(Section):
     method: Method = "step_kto"
     parallel: Parallel = Parallel()
@@ -281,8 +302,29 @@ class Training(Section):
     checkpoint_every: int = Field(50, ge=1, description="updates")
     keep_checkpoints: int = Field(2, ge=1)
     recompute: bool = False
+    transformer_engine: Literal["required", "auto", "off"] = Field(
+        "auto", description="layers of Transformer Engine: insist, use them on a GPU where installed, or never"
+    )
+    apex: Literal["required", "auto", "off"] = Field(
+        "auto", description="NVIDIA Apex's fused weight gradients and Adam"
+    )
+    fp8: FP8 | None = None
     max_gap: float = Field(0.05, gt=0, description="nats: mean |sampler - trainer| log-prob above which the run warns")
     timeout_s: float = Field(600.0, gt=0, description="limit of one collective operation")
+
+    @model_validator(mode="after")
+    def _check_fp8(self) -> Self:
+        if self.fp8 is None:
+            return self
+        if self.dtype != "bfloat16":
+            raise ValueError(f"fp8 goes with dtype: bfloat16, got {self.dtype}")
+        if self.transformer_engine == "off":
+            raise ValueError("fp8 needs Transformer Engine: set transformer_engine to required or auto")
+        if self.fp8.weights and not self.parallel.distributed_optimizer:
+            raise ValueError(
+                "fp8.weights needs parallel.distributed_optimizer: true, which holds the fp32 main weights"
+            )
+        return self
 
 
 class Evaluation(Section):
