@@ -93,6 +93,9 @@ class Acceleration:
         return {"fp8_recipe": _RECIPES[self.fp8.scaling]} if self.fp8 else {}
 
 
+PLAIN = Acceleration()
+
+
 def find_machine(device: torch.device) -> Machine:
     """Look for the packages by importing what will be used of them: an installed package may still not load."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -36,7 +36,10 @@ def held_positions(bounds: Sequence[int], rank: int, ranks: int) -> Tensor:
     for a, b in pairwise(bounds):
         assert (b - a) % (2 * ranks) == 0, "documents are padded to a multiple of twice the context parallel size"
         size = (b - a) // (2 * ranks)
-        parts += [torch.arange(a + rank * size, a + (rank + 1) * size), torch.arange(b - (rank + 1) * size, b - rank * size)]
+        parts += [
+            torch.arange(a + rank * size, a + (rank + 1) * size),
+            torch.arange(b - (rank + 1) * size, b - rank * size),
+        ]
     return torch.cat(parts)
 
 
@@ -55,7 +58,6 @@ def own_part(batch: MicroBatch, rank: int, ranks: int) -> tuple[MicroBatch, Tens
         batch,
         tokens=batch.tokens[:, held],
         position_ids=batch.position_ids[:, held],
-        packed=dataclasses.replace(batch.packed, rows=rows),
         rows=rows,
         targets=batch.targets[mine],
     )
@@ -116,7 +118,9 @@ class ContextParallelAttention(PackedAttention):
         super().__init__(dataclasses.replace(config, context_parallel_size=1), *args, **kwargs)
         self.config = config
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any
+    ) -> Tensor:
         """query [t / C, h, d], key and value [t / C, g, d]; returns [t / C, h * d]."""
         assert packed_seq_params is not None, "micro-batches of this package are packed"
         group = parallel_state.get_context_parallel_group()

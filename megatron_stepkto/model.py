@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -26,7 +29,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import silu
 
+from megatron_stepkto.acceleration import PLAIN, Acceleration
 from megatron_stepkto.checkpoints.architecture import ModelConfig
+from megatron_stepkto.context_parallel import ContextParallelAttention
 from megatron_stepkto.layers import PackedAttention, RMSNorm
 from megatron_stepkto.logprobs import linear_log_probs
 from megatron_stepkto.planning.layout import check_layout
@@ -67,7 +72,13 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(
-    config: ModelConfig, parallel: Parallel, dtype: torch.dtype, *, on_cpu: bool, recompute: bool = False
+    config: ModelConfig,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    acceleration: Acceleration = PLAIN,
+    *,
+    on_cpu: bool,
+    recompute: bool = False,
 ) -> TransformerConfig:
     """Megatron-Core's config of a model and layout."""
     check_layout(config, parallel)
@@ -91,6 +102,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         use_cpu_initialization=on_cpu,
         # Weights come from a checkpoint: random ones would only cost time.
@@ -108,8 +120,8 @@ def transformer_config(
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        **acceleration.transformer_fields(),
         **(
             {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
             if recompute
@@ -118,11 +130,18 @@ def transformer_config(
     )
 
 
-def _block_spec(num_layers: int) -> TransformerBlockSubmodules:
-    spec: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+def _block_spec(num_layers: int, context: int, acceleration: Acceleration) -> TransformerBlockSubmodules:
+    if acceleration.transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
+        return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=TENorm)
+    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    spec.submodules.self_attention.submodules.core_attention = (
+        ContextParallelAttention if context > 1 else PackedAttention
+    )
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
@@ -139,7 +158,11 @@ def _mark_tensor_parallel(chunk: PolicyModel) -> None:
             set_tensor_model_parallel_attributes(weight, True, split_dim[type(module)], 1)
 
 
-def build_model_chunks(config: ModelConfig, megatron: TransformerConfig) -> list[PolicyModel]:
+def build_model_chunks(
+    config: ModelConfig,
+    megatron: TransformerConfig,
+    acceleration: Acceleration = PLAIN,
+) -> list[PolicyModel]:
     """This rank's part of the model: one chunk, or one per virtual pipeline stage. Weights are not initialised."""
     stages: list[int | None] = (
         list(range(megatron.virtual_pipeline_model_parallel_size))
@@ -150,7 +173,9 @@ def build_model_chunks(config: ModelConfig, megatron: TransformerConfig) -> list
     for stage in stages:
         chunk = PolicyModel(
             config=megatron,
-            transformer_layer_spec=_block_spec(get_num_layers_to_build(megatron, vp_stage=stage)),
+            transformer_layer_spec=_block_spec(
+                get_num_layers_to_build(megatron, vp_stage=stage), megatron.context_parallel_size, acceleration
+            ),
             vocab_size=padded_vocab_size(config.vocab_size, megatron.tensor_model_parallel_size),
             max_sequence_length=config.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

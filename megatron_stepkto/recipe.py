@@ -205,20 +205,22 @@ class Dataset(Section):
 
 
 class Parallel(Section):
-    """Megatron-Core's layout. Data parallel size = ranks / (tensor * pipeline)."""
+    """Megatron-Core's layout. Data parallel size = ranks / (tensor * pipeline * context)."""
 
     ranks: int = Field(1, ge=1)
     tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     virtual_pipeline: int | None = Field(None, ge=2)
+    context: int = Field(1, ge=1, description="ranks that share the tokens of each document")
     sequence: bool = False
     distributed_optimizer: bool = False
 
     @model_validator(mode="after")
     def _check_layout(self) -> Self:
-        if self.ranks % (self.tensor * self.pipeline):
+        if self.ranks % (self.tensor * self.pipeline * self.context):
             raise ValueError(
-                f"ranks ({self.ranks}) must be a multiple of tensor x pipeline ({self.tensor} x {self.pipeline})"
+                f"ranks ({self.ranks}) must be a multiple of tensor x pipeline x context "
+                f"({self.tensor} x {self.pipeline} x {self.context})"
             )
         if self.virtual_pipeline and self.pipeline == 1:
             raise ValueError("virtual_pipeline needs pipeline >= 2")

@@ -26,8 +26,10 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_stepkto import cpu, recipe
+from megatron_stepkto.acceleration import PLAIN, Acceleration
 from megatron_stepkto.checkpoints.architecture import ModelConfig
 from megatron_stepkto.checkpoints.metadata import read_metadata
+from megatron_stepkto.context_parallel import join, own_part
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.model import PolicyModel, build_model_chunks, transformer_config
 from megatron_stepkto.training.documents import MicroBatch, Slot
@@ -78,6 +80,7 @@ def lay_out(parallel: recipe.Parallel, timeout_s: float) -> None:
         parallel.tensor,
         parallel.pipeline,
         parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
         distributed_timeout_minutes=timeout_s / 60,  # becomes a timedelta, which takes fractions
     )
     # Nothing random is left in a pass (no dropout); Megatron's tracker wants a seed all the same.
@@ -92,22 +95,35 @@ class Engine:
     """
 
     def __init__(
-        self, config: ModelConfig, settings: recipe.Training, device: torch.device, *, train: bool = True
+        self,
+        config: ModelConfig,
+        settings: recipe.Training,
+        device: torch.device,
+        acceleration: Acceleration = PLAIN,
+        *,
+        train: bool = True,
     ) -> None:
-        self.config, self.settings, self.device = config, settings, device
+        self.config, self.settings, self.device, self.acceleration = config, settings, device, acceleration
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
         parallel = settings.parallel
         self.megatron = transformer_config(
-            config, parallel, self.dtype, on_cpu=device.type == "cpu", recompute=settings.recompute
+            config,
+            parallel,
+            self.dtype,
+            acceleration,
+            on_cpu=device.type == "cpu",
+            recompute=settings.recompute,
         )
-        self.policies = build_model_chunks(config, self.megatron)
+        self.policies = build_model_chunks(config, self.megatron, acceleration)
         for policy in self.policies:
             policy.to(device)
         modules: list[Any] = list(self.policies)
         if self.dtype == torch.bfloat16:
             modules = [Float16Module(self.megatron, module) for module in modules]
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            **acceleration.data_parallel_fields(),
         )
         self.model = [
             DistributedDataParallel(self.megatron, ddp, module, disable_bucketing=index > 0)
@@ -133,6 +149,7 @@ class Engine:
                 bf16=self.dtype == torch.bfloat16,
                 params_dtype=self.dtype,
                 use_distributed_optimizer=self.settings.parallel.distributed_optimizer,
+                **self.acceleration.optimizer_fields(),
             ),
             self.model,
         )
@@ -148,17 +165,24 @@ class Engine:
     @property
     def counts_once(self) -> bool:
         """True on one rank of each data-parallel replica: the one whose sums go into a pooled number."""
-        return self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        return (
+            self.is_last_stage
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
 
     def slot(self) -> Slot:
         parallel = self.settings.parallel
+        context = 2 * parallel.context if parallel.context > 1 else 1
+        # Every rank's tokens: split over the context, and over the tensor-parallel ranks, then a multiple for FP8.
+        share = parallel.context * (parallel.tensor if parallel.sequence else 1) * self.acceleration.token_multiple
         return Slot(
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             self.settings.micro_batch_tokens,
-            multiple=parallel.tensor if parallel.sequence else 1,
+            multiple=math.lcm(context, share),
             bins_multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
-            document_multiple=self.settings.pad_documents_to,
+            document_multiple=math.lcm(context, self.settings.pad_documents_to),
             device=self.device,
         )
 
@@ -179,8 +203,9 @@ class Engine:
 
         def forward_step(batches_left: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches_left)
-            hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed, **extra)
-            return hidden, functools.partial(loss_of, batch)
+            own, mine = self._own_part(batch)
+            hidden = model(own.tokens, own.position_ids, None, packed_seq_params=own.packed, **extra)
+            return hidden, functools.partial(loss_of, batch, own, mine)
 
         iterators = [iter(batches) for _ in self.model]
         results: list[Any] = self.forward_backward(
@@ -195,14 +220,25 @@ class Engine:
         )
         return results
 
-    def _token_log_probs(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
-        return self.policies[-1].log_probs(hidden, batch.rows, batch.targets)
+    def _own_part(self, batch: MicroBatch) -> tuple[MicroBatch, Tensor | None]:
+        """What of a micro-batch this rank holds, under context parallelism; else all of it."""
+        ranks = self.settings.parallel.context
+        return own_part(batch, parallel_state.get_context_parallel_rank(), ranks) if ranks > 1 else (batch, None)
+
+    def _token_log_probs(self, batch: MicroBatch, own: MicroBatch, mine: Tensor | None, hidden: Tensor) -> Tensor:
+        """[R] log-probs of the whole micro-batch's response tokens."""
+        log_probs = self.policies[-1].log_probs(hidden, own.rows, own.targets)
+        if mine is None:
+            return log_probs
+        return join(log_probs, mine, batch.targets.numel(), parallel_state.get_context_parallel_group())
 
     def score(self, batches: Sequence[MicroBatch], what: Callable[[MicroBatch, Tensor], T]) -> list[T]:
         """One pass without gradient: ``what(batch, token_log_probs)`` per micro-batch, on the last stage only."""
 
-        def collect(batch: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> T:
-            return what(batch, self._token_log_probs(batch, hidden))
+        def collect(
+            batch: MicroBatch, own: MicroBatch, mine: Tensor | None, hidden: Tensor, non_loss_data: bool = True
+        ) -> T:
+            return what(batch, self._token_log_probs(batch, own, mine, hidden))
 
         for chunk in self.model:
             chunk.eval()
@@ -215,8 +251,14 @@ class Engine:
         Returns what ``loss_of`` put aside per micro-batch (last stage only).
         """
 
-        def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            total, units, aside = loss_of(batch, self._token_log_probs(batch, hidden))
+        # Megatron adds the units of all context-parallel ranks too: they are counted on one.
+        counts = parallel_state.get_context_parallel_rank() == 0
+
+        def loss(
+            batch: MicroBatch, own: MicroBatch, mine: Tensor | None, hidden: Tensor
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            total, units, aside = loss_of(batch, self._token_log_probs(batch, own, mine, hidden))
+            units = units if counts else 0
             return total, torch.tensor(units, dtype=torch.int, device=self.device), aside
 
         for chunk in self.model:

@@ -26,7 +26,11 @@ with z the clamped mean over the KL pairs of the whole global batch. Every facto
    first and the last stage before the update, and the norm counts the first stage's alone.
 7. Recompute changes no number. Padding tokens belong to no step and get no gradient.
 8. z_o and z_s are pooled as float64 sums and counts over micro-batches and replicas, divided once, clamped, detached.
-9. Balanced class weights are counted over the whole data set, by every rank alike.
+9. Context parallel. Each rank holds parts of every document; the log-probs of the response tokens are summed into one
+   [R] vector on all of them, whose backward is the identity: each rank computes the same loss and sends the gradient
+   of its own tokens back. Keys and values are gathered; their gradients are summed over the ranks. DDP sums the
+   weights' gradients over replicas and context, Megatron the example counts too: one context rank reports them.
+10. Balanced class weights are counted over the whole data set, by every rank alike.
 
 Comparison. Losses and gradient norms: 1e-5 relative. Reference points and log-ratios are differences of sums of about
 100 nats that float32 rounds to 1e-5: 2e-5 nats. Weights: their change over three updates, w3 - w0, to 1e-5 of that
@@ -35,13 +39,14 @@ of 1 moves in steps of 1e-7). AdamW divides a gradient by its own size: where th
 error, and the update differs by 2 lr. So most rows use an epsilon far above the gradients, where the update is linear
 in them and hides nothing; the rows "usual epsilon" use 1e-8, and compare weights to 1e-5 of the weights.
 
-Not tested here: context parallelism (needs Transformer Engine), CUDA, NCCL, overlap of communication with
+Not tested here: Transformer Engine's context parallelism (a ring exchange), CUDA, NCCL, overlap of communication with
 computation (CUDA streams).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -114,6 +119,7 @@ TP2, TP4 = layout(2, tensor=2), layout(4, tensor=4)
 TP2_SP, TP4_SP = layout(2, tensor=2, sequence=True), layout(4, tensor=4, sequence=True)
 PP2, PP4 = layout(2, pipeline=2), layout(4, pipeline=4)
 PP2_VPP2 = layout(2, pipeline=2, virtual_pipeline=2)
+CP2 = layout(2, context=2)
 DP2, DP2_DO = layout(2), layout(2, distributed_optimizer=True)
 
 ROWS = [
@@ -146,6 +152,9 @@ ROWS = [
     Row("TP 2, usual epsilon", TP2, optimizer=USUAL),
     Row("DP 2, distributed optimizer, usual epsilon", DP2_DO, optimizer=USUAL),
     Row("PP 2, KTO", PP2, method="kto"),
+    Row("CP 2", CP2),
+    Row("CP 2, untied, recompute, one to a micro-batch", CP2, model="untied", recompute=True, micro_batch_tokens=64),
+    Row("CP 2, padded, 2 to a micro-batch", CP2, micro_batch_tokens=128, padded=True),
     # four ranks
     Row("TP 4", TP4),
     Row("TP 4, sequence parallel, untied", TP4_SP, model="untied"),
@@ -160,6 +169,10 @@ ROWS = [
     Row("DP 2 x TP 2, sequence parallel, distributed optimizer, untied",
         layout(4, tensor=2, sequence=True, distributed_optimizer=True), model="untied"),
     Row("DP 2 x PP 2, distributed optimizer", layout(4, pipeline=2, distributed_optimizer=True)),
+    Row("CP 2 x TP 2, sequence parallel", layout(4, context=2, tensor=2, sequence=True)),
+    Row("CP 2 x PP 2, untied", layout(4, context=2, pipeline=2), model="untied"),
+    Row("CP 2 x DP 2, distributed optimizer", layout(4, context=2, distributed_optimizer=True)),
+    Row("CP 4", layout(4, context=4)),
     Row("TP 2 x PP 2, usual epsilon", layout(4, tensor=2, pipeline=2), optimizer=USUAL),
 ]  # fmt: skip
 BASELINES = list({row.baseline.name: row.baseline for row in ROWS}.values())
@@ -309,7 +322,7 @@ def cut(row: Row, update: int, kl: bool) -> list[list[list[str]]]:
         units = [[kl_document(e, e.kl_partner)] for e in chosen if e.kl_partner]
     else:
         units = [[solution_document(e)] for e in chosen]
-    ranks = row.ranks // (row.parallel.get("tensor", 1) * row.parallel.get("pipeline", 1))
+    ranks = row.ranks // math.prod(row.parallel.get(way, 1) for way in ("tensor", "pipeline", "context"))
     multiple = 64 if row.padded else 1
     slots = [Slot(r, ranks, row.micro_batch_tokens, 1, 1, torch.device("cpu"), multiple) for r in range(ranks)]
     return [[[d.key for d in batch.documents] for batch in pack_units(units, slot)] for slot in slots]
