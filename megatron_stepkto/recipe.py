@@ -9,6 +9,7 @@ Paths of inputs are relative to the recipe's folder (``output`` to the working d
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from pathlib import Path
@@ -313,6 +314,11 @@ class Training(Section):
     fp8: FP8 | None = None
     max_gap: float = Field(0.05, gt=0, description="nats: mean |sampler - trainer| log-prob above which the run warns")
     timeout_s: float = Field(600.0, gt=0, description="limit of one collective operation")
+
+    @property
+    def document_multiple(self) -> int:
+        """Tokens that every document is padded to a multiple of: context parallelism cuts it into twice its ranks."""
+        return math.lcm(self.pad_documents_to, 2 * self.parallel.context if self.parallel.context > 1 else 1)
 
     @model_validator(mode="after")
     def _check_fp8(self) -> Self:

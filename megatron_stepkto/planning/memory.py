@@ -61,6 +61,7 @@ class StageMemory:
 
 
 def data_parallel_size(parallel: Parallel) -> int:
+    """Replicas times context ranks: what gradients are summed over, and the distributed optimizer is cut into."""
     return parallel.ranks // (parallel.tensor * parallel.pipeline)
 
 
@@ -88,7 +89,7 @@ def stage_memory(
 
     response_share: tokens of responses among all; only these reach the head.
     """
-    parallel, tokens = settings.parallel, settings.micro_batch_tokens
+    parallel, tokens = settings.parallel, settings.micro_batch_tokens // settings.parallel.context
     num_bytes = 2 if settings.dtype == "bfloat16" else 4
     layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, CUDA if on_gpu else CPU)
     weights, gradients, optimizer = state_bytes(config, entries, settings, stage)

@@ -155,7 +155,7 @@ def micro_batches(case: Scenario, settings: Training, tokens: float) -> tuple[in
     parallel = settings.parallel
     # a replica has at least one document
     per_replica = max(tokens / data_parallel_size(parallel), case.work.tokens)
-    count = math.ceil(per_replica / (settings.micro_batch_tokens * case.assumed.fill))
+    count = math.ceil(per_replica / (settings.micro_batch_tokens / parallel.context * case.assumed.fill))
     multiple = parallel.pipeline if parallel.virtual_pipeline else 1
     count = -(-count // multiple) * multiple
     return count, per_replica / count

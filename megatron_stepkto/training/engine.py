@@ -33,6 +33,7 @@ from megatron_stepkto.context_parallel import join, own_part
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.model import PolicyModel, build_model_chunks, transformer_config
 from megatron_stepkto.training.documents import MicroBatch, Slot
+from megatron_stepkto.training.main_weights import load_main_weights, whole_main_weights
 
 T = TypeVar("T")
 LossOf = Callable[[MicroBatch, Tensor], tuple[Tensor, int, dict[str, Tensor]]]
@@ -173,16 +174,15 @@ class Engine:
 
     def slot(self) -> Slot:
         parallel = self.settings.parallel
-        context = 2 * parallel.context if parallel.context > 1 else 1
         # Every rank's tokens: split over the context, and over the tensor-parallel ranks, then a multiple for FP8.
         share = parallel.context * (parallel.tensor if parallel.sequence else 1) * self.acceleration.token_multiple
         return Slot(
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             self.settings.micro_batch_tokens,
-            multiple=math.lcm(context, share),
+            multiple=math.lcm(self.settings.document_multiple, share),
             bins_multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
-            document_multiple=math.lcm(context, self.settings.pad_documents_to),
+            document_multiple=self.settings.document_multiple,
             device=self.device,
         )
 
@@ -291,9 +291,16 @@ class Engine:
     # --- checkpoints ---------------------------------------------------------------------------------------
 
     def _weights(self) -> dict[str, Any]:
-        if len(self.policies) == 1:
-            return {"model": self.policies[0].sharded_state_dict()}
-        return {f"model{i}": policy.sharded_state_dict() for i, policy in enumerate(self.policies)}
+        parts = [policy.sharded_state_dict() for policy in self.policies]
+        if self._fp8_weights:
+            for policy, part in zip(self.policies, parts, strict=True):
+                for name, value in whole_main_weights(self.optimizer, policy, self.dtype).items():
+                    part[name].data = value
+        return {self._part(index): part for index, part in enumerate(parts)}
+
+    @property
+    def _fp8_weights(self) -> bool:
+        return bool(self.optimizer and self.acceleration.fp8 and self.acceleration.fp8.weights)
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
         state = self._weights()
@@ -310,8 +317,11 @@ class Engine:
         Raises:
             UserError: a weight is missing or left over, or the folder is no safe checkpoint.
         """
-        self._load(directory, self._weights())
-        if self.optimizer is not None:
+        loaded = self._load(directory, self._weights())
+        if self._fp8_weights:
+            for index, policy in enumerate(self.policies):
+                load_main_weights(self.optimizer, policy, loaded[self._part(index)])
+        elif self.optimizer is not None:
             self.optimizer.reload_model_params()
 
     def load_state(self, directory: Path) -> None:
@@ -346,9 +356,13 @@ class Engine:
                 f"left over: {sorted(map(str, set(unexpected) - optimizer_only))}"
             )
         for index, policy in enumerate(self.policies):
-            policy.load_state_dict(loaded["model" if len(self.policies) == 1 else f"model{index}"], strict=True)
+            policy.load_state_dict(loaded[self._part(index)], strict=True)
             _zero_vocab_padding(policy)
         return dict(loaded)
+
+    def _part(self, index: int) -> str:
+        """Name of a chunk's weights in a checkpoint's state."""
+        return "model" if len(self.policies) == 1 else f"model{index}"
 
     def save_weights(self, directory: Path) -> None:
         self._save(self._weights(), directory)

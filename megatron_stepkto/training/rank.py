@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_stepkto.acceleration import PLAIN, Acceleration, choose, describe, find_machine
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
@@ -27,12 +28,16 @@ def main() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     device = choose_device(job.settings.device)
     join_ranks(job.settings.parallel, device, job.settings.timeout_s)
-    make_trainer(job, device).run()
+    machine = find_machine(device)
+    acceleration = choose(job.settings, machine)
+    trainer = make_trainer(job, device, acceleration)
+    trainer.notes["acceleration"] = same_everywhere(describe(acceleration, machine))
+    trainer.run()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def make_trainer(job: Job, device: torch.device) -> Trainer:
+def make_trainer(job: Job, device: torch.device, acceleration: Acceleration = PLAIN) -> Trainer:
     """Lay out the ranks, build this rank's part of the model and read the data.
 
     Every rank reads all examples for itself: none waits in a collective while another prepares.
@@ -42,12 +47,29 @@ def make_trainer(job: Job, device: torch.device) -> Trainer:
     examples = list(read_records(job.train_examples, TrainExample))
     held_out = list(read_records(job.held_out_examples, TrainExample)) if job.held_out_examples else []
     check_lengths(examples + held_out, job, config.max_positions, config.vocab_size)
-    return Trainer(Engine(config, job.settings, device), job, examples, held_out)
+    return Trainer(Engine(config, job.settings, device, acceleration), job, examples, held_out)
+
+
+def same_everywhere(line: str) -> str:
+    """What this run computes with, the same on every rank.
+
+    Raises:
+        UserError: some rank has other packages, so that its numbers would differ from the others'.
+    """
+    lines: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(lines, line)
+    for rank, other in enumerate(lines):
+        if other != lines[0]:
+            raise UserError(f"ranks 0 and {rank} would compute differently; install the same packages on every node\n"
+                            f"rank 0: {lines[0]}\nrank {rank}: {other}")  # fmt: skip
+    if dist.get_rank() == 0:
+        print(line, flush=True)  # into the log of this attempt
+    return line
 
 
 def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int, vocab_size: int) -> None:
     """Raises UserError for an example that no micro-batch or the model cannot hold, or with an unknown token."""
-    step = job.settings.pad_documents_to
+    step = job.settings.document_multiple
     for example in examples:
         lengths = [len(example.prompt_token_ids) + len(example.token_ids)]
         if example.kl_partner:

@@ -1,0 +1,54 @@
+"""One rank of ``test_main_weights``: bf16 under the distributed optimizer, on real gloo ranks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_stepkto.processes import child_main
+from megatron_stepkto.training.engine import join_ranks
+from megatron_stepkto.training.job import Job
+from megatron_stepkto.training.main_weights import load_main_weights, whole_main_weights
+from megatron_stepkto.training.rank import make_trainer
+
+
+def main() -> None:
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    job = Job.model_validate_json(Path(sys.argv[1]).read_text())
+    device = torch.device("cpu")
+    join_ranks(job.settings.parallel, device, job.settings.timeout_s)
+    trainer = make_trainer(job, device)
+    trainer.train()
+    engine = trainer.engine
+    (policy,) = engine.policies
+    weights = dict(policy.named_parameters())
+    owned = [name for name, weight in weights.items() if getattr(weight, "main_param", None) is not None]
+    assert 0 < len(owned) < len(weights), "each rank should hold main weights of some tensors, not of all"
+
+    # After an update the model's bf16 weights are the main weights rounded: both must be the same, bit for bit.
+    rounded = whole_main_weights(engine.optimizer, policy, torch.bfloat16)
+    assert rounded.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(rounded[name], weight), name
+
+    # They come from the main weights, not from the model's: what is loaded there comes back exactly, in fp32.
+    generator = torch.Generator().manual_seed(5)
+    fresh = {name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    load_main_weights(engine.optimizer, policy, fresh)
+    exact = whole_main_weights(engine.optimizer, policy, torch.float32)
+    for name, weight in weights.items():
+        assert torch.equal(exact[name], fresh[name]), name
+        assert torch.equal(weight, before[name]), name
+    (job.directory / f"rank{dist.get_rank()}.passed").write_text("")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    child_main(main)
