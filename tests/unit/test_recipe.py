@@ -158,7 +158,7 @@ def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        ("ranks: 3\n    tensor: 2", "ranks (3) must be a multiple of tensor x pipeline (2 x 1)"),
+        ("ranks: 3\n    tensor: 2", "ranks (3) must be a multiple of tensor x pipeline x context (2 x 1 x 1)"),
         ("ranks: 4\n    tensor: 2\n    pipeline: 4", "ranks (4) must be a multiple of tensor x pipeline (2 x 4)"),
         ("ranks: 2\n    tensor: 2\n    virtual_pipeline: 2", "virtual_pipeline needs pipeline >= 2"),
         ("ranks: 2\n    tensor: 1\n    sequence: true", "sequence parallelism needs tensor >= 2"),
@@ -297,7 +297,7 @@ def test_an_override_can_begin_a_section(tmp_path: Path) -> None:
         ("seed=2024-02-30", "--set seed=2024-02-30"),
         ("sample.num_sampels=4", "unknown key sample.num_sampels; did you mean num_samples?"),
         ("sample.num_samples=0", "sample.num_samples: Input should be greater than or equal to 1, got 0"),
-        ("train.parallel.ranks=3", "ranks (3) must be a multiple of tensor x pipeline (2 x 1)"),
+        ("train.parallel.ranks=3", "ranks (3) must be a multiple of tensor x pipeline x context (2 x 1 x 1)"),
     ],
 )
 def test_overrides_that_cannot_be(tmp_path: Path, assignment: str, said: str) -> None:
