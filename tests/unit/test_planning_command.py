@@ -199,7 +199,7 @@ def test_refusals_name_the_key(configs: Path, capsys: pytest.CaptureFixture[str]
     assert "how many GPUs? Give --gpus N" in refusal(capsys, eight)
     assert "no layout of 8 GPUs fits into 80 GB each" in refusal(capsys, seventy, "--gpus", 8)
     message = refusal(capsys, eight, "--gpus", 8, "--layout", "tensor=3")
-    assert "train.parallel: ranks (8) must be a multiple of tensor x pipeline (3 x 1)" in message
+    assert "train.parallel: ranks (8) must be a multiple of tensor x pipeline x context (3 x 1 x 1)" in message
     assert "train.parallel.pipe: Extra inputs are not permitted; keys: ranks, tensor, pipeline" in refusal(
         capsys, eight, "--gpus", 8, "--layout", "pipe=2"
     )

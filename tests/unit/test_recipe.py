@@ -159,7 +159,10 @@ def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
     ("layout", "said"),
     [
         ("ranks: 3\n    tensor: 2", "ranks (3) must be a multiple of tensor x pipeline x context (2 x 1 x 1)"),
-        ("ranks: 4\n    tensor: 2\n    pipeline: 4", "ranks (4) must be a multiple of tensor x pipeline (2 x 4)"),
+        (
+            "ranks: 4\n    tensor: 2\n    pipeline: 4",
+            "ranks (4) must be a multiple of tensor x pipeline x context (2 x 4 x 1)",
+        ),
         ("ranks: 2\n    tensor: 2\n    virtual_pipeline: 2", "virtual_pipeline needs pipeline >= 2"),
         ("ranks: 2\n    tensor: 1\n    sequence: true", "sequence parallelism needs tensor >= 2"),
     ],
