@@ -15,7 +15,6 @@ from megatron_stepkto.files import read_json, stable_hash, write_json
 from megatron_stepkto.processes import Child, run_children
 from megatron_stepkto.progress import say, warn
 from megatron_stepkto.stages import Result, Stage
-from megatron_stepkto.training.engine import threads_per_rank
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.nodes import Nodes, tell_others, this_node, wait_for_word
 
@@ -92,7 +91,8 @@ def _ranks(directory: Path, settings: recipe.Training, nodes: Nodes) -> list[Chi
     """This node's ranks, each with its own log."""
     ranks = settings.parallel.ranks
     here = nodes.ranks_here(ranks)
-    env = {"OMP_NUM_THREADS": str(threads_per_rank(here)), "PYTHONWARNINGS": "ignore"}
+    threads = max(1, len(os.sched_getaffinity(0)) // here)
+    env = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     if nodes.count == 1:
         # gloo looks up the host's name to choose an interface, which fails on machines without DNS: name it.
         env["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
