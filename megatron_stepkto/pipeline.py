@@ -23,7 +23,7 @@ from megatron_stepkto.files import atomic_writer, read_json, stable_hash, write_
 from megatron_stepkto.locks import exclusive_lock
 from megatron_stepkto.problems import write_problems
 from megatron_stepkto.progress import say
-from megatron_stepkto.stages import Result, Stage, run_stage
+from megatron_stepkto.stages import Result, Stage, input_hash, run_stage
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,13 @@ class Run:
     def evaluation(self, t: int) -> Path:
         return (self.base if t == 0 else self.root) / "evaluate" / self.name(t)
 
+    def known(self, stage: Stage) -> Stage:
+        return replace(stage, hashes=self.base / ".hashes.json")
+
     def run(
         self, stage: Stage, work: Callable[[], Result], together: Callable[[], None] | None = None
     ) -> dict[str, Any]:
-        manifest = run_stage(stage, work, force=self.force, together=together)
+        manifest = run_stage(self.known(stage), work, force=self.force, together=together)
         self.finished.append((str(stage.directory.relative_to(self.base)), manifest))
         return manifest
 
@@ -289,7 +292,9 @@ def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
     if reference:
         inputs["reference"] = reference
 
-    stage = Stage(_title(run, t, "train"), directory, {"train": training_key(settings), "seed": seed}, inputs)
+    stage = run.known(
+        Stage(_title(run, t, "train"), directory, {"train": training_key(settings), "seed": seed}, inputs)
+    )  # as it is: train() asks for the key again
     if weights_only:
         run_stage(stage, lambda: prepare_weights(stage, settings), force=run.force)
         return
@@ -384,6 +389,7 @@ def prepare(run: Run) -> None:
 def prepare_all(run: Run) -> None:
     """What needs nothing but the recipe: M0, and the problems of every iteration and of the evaluation."""
     prepare(run)
+    input_hash(run.model(0), run.base / ".hashes.json")
     if run.recipe.problems.source != "imports":
         for t in range(1, run.recipe.iterations + 1):
             problems_stage(run, t)

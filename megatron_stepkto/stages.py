@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json, sha256_of, write_json
+from megatron_stepkto.files import read_json, sha256_of, stable_hash, write_json
 from megatron_stepkto.locks import Lock, exclusive_lock
 from megatron_stepkto.progress import say
 
@@ -59,12 +59,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Stage:
-    """``settings`` hold everything that decides the outputs, ``inputs`` every file or folder they are made from."""
+    """``settings`` hold everything that decides the outputs, ``inputs`` every file or folder they are made from.
+
+    hashes: file that keeps the hashes of large folders, so that not every stage reads 140 GB of weights again.
+    """
 
     title: str
     directory: Path
     settings: Mapping[str, Any]
     inputs: Mapping[str, Path]
+    hashes: Path | None = None
 
     @property
     def manifest_path(self) -> Path:
@@ -80,12 +84,18 @@ class Stage:
                     raise UserError(
                         f"{self.title}: input {name} is of an unfinished stage ({folder}); run that one first"
                     )
-            hashes[name] = {"path": str(path), "sha256": input_hash(path)}
+            hashes[name] = {"path": str(path), "sha256": input_hash(path, self.hashes)}
         return {"settings": dict(self.settings), "inputs": hashes}
 
 
-def input_hash(path: Path) -> str:
-    """Hash of an input; the hash list of a finished stage's manifest stands for its (possibly huge) outputs."""
+LARGE_BYTES = 1 << 30
+
+
+def input_hash(path: Path, hashes: Path | None = None) -> str:
+    """Hash of an input; the hash list of a finished stage's manifest stands for its (possibly huge) outputs.
+
+    A large folder is read once: ``hashes`` keeps its hash with the names, sizes and times of its files.
+    """
     for folder in (path, path.parent):
         manifest = folder / MANIFEST
         if manifest.is_file():
@@ -94,7 +104,17 @@ def input_hash(path: Path) -> str:
             relative = "." if folder == path else path.name
             if isinstance(outputs, dict) and relative in outputs:
                 return str(outputs[relative]["sha256"])
-    return sha256_of(path)
+    if hashes is None or not path.is_dir():
+        return sha256_of(path)
+    listing = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*"))
+    if sum(size for _, size, _ in listing) < LARGE_BYTES:
+        return sha256_of(path)
+    known = read_json(hashes) if hashes.is_file() else {}
+    state = stable_hash(*listing)
+    if known.get(str(path), {}).get("state") != state:
+        known[str(path)] = {"state": state, "sha256": sha256_of(path)}
+        write_json(hashes, known)
+    return str(known[str(path)]["sha256"])
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,14 @@ def free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+_TIED = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))\n"
+    "os.getppid() == int(sys.argv[1]) or os._exit(1)\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
 
 
 class Cluster:
@@ -109,7 +118,9 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP
         assert program is not None
         with (self.folder / f"{name}.out").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [program, *command[1:]], stdout=log, stderr=subprocess.STDOUT,
+                # the daemons end with this process, also when it is killed
+                [sys.executable, "-S", "-c", _TIED, str(os.getpid()), program, *command[1:]],
+                stdout=log, stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment}, start_new_session=True,
             )  # fmt: skip
 

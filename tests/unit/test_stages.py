@@ -347,3 +347,21 @@ def test_an_input_of_an_unfinished_stage_is_refused(tmp_path: Path) -> None:
     after = Stage("after", tmp_path / "after", {}, {"train": tmp_path / "before" / "train.jsonl"})
     with pytest.raises(UserError, match="input train is of an unfinished stage"):
         run_stage(after, lambda: Result([]))
+
+
+def test_a_large_folder_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, hashes = tmp_path / "model", tmp_path / "hashes.json"
+    folder.mkdir()
+    (folder / "w.bin").write_text("one")
+    expected = input_hash(folder)
+    assert input_hash(folder, hashes) == expected
+    assert not hashes.exists(), "small ones are read each time"
+    monkeypatch.setattr(stages, "LARGE_BYTES", 3)
+    assert input_hash(folder, hashes) == expected
+    real, read = stages.sha256_of, []
+    monkeypatch.setattr(stages, "sha256_of", lambda path: read.append(path) or real(path))
+    assert input_hash(folder, hashes) == expected
+    assert read == []
+    (folder / "w.bin").write_text("two")
+    assert input_hash(folder, hashes) == real(folder) != expected
+    assert read == [folder]
