@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.judging.process import judging_key
 from megatron_stepkto.judging.stage import judge_file, load_tokenizer
 from megatron_stepkto.recipe import Judging
 from megatron_stepkto.records import JudgedSample, Problem, Sample, read_records, write_records
+from tests.scripted_server import Reply, ScriptedServer, chat
 
 PROBLEM = Problem(
     problem_id="p1",
@@ -145,3 +148,42 @@ def test_a_folder_without_a_tokenizer(folder: Folder, tmp_path: Path) -> None:
     (folder.path / "model" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="does not load"):
         load_tokenizer(folder.path / "model")
+
+
+def test_an_llm_judge_in_the_stage(folder: Folder) -> None:
+    """Votes and scores reach the records; dropped labels keep them; the answers stand in the stage's cache."""
+
+    def script(body: dict[str, Any], number: int) -> Reply:
+        prompt = body["messages"][0]["content"]
+        words = ["wrong" if "= 22" in step else "right" for step in re.findall(r"\[step \d\]\n(.*)", prompt)]
+        return chat({f"step_{n}": {"verdict": word} for n, word in enumerate(words, 1)})
+
+    with ScriptedServer(script) as server:
+        process = {"kind": "llm", "base_url": server.url, "model": "judge", "votes": 3}
+        settings = Judging.model_validate({"split": "line", "process": process, "after_first_error": "drop"})
+        write_records(folder.samples, [folder.sample(0, RIGHT), folder.sample(1, LUCKY)])
+        files = (folder.problems, folder.samples, folder.output, folder.path / "model", settings)
+        counts = judge_file(*files)
+        assert judge_file(*files)["judge"] == {"cached": 6}  # a second run asks nothing
+    right, lucky = folder.judged()
+    assert [s.label for s in right.steps] == [1, 1, 1] and [s.label for s in lucky.steps] == [0, None, None]
+    assert lucky.steps[0].votes == [0, 0, 0] and lucky.steps[0].score == 0.0 and lucky.steps[1].votes == [1, 1, 1]
+    assert right.judge.process == "llm:judge" and (right.outcome, lucky.outcome) == (1, 1)
+    assert len(server.requests) == 6 and counts["judge"]["answered"] == 6
+    assert (counts["steps_right"], counts["steps_wrong"], counts["steps_unjudged"]) == (3, 1, 2)
+
+
+def test_the_key_names_what_decides_the_labels(tmp_path: Path) -> None:
+    """Another server or more patience leaves finished labels valid; another prompt or threshold does not."""
+
+    def key(**changes: Any) -> dict[str, Any]:
+        process = {"kind": "llm", "base_url": "http://a/v1", "model": "judge", **changes}
+        return judging_key(Judging.model_validate({"split": "line", "process": process}))
+
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("{{ problem }}")
+    assert key() == key(base_url="http://b/v1", concurrency=1, retries=0, timeout_s=1.0, api_key_env="K")
+    assert key() != key(threshold=0.7) and key() != key(votes=3) and key() != key(prompt=str(prompt))
+    before = key(prompt=str(prompt))
+    prompt.write_text("{{ problem }}!")
+    assert key(prompt=str(prompt)) != before

@@ -364,3 +364,38 @@ def test_a_recipe_cannot_be_changed_after_it_was_read(tmp_path: Path) -> None:
     recipe: Recipe = load_recipe(write(tmp_path))
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("process", "said"),
+    [
+        ("equation", "judge.process: Input tag 'equation' found using 'kind' does not match any of the expected tags"),
+        ("{kind: llm, model: m}", "key judge.process.base_url is missing; add it"),
+        (
+            "{kind: llm, model: m, base_url: 'http://x', treshold: 1}",
+            "unknown key judge.process.treshold; did you mean threshold?",
+        ),
+        ("{kind: llm, model: m, base_url: 'http://x', votes: 3, temperature: 0}", "votes: 3 needs temperature > 0"),
+        (
+            "{kind: prm, model: m, convention: math_shepherd, base_url: 'http://x'}",
+            "convention: math_shepherd reads logits of a language model: remove base_url",
+        ),
+        (
+            "{kind: prm, model: m, convention: qwen_math_prm, threshold: 0.4, wrong_below: 0.5}",
+            "wrong_below (0.5) must not be above threshold (0.4)",
+        ),
+        (
+            "{kind: monte_carlo, sample: {max_tokens: 8, worker: 2}}",
+            "unknown key judge.process.sample.worker; did you mean workers?",
+        ),
+    ],
+)
+def test_faults_of_a_process_judge(tmp_path: Path, process: str, said: str) -> None:
+    message = refusal(changed(tmp_path, "process: chained_arithmetic", f"process: {process}"))
+    assert said in message and "recipe.yaml:11" in message
+
+
+def test_a_process_judge_in_short_and_in_full(tmp_path: Path) -> None:
+    short = load_recipe(changed(tmp_path, "process: chained_arithmetic", "process: equations"))
+    full = load_recipe(changed(tmp_path, "process: chained_arithmetic", "process: {kind: equations}"))
+    assert short.judge == full.judge
