@@ -31,6 +31,8 @@ PATCHED_MODULES = (
     "utils",
     "models.common.embeddings.rotary_pos_embedding",
     "transformer.utils",
+    "transformer.moe.router",
+    "transformer.moe.token_dispatcher",
     "tensor_parallel.layers",
     "tensor_parallel.mappings",
     "tensor_parallel.utils",
@@ -78,6 +80,19 @@ def on_meta_device() -> Iterator[None]:
         _target = torch.device("cpu")
 
 
+class _CpuStream:
+    """A stream (and its events) where everything runs in order."""
+
+    def wait_stream(self, stream: Any) -> None:
+        return None
+
+    def record_event(self) -> _CpuStream:
+        return self
+
+    def synchronize(self) -> None:
+        return None
+
+
 class _CpuCuda:
     """``torch.cuda`` as seen by the patched modules."""
 
@@ -98,6 +113,15 @@ class _CpuCuda:
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
+
+    def Stream(self, *_: Any, **__: Any) -> _CpuStream:
+        return _CpuStream()
+
+    def current_stream(self, *_: Any) -> _CpuStream:
+        return _CpuStream()
+
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class _CpuTorch:
@@ -159,6 +183,8 @@ def install() -> None:
         module.torch = _STAND_IN
     _patch_rng_state()
     _patch_tensor_methods()
+    _patch_experts()
+    patch_expert_router()
     patch_distributed_optimizer_load()
     _installed = True
 
@@ -186,6 +212,16 @@ def _patch_rng_state() -> None:
     _replace(random, "_set_cuda_rng_state", set_state)
 
 
+def _patch_experts() -> None:
+    """The all-to-all of tokens wants counts as numpy arrays, which Megatron makes only of tensors on a GPU."""
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+
+    def as_counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _replace(dispatcher, "maybe_move_tensor_to_cpu", as_counts)
+
+
 def _called_from_megatron() -> bool:
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core")
 
@@ -206,6 +242,15 @@ def _patch_tensor_methods() -> None:
 
     torch.Tensor.cuda = cuda  # type: ignore[assignment]
     torch.Tensor.type = type_  # type: ignore[assignment, method-assign]
+
+
+def patch_expert_router() -> None:
+    """Without Transformer Engine, Megatron's router fails at a name that it imports from there only (on GPUs too)."""
+    utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if "te_general_gemm" not in utils.RouterGatingLinearFunction.forward.__code__.co_names:
+        raise RuntimeError(f"{utils!r}: the router does not ask for te_general_gemm; remove this patch")
+    if not hasattr(utils, "te_general_gemm"):
+        utils.te_general_gemm = None
 
 
 def patch_distributed_optimizer_load() -> None:

@@ -116,7 +116,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
     if recipe.initial_model is None or not recipe.initial_model.is_dir():
         return 0
-    parameters = model_parameters(*read_model_config(recipe.initial_model))
+    parameters = model_parameters(read_model_config(recipe.initial_model)[1])
     weight, state = (2, 14) if recipe.train.dtype == "bfloat16" else (4, 12)
     inputs = 2 if recipe.train.reference == "initial" else 1
     return parameters * (inputs * weight + (recipe.train.keep_checkpoints + 1) * state + recipe.iterations * 2 * weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -92,10 +94,14 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=silu,
         add_bias_linear=False,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=config.norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        # YaRN multiplies cosine and sine of query and key; over whole heads that is a factor of their product.
+        softmax_scale=config.rope.attention_factor**2 / math.sqrt(config.head_dim),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -110,6 +116,8 @@ def transformer_config(
         # Micro-batches are packed to different lengths. Megatron asks for this dispatcher even when dense.
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=parallel.expert,
+        **_expert_settings(config),
         # Interleaved schedules give wrong gradients with batched p2p at pipeline 2, without an error: never both.
         batch_p2p_comm=parallel.virtual_pipeline is None,
         overlap_p2p_comm=parallel.virtual_pipeline is not None,
@@ -130,18 +138,47 @@ def transformer_config(
     )
 
 
-def _block_spec(num_layers: int, context: int, acceleration: Acceleration) -> TransformerBlockSubmodules:
+def _expert_settings(config: ModelConfig) -> dict[str, Any]:
+    experts = config.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.number,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn_size,
+        # softmax over all experts and then top-k, or top-k and then softmax: the renormalised weights of the former
+        "moe_router_pre_softmax": not experts.renormalize,
+        "moe_router_dtype": "fp32",
+        # Preference training is short and starts from a balanced router: no auxiliary loss, and no token is dropped.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        # An expert's matrices are not split over tensor-parallel ranks (see _mark_experts).
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def _block_spec(
+    config: ModelConfig, num_layers: int, context: int, acceleration: Acceleration
+) -> TransformerBlockSubmodules:
+    kinds: dict[str, Any] = {
+        "num_experts": config.experts.number if config.experts else None,
+        "qk_layernorm": config.qk_norm,
+    }
     if acceleration.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
+        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(**kinds)
         return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=TENorm)
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", **kinds))
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = (
-        ContextParallelAttention if context > 1 else PackedAttention
-    )
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = ContextParallelAttention if context > 1 else PackedAttention
+    if config.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.experts:
+        # The local spec would save this norm as part of a linear_fc1 that is not there; take Transformer Engine's name.
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
@@ -156,6 +193,19 @@ def _mark_tensor_parallel(chunk: PolicyModel) -> None:
         weight = getattr(module, "weight", None)
         if type(module) in split_dim and weight is not None:
             set_tensor_model_parallel_attributes(weight, True, split_dim[type(module)], 1)
+
+
+def _mark_experts(chunk: PolicyModel, parallel: TransformerConfig) -> None:
+    """Have the gradients of replicated experts summed over the tensor-parallel ranks too.
+
+    Each of these ranks sends other tokens to its copy of the experts. Megatron sums over them only where it splits
+    experts over ranks (expert parallel size above 1): else the copies would drift apart, with no error.
+    """
+    if parallel.expert_model_parallel_size == 1 and parallel.tensor_model_parallel_size > 1:
+        for module in chunk.modules():
+            if isinstance(module, SequentialMLP):
+                for weight in module.parameters():
+                    weight.allreduce = False
 
 
 def build_model_chunks(
@@ -174,14 +224,14 @@ def build_model_chunks(
         chunk = PolicyModel(
             config=megatron,
             transformer_layer_spec=_block_spec(
-                get_num_layers_to_build(megatron, vp_stage=stage), megatron.context_parallel_size, acceleration
+                config, get_num_layers_to_build(megatron, vp_stage=stage), megatron.context_parallel_size, acceleration
             ),
             vocab_size=padded_vocab_size(config.vocab_size, megatron.tensor_model_parallel_size),
             max_sequence_length=config.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             position_embedding_type="rope",
-            rotary_base=int(config.rope_base),
+            rotary_base=int(config.rope.base),
             share_embeddings_and_output_weights=config.tied,
             vp_stage=stage,
         )
@@ -189,6 +239,7 @@ def build_model_chunks(
         chunk.rotary_pos_emb.inv_freq = config.inv_freq().to(chunk.rotary_pos_emb.inv_freq.device)
         chunk.words = config.vocab_size
         _mark_tensor_parallel(chunk)
+        _mark_experts(chunk, megatron)
         chunk.model_type = ModelType.encoder_or_decoder
         chunks.append(chunk)
     return chunks

@@ -206,13 +206,18 @@ class Dataset(Section):
 
 
 class Parallel(Section):
-    """Megatron-Core's layout. Data parallel size = ranks / (tensor * pipeline * context)."""
+    """Megatron-Core's layout. Data parallel size = ranks / (tensor * pipeline * context).
+
+    expert: ranks that share the experts of a mixture of experts; they are taken from the tensor- and data-parallel
+    ranks of a stage. One expert is never split over ranks.
+    """
 
     ranks: int = Field(1, ge=1)
     tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     virtual_pipeline: int | None = Field(None, ge=2)
     context: int = Field(1, ge=1, description="ranks that share the tokens of each document")
+    expert: int = Field(1, ge=1)
     sequence: bool = False
     distributed_optimizer: bool = False
 
@@ -223,6 +228,12 @@ class Parallel(Section):
                 f"ranks ({self.ranks}) must be a multiple of tensor x pipeline x context "
                 f"({self.tensor} x {self.pipeline} x {self.context})"
             )
+        if self.ranks % (self.expert * self.pipeline):
+            raise ValueError(
+                f"ranks ({self.ranks}) must be a multiple of expert x pipeline ({self.expert} x {self.pipeline})"
+            )
+        if self.expert > 1 and self.context > 1:
+            raise ValueError("expert and context parallelism together are not supported: set one of them to 1")
         if self.virtual_pipeline and self.pipeline == 1:
             raise ValueError("virtual_pipeline needs pipeline >= 2")
         if self.sequence and self.tensor == 1:

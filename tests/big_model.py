@@ -40,8 +40,8 @@ def write_big_llama(
         "dtype": "bfloat16",
     }
     (directory / "config.json").write_text(json.dumps(config))
-    model, entries = read_model_config(directory)
-    shapes = {n: s for slice_ in slices(entries, model) for n, s in zip(slice_.names, slice_.shapes, strict=True)}
+    _, entries = read_model_config(directory)
+    shapes = {n: s for slice_ in slices(entries) for n, s in zip(slice_.names, slice_.shapes, strict=True)}
     writer = HFWriter(directory, [(name, torch.bfloat16, shape) for name, shape in shapes.items()])
     numbers = torch.randn(_BLOCK // 2 + 2 * len(shapes), generator=torch.Generator().manual_seed(0))
     pattern = numbers.mul_(0.02).bfloat16().view(torch.uint8).numpy()

@@ -2,5 +2,7 @@
 
 from megatron_stepkto.checkpoints.architecture import Architecture
 from megatron_stepkto.checkpoints.llama import LLAMA
+from megatron_stepkto.checkpoints.mistral import MISTRAL, MIXTRAL
+from megatron_stepkto.checkpoints.qwen import QWEN2, QWEN3, QWEN3_MOE
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA,)
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig, find_architecture
+from megatron_stepkto.checkpoints.architecture import ModelConfig, find_architecture
 from megatron_stepkto.checkpoints.checksums import crc32_of_parts
 from megatron_stepkto.checkpoints.huggingface import DTYPES, HFCheckpoint, HFWriter, read_companions
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.manifest import Manifest, read_manifest
+from megatron_stepkto.checkpoints.mapping import Entry
 from megatron_stepkto.checkpoints.slices import Slice, extra_state_keys, slices
 from megatron_stepkto.checkpoints.stream import (
     Buffers,
@@ -75,7 +76,7 @@ class HFSide:
     def __init__(self, directory: Path, *, one_dtype: bool = True) -> None:
         self.checkpoint = HFCheckpoint(directory)
         self.config, self.entries = read_model_config(directory)
-        self.slices = list(slices(self.entries, self.config))
+        self.slices = slices(self.entries)
         faults = [*self._name_faults(), *self._tensor_faults(one_dtype)]
         if faults:
             raise UserError(f"{directory}: the weights are not those of its config.json; " + "; ".join(faults))
@@ -145,7 +146,7 @@ class MegatronSide:
                 "weights; copy them there from the model the training began with"
             )
         self.config, self.entries = read_model_config(self.companions)
-        self.slices = list(slices(self.entries, self.config))
+        self.slices = slices(self.entries)
         shapes = self.reader.shapes()
         faults = list(self._faults({slice_.key: slice_ for slice_ in self.slices}, shapes))
         if faults:

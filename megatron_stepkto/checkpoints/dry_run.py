@@ -35,14 +35,14 @@ def dry_run(source: Path, parallel: Parallel) -> str:
         # the recipe's keys are this command's options
         raise UserError("\n".join(fault.message.replace("train.parallel.", "--") for fault in faults))
     dtype = _dtype(read_json(folder / "config.json"))
-    total = model_parameters(config, entries)
+    total = model_parameters(entries)
     lines = [
         f"{folder}: {config.num_layers} layers, hidden size {config.hidden_size}, {config.num_heads} heads in "
         f"{config.num_kv_heads} groups, vocabulary {config.vocab_size}",
         f"{total:,} parameters, {total * dtype.itemsize / 1e9:,.2f} GB in {str(dtype).removeprefix('torch.')}",
         "",
         "Megatron-Core's tensor, its shape, and the Hugging Face tensors in it:",
-        *_mapping(list(slices(entries, config))),
+        *_mapping(slices(entries)),
         "",
         f"--tensor {parallel.tensor} --pipeline {parallel.pipeline}"
         + (f" --virtual-pipeline {parallel.virtual_pipeline}" if parallel.virtual_pipeline else "")

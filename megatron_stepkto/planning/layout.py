@@ -25,7 +25,7 @@ class Fault:
 
 def layout_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
     """Everything that keeps a model from being split so; empty when it can be."""
-    return [*_tensor_faults(config, parallel), *_pipeline_faults(config, parallel)]
+    return [*_tensor_faults(config, parallel), *_pipeline_faults(config, parallel), *_expert_faults(config, parallel)]
 
 
 def _tensor_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
@@ -70,6 +70,28 @@ def _pipeline_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
     return []
 
 
+def _expert_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
+    key, expert = f"{SECTION}.expert", parallel.expert
+    if config.experts is None:
+        return [Fault(key, f"{key} = {expert}, but the model has no experts; set it to 1")] if expert > 1 else []
+    faults = []
+    if config.experts.number % expert:
+        choice = _listed(_divisors(config.experts.number))
+        message = (
+            f"{key} = {expert} does not divide the model's experts ({config.experts.number}); choose one of {choice}"
+        )
+        faults.append(Fault(key, message))
+    if parallel.tensor > 1 and not parallel.sequence:
+        faults.append(
+            Fault(
+                f"{SECTION}.sequence",
+                f"{SECTION}.sequence must be true for a mixture of experts with {SECTION}.tensor > 1: without it "
+                "every tensor-parallel rank would send the same tokens to the experts",
+            )
+        )
+    return faults
+
+
 def check_layout(config: ModelConfig, parallel: Parallel, place: Callable[[str], str] | None = None) -> None:
     """Refuse a layout that the model cannot be split in.
 
@@ -86,11 +108,8 @@ def check_layout(config: ModelConfig, parallel: Parallel, place: Callable[[str],
 
 def _split_sizes(config: ModelConfig) -> list[tuple[str, int]]:
     """What tensor parallelism cuts into equal parts."""
-    return [
-        ("attention heads", config.num_heads),
-        ("key-value heads", config.num_kv_heads),
-        ("feed-forward size", config.ffn_size),
-    ]
+    sizes = [("attention heads", config.num_heads), ("key-value heads", config.num_kv_heads)]
+    return sizes if config.experts else [*sizes, ("feed-forward size", config.ffn_size)]
 
 
 def tensor_choices(config: ModelConfig) -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig, is_per_layer
+from megatron_stepkto.checkpoints.architecture import ModelConfig
+from megatron_stepkto.checkpoints.mapping import Entry
 from megatron_stepkto.recipe import Parallel
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -48,9 +49,11 @@ def stage_layers(config: ModelConfig, parallel: Parallel, stage: int) -> list[li
     return [list(range(start, start + size)) for start in starts]
 
 
-def rank_shape(entry: Entry, config: ModelConfig, tensor: int) -> tuple[int, ...]:
-    """One rank's part of an entry (of one layer's slice where it is per layer)."""
-    shape = list(entry.shape(config))
+def rank_shape(entry: Entry, parallel: Parallel) -> tuple[int, ...]:
+    """One rank's part of an entry (of one layer where it is stacked over layers)."""
+    tensor, shape = parallel.tensor, list(entry.shape)
+    if len(entry.lead) == 2:  # experts: whole ones, shared out over the expert-parallel ranks
+        return (entry.lead[1] // parallel.expert, *shape)
     if entry.key in (EMBEDDING, HEAD):
         shape[0] = padded_vocab_size(shape[0], tensor) // tensor
     elif entry.key.endswith(_COLUMN):
@@ -62,8 +65,8 @@ def rank_shape(entry: Entry, config: ModelConfig, tensor: int) -> tuple[int, ...
 
 def stage_parameters(config: ModelConfig, entries: list[Entry], parallel: Parallel, stage: int) -> StageParameters:
     """Elements of every chunk that a rank of pipeline stage ``stage`` holds; equal on all its tensor ranks."""
-    sizes = {entry.key: math.prod(rank_shape(entry, config, parallel.tensor)) for entry in entries}
-    per_layer = sum(sizes[entry.key] for entry in entries if is_per_layer(entry))
+    sizes = {entry.key: math.prod(rank_shape(entry, parallel)) for entry in entries}
+    per_layer = sum(sizes[entry.key] for entry in entries if entry.lead)
     first, last = stage == 0, stage == parallel.pipeline - 1
     chunks = [per_layer * len(layers) for layers in stage_layers(config, parallel, stage)]
     embedding = sizes[EMBEDDING] if first else 0
@@ -77,9 +80,9 @@ def stage_parameters(config: ModelConfig, entries: list[Entry], parallel: Parall
     return StageParameters(tuple(chunks), embedding, head)
 
 
-def model_parameters(config: ModelConfig, entries: list[Entry]) -> int:
+def model_parameters(entries: list[Entry]) -> int:
     """Elements of the whole model, as Hugging Face counts them (no padding, a tied head once)."""
-    return sum(math.prod(entry.shape(config)) * (config.num_layers if is_per_layer(entry) else 1) for entry in entries)
+    return sum(math.prod(entry.full_shape) for entry in entries)
 
 
 def optimizer_shard(parameters: StageParameters, data_parallel: int) -> int:

@@ -29,7 +29,7 @@ def _header(model: Path, case: Scenario) -> str:
     c, k, w, a = case.config, case.cluster, case.work, case.assumed
     return "\n".join(
         [
-            f"{model}: {model_parameters(c, case.entries) / 1e9:.2f}B parameters, {c.num_layers} layers, hidden "
+            f"{model}: {model_parameters(case.entries) / 1e9:.2f}B parameters, {c.num_layers} layers, hidden "
             f"{c.hidden_size:,}, {c.num_heads} heads ({c.num_kv_heads} key-value), vocabulary {c.vocab_size:,}",
             f"{k.gpus} GPUs, {k.gpus_per_node} per node: {k.memory_gb:g} GB, {k.bf16_tflops:g} TFLOP/s bf16, "
             f"{k.hbm_gbs:g} GB/s memory, {k.node_gbs:g} GB/s in the node, {k.network_gbs:g} GB/s between nodes",

@@ -221,7 +221,7 @@ def sampling_seconds(case: Scenario) -> float:
     config, cluster, assumed, work = case.config, case.cluster, case.assumed, case.work
     if not work.samples:
         return 0.0
-    weights = 2.0 * model_parameters(config, case.entries)
+    weights = 2.0 * model_parameters(case.entries)
     per_engine = 1
     while weights / per_engine > 0.5 * cluster.memory_gb * 1e9 and per_engine < cluster.gpus_per_node:
         per_engine *= 2

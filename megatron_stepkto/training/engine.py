@@ -65,6 +65,7 @@ def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float
         torch.set_num_threads(threads_per_rank(parallel.ranks))
     else:
         cpu.check_megatron_version()
+        cpu.patch_expert_router()
         cpu.patch_distributed_optimizer_load()  # torch's AdamW is also the GPU's without Transformer Engine and Apex
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))
@@ -83,6 +84,8 @@ def lay_out(parallel: recipe.Parallel, timeout_s: float) -> None:
         parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=timeout_s / 60,  # becomes a timedelta, which takes fractions
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
     )
     # Nothing random is left in a pass (no dropout); Megatron's tracker wants a seed all the same.
     tensor_parallel.model_parallel_cuda_manual_seed(1)

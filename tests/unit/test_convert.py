@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_stepkto.checkpoints import huggingface
-from megatron_stepkto.checkpoints.architecture import QKV, GateUp, ModelConfig
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.llama import read_config
+from megatron_stepkto.checkpoints.mapping import gate_up, qkv, same
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.errors import UserError
@@ -154,46 +154,32 @@ def test_extra_state_entries_that_a_strict_load_asks_for(models: dict[str, Path]
 # --- the mapping by hand -------------------------------------------------------------------------------------
 
 
-def small(**changes: Any) -> ModelConfig:
-    return ModelConfig(
-        **{
-            "num_layers": 1,
-            "hidden_size": 1,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 2,
-            "ffn_size": 2,
-            "vocab_size": 3,
-            "max_positions": 8,
-            "norm_eps": 1e-5,
-            "rope_base": 1e4,
-            "rope_scaling": None,
-            "tied": True,
-            **changes,
-        }
-    )
-
-
 def column(*values: int) -> Tensor:
     return torch.tensor(values)[:, None]
 
 
 def test_qkv_by_hand() -> None:
     """Two groups of two query heads, two rows per head: query heads 1 to 4 (11 12, 21 22, ...), keys 5x, values 7x."""
-    entry = QKV("k", "q", "k", "v")
+    entry = qkv("k", ("q", "k", "v"), layers=1, groups=2, heads=4, head_dim=2, columns=1)
     query, key, value = column(11, 12, 21, 22, 31, 32, 41, 42), column(51, 52, 61, 62), column(71, 72, 81, 82)
-    stacked = entry.to_megatron([query, key, value], small())
+    stacked = entry.to_megatron([query, key, value])
     assert stacked[:, 0].tolist() == [11, 12, 21, 22, 51, 52, 71, 72, 31, 32, 41, 42, 61, 62, 81, 82]
-    assert entry.shape(small()) == (16, 1)
-    for back, expected in zip(entry.to_hf(stacked, small()), (query, key, value), strict=True):
+    assert (entry.shape, entry.full_shape, entry.hf_shapes()) == ((16, 1), (1, 16, 1), [(8, 1), (4, 1), (4, 1)])
+    for back, expected in zip(entry.to_hf(stacked), (query, key, value), strict=True):
         assert torch.equal(back, expected)
 
 
 def test_gate_and_up_by_hand() -> None:
-    entry = GateUp("k", "gate", "up")
-    stacked = entry.to_megatron([column(1, 2), column(3, 4)], small())
+    entry = gate_up("k", "gate", "up", 1, 4, 1)
+    stacked = entry.to_megatron([column(1, 2), column(3, 4)])
     assert stacked[:, 0].tolist() == [1, 2, 3, 4]
-    assert [part[:, 0].tolist() for part in entry.to_hf(stacked, small())] == [[1, 2], [3, 4]]
+    assert [part[:, 0].tolist() for part in entry.to_hf(stacked)] == [[1, 2], [3, 4]]
+
+
+def test_experts_are_stacked_over_layers_and_experts() -> None:
+    entry = same("k", "{layer}.experts.{expert}.w2", 2, 3, 5, 7, stacked=2)
+    assert (entry.lead, entry.shape) == ((2, 3), (5, 7))
+    assert [entry.hf_names(index) for index in entry.indices()][3:] == [[f"1.experts.{e}.w2"] for e in range(3)]
 
 
 def test_regions_of_a_tensor_cut_into_blocks(tmp_path: Path) -> None:
@@ -208,6 +194,7 @@ def test_regions_of_a_tensor_cut_into_blocks(tmp_path: Path) -> None:
     assert torch.equal(reader.read("w"), whole)
     assert torch.equal(reader.read("w", (1,)), whole[1])
     assert torch.equal(reader.read("w", (0,), rows=3), whole[0, :3])
+    assert torch.equal(reader.read("w", (1, 3)), whole[1, 3])
     with pytest.raises(UserError, match="no tensor absent"):
         reader.read("absent")
 

@@ -50,13 +50,16 @@ def test_folders_that_are_no_model(models: dict[str, Path], tmp_path: Path) -> N
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "expected architectures to be one of LlamaForCausalLM, got GPT2LMHeadModel",
+            "Qwen3ForCausalLM, Qwen3MoeForCausalLM, got GPT2LMHeadModel",
         ),
         ({"architectures": []}, "got None"),
         ({"attention_bias": True}, "attention_bias = True is not supported for Llama; expected False"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn' is not supported"),
-        ({"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0}}, "key 'factor' is missing"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "RoPE type 'dynamic' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0}},
+            "RoPE type llama3 needs factor, high_freq",
+        ),
         ({"hidden_size": "64"}, "hidden_size"),
     ],
 )

@@ -122,7 +122,7 @@ def test_one_fault_is_one_line_with_its_place(tmp_path: Path, old: str, new: str
 def test_a_key_like_no_other_gets_the_list_of_keys(tmp_path: Path) -> None:
     path = changed(tmp_path, "    ranks: 2", "    ranks: 2\n    zzz: 1")
     assert refusal(path) == (
-        f"{path}:17: unknown key train.parallel.zzz; allowed here: context, distributed_optimizer, "
+        f"{path}:17: unknown key train.parallel.zzz; allowed here: context, distributed_optimizer, expert, "
         "pipeline, ranks, sequence, tensor, virtual_pipeline"
     )
 

@@ -1,0 +1,54 @@
+"""Mistral 7B, Nemo and their kin, and the mixture of experts Mixtral."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_stepkto.checkpoints.architecture import Architecture, Experts, ModelConfig
+from megatron_stepkto.checkpoints.decoder import (
+    attention_entries,
+    check_sizes,
+    check_window,
+    decoder_entries,
+    embedding_entries,
+    expert_entries,
+    read_decoder,
+)
+from megatron_stepkto.checkpoints.mapping import Entry
+
+_WINDOW = {"sliding_window", "layer_types"}
+
+
+def read_mistral(hf: Mapping[str, Any]) -> ModelConfig:
+    # transformers' defaults where config.json is silent
+    hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, **hf}
+    config = read_decoder(hf, "Mistral", read=_WINDOW)
+    check_window(hf, hf["sliding_window"])
+    return config
+
+
+def read_mixtral(hf: Mapping[str, Any]) -> ModelConfig:
+    hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, **hf}
+    read = {*_WINDOW, "num_local_experts", "num_experts_per_tok"}
+    check_sizes(hf, ("num_local_experts", "num_experts_per_tok"))
+    check_window(hf, hf.get("sliding_window"))
+    experts = Experts(
+        number=hf["num_local_experts"],
+        per_token=hf["num_experts_per_tok"],
+        ffn_size=hf["intermediate_size"],
+        renormalize=True,
+    )
+    return read_decoder(hf, "Mixtral", read=read, norm_eps=1e-5, rope_base=1e6, experts=experts)
+
+
+def mixtral_entries(c: ModelConfig) -> list[Entry]:
+    return [
+        *embedding_entries(c),
+        *attention_entries(c),
+        *expert_entries(c, "block_sparse_moe", gate="w1", up="w3", down="w2"),
+    ]
+
+
+MISTRAL = Architecture(names=("MistralForCausalLM",), read_config=read_mistral, entries=decoder_entries)
+MIXTRAL = Architecture(names=("MixtralForCausalLM",), read_config=read_mixtral, entries=mixtral_entries)
