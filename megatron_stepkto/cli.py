@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_stepkto import __version__
+from megatron_stepkto.comparing.command import add_comparison_command
 from megatron_stepkto.conversion_options import add_conversion_options
 from megatron_stepkto.errors import StageFailed, UserError
 from megatron_stepkto.judging import command as judging
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
             )
             add_conversion_options(stage)
             stage.set_defaults(command=_convert)
+    add_comparison_command(commands)
     evaluate = _recipe_command(commands, "evaluate", _evaluate, "measure M_T on held-out problems")
     evaluate.add_argument("--iteration", type=_not_negative, required=True, metavar="T", help="0 is M0")
     evaluate.add_argument("--method", choices=METHODS)

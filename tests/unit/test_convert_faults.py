@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_stepkto.checkpoints import target as target_folder
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.metadata import read_metadata
+from megatron_stepkto.checkpoints.stream import all_finite
 from megatron_stepkto.errors import UserError
 from tests.unit.checkpoint_folders import (
     DATA_FILE,
@@ -30,6 +33,7 @@ from tests.unit.checkpoint_folders import (
     change_weights,
     copy,
     forward_refusal,
+    refusal,
     write_chunks,
 )
 
@@ -359,3 +363,134 @@ def test_an_interruption_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
     megatron_to_hf(target, tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "megatron"]
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 1000))
+    assert "will be written, 0.00 GB are free; free some space" in forward_refusal(models["tied"])
+    assert not list(models["tied"].parent.glob(".target*"))
+
+
+def test_a_disk_that_becomes_full(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program fills it meanwhile: what was written is removed, so that there is room again."""
+    real, calls = os.pwrite, []
+
+    def full(*arguments: Any) -> int:
+        calls.append(1)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match="the disk is full; nothing was kept"):
+            hf_to_megatron(models["tied"], tmp_path / "megatron")
+    assert not list(tmp_path.iterdir())
+
+
+# --- all faults at once --------------------------------------------------------------------------------------
+
+
+def test_faults_of_many_files_are_all_named(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(models["tied"], tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    files = {name: f"model-{n % 4}.safetensors" for n, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: weights[name] for name in names if files[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model-0.safetensors").unlink()
+    (folder / "model-1.safetensors").write_bytes((folder / "model-1.safetensors").read_bytes()[:-7])
+    held = load_file(folder / "model-2.safetensors")
+    lost = sorted(held)[0]
+    held["stray.weight"] = held.pop(lost)
+    save_file(held, folder / "model-2.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    said = forward_refusal(folder)
+    for part in (
+        "names files that are missing: model-0.safetensors",
+        "model-1.safetensors: damaged or truncated safetensors file",
+        f"model-2.safetensors: cannot find {lost}",
+        "model.safetensors.index.json does not list its stray.weight",
+    ):
+        assert part in said
+
+
+def test_weights_that_are_not_finite_are_all_named_in_both_directions(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(models["tied"], tmp_path / "hf")
+    spoiled = {GATE: torch.nan, QUERY: torch.inf, "model.norm.weight": -torch.inf}
+
+    def change(weights: dict[str, Tensor]) -> None:
+        for name, value in spoiled.items():
+            weights[name].view(-1)[-1] = value
+
+    change_weights(folder, change)
+    said = forward_refusal(folder)
+    assert all(name in said for name in spoiled)
+    assert UP not in said
+
+    megatron = copy(models["megatron"], tmp_path / "megatron")
+    (megatron / "conversion.json").unlink()
+    row = load_file(models["tied"] / "model.safetensors")[GATE][7].numpy().tobytes()
+    content = (megatron / DATA_FILE).read_bytes()
+    nan = torch.tensor([torch.nan]).numpy().tobytes()
+    (megatron / DATA_FILE).write_bytes(content.replace(row, nan + row[4:]))
+    assert f"{GATE} holds NaN or infinite values" in back_refusal(megatron)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_every_bit_pattern_is_judged_as_torch_judges_it(name: str) -> None:
+    dtype = getattr(torch, name)
+    if dtype == torch.float32:
+        upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+        patterns = torch.cat([upper, upper | 1, upper | 0xFFFF])
+    else:
+        patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    numbers = patterns.view(dtype)
+    expected = torch.isfinite(numbers)
+    found = [all_finite(one.view(torch.uint8).numpy(), dtype) for one in numbers.split(1)]
+    assert found == expected.tolist()
+    finite = numbers[expected].contiguous()
+    assert all_finite(finite.view(torch.uint8).numpy(), dtype)
+    assert not all_finite(numbers.view(torch.uint8).numpy(), dtype)
+
+
+def test_a_cast_that_overflows_is_named(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = change_weights(copy(models["tied"], tmp_path / "hf"), lambda weights: weights[UP][0].fill_(1e6))
+    said = refusal(lambda: hf_to_megatron(folder, tmp_path / "target", torch.float16), tmp_path / "target")
+    assert UP in said
+    assert "overflow" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_other_dtypes_are_refused(models: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = change_weights(
+        copy(models["tied"], tmp_path / "hf"), lambda weights: weights.update({UP: weights[UP].to(dtype)})
+    )
+    assert f"{UP} is {'F64' if dtype == torch.float64 else 'I8'}, expected F32, F16, BF16" in forward_refusal(folder)
+
+
+def test_a_chunk_outside_of_the_folder_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(models["megatron"], tmp_path / "megatron")
+    metadata = read_metadata(folder)
+    (tmp_path / "secret").write_bytes((folder / DATA_FILE).read_bytes())
+    for info in metadata.storage_data.values():
+        object.__setattr__(info, "relative_path", "../secret")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "its file is outside of the folder: refused" in back_refusal(folder)
+
+
+def test_rows_that_are_not_stored_in_order_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(models["megatron"], tmp_path / "megatron")
+    metadata = read_metadata(folder)
+    with (folder / "other.distcp").open("wb") as file:
+        torch.save(torch.ones(64, 99).t(), file)
+    for index, info in metadata.storage_data.items():
+        if index.fqn == "embedding.word_embeddings.weight":
+            object.__setattr__(info, "relative_path", "other.distcp")
+            object.__setattr__(info, "offset", 0)
+            object.__setattr__(info, "length", (folder / "other.distcp").stat().st_size)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "its rows are not stored in order" in back_refusal(folder)

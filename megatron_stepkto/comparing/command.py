@@ -1,0 +1,55 @@
+"""``stepkto compare-logprobs A B`` and tools/compare_logprobs.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+DESCRIPTION = "Compare two copies of a model by the log-probs that they give to some text."
+EPILOG = """\
+A and B are each a Hugging Face folder (computed by transformers), a Megatron torch_dist folder (by Megatron-Core) or
+the URL of a vLLM server (http://host:8000). Folders are computed in float32 unless --dtype says otherwise; a server in
+the dtype that it was started with: give that one.
+
+exit code 0: the same within rounding of the dtype; 1: different; 2: input to correct
+"""
+
+
+def add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("first", metavar="A")
+    parser.add_argument("second", metavar="B")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="each line a text (default: a few of our own)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: that of the first folder given")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
+
+
+def run_comparison(arguments: argparse.Namespace) -> None:
+    """Exits with 1 when the two differ."""
+    from megatron_stepkto.comparing.compare import compare
+    from megatron_stepkto.files import write_json
+
+    found = compare(arguments.first, arguments.second, arguments.text, arguments.tokenizer, arguments.dtype)
+    sys.stdout.write(found.text())
+    if arguments.json:
+        write_json(arguments.json, found.to_json())
+    if not found.same:
+        raise SystemExit(1)
+
+
+def add_comparison_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``stepkto compare-logprobs``."""
+    parser = commands.add_parser("compare-logprobs", help=DESCRIPTION, description=DESCRIPTION)
+    add_comparison_options(parser)
+    parser.set_defaults(command=run_comparison)
+
+
+def tool() -> None:
+    from megatron_stepkto.cli import guarded
+
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    add_comparison_options(parser)
+    guarded(lambda: run_comparison(parser.parse_args()))

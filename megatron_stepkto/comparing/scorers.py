@@ -1,0 +1,255 @@
+"""Token log-probs of given token ids, by three independent programs: transformers, Megatron-Core, a vLLM server."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.progress import ProgressBar
+
+HEAD_ROWS = 512  # tokens whose logits exist at one time: 512 x 128,256 words are 0.26 GB
+SERVER_TIMEOUT_S = 600
+
+
+class Scores(NamedTuple):
+    """Of one text of n tokens. log_probs: [n - 1] float64, nats, of tokens 1 to n - 1. best: [n - 1], the likeliest
+    token before each."""
+
+    log_probs: Tensor
+    best: Tensor
+
+
+class Scorer(Protocol):
+    """max_tokens, words: limits of the model; None where it does not say."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+    @property
+    def words(self) -> int | None: ...
+    def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]: ...
+
+
+def open_scorer(place: str, dtype: torch.dtype) -> Scorer:
+    """The right one for a folder or the URL of an OpenAI-compatible vLLM server.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if place.startswith(("http://", "https://")):
+        return ServerScorer(place)
+    folder = Path(place)
+    if (folder / ".metadata").is_file():
+        return MegatronScorer(folder, dtype)
+    if (folder / "config.json").is_file():
+        return TransformersScorer(folder, dtype)
+    raise UserError(
+        f"{place}: expected a Hugging Face folder (with config.json), a Megatron torch_dist folder (with .metadata) or "
+        "the URL of a vLLM server, such as http://localhost:8000"
+    )
+
+
+def _read_head(hidden: Tensor, weight: Tensor, targets: Tensor, words: int) -> Scores:
+    """From [n, H] hidden states that predict ``targets``, and the head's [V, H] weight."""
+    log_probs, best = [], []
+    for start in range(0, hidden.shape[0], HEAD_ROWS):
+        logits = (hidden[start : start + HEAD_ROWS] @ weight.t())[:, :words].float()
+        scores = logits.log_softmax(-1)
+        log_probs.append(scores.gather(1, targets[start : start + HEAD_ROWS, None])[:, 0])
+        best.append(logits.argmax(-1))
+    return Scores(torch.cat(log_probs).double().cpu(), torch.cat(best).cpu())
+
+
+class TransformersScorer:
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        from transformers import AutoConfig
+
+        self.name = f"transformers on {folder}"
+        self._folder, self._dtype = folder, dtype
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: transformers cannot read its config: {error}") from None
+        self.max_tokens = getattr(config, "max_position_embeddings", None)
+        self.words = config.vocab_size
+
+    def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
+        from transformers import AutoModelForCausalLM
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                self._folder,
+                dtype=self._dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{self._folder}: transformers cannot load it: {error}") from None
+        # transformers fills what is missing with random numbers, and leaves out what it does not know
+        faults = [
+            f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, loading[what])))}"
+            for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if loading.get(what)
+        ]
+        if faults:
+            raise UserError(f"{self._folder}: the weights are not those of its config; " + "; ".join(faults))
+        model.eval().to(device)
+        weight = model.get_output_embeddings().weight
+        found = []
+        with torch.no_grad(), ProgressBar(self.name, len(texts), "texts") as bar:
+            for number, ids in enumerate(texts):
+                tokens = torch.tensor([ids], device=device)
+                hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0, :-1]
+                found.append(_read_head(hidden, weight, tokens[0, 1:], weight.shape[0]))
+                bar.update(number + 1)
+        return found
+
+
+class MegatronScorer:
+    """Megatron-Core's GPTModel in this process: no tensor or pipeline parallelism, whatever layout saved it."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.name = f"Megatron-Core on {folder}"
+        self._folder, self._dtype = folder, dtype
+        if not (folder / COMPANIONS).is_dir():
+            raise UserError(f"{folder}: expected a folder {COMPANIONS}/ with the model's config.json")
+        self._config, _ = read_model_config(folder / COMPANIONS)
+        self.max_tokens, self.words = self._config.max_positions, self._config.vocab_size
+
+    def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
+        from megatron_stepkto.records import TrainStep
+        from megatron_stepkto.training.documents import Document, make_micro_batch
+        from megatron_stepkto.training.engine import choose_device
+
+        device = choose_device("auto")
+        found = []
+        with _one_rank(device), torch.no_grad(), ProgressBar(self.name, len(texts), "texts") as bar:
+            policy = self._load(device)
+            weight = (
+                policy.shared_embedding_or_output_weight()
+                if policy.share_embeddings_and_output_weights
+                else policy.output_layer.weight
+            )
+            for number, ids in enumerate(texts):
+                step = TrainStep(token_start=0, token_end=len(ids) - 1, label=None)
+                batch = make_micro_batch([Document(str(number), ids[:1], ids[1:], [step], None)], 1, device)
+                hidden = policy(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed)
+                found.append(_read_head(hidden[:, 0].index_select(0, batch.rows), weight, batch.targets, policy.words))
+                bar.update(number + 1)
+        return found
+
+    def _load(self, device: torch.device) -> Any:
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.validation import StrictHandling
+
+        from megatron_stepkto.checkpoints.metadata import read_metadata
+        from megatron_stepkto.model import build_model_chunks, transformer_config
+        from megatron_stepkto.recipe import Parallel
+
+        megatron = transformer_config(
+            self._config, Parallel.model_validate({}), self._dtype, on_cpu=device.type == "cpu"
+        )
+        (policy,) = build_model_chunks(self._config, megatron)
+        policy.eval().to(device, self._dtype)
+        read_metadata(self._folder)  # refuses a pickle that would run code, before Megatron's own loader reads it
+        state, missing, left_over = dist_checkpointing.load(
+            {"model": policy.sharded_state_dict()}, str(self._folder), strict=StrictHandling.RETURN_ALL
+        )
+        left_over = {key for key in left_over if not str(key).startswith("optimizer.")}
+        if missing or left_over:
+            raise UserError(
+                f"{self._folder}: not a checkpoint of this model; missing: {sorted(map(str, missing))}, "
+                f"left over: {sorted(map(str, left_over))}"
+            )
+        policy.load_state_dict(state["model"], strict=True)
+        return policy
+
+
+@contextmanager
+def _one_rank(device: torch.device) -> Iterator[None]:
+    """A world of this process alone."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_stepkto import cpu
+    from megatron_stepkto.recipe import Parallel
+    from megatron_stepkto.training.engine import lay_out
+
+    if device.type == "cpu":
+        cpu.install()
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timedelta(minutes=10))
+    try:
+        lay_out(Parallel.model_validate({}), timeout_s=600)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+class ServerScorer:
+    """A vLLM server with OpenAI's API, asked for the log-probs of prompts given as token ids."""
+
+    words: int | None = None
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        models = self._ask("/v1/models", None).get("data") or []
+        if not models:
+            raise UserError(f"{url}: the server serves no model")
+        self._model = models[0]["id"]
+        self.max_tokens = models[0].get("max_model_len")
+        if self.max_tokens:
+            self.max_tokens -= 1  # it must draw a token behind the prompt
+        self.name = f"vLLM's {self._model} at {self._url}"
+
+    def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
+        found = []
+        with ProgressBar(self.name, len(texts), "texts") as bar:
+            for number, ids in enumerate(texts):
+                request = {"model": self._model, "prompt": list(ids), "max_tokens": 1, "temperature": 0,
+                           "prompt_logprobs": 1}  # fmt: skip
+                answer = self._ask("/v1/completions", request)
+                found.append(self._read(answer, ids))
+                bar.update(number + 1)
+        return found
+
+    def _read(self, answer: Any, ids: Sequence[int]) -> Scores:
+        """One dict per prompt token: its own log-prob and that of the likeliest, by id; None for the first."""
+        try:
+            given = answer["choices"][0]["prompt_logprobs"]
+            if len(given) != len(ids):
+                raise UserError(f"{self._url}: {len(given)} log-probs for {len(ids)} tokens")
+            scores = [float(entries[str(token)]["logprob"]) for entries, token in zip(given[1:], ids[1:], strict=True)]
+            best = [int(next(t for t, entry in entries.items() if entry["rank"] == 1)) for entries in given[1:]]
+        except (KeyError, TypeError, IndexError, StopIteration) as error:
+            raise UserError(
+                f"{self._url}: no prompt_logprobs in the answer ({error!r}); is it a vLLM server?"
+            ) from None
+        return Scores(torch.tensor(scores, dtype=torch.float64), torch.tensor(best))
+
+    def _ask(self, path: str, content: dict[str, Any] | None) -> dict[str, Any]:
+        data = json.dumps(content).encode() if content is not None else None
+        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_S) as answer:
+                found: dict[str, Any] = json.load(answer)
+                return found
+        except urllib.error.HTTPError as error:
+            raise UserError(f"{self._url}{path}: {error}: {error.read(500).decode(errors='replace')}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._url}{path}: no answer of a vLLM server: {error}") from None

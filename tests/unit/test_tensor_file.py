@@ -1,0 +1,104 @@
+"""torch.save's file of a tensor, put together and taken apart, and CRC-32 of parts; torch, zipfile and zlib judge."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import random
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_stepkto.checkpoints.checksums import crc32_combine, crc32_of_parts
+from megatron_stepkto.checkpoints.tensor_file import TensorFile, TensorFileError, locate_tensor
+
+SHAPES = [(3,), (1,), (2, 5), (1, 4, 8), (1, 1, 2, 3), (7, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_torch_reads_ours_and_we_find_torchs(shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    data = tensor.view(torch.uint8).numpy().tobytes()
+    ours = TensorFile(dtype, shape)
+    before, after = ours.ends(zlib.crc32(data))
+    content = before + data + after
+    assert len(content) == ours.length
+    assert len(before) % 64 == 0  # data are aligned
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.testzip() is None
+    read = torch.load(io.BytesIO(content), weights_only=True)
+    assert (read.dtype, read.shape, read.stride()) == (dtype, tensor.shape, tensor.stride())
+    assert torch.equal(read, tensor)
+
+    saved = io.BytesIO()
+    torch.save(tensor, saved)
+    part = torch.randn(3, *shape).to(dtype)
+    view = io.BytesIO()
+    torch.save(part[1], view)  # a view: torch stores all of it
+    path = tmp_path / "file"
+    blocks = [content, saved.getvalue(), view.getvalue()]
+    path.write_bytes(b"before" + b"".join(blocks) + b"behind")
+    handle, offset = os.open(path, os.O_RDONLY), 6
+    for block, expected in zip(blocks, (tensor, tensor, part[1]), strict=True):
+        found = locate_tensor(handle, path, offset, len(block))
+        assert (found.dtype, found.shape) == (dtype, shape)
+        size = expected.numel() * dtype.itemsize
+        assert os.pread(handle, size, found.offset) == expected.contiguous().view(torch.uint8).numpy().tobytes()
+        offset += len(block)
+    os.close(handle)
+
+
+def test_every_truncation_and_many_flipped_bits_are_an_error_or_harmless(tmp_path: Path) -> None:
+    saved = io.BytesIO()
+    tensor = torch.arange(6.0).view(2, 3)
+    torch.save(tensor, saved)
+    content, path = saved.getvalue(), tmp_path / "file"
+    draw, found_at = random.Random(0), None
+    spoiled = [content[:length] for length in range(len(content))]
+    for _ in range(2000):
+        flipped = bytearray(content)
+        flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        spoiled.append(bytes(flipped))
+    for block in spoiled:
+        path.write_bytes(block)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            found_at = locate_tensor(handle, path, 0, len(content)).offset
+            assert 0 < found_at <= len(block) - 24
+        except TensorFileError:
+            pass
+        finally:
+            os.close(handle)
+    assert found_at is not None
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"a": torch.ones(2)}, torch.nn.Linear(2, 2)], ids=["list", "dict", "module"])
+def test_other_things_are_no_tensor(value: object, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    torch.save(value, path)
+    handle = os.open(path, os.O_RDONLY)
+    with pytest.raises(TensorFileError):
+        locate_tensor(handle, path, 0, path.stat().st_size)
+    os.close(handle)
+
+
+def test_more_than_a_plain_zip_file_can_hold() -> None:
+    with pytest.raises(ValueError, match="cut it"):
+        TensorFile(torch.float32, (2**30 + 1,)).ends(0)
+
+
+def test_checksums_of_parts() -> None:
+    draw = random.Random(2)
+    content = draw.randbytes(100_000)
+    for _ in range(50):
+        cuts = sorted([0, len(content), *(draw.randrange(len(content)) for _ in range(draw.randrange(9)))])
+        parts = [content[a:b] for a, b in itertools.pairwise(cuts)]
+        found = crc32_of_parts((zlib.crc32(part), len(part)) for part in parts)
+        assert found == (zlib.crc32(content), len(content))
+    zeros = bytes(10**6)
+    assert crc32_combine(zlib.crc32(content), zlib.crc32(zeros), len(zeros)) == zlib.crc32(content + zeros)
