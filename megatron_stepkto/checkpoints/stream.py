@@ -8,6 +8,7 @@ numbers are finite, and writes it to the other. Nothing larger than a piece is e
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
 import zlib
@@ -25,8 +26,9 @@ from megatron_stepkto.progress import ProgressBar
 
 # Small enough to stay in a core's cache between reading, checking and writing.
 PIECE_BYTES = 2 * 2**20
-# The disk works while the workers read: without this all of its work would come at the end.
-SYNC_EVERY_BYTES = 128 * 2**20
+# The disk begins to write while the workers read on: without this all of its work would come at the end.
+WRITE_BACK_EVERY_BYTES = 32 * 2**20
+_SYNC_FILE_RANGE_WRITE = 2
 _MB = 10**6
 
 Bytes = NDArray[np.uint8]
@@ -93,6 +95,18 @@ class Buffers(threading.local):
         return self._data[:size]
 
 
+def _find_sync_file_range() -> Callable[[int], object]:
+    """Linux's call; elsewhere nothing is begun early, and the flushing at the end does it all."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is None:
+        return lambda handle: None
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return lambda handle: call(handle, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+
+_sync_file_range = _find_sync_file_range()
+
+
 class Files:
     """Open files, read and written at offsets by several threads; flushed to disk in the background.
 
@@ -106,7 +120,6 @@ class Files:
         self._unflushed = 0
         self._wake = threading.Event()
         self._closing = False
-        self._failed: OSError | None = None
         self._flusher: threading.Thread | None = None
 
     def read_into(self, path: Path, offset: int, out: Bytes) -> None:
@@ -127,14 +140,12 @@ class Files:
             done += os.pwrite(handle, view[done:], offset + done)
         with self._lock:
             self._unflushed += len(view)
-            if self._unflushed >= SYNC_EVERY_BYTES:
+            if self._unflushed >= WRITE_BACK_EVERY_BYTES:
                 self._unflushed = 0
                 self._wake.set()
             if self._flusher is None:
-                self._flusher = threading.Thread(target=self._flush, daemon=True)
+                self._flusher = threading.Thread(target=self._write_back, daemon=True)
                 self._flusher.start()
-        if self._failed:
-            raise self._failed
 
     def _handle(self, path: Path, opened: dict[Path, int], flags: int) -> int:
         with self._lock:
@@ -142,16 +153,15 @@ class Files:
                 opened[path] = os.open(path, flags | os.O_CLOEXEC, 0o644)
             return opened[path]
 
-    def _flush(self) -> None:
-        while not self._closing:
+    def _write_back(self) -> None:
+        """Ask for the writing of what is dirty. Unlike fdatasync this waits neither for the disk nor for a journal."""
+        while True:
             self._wake.wait()
             self._wake.clear()
-            try:
-                for handle in list(self._written.values()):
-                    os.fdatasync(handle)
-            except OSError as error:  # the disk is full or broken: the next write says so
-                self._failed = error
+            if self._closing:
                 return
+            for handle in list(self._written.values()):
+                _sync_file_range(handle)
 
     def __enter__(self) -> Self:
         return self
@@ -165,8 +175,6 @@ class Files:
             self._flusher.join()
         try:
             if kind is None:
-                if self._failed:
-                    raise self._failed
                 for handle in self._written.values():
                     os.fsync(handle)
         finally:
