@@ -86,11 +86,11 @@ def run_children(
         progress: a ``ProgressFile`` per child (some children may have none), whose sums are shown; or a function
             that knows how far the work is.
         poll: called about three times a second.
-        saves: on SIGTERM or SIGUSR1 the children are asked by SIGUSR1 to save and end with exit code 143, and are
-            given the time that they need; the same signal a second time stops them.
+        saves: on SIGTERM, SIGUSR1 or Ctrl-C the children are asked by SIGUSR1 to save and end with exit code 143,
+            and are given the time that they need; SIGTERM or Ctrl-C a second time stops them.
 
     Raises:
-        SystemExit: 143, they were stopped.
+        SystemExit: 143, they were stopped. KeyboardInterrupt: by Ctrl-C.
         UserError: a child reported one. StageFailed: a child died; names its log and shows its end. In both
             cases, and on Ctrl-C, SIGTERM or any other exception, the remaining children are stopped first.
     """
@@ -127,7 +127,7 @@ def run_children(
                     time.sleep(POLL_EVERY_S)
         if signals.told and any(map(_was_stopped, (child.process for child in running))):
             say(f"{title}: saved and stopped; run the same command again to go on")
-            raise SystemExit(STOPPED)
+            raise signals.end
     finally:
         _stop(running)
 
@@ -255,27 +255,32 @@ class _Signals:
     """Handles SIGTERM and SIGUSR1 inside the ``with`` block (only the main thread gets signals).
 
     The first one is kept in ``told`` when the children can save; else, and the second time, SystemExit(143) is
-    raised, so that children are stopped first.
+    raised, so that children are stopped first. Ctrl-C likewise where they can save, with KeyboardInterrupt.
     """
-
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, saves: bool) -> None:
         self._saves = saves
+        self._numbers = [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if saves else [])]
         self.told = False
+        self.end: BaseException = SystemExit(STOPPED)
         self._before: list[Any] = []
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before = [signal.signal(number, self._handle) for number in self.NUMBERS]
+            self._before = [signal.signal(number, self._handle) for number in self._numbers]
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in zip(self.NUMBERS, self._before, strict=False):
+        for number, handler in zip(self._numbers, self._before, strict=False):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._saves and not self.told:
             self.told = True
+            if number == signal.SIGINT:
+                self.end = KeyboardInterrupt()
+                warn("saving at the next opportunity, then ending; Ctrl-C once more ends at once")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
         elif not self._saves or number == signal.SIGTERM:
             raise SystemExit(STOPPED)
 

@@ -202,6 +202,9 @@ class Dataset(Section):
     max_examples_per_problem: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=2, description="prompt + response; longer examples are dropped and counted")
     kl_pair_share: float = Field(1.0, ge=0, le=1, description="share of examples that carry a KL pair")
+    right_solutions: Literal["any", "no_wrong_step"] = Field(
+        "any", description="right solutions that rft trains on and pairs choose: any, or those without a wrong step"
+    )
     pairs_per_problem: int = Field(4, ge=1, description="preference pairs per problem (DPO, IRPO)")
 
 
@@ -298,6 +301,13 @@ class FP8(Section):
         return self
 
 
+class Log(Section):
+    """Where metrics go besides ``metrics.jsonl``."""
+
+    tensorboard: bool = Field(True, description="event files in the train stage's folder tensorboard/")
+    wandb: str | None = Field(None, min_length=1, description="project of Weights & Biases (package wandb)")
+
+
 class Training(Section):
     method: Method = "step_kto"
     parallel: Parallel = Parallel()
@@ -314,7 +324,8 @@ class Training(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     reference: Literal["previous", "initial"] = Field("previous", description="the model the log-ratios are taken to")
     checkpoint_every: int = Field(50, ge=1, description="updates")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the newest ones; older ones are removed")
+    async_checkpoints: bool = Field(False, description="write checkpoints in processes beside the training")
     recompute: bool = False
     transformer_engine: Literal["required", "auto", "off"] = Field(
         "auto", description="layers of Transformer Engine: insist, use them on a GPU where installed, or never"
@@ -324,6 +335,7 @@ class Training(Section):
     )
     fp8: FP8 | None = None
     max_gap: float = Field(0.05, gt=0, description="nats: mean |sampler - trainer| log-prob above which the run warns")
+    log: Log = Log()
     timeout_s: float = Field(600.0, gt=0, description="limit of one collective operation")
 
     @property

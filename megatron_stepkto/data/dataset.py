@@ -74,6 +74,8 @@ def build_dataset(
         "kl_pairs": sum(e.kl_partner is not None for e in examples),
         "tokens": sum(len(e.prompt_token_ids) + len(e.token_ids) for e in examples),
     }
+    if method not in USES_KL:
+        counts |= _sides(training, settings)
     write_records(train_out, examples)
     if held_out is not None and held:
         kept = [_example(s) for p in by_problem if p in held for s in by_problem[p] if _is_judged(s)]
@@ -96,14 +98,16 @@ def select(
     """The examples of one method.
 
     step_kto: every sample with something judged. kto: every sample with a judged outcome. dpo, irpo: pairs of a
-    right and a wrong sample of the same problem. rft: right samples, each distinct solution once.
+    right and a wrong sample of the same problem. rft: right samples, each distinct solution once. These three have no
+    use for a step's label but one: with ``right_solutions: no_wrong_step`` a right sample that holds a step judged
+    wrong is neither trained on by rft nor chosen in a pair (it is not rejected either: its answer is right).
     """
     if method in USES_PAIRS:
         return [
             example for problem, samples in by_problem.items() for example in _pairs(problem, samples, settings, seed)
         ]
     if method == "rft":
-        chosen = {p: _distinct(s for s in samples if s.outcome == 1) for p, samples in by_problem.items()}
+        chosen = {p: _distinct(_usable_right(samples, settings)) for p, samples in by_problem.items()}
     elif method == "kto":
         chosen = {p: [s for s in samples if s.outcome is not None] for p, samples in by_problem.items()}
     else:
@@ -121,6 +125,25 @@ def select(
 
 def _is_judged(sample: JudgedSample) -> bool:
     return sample.outcome is not None or any(step.label is not None for step in sample.steps)
+
+
+def _usable_right(samples: Iterable[JudgedSample], settings: recipe.Dataset) -> list[JudgedSample]:
+    any_step = settings.right_solutions == "any"
+    return [s for s in samples if s.outcome == 1 and (any_step or all(step.label != 0 for step in s.steps))]
+
+
+def _sides(by_problem: dict[str, list[JudgedSample]], settings: recipe.Dataset) -> dict[str, int]:
+    """Of which problems there is a right sample to use, a wrong one, both (only these give pairs) or neither."""
+    found: Counter[str] = Counter(
+        problems_with_both=0, problems_right_only=0, problems_wrong_only=0, problems_neither=0
+    )
+    unused = 0
+    for samples in by_problem.values():
+        right, wrong = bool(_usable_right(samples, settings)), any(s.outcome == 0 for s in samples)
+        kind = {(True, True): "with_both", (True, False): "right_only", (False, True): "wrong_only"}
+        found[f"problems_{kind.get((right, wrong), 'neither')}"] += 1
+        unused += sum(s.outcome == 1 for s in samples) - len(_usable_right(samples, settings))
+    return {**found, "right_with_wrong_step_left_out": unused}
 
 
 def _rng(*parts: object) -> random.Random:
@@ -165,7 +188,7 @@ def _kl_partners(chosen: dict[str, list[JudgedSample]], settings: recipe.Dataset
 
 def _pairs(problem: str, samples: list[JudgedSample], settings: recipe.Dataset, seed: int) -> list[TrainExample]:
     rng = _rng(seed, "pairs", problem)
-    right = [s for s in samples if s.outcome == 1]
+    right = _usable_right(samples, settings)
     wrong = [s for s in samples if s.outcome == 0]
     rng.shuffle(right)
     rng.shuffle(wrong)

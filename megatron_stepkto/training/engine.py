@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -32,7 +34,9 @@ from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.context_parallel import join, own_part
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.model import PolicyModel, build_model_chunks, transformer_config
-from megatron_stepkto.training.documents import MicroBatch, Slot
+from megatron_stepkto.planning.times import forward_flops
+from megatron_stepkto.processes import die_with_parent
+from megatron_stepkto.training.documents import Document, MicroBatch, Slot
 from megatron_stepkto.training.main_weights import load_main_weights, whole_main_weights
 
 T = TypeVar("T")
@@ -137,6 +141,7 @@ class Engine:
         self.megatron.finalize_model_grads_func = finalize_model_grads
         if train:
             self._make_optimizer()
+        self._saves = AsyncCallsQueue()
         self.forward_backward = get_forward_backward_func()
 
     def _make_optimizer(self) -> None:
@@ -196,6 +201,22 @@ class Engine:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return dict(zip(names, tensor.tolist(), strict=True))
+
+    def peak_memory(self) -> float:
+        """Bytes at the peak of this rank so far: on the GPU, or resident in the process."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+    def update_flops(self, document: Document) -> float:
+        """Model FLOPs of training on one document: three forward passes' (the backward pass costs two).
+
+        Matrix products of the layers at every token and of the head at response tokens, causal attention at half
+        the pairs. Recomputed activations, the KL pass and padding are not counted: they are costs, not work.
+        """
+        size, response = len(document), len(document.response)
+        layer, head = forward_flops(self.config, size, response, size)
+        return 3 * (self.config.num_layers * layer + head)
 
     # --- passes --------------------------------------------------------------------------------------------
 
@@ -270,6 +291,11 @@ class Engine:
         self.optimizer.zero_grad()
         return self._run(batches, loss, forward_only=False)
 
+    def gradient_norm(self) -> float:
+        """Norm of the gradients that ``accumulate`` left, over all ranks."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
     def step(self, lr: float) -> float:
         """Clip and update the weights; returns the gradient norm before clipping.
 
@@ -280,8 +306,7 @@ class Engine:
             group["lr"] = lr
             # Megatron marks norms and biases with wd_mult = 0, but only its own scheduler reads the mark.
             group["weight_decay"] = self.settings.optimizer.weight_decay * group["wd_mult"]
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        norm = self.gradient_norm()
         if not math.isfinite(norm):
             return norm
         if limit := self.settings.optimizer.clip_grad:
@@ -373,12 +398,40 @@ class Engine:
     def save_state(self, directory: Path) -> None:
         self._save(self._state(loading=False), directory)
 
-    def _save(self, state: dict[str, Any], directory: Path) -> None:
+    def begin_saving_state(self, directory: Path, finished: Callable[[], None]) -> None:
+        """As ``save_state``, by a forked process per rank that writes a snapshot while the training goes on.
+
+        ``finished`` runs on every rank, in a later ``finish_saving``, when all ranks have written.
+        """
+        self._make(directory)
+        request = dist_checkpointing.save(
+            self._state(loading=False), str(directory), ("torch_dist", 1), async_sharded_save=True
+        )
+        assert request is not None
+        request.add_finalize_fn(finished)
+        if request.async_fn is not None:
+            request = request._replace(async_fn=functools.partial(_tied, request.async_fn))
+        self._saves.schedule_async_request(request)
+
+    def finish_saving(self, *, wait: bool) -> None:
+        """Complete what ``begin_saving_state`` began: all of it, or what is written by now. Every rank calls it."""
+        self._saves.maybe_finalize_async_calls(blocking=wait)
+
+    def _make(self, directory: Path) -> None:
         if dist.get_rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
         dist.barrier()
+
+    def _save(self, state: dict[str, Any], directory: Path) -> None:
+        self._make(directory)
         dist_checkpointing.save(state, str(directory), ("torch_dist", 1))
         dist.barrier()
+
+
+def _tied(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """In a forked writer: it must not go on writing when its rank is killed, beside the one that runs again."""
+    die_with_parent()
+    write(*args, **kwargs)
 
 
 def _zero_vocab_padding(policy: PolicyModel) -> None:

@@ -49,5 +49,19 @@ class Job(BaseModel):
         return self.directory / "progress.json"
 
     @property
+    def references(self) -> Path:
+        """Reference log-probs found so far."""
+        return self.directory / "reference.safetensors"
+
+    @property
     def final(self) -> Path:
         return self.directory / "final"
+
+
+def finished_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(updates done, folder) of whole checkpoints, oldest first."""
+    return sorted(
+        (int(path.name.removeprefix("update_")), path)
+        for path in directory.glob("update_*")
+        if (path / "state.json").is_file()
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
 import signal
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,15 @@ from megatron_stepkto.checkpoints.convert import COMPANIONS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.data.batching import plan_updates
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer, write_json
+from megatron_stepkto.files import stable_hash, write_json
 from megatron_stepkto.losses import ReferencePoints
+from megatron_stepkto.processes import STOPPED
 from megatron_stepkto.progress import ProgressFile
 from megatron_stepkto.records import LogRatios, TrainExample, write_records
 from megatron_stepkto.training.documents import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.training.engine import Engine
-from megatron_stepkto.training.job import Job
+from megatron_stepkto.training.job import Job, finished_checkpoints
+from megatron_stepkto.training.metrics import KINDS, KTO_LIKE, metrics_of
 from megatron_stepkto.training.objectives import (
     SUMS,
     kl_sums,
@@ -41,7 +44,11 @@ from megatron_stepkto.training.references import (
     score_documents,
 )
 from megatron_stepkto.training.schedule import learning_rate
+from megatron_stepkto.training.tracking import Tracker
 from megatron_stepkto.training.watch import WINDOW, falling_below_zero
+
+SAVE_REFERENCES_EVERY_S = 60.0
+MAX_BLAMED = 20  # records named when a number is not finite
 
 
 class Trainer:
@@ -63,12 +70,18 @@ class Trainer:
         self.notes: dict[str, Any] = {}
         self.batch_kl = {"kl_outcome": 0.0, "kl_outcome_count": 0.0, "kl_step": 0.0, "kl_step_count": 0.0}
         self.right_history: list[float] = []
-        self._stop = False
+        self._asked = False  # this rank, by a signal, at any instant
+        self._stop = False  # all ranks have agreed, in _meet: decisions that they take together look at this alone
+        self.tracker: Tracker | None = None
 
     # --- before the first update -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end and leave the final weights, or save and raise SystemExit on SIGTERM or SIGUSR1."""
+        """Train to the end and leave the final weights.
+
+        Raises:
+            SystemExit: asked to stop, by SIGTERM or SIGUSR1 to any rank; a checkpoint of all updates done is saved.
+        """
         self.train()
         self._finish()
 
@@ -81,29 +94,42 @@ class Trainer:
         self._measure_gap(examples)
         self._find_references(examples)
         done = self._resume()
+        if self.is_writer:
+            name = f"{stable_hash(self.job.fingerprint, str(self.job.directory)):016x}"
+            self.tracker = Tracker(
+                self.job.directory, self.settings.log, done, name, self.settings.model_dump(mode="json")
+            )
         if self.held_out and done == 0:
             self._log_held_out(0)
         for update in range(done, len(self.updates)):
             self._update(update)
+            self.engine.finish_saving(wait=False)
             finished = update + 1 == len(self.updates)
-            stop = self._anyone_asked_to_stop()
             due = (update + 1) % self.settings.checkpoint_every == 0
             if not finished and due and self.held_out:  # before the checkpoint: a resumed run keeps the rows up to it
                 self._log_held_out(update + 1)
-            if not finished and (stop or due):
+            if not finished and (self._stop or due):
                 self._checkpoint(update + 1)
-            if stop and not finished:
-                raise SystemExit(143)
+            if self._stop and not finished:
+                if self.tracker:
+                    self.tracker.close()
+                raise SystemExit(STOPPED)
         if self.held_out:
             self._log_held_out(len(self.updates))
+        if self.tracker:
+            self.tracker.close()
 
     def _ask_to_stop(self, *_: Any) -> None:
-        self._stop = True
+        self._asked = True
 
-    def _anyone_asked_to_stop(self) -> bool:
-        flag = torch.tensor(float(self._stop), device=self.engine.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def _meet(self) -> float:
+        """All ranks learn whether one was asked to stop; returns the largest rank's peak memory, in bytes."""
+        both = torch.tensor(
+            [float(self._asked), self.engine.peak_memory()], dtype=torch.float64, device=self.engine.device
+        )
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        self._stop = bool(both[0].item())
+        return float(both[1].item())
 
     def _report(self, done: int, total: int, note: str, *, last: bool = False) -> None:
         if self.is_writer:
@@ -115,7 +141,7 @@ class Trainer:
         if not given:
             return
         documents = [solution_document(e) for e in examples if e.example_id in given]
-        ours = score_documents(self.engine, documents, per_token, lambda _: None)
+        ours = score_documents(self.engine, documents, per_token)
         gaps = torch.cat([(ours[key] - given[key]).abs() for key in given])
         self.notes["gap"] = {"tokens": gaps.numel(), "mean": gaps.mean().item(), "max": gaps.max().item()}
         if self.notes["gap"]["mean"] > self.settings.max_gap:
@@ -139,30 +165,66 @@ class Trainer:
                 )
         if not documents:
             return
-        path = self.job.directory / "reference.safetensors"
-        found = load_references(path, self.job.fingerprint)
-        if found is None:
+        found = load_references(self.job.references, self.job.fingerprint)
+        missing = [document for document in documents if document.key not in found]
+        if missing:
             if self.job.reference is not None:
                 self.engine.load_weights(self.job.reference)
-            found = score_documents(
-                self.engine,
-                documents,
-                per_step,
-                lambda done: self._report(0, len(self.updates), f"reference log-probs {done}/{len(documents)}"),
-            )
-            if self.is_writer:
-                save_references(path, found, self.job.fingerprint)
+            found |= self._score_references(missing, found)
             if self.job.reference is not None:
                 self.engine.load_weights(self.job.initial)
         self.references = found
+        if bad := sorted(key for key, values in found.items() if not values.isfinite().all()):
+            raise UserError(
+                f"the reference's log-probs of {len(bad)} of {len(found)} documents are not finite: "
+                f"{', '.join(bad[:20])}; remove these records, or check the weights of "
+                f"{self.job.reference or self.job.initial}"
+            )
+
+    def _score_references(self, documents: Sequence[Document], known: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A pass of the reference over ``documents``. What it found is saved now and then, and when asked to stop."""
+        saved = time.monotonic()
+
+        def after_part(found: dict[str, Tensor]) -> None:
+            nonlocal saved
+            done, total = len(known) + len(found), len(known) + len(documents)
+            self._report(0, len(self.updates), f"reference log-probs {done}/{total}")
+            self._meet()
+            due = done == total or time.monotonic() - saved > SAVE_REFERENCES_EVERY_S
+            if self.is_writer and (self._stop or due):
+                save_references(self.job.references, known | found, self.job.fingerprint)
+                saved = time.monotonic()
+            if self._stop:
+                raise SystemExit(STOPPED)
+
+        return score_documents(self.engine, documents, per_step, after_part)
 
     # --- one update ------------------------------------------------------------------------------------------
 
     def _update(self, update: int) -> None:
         begun = time.perf_counter()
         units = [unit_documents(self.units[i], self.references, self.objective.uses_kl) for i in self.updates[update]]
-        points, kl = self._reference_points([unit.kl for unit in units if unit.kl is not None])
-        batches = pack_units([unit.documents for unit in units], self.engine.slot())
+        pairs = [unit.kl for unit in units if unit.kl is not None]
+        points, kl = self._reference_points(pairs)
+        if not all(map(math.isfinite, kl.values())):
+            self._not_finite(update, "the log-ratio over the KL pairs", "KL pairs", self._bad_pairs(pairs))
+        documents = [unit.documents for unit in units]
+        sums = self._accumulate(documents, points)
+        if not math.isfinite(sums["loss"]):
+            self._not_finite(update, "the loss", "records", self._bad_units(documents, points))
+        lr = learning_rate(update, len(self.updates), self.settings.optimizer)
+        grad_norm = self.engine.step(lr)
+        if not math.isfinite(grad_norm):
+            self._not_finite(update, "the gradient", "records", self._bad_units(documents, points))
+        if self.settings.loss.reference_point == "batch":
+            self.batch_kl = {name: sums[name] for name in self.batch_kl}
+            kl = self.batch_kl
+        memory = self._meet()
+        self._log(update, sums, kl, points, grad_norm, lr, time.perf_counter() - begun, memory)
+
+    def _accumulate(self, units: Sequence[Sequence[Document]], points: ReferencePoints) -> dict[str, float]:
+        """Gradients of the mean loss over ``units``, in the engine; returns sums pooled over all ranks."""
+        batches = pack_units(units, self.engine.slot())
 
         def loss(batch: MicroBatch, log_probs: Tensor) -> tuple[Tensor, int, dict[str, Tensor]]:
             result = self.objective.loss(batch, log_probs, points)
@@ -173,16 +235,7 @@ class Trainer:
                     sums |= kl_sums(batch, log_probs.detach())
             return result.total, result.num_units, sums | {"units": torch.tensor(float(result.num_units))}
 
-        asides = self.engine.accumulate(batches, loss)
-        sums = self._pool(asides, batches)
-        self._check_finite(update, sums["loss"], "loss", asides, batches)
-        lr = learning_rate(update, len(self.updates), self.settings.optimizer)
-        grad_norm = self.engine.step(lr)
-        self._check_finite(update, grad_norm, "gradient norm", asides, batches)
-        if self.settings.loss.reference_point == "batch":
-            self.batch_kl = {name: sums[name] for name in self.batch_kl}
-            kl = self.batch_kl
-        self._log(update, sums, kl, points, grad_norm, lr, time.perf_counter() - begun)
+        return self._pool(self.engine.accumulate(batches, loss), batches)
 
     def _reference_points(self, documents: Sequence[Document]) -> tuple[ReferencePoints, dict[str, float]]:
         """z_o and z_s of this global batch, and the pooled sums behind them.
@@ -210,28 +263,38 @@ class Trainer:
                     sums[name] += value.item()
         sums["tokens"] = float(sum(batch.tokens.numel() - batch.num_padding for batch in batches))
         sums["padding"] = float(sum(batch.num_padding for batch in batches))
+        sums["flops"] = sum(map(self.engine.update_flops, (d for batch in batches for d in batch.documents)))
         return self.engine.pool(sums)
 
-    def _check_finite(
-        self, update: int, value: float, name: str, asides: Sequence[dict[str, Tensor]], batches: Sequence[MicroBatch]
-    ) -> None:
-        """All ranks see the same pooled value, so all stop here together."""
-        if math.isfinite(value):
-            return
-        bad = [
-            d.key
-            for aside, batch in zip(asides, batches, strict=False)
-            if not math.isfinite(aside["loss"].item())
-            for d in batch.documents
-        ]
-        everyone: list[list[str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, bad if self.engine.counts_once else [])
-        ids = sorted({key for share in everyone for key in share or []})
-        last = self._checkpoints()
+    # --- numbers that are not finite: all ranks see the same pooled value, so all come here together -----------
+
+    def _bad_units(self, units: Sequence[Sequence[Document]], points: ReferencePoints) -> list[str]:
+        """Records whose loss or gradient is not finite on its own, found by halving; the first ``MAX_BLAMED``."""
+        if math.isfinite(self._accumulate(units, points)["loss"]) and math.isfinite(self.engine.gradient_norm()):
+            return []
+        if len(units) == 1:
+            return [document.key for document in units[0]]
+        found: list[str] = []
+        for half in (units[: len(units) // 2], units[len(units) // 2 :]):
+            if len(found) < MAX_BLAMED:
+                found += self._bad_units(half, points)
+        return found
+
+    def _bad_pairs(self, pairs: Sequence[Document]) -> list[str]:
+        scored = score_documents(self.engine, pairs, per_step)
+        return sorted(key for key, values in scored.items() if not values.isfinite().all())
+
+    def _not_finite(self, update: int, what: str, records: str, blamed: Sequence[str]) -> NoReturn:
+        """Raises UserError. The weights are still those of the last update."""
+        self.engine.finish_saving(wait=True)
+        saved = finished_checkpoints(self.job.checkpoints)
+        more = " and maybe more" if len(blamed) >= MAX_BLAMED else ""
+        names = f"{records} concerned: {', '.join(blamed[:MAX_BLAMED])}{more}"
         raise UserError(
-            f"update {update + 1}: {name} is {value}; records in the micro-batches concerned: "
-            f"{', '.join(ids[:20]) or 'none has a non-finite loss of its own'}; last good checkpoint: "
-            f"{last[-1][1] if last else self.job.initial}. Lower train.optimizer.lr or the betas, or remove the records"
+            f"update {update + 1}: {what} is not finite; "
+            f"{names if blamed else 'it is finite for each record alone: together they overflow'}; last good "
+            f"checkpoint: {saved[-1][1] if saved else self.job.initial}. Remove these records from "
+            f"{self.job.train_examples}, or lower train.optimizer.lr or the betas"
         )
 
     # --- log -------------------------------------------------------------------------------------------------
@@ -245,29 +308,21 @@ class Trainer:
         grad_norm: float,
         lr: float,
         seconds: float,
+        memory: float,
     ) -> None:
-        def mean(name: str, count: str) -> float | None:
-            return sums[name] / sums[count] if sums[count] else None
-
-        step_kto = self.settings.method in ("step_kto", "kto")
         row = {
             "update": update + 1,
             "num_updates": len(self.updates),
             "epoch": self.settings.epochs * (update + 1) / len(self.updates) if not self.settings.max_updates else None,
-            "loss": mean("loss", "units"),
-            "loss_outcome": mean("loss_outcome", "units") if step_kto else None,
-            "loss_step": mean("loss_step", "units") if step_kto else None,
-            "kl_outcome": kl["kl_outcome"] / kl["kl_outcome_count"] if kl["kl_outcome_count"] else None,
-            "kl_step": kl["kl_step"] / kl["kl_step_count"] if kl["kl_step_count"] else None,
-            "z_outcome": points.outcome.item() if step_kto else None,
-            "z_step": points.step.item() if step_kto else None,
-            **{f"log_ratio_{kind}": mean(f"log_ratio_{kind}", f"num_{kind}") for kind in KINDS},
-            **{f"num_{kind}": int(sums[f"num_{kind}"]) for kind in KINDS},
+            **metrics_of(sums, kl, self.settings.method, self.objective.betas),
+            "z_outcome": points.outcome.item() if self.settings.method in KTO_LIKE else None,
+            "z_step": points.step.item() if self.settings.method in KTO_LIKE else None,
             "grad_norm": grad_norm,
             "lr": lr,
-            "tokens": int(sums["tokens"]),
-            "padding_share": sums["padding"] / (sums["tokens"] + sums["padding"]),
             "seconds": round(seconds, 4),
+            "tokens_per_second": sums["tokens"] / seconds,
+            "tflops_per_rank": sums["flops"] / seconds / 1e12 / self.settings.parallel.ranks,
+            "memory_gb": memory / 1e9,
         }
         self._append(row)
         self._watch_collapse(update, row["log_ratio_right"])
@@ -298,9 +353,8 @@ class Trainer:
         self.notes.setdefault("warnings", []).append(message)
 
     def _append(self, row: dict[str, Any]) -> None:
-        if self.is_writer:
-            with self.job.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        if self.tracker:
+            self.tracker.log(row)
 
     def _log_held_out(self, update: int) -> None:
         """Log-ratios of right and wrong solutions and steps on examples that never train."""
@@ -321,63 +375,56 @@ class Trainer:
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
-    def _checkpoints(self) -> list[tuple[int, Any]]:
-        """Finished checkpoints, oldest first."""
-        return sorted(
-            (int(p.name.removeprefix("update_")), p)
-            for p in self.job.checkpoints.glob("update_*")
-            if (p / "state.json").is_file()
-        )
-
     def _resume(self) -> int:
         """Continue at the newest checkpoint; returns the number of updates that are done."""
-        found = self._checkpoints()
+        found = finished_checkpoints(self.job.checkpoints)
         # Every rank must see the same folder before anyone acts on it.
         dist.barrier()
         if not found:
-            if self.is_writer:
-                self.job.metrics.write_text("")
             return 0
         done, directory = found[-1]
         self.engine.load_state(directory)
         state = json.loads((directory / "state.json").read_text())
         self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]
         self.notes |= state["notes"]
-        if self.is_writer:
-            rows = [line for line in self.job.metrics.read_text().splitlines() if _update_of(line) <= done]
-            with atomic_writer(self.job.metrics) as file:
-                file.writelines(line + "\n" for line in rows)
         return done
 
     def _checkpoint(self, update: int) -> None:
         """Save under a temporary name; the rename makes it count. Then drop all but the newest few."""
+        self.engine.finish_saving(wait=True)
         final = self.job.checkpoints / f"update_{update:06d}"
         temporary = final.with_name(f".{final.name}.partial")
         if self.is_writer and temporary.exists():
             shutil.rmtree(temporary)
-        self.engine.save_state(temporary)
-        if self.is_writer:
-            write_json(
-                temporary / "state.json",
-                {"batch_kl": self.batch_kl, "right_history": self.right_history, "notes": self.notes},
-            )
-            temporary.rename(final)
-            for _, old in self._checkpoints()[: -self.settings.keep_checkpoints]:
-                shutil.rmtree(old)
-        dist.barrier()
+        state = {"batch_kl": self.batch_kl, "right_history": self.right_history, "notes": copy.deepcopy(self.notes)}
+
+        def publish() -> None:
+            if self.is_writer:
+                write_json(temporary / "state.json", state)
+                temporary.rename(final)
+                for _, old in finished_checkpoints(self.job.checkpoints)[: -self.settings.keep_checkpoints]:
+                    shutil.rmtree(old)
+            dist.barrier()
+
+        if self.settings.async_checkpoints and not self._stop:
+            self.engine.begin_saving_state(temporary, publish)
+        else:
+            self.engine.save_state(temporary)
+            publish()
 
     def _log_ratios(self) -> None:
         """Per-step log-ratios of the first training examples under the final weights, for a reader of the report."""
         if not self.objective.uses_reference:
             return
         examples = [example for unit in self.units for example in unit][:MAX_LOG_RATIOS]
-        scored = score_documents(self.engine, [solution_document(e) for e in examples], per_step, lambda _: None)
+        scored = score_documents(self.engine, [solution_document(e) for e in examples], per_step)
         if self.is_writer:
             rows = ((e.example_id, scored[e.example_id] - self.references[e.example_id]) for e in examples)
             write_records(self.job.log_ratios, (LogRatios(example_id=key, steps=r.tolist()) for key, r in rows))
 
     def _finish(self) -> None:
         self._log_ratios()
+        self.engine.finish_saving(wait=True)
         temporary = self.job.final.with_name(".final.partial")
         if self.is_writer and temporary.exists():
             shutil.rmtree(temporary)
@@ -390,12 +437,3 @@ class Trainer:
 
 # Examples whose log-ratios are written at the end: what a page can show, one or two percent of an iteration's work.
 MAX_LOG_RATIOS = 1000
-KINDS = ("right", "wrong", "right_steps", "wrong_steps")
-
-
-def _update_of(line: str) -> int:
-    """Update of a metrics row; a row cut short by a crash counts as never written."""
-    try:
-        return int(json.loads(line)["update"])
-    except (ValueError, KeyError):
-        return 1 << 62

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -45,12 +45,18 @@ SUMS = (
     "num_right_steps",
     "log_ratio_wrong_steps",
     "num_wrong_steps",
+    "signs_right",
+    "signs_right_steps",
+    "loss_dpo",
+    "loss_nll",
+    "pairs_right",
     "kl_outcome",
     "kl_outcome_count",
     "kl_step",
     "kl_step_count",
     "tokens",
     "padding",
+    "flops",
 )
 
 
@@ -72,6 +78,11 @@ class Objective(Protocol):
         """Examples grouped into what must stay together."""
         ...
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Of a solution's and of a step's log-ratio: beta times it is the implicit reward."""
+        ...
+
     def loss(self, batch: MicroBatch, token_log_probs: Tensor, points: ReferencePoints) -> LossSum: ...
 
 
@@ -82,7 +93,10 @@ def solutions_of(batch: MicroBatch, token_log_probs: Tensor) -> Solutions:
 
 
 def reward_sums(batch: MicroBatch, token_log_probs: Tensor) -> dict[str, Tensor]:
-    """Sums and counts of log-ratios by label, of solutions and of steps, and what z_o and z_s pool."""
+    """Sums and counts of log-ratios by label, of solutions and of steps.
+
+    ``signs_right`` counts those whose log-ratio has the sign of its label: above 0 where right, below where wrong.
+    """
     solutions = solutions_of(batch, token_log_probs.detach())
     sums: dict[str, Tensor] = {}
     for suffix, values, labels in (
@@ -93,6 +107,8 @@ def reward_sums(batch: MicroBatch, token_log_probs: Tensor) -> dict[str, Tensor]
             chosen = labels == label
             sums[f"log_ratio_{name}{suffix}"] = values[chosen].double().sum()
             sums[f"num_{name}{suffix}"] = chosen.sum().double()
+        agrees = (values > 0) & (labels == RIGHT) | (values < 0) & (labels == WRONG)
+        sums[f"signs_right{suffix}"] = agrees.sum().double()
     return sums
 
 
@@ -129,6 +145,10 @@ class StepKTO:
     uses_kl: bool
     uses_reference: bool = True
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.settings.outcome.beta, self.settings.step.beta
+
     def units(self, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
         return [[example] for example in examples]
 
@@ -145,6 +165,10 @@ class Preference:
     uses_kl: bool = False
     uses_reference: bool = True
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.beta, self.beta
+
     def units(self, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
         pairs: dict[str, dict[str, TrainExample]] = {}
         for example in examples:
@@ -154,14 +178,17 @@ class Preference:
     def loss(self, batch: MicroBatch, token_log_probs: Tensor, points: ReferencePoints) -> LossSum:
         log_ratio = solutions_of(batch, token_log_probs).log_ratio()
         chosen, rejected = log_ratio[0::2], log_ratio[1::2]
+        won = {"pairs_right": (chosen > rejected).sum()}
         if self.nll_weight is None:
-            return dpo_loss(chosen, rejected, self.beta)
+            loss = dpo_loss(chosen, rejected, self.beta)
+            return replace(loss, parts={"loss_dpo": loss.total.detach(), **won})
         lengths = torch.tensor(
             [len(d.response) for d in batch.documents[0::2]], dtype=torch.float32, device=log_ratio.device
         )
         step_log_prob = batch.step_sums(token_log_probs)
         log_prob = log_ratio.new_zeros(len(batch.documents)).index_add(0, batch.step_document, step_log_prob)
-        return irpo_loss(chosen, rejected, log_prob[0::2], lengths, self.beta, self.nll_weight)
+        loss = irpo_loss(chosen, rejected, log_prob[0::2], lengths, self.beta, self.nll_weight)
+        return replace(loss, parts={**loss.parts, **won})
 
 
 @dataclass(frozen=True)
@@ -170,6 +197,7 @@ class Supervised:
 
     uses_kl: bool = False
     uses_reference: bool = False
+    betas: tuple[float, float] = (0.0, 0.0)
 
     def units(self, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
         return [[example] for example in examples]

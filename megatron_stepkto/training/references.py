@@ -17,7 +17,8 @@ from megatron_stepkto.training.documents import Document, MicroBatch, pack_units
 if TYPE_CHECKING:
     from megatron_stepkto.training.engine import Engine
 
-# Documents scored between two progress reports.
+# Documents scored between two progress reports. A pass that was cut short goes on at such a boundary, so that its
+# documents are packed as they would have been.
 REPORT_EVERY = 512
 
 
@@ -25,9 +26,12 @@ def score_documents(
     engine: Engine,
     documents: Sequence[Document],
     what: Callable[[MicroBatch, Tensor], list[Tensor]],
-    report: Callable[[int], None],
+    after_part: Callable[[dict[str, Tensor]], None] = lambda _: None,
 ) -> dict[str, Tensor]:
-    """``what`` per document ([n] float32 each) under the engine's weights; every rank gets all of them."""
+    """``what`` per document ([n] float32 each) under the engine's weights; every rank gets all of them.
+
+    ``after_part`` is called on every rank with what has been found so far, each ``REPORT_EVERY`` documents.
+    """
     found: dict[str, Tensor] = {}
     slot = engine.slot()
     for start in range(0, len(documents), REPORT_EVERY):
@@ -41,7 +45,7 @@ def score_documents(
         dist.all_gather_object(gathered, mine)
         for share in gathered:
             found.update(share or {})
-        report(min(start + REPORT_EVERY, len(documents)))
+        after_part(found)
     assert len(found) == len({document.key for document in documents})
     return found
 
@@ -71,16 +75,16 @@ def save_references(path: Path, references: dict[str, Tensor], fingerprint: str)
     temporary.replace(path)
 
 
-def load_references(path: Path, fingerprint: str) -> dict[str, Tensor] | None:
-    """What ``save_references`` wrote; None when there is no such file, or it is of other data or another model."""
+def load_references(path: Path, fingerprint: str) -> dict[str, Tensor]:
+    """What ``save_references`` wrote; nothing when there is no such file, or it is of other data or another model."""
     if not path.is_file():
-        return None
+        return {}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if metadata["fingerprint"] != fingerprint:
-                return None
+                return {}
             parts = file.get_tensor("values").split(file.get_tensor("sizes").tolist())
             return dict(zip(metadata["keys"].split("\0"), parts, strict=True))
     except (SafetensorError, KeyError):
-        return None
+        return {}

@@ -15,19 +15,21 @@ from megatron_stepkto.files import read_json, stable_hash, write_json
 from megatron_stepkto.processes import Child, run_children
 from megatron_stepkto.progress import say, warn
 from megatron_stepkto.stages import Result, Stage
-from megatron_stepkto.training.job import Job
+from megatron_stepkto.training.job import Job, finished_checkpoints
 from megatron_stepkto.training.nodes import Nodes, tell_others, this_node, wait_for_word
+from megatron_stepkto.training.tracking import check_trackers
 
 
 def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | None = None) -> Result:
     """Train the input ``model`` on the input ``train``; leaves ``final/`` (torch_dist) and ``metrics.jsonl``.
 
-    An attempt that was cut short goes on at its newest checkpoint. With several ``nodes`` this is the first of them,
-    and ``help_train`` runs on the others.
+    An attempt that was cut short goes on at its newest checkpoint. Ctrl-C, SIGTERM and SIGUSR1 save one first, at the
+    next update boundary. With several ``nodes`` this is the first of them, and ``help_train`` runs on the others.
 
     Raises:
         UserError: bad input, found here or by a rank. StageFailed: a rank died; its log is named.
     """
+    check_trackers(settings.log)
     directory = stage.directory
     initial = directory / "initial"
     reference = directory / "reference" if "reference" in stage.inputs else None
@@ -47,6 +49,8 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
         prepare_weights(stage, settings)
         write_json(directory / "job.json", job.model_dump(mode="json"))
         job.progress.unlink(missing_ok=True)
+        if saved := finished_checkpoints(job.checkpoints):
+            say(f"{stage.title}: going on after update {saved[-1][0]}, from {saved[-1][1]}")
         nodes = nodes or this_node()
         children = _ranks(directory, settings, nodes)
         tell_others(directory, nodes, start=True)

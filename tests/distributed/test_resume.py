@@ -20,12 +20,14 @@ from megatron_stepkto import recipe
 from megatron_stepkto.checkpoints.convert import megatron_to_hf
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.stages import Result, Stage
+from megatron_stepkto.training.job import finished_checkpoints
 from megatron_stepkto.training.stage import train
-from tests.builders import random_examples, write_examples, write_llama
+from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
 
 pytestmark = pytest.mark.distributed
 
 TIME_LIMIT_S = 120
+ASYNC = "DP 2, distributed optimizer"  # whose checkpoints are written by processes beside the training
 LAYOUTS: dict[str, dict[str, Any]] = {
     # torch's AdamW, the distributed optimizer's resharded state, and the lagged reference point are all resumed
     "DP 2, distributed optimizer": {"ranks": 2, "distributed_optimizer": True},
@@ -47,9 +49,9 @@ def run(folder: Path, parallel: dict[str, Any], **changes: Any) -> Result:
     return train(stage, settings(parallel, **changes), seed=5)
 
 
-def run_until(folder: Path, parallel: dict[str, Any], sign: Path) -> None:
+def run_until(folder: Path, parallel: dict[str, Any], sign: Path, **changes: Any) -> None:
     """Run in another process and SIGKILL that at the first sight of ``sign``."""
-    call = f"run(Path({str(folder)!r}), {parallel})"
+    call = f"run(Path({str(folder)!r}), {parallel}, **{changes})"
     code = f"from pathlib import Path; from tests.distributed.test_resume import run; {call}"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     limit = time.monotonic() + TIME_LIMIT_S
@@ -70,8 +72,9 @@ def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
     write_examples(tmp_path / "train.jsonl", random_examples(24))
     run(tmp_path / "undisturbed", LAYOUTS[name])
     killed = tmp_path / "killed"
-    run_until(killed, LAYOUTS[name], killed / "checkpoints" / "update_000002" / "state.json")
-    run(killed, LAYOUTS[name])
+    changes = {"async_checkpoints": name == ASYNC}
+    run_until(killed, LAYOUTS[name], killed / "checkpoints" / "update_000002" / "state.json", **changes)
+    run(killed, LAYOUTS[name], **changes)
     expected, got = CheckpointReader(tmp_path / "undisturbed" / "final"), CheckpointReader(killed / "final")
     assert got.shapes() == expected.shapes()
     for key in expected.shapes():
@@ -84,6 +87,79 @@ def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
         assert row["z_outcome"] == pytest.approx(max(0.0, before["kl_outcome"]), rel=1e-6)
         assert row["z_step"] == pytest.approx(max(0.0, before["kl_step"]), rel=1e-6)
     assert any(row["z_outcome"] > 0 or row["z_step"] > 0 for row in rows)
+
+
+RESHARDED = {
+    "TP 2 to PP 2": ({"ranks": 2, "tensor": 2}, {"ranks": 2, "pipeline": 2}),
+    "distributed optimizer to TP 2": ({"ranks": 2, "distributed_optimizer": True}, {"ranks": 2, "tensor": 2}),
+    "PP 2 interleaved to one process": ({"ranks": 2, "pipeline": 2, "virtual_pipeline": 2}, {"ranks": 1}),
+    "one process to DP 2, distributed optimizer": ({"ranks": 1}, {"ranks": 2, "distributed_optimizer": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resharded")
+    write_llama(folder / "model")
+    write_examples(folder / "train.jsonl", random_examples(24))
+    run(folder / "undisturbed", {"ranks": 1})
+    return folder
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_resume_at_another_layout(name: str, undisturbed: Path) -> None:
+    """Weights and both moments of AdamW are laid out anew; the data's order and the lagged z do not change."""
+    before, after = RESHARDED[name]
+    killed = undisturbed / name.replace(" ", "_")
+    run_until(killed, before, killed / "checkpoints" / "update_000002" / "state.json")
+    run(killed, after)
+    expected, got = CheckpointReader(undisturbed / "undisturbed" / "final"), CheckpointReader(killed / "final")
+    for key in expected.shapes():
+        rows = VOCABULARY if "embedding" in key else None
+        truth = expected.read(key, rows=rows)
+        assert (got.read(key, rows=rows) - truth).norm() <= 1e-5 * truth.norm(), key
+    rows = {folder: [json.loads(line) for line in (undisturbed / folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in ("undisturbed", killed.name)}  # fmt: skip
+    for ours, truth in zip(rows[killed.name], rows["undisturbed"], strict=True):
+        assert ours["tokens"] == truth["tokens"]
+        assert ours["loss"] == pytest.approx(truth["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(truth["grad_norm"], rel=5e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_a_request_to_stop_saves_and_ends(number: signal.Signals, tmp_path: Path) -> None:
+    """To the command alone, as a batch system or a terminal sends it. Then it goes on to the same weights."""
+    write_llama(tmp_path / "model")
+    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    parallel = LAYOUTS["PP 2 interleaved"]
+    # a constant rate: the short run below must not differ by its schedule
+    changes = {"epochs": 20, "checkpoint_every": 1000, "optimizer": {"lr": 2e-3}}
+    # a constant rate: the short run below must not differ by its schedule
+    changes = {"epochs": 20, "checkpoint_every": 1000, "optimizer": {"lr": 2e-3}}
+    call = f"run(Path({str(tmp_path / 'run')!r}), {parallel}, **{changes})"
+    code = (
+        "from pathlib import Path; from tests.distributed.test_resume import run; "
+        f"from megatron_stepkto.cli import guarded; guarded(lambda: {call})"
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with (tmp_path / "screen").open("wb") as screen:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=screen, stderr=screen)
+        limit = time.monotonic() + TIME_LIMIT_S
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(TIME_LIMIT_S) == (130 if number == signal.SIGINT else 143)
+    said = "saving at the next opportunity" if number == signal.SIGINT else "saved and stopped"
+    assert said in (tmp_path / "screen").read_text()
+    [(done, _)] = finished_checkpoints(tmp_path / "run" / "checkpoints")
+    assert 2 <= done < 120
+    assert metrics.read_text().count("\n") == done, "the checkpoint is of the last update that was made"
+    for name in ("run", "undisturbed"):
+        run(tmp_path / name, parallel, **changes, max_updates=done + 2)
+    expected, got = (CheckpointReader(tmp_path / name / "final") for name in ("undisturbed", "run"))
+    assert all(torch.equal(got.read(key), expected.read(key)) for key in expected.shapes())
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:

@@ -206,6 +206,45 @@ def test_pairs_by_hand(method: Any, right: int, wrong: int, limit: int, expected
     assert len({example.pair_id for example in examples}) == len(examples) // 2
 
 
+# p: right with clean steps, right with a wrong step, wrong.  q: right with a wrong step, wrong.  r: only right, one of
+# them with a wrong step.  s: only wrong.  t: undecided.
+STEP_LABELLED = [
+    sample("p", 0, 1, [1, None]), sample("p", 1, 1, [1, 0]), sample("p", 2, 0, [0]),
+    sample("q", 0, 1, [0, 1]), sample("q", 1, 0, [1, 0]),
+    sample("r", 0, 1, [1]), sample("r", 1, 1, [0]),
+    sample("s", 0, 0, [0]), sample("t", 0, None, [1]),
+]  # fmt: skip
+
+
+def test_right_solutions_without_a_wrong_step() -> None:
+    """rft trains on them alone; pairs choose them alone, and what is left out is not rejected either."""
+    rows, clean = group(*STEP_LABELLED), Dataset(right_solutions="no_wrong_step")
+    assert ids(select(rows, Dataset(), "rft", 0)) == ["p/0", "p/1", "q/0", "r/0", "r/1"]
+    assert ids(select(rows, clean, "rft", 0)) == ["p/0", "r/0"]
+    pairs = select(rows, clean, "dpo", 0)
+    assert [(e.problem_id, e.side, e.token_ids) for e in pairs] == [
+        ("p", "chosen", [100, 100]),
+        ("p", "rejected", [102]),
+    ]
+    assert {e.problem_id for e in select(rows, Dataset(), "irpo", 0)} == {"p", "q"}
+    assert len(select(rows, clean, "kto", 0)) == 8, "the key is of the methods that read no step's label"
+
+
+def test_problems_without_two_sides_are_counted(tmp_path: Path) -> None:
+    write_records(tmp_path / "judged.jsonl", STEP_LABELLED)
+    names = ("problems_with_both", "problems_right_only", "problems_wrong_only", "problems_neither",
+             "right_with_wrong_step_left_out")  # fmt: skip
+
+    def counts(**keys: Any) -> list[int]:
+        found = build_dataset(
+            tmp_path / "judged.jsonl", tmp_path / "train.jsonl", None, Dataset(**keys), "dpo", 0.0, seed=0
+        )
+        return [found[name] for name in names]
+
+    assert counts() == [2, 1, 1, 1, 0]
+    assert counts(right_solutions="no_wrong_step") == [1, 1, 2, 1, 3]
+
+
 def test_pairs_use_every_sample_of_the_larger_side() -> None:
     rows = [sample("p", n, 1) for n in range(2)] + [sample("p", 10 + n, 0) for n in range(4)]
     examples = select(group(*rows), Dataset(), "dpo", 0)

@@ -8,7 +8,7 @@ import pytest
 from megatron_stepkto import recipe
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.pipeline import check_fits, compared_rows, dataset_key, training_key
-from megatron_stepkto.recipe import Loss, Optimizer, Training
+from megatron_stepkto.recipe import Loss, Optimizer, Parallel, Training
 from tests.builders import write_llama
 
 
@@ -21,7 +21,8 @@ def test_what_does_not_decide_the_weights_makes_nothing_stale() -> None:
     assert training_key(training(timeout_s=9.0, keep_checkpoints=5, max_gap=1.0)) == key
     assert training_key(training(loss=Loss(nll_weight=3.0, dpo_beta=9.0))) == key
     assert training_key(training(loss=Loss(beta_step=9.0))) != key
-    assert training_key(training(micro_batch_tokens=99)) != key
+    assert training_key(training(micro_batch_tokens=99, parallel=Parallel(ranks=4, tensor=2), recompute=True)) == key
+    assert training_key(training(dtype="bfloat16")) != key
     dpo = training_key(training(method="dpo"))
     assert training_key(training(method="dpo", loss=Loss(beta_step=9.0))) == dpo
     assert training_key(training(method="dpo", loss=Loss(dpo_beta=9.0))) != dpo

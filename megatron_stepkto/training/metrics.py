@@ -1,0 +1,45 @@
+"""The numbers of one update, from sums over all ranks and micro-batches: divided once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+KINDS = ("right", "wrong", "right_steps", "wrong_steps")
+KTO_LIKE = ("step_kto", "kto")
+PAIRED = ("dpo", "irpo")
+
+Row = dict[str, float | int | None]
+
+
+def metrics_of(sums: Mapping[str, float], kl: Mapping[str, float], method: str, betas: tuple[float, float]) -> Row:
+    """Losses, log-ratios (nats), rewards, margins, shares and counts of a global batch; None where it had none.
+
+    loss_outcome, loss_step, loss_dpo, loss_nll are the loss's parts (they add up to it). reward_* is beta times the
+    log-ratio; margin and step_margin are rewards of right less those of wrong. sign_accuracy is the share of judged
+    solutions (steps) whose log-ratio is above 0 where right and below 0 where wrong; pair_accuracy the share of
+    pairs whose chosen side has the larger log-ratio.
+    """
+
+    def mean(name: str, count: str) -> float | None:
+        return sums[name] / sums[count] if sums[count] else None
+
+    row: Row = {"loss": mean("loss", "units")}
+    for part, methods in (("outcome", KTO_LIKE), ("step", KTO_LIKE), ("dpo", PAIRED), ("nll", ("irpo",))):
+        row[f"loss_{part}"] = mean(f"loss_{part}", "units") if method in methods else None
+    for level in ("outcome", "step"):
+        row[f"kl_{level}"] = kl[f"kl_{level}"] / kl[f"kl_{level}_count"] if kl[f"kl_{level}_count"] else None
+    for kind in KINDS:
+        row[f"log_ratio_{kind}"] = mean(f"log_ratio_{kind}", f"num_{kind}")
+    for suffix, beta, name in (("", betas[0], "margin"), ("_steps", betas[1], "step_margin")):
+        for side in ("right", "wrong"):
+            ratio = row[f"log_ratio_{side}{suffix}"]
+            row[f"reward_{side}{suffix}"] = beta * ratio if ratio is not None else None
+        right, wrong = row[f"reward_right{suffix}"], row[f"reward_wrong{suffix}"]
+        row[name] = right - wrong if right is not None and wrong is not None else None
+        judged = sums[f"num_right{suffix}"] + sums[f"num_wrong{suffix}"]
+        row[f"sign_accuracy{suffix}"] = sums[f"signs_right{suffix}"] / judged if judged else None
+    row["pair_accuracy"] = mean("pairs_right", "units") if method in PAIRED else None
+    row |= {f"num_{kind}": int(sums[f"num_{kind}"]) for kind in KINDS}
+    row |= {"num_units": int(sums["units"]), "num_kl_pairs": int(kl["kl_outcome_count"])}
+    row |= {"tokens": int(sums["tokens"]), "padding_share": sums["padding"] / (sums["tokens"] + sums["padding"])}
+    return row

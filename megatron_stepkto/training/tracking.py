@@ -1,0 +1,92 @@
+"""Where a training's numbers go: JSON lines always, TensorBoard and Weights & Biases as the recipe says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import atomic_writer
+
+AXES = ("update", "num_updates")
+
+
+def check_trackers(log: recipe.Log) -> None:
+    """Raises UserError when the recipe asks for a tracker that is not installed."""
+    for key, wanted, package in (
+        ("tensorboard", log.tensorboard, "tensorboard"),
+        ("wandb", log.wandb is not None, "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"train.log.{key} is set, but the package {package} is not installed; `pip install {package}`, "
+                f"or remove the key{' (set it to false)' if key == 'tensorboard' else ''}"
+            )
+
+
+class Tracker:
+    """Of the one rank that writes. ``metrics.jsonl`` holds each row once, however often a run was cut short.
+
+    Args:
+        done: updates that are in the checkpoint that the run goes on from; later rows are dropped.
+        identity: the same for every attempt at one training.
+    """
+
+    def __init__(self, directory: Path, log: recipe.Log, done: int, identity: str, settings: Mapping[str, Any]) -> None:
+        self._file = directory / "metrics.jsonl"
+        lines = self._file.read_text(encoding="utf-8").splitlines() if done and self._file.exists() else []
+        with atomic_writer(self._file) as file:
+            file.writelines(line + "\n" for line in lines if _update_of(line) <= done)
+        self._board: Any = None
+        self._run: Any = None
+        if log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # what an attempt wrote after its last checkpoint is hidden
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)
+        if log.wandb:
+            import wandb
+
+            name = "/".join(directory.parts[-3:])
+            self._run = wandb.init(
+                project=log.wandb, name=name, id=identity, resume="allow", dir=directory, config=dict(settings)
+            )
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """A row with its ``update``; a group of values (``held_out``) becomes names with its own prefix."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        values = dict(_flat(row))
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, row["update"])
+            self._board.flush()
+        if self._run:
+            self._run.log({**values, "update": row["update"]})
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+        if self._run:
+            self._run.finish()
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a row by name; those that are null in it (nothing of that kind in the batch) are left out."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}/")
+        elif value is not None and name not in AXES:
+            yield (prefix or "train/") + name, float(value)
+
+
+def _update_of(line: str) -> int:
+    """Update of a metrics row; a row cut short by a crash counts as never written."""
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, KeyError):
+        return 1 << 62

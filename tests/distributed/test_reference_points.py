@@ -1,0 +1,102 @@
+"""z_o and z_s over ranks and micro-batches against numbers made by hand.
+
+The reference's log-probs are written so that each step's log-ratio is a number chosen here. Three KL pairs on two
+data-parallel ranks, one pair to a micro-batch:
+
+    pair    steps' log-ratios (judged unless in brackets)    whole
+    e0      -4  1                                             -3
+    e1      6  (2)                                             8
+    e2      (0.5)  0.5                                         1
+    e3      no pair
+
+z_o = (-3 + 8 + 1) / 3 = 2.    z_s = (-4 + 1 + 6 + 0.5) / 4 = 0.875.    Clamped per rank and then averaged, z_o would be
+(0 + 4.5) / 2, (4.5 + 0) / 2 or (8 + 0) / 2, as the pairs fall: never 2.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_stepkto import recipe
+from megatron_stepkto.files import stable_hash
+from megatron_stepkto.records import KLPartner, TrainExample, TrainStep
+from megatron_stepkto.stages import Stage
+from megatron_stepkto.training.documents import kl_document, solution_document
+from megatron_stepkto.training.references import save_references
+from megatron_stepkto.training.stage import train
+from tests.builders import write_examples, write_llama
+
+pytestmark = pytest.mark.distributed
+
+RATIOS = {"e0": [-4.0, 1.0], "e1": [6.0, 2.0], "e2": [0.5, 0.5]}
+LABELS: dict[str, list[int | None]] = {"e0": [0, 1], "e1": [1, None], "e2": [None, 1]}
+
+
+def steps(labels: list[int | None], length: int) -> list[TrainStep]:
+    """Two of equal length."""
+    bounds = ((0, length // 2), (length // 2, length))
+    return [TrainStep(token_start=a, token_end=b, label=c) for (a, b), c in zip(bounds, labels, strict=True)]
+
+
+def examples() -> list[TrainExample]:
+    made = []
+    for number in range(4):
+        name, length = f"e{number}", 10 + 2 * number
+        response = [3 + (7 * number + 5 * i) % 90 for i in range(length)]
+        partner = None
+        if name in RATIOS:
+            other = [4 + (3 * number + 11 * i) % 90 for i in range(12 + 2 * number)]
+            partner = KLPartner(example_id=f"x{number}", token_ids=other, steps=steps(LABELS[name], len(other)))
+        made.append(TrainExample(example_id=name, problem_id=name, prompt_token_ids=[5 + number, 9, 12],
+                                 token_ids=response, steps=steps([1, 0], length), outcome=number % 2,
+                                 kl_partner=partner))  # fmt: skip
+    return made
+
+
+def policy_log_probs(folder: Path, prompt: list[int], response: list[int], parts: list[TrainStep]) -> torch.Tensor:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([[*prompt, *response]])
+    with torch.no_grad():
+        scores = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    tokens = scores.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return torch.stack([tokens[step.token_start : step.token_end].sum() for step in parts])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "z_outcome", "z_step"), [("mismatched", 2.0, 0.875), ("none", 0.0, 0.0), ("batch", 0.0, 0.0)]
+)
+def test_pooled_over_ranks_and_clamped_after(estimator: str, z_outcome: float, z_step: float, tmp_path: Path) -> None:
+    """batch: the first update has none before it to take a mean of; test_resume follows it from there."""
+    model = write_llama(tmp_path / "model")
+    rows = examples()
+    stage = Stage("train", tmp_path / "run", {}, {"model": model, "train": write_examples(tmp_path / "t.jsonl", rows)})
+    references = {}
+    for e in rows:
+        document = solution_document(e)
+        references[document.key] = policy_log_probs(model, e.prompt_token_ids, e.token_ids, e.steps)
+        if e.kl_partner and estimator == "mismatched":
+            ours = policy_log_probs(model, e.prompt_token_ids, e.kl_partner.token_ids, e.kl_partner.steps)
+            references[kl_document(e, e.kl_partner).key] = ours - torch.tensor(RATIOS[e.example_id])
+    contents = sorted((name, entry["sha256"]) for name, entry in stage.key()["inputs"].items())
+    stage.directory.mkdir()
+    path = stage.directory / "reference.safetensors"
+    save_references(path, references, f"{stable_hash(contents, 'float32'):016x}")
+    before = path.stat().st_mtime_ns
+    settings = recipe.Training.model_validate({
+        "parallel": {"ranks": 2}, "optimizer": {"lr": 1e-3}, "loss": {"reference_point": estimator},
+        "global_batch_size": 4, "micro_batch_tokens": 24, "device": "cpu", "timeout_s": 60,
+    })  # fmt: skip
+    train(stage, settings, seed=3)
+    assert path.stat().st_mtime_ns == before, "made by hand, not by a pass"
+    [row] = [json.loads(line) for line in (stage.directory / "metrics.jsonl").read_text().splitlines()]
+    assert row["z_outcome"] == pytest.approx(z_outcome, abs=1e-4)
+    assert row["z_step"] == pytest.approx(z_step, abs=1e-4)
+    assert row["num_kl_pairs"] == {"mismatched": 3, "none": 0, "batch": 4}[estimator]
+    if estimator == "mismatched":
+        assert row["kl_outcome"] == pytest.approx(2.0, abs=1e-4)
