@@ -309,6 +309,14 @@ def test_answers_that_are_none(content: Any) -> None:
         read_votes(content, 1)
 
 
+def test_equal_solutions_are_asked_about_once(tmp_path: Path) -> None:
+    """At a low temperature many samples of a problem are the same text."""
+    same = [solution(1, ["good\n", "bad"]) for _ in range(10)]
+    with ScriptedServer(honest) as server:
+        verdicts = judge(server.url, tmp_path, votes=2).judge([*same, solution(2, ["unclear"])])
+    assert labels(verdicts) == [[1, 0]] * 10 + [[None]] and len(server.requests) == 4
+
+
 def test_a_comment_may_hold_control_characters() -> None:
     """As vLLM's guided decoding lets a model write them."""
     assert read_votes('{"step_1": {"comment": "a\tb\x16", "verdict": "wrong"}}', 1) == [0]

@@ -6,8 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -106,14 +105,6 @@ def read_votes(content: Any, num_steps: int) -> list[Label]:
         raise BadAnswer(f"expected a verdict on each of {num_steps} steps, got {str(content)[:200]!r}") from None
 
 
-@dataclass(frozen=True)
-class _Request:
-    solution: int
-    vote: int
-    key: str
-    body: dict[str, Any]
-
-
 class LLMJudge:
     def __init__(self, settings: recipe.LLMJudge, cache: Path) -> None:
         self._settings, self._cache_path = settings, cache
@@ -141,12 +132,6 @@ class LLMJudge:
 
     # --- requests ---
 
-    def _requests(self, solutions: Sequence[Solution]) -> Iterator[_Request]:
-        for number, solution in enumerate(solutions):
-            for vote in range(self._settings.votes):
-                body = self._body(solution, vote)
-                yield _Request(number, vote, content_key(body), body)
-
     def _body(self, solution: Solution, vote: int) -> dict[str, Any]:
         """What is asked, and all that decides the answer: its hash is the cache's key."""
         settings = self._settings
@@ -173,13 +158,17 @@ class LLMJudge:
     async def _ask_all(
         self, solutions: Sequence[Solution], cache: AnswerCache, votes: dict[tuple[int, int], list[Label]]
     ) -> None:
+        places: dict[str, list[tuple[int, int]]] = {}  # equal solutions are one question
+        for number, solution in enumerate(solutions):
+            for vote in range(self._settings.votes):
+                places.setdefault(content_key(self._body(solution, vote)), []).append((number, vote))
         missing = []
-        for request in self._requests(solutions):
-            known = cache.get(request.key)
+        for key, where in places.items():
+            known = cache.get(key)
             if known is None:
-                missing.append((request.solution, request.vote))
+                missing.append(where)
             else:
-                votes[request.solution, request.vote] = known
+                votes.update(dict.fromkeys(where, known))
         self._counts["cached"] = len(votes)
         if not missing:
             return
@@ -193,22 +182,23 @@ class LLMJudge:
             warn(f"{failed} of {total} votes have no verdict, their steps lose a vote; the last: {self._useless}")
 
     async def _work(
-        self, client: Client, solutions: Sequence[Solution], missing: list[tuple[int, int]], cache: AnswerCache,
+        self, client: Client, solutions: Sequence[Solution], missing: list[list[tuple[int, int]]], cache: AnswerCache,
         votes: dict[tuple[int, int], list[Label]], bar: ProgressBar,
     ) -> None:  # fmt: skip
         queue = iter(missing)
-        total, finished = bar.total, bar.total - len(missing)
+        finished = bar.total - sum(map(len, missing))
 
         async def worker() -> None:
             nonlocal finished
-            for number, vote in queue:
+            for where in queue:
+                number, vote = where[0]
                 body = self._body(solutions[number], vote)
                 found = await self._ask(client, body, len(solutions[number].steps))
                 if found is not None:
                     cache.put(content_key(body), found)
-                    votes[number, vote] = found
-                finished += 1
-                bar.update(min(finished, total), self._note())
+                    votes.update(dict.fromkeys(where, found))
+                finished += len(where)
+                bar.update(finished, self._note())
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._settings.concurrency, len(missing))):
