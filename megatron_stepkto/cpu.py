@@ -23,7 +23,7 @@ import torch
 
 from megatron_stepkto.errors import UserError
 
-SUPPORTED_MEGATRON = ("0.16",)
+SUPPORTED_MEGATRON = ("0.16", "0.19")
 
 # Modules whose global `torch` is replaced, each because it creates tensors on "cuda", or asks for the current
 # CUDA device, a stream, a synchronisation or the CUDA random state.
@@ -86,7 +86,10 @@ class _CpuStream:
     def wait_stream(self, stream: Any) -> None:
         return None
 
-    def record_event(self) -> _CpuStream:
+    def wait_event(self, event: Any) -> None:
+        return None
+
+    def record_event(self, event: Any = None) -> _CpuStream:
         return self
 
     def synchronize(self) -> None:

@@ -185,13 +185,17 @@ def _block_spec(
 def _mark_tensor_parallel(chunk: PolicyModel) -> None:
     """Say which weights are split over tensor-parallel ranks.
 
-    Megatron sets these marks while it initialises weights, which is off here. Without them the gradient norm
-    counts only rank 0's part of a split weight: clipping is wrong, with no error.
+    Megatron-Core 0.16 sets these marks while it initialises weights, which is off here (0.19 sets them always).
+    Without them the gradient norm counts only rank 0's part of a split weight: clipping is wrong, with no error.
     """
     split_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in chunk.modules():
         weight = getattr(module, "weight", None)
-        if type(module) in split_dim and weight is not None:
+        if type(module) not in split_dim or weight is None:
+            continue
+        if hasattr(weight, "tensor_model_parallel"):
+            assert (weight.tensor_model_parallel, weight.partition_dim) == (True, split_dim[type(module)])
+        else:
             set_tensor_model_parallel_attributes(weight, True, split_dim[type(module)], 1)
 
 

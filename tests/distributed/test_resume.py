@@ -49,11 +49,13 @@ def run(folder: Path, parallel: dict[str, Any], **changes: Any) -> Result:
     return train(stage, settings(parallel, **changes), seed=5)
 
 
-def run_until(folder: Path, parallel: dict[str, Any], sign: Path, **changes: Any) -> None:
+def run_until(
+    folder: Path, parallel: dict[str, Any], sign: Path, python: str = sys.executable, **changes: Any
+) -> None:
     """Run in another process and SIGKILL that at the first sight of ``sign``."""
     call = f"run(Path({str(folder)!r}), {parallel}, **{changes})"
     code = f"from pathlib import Path; from tests.distributed.test_resume import run; {call}"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([python, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     limit = time.monotonic() + TIME_LIMIT_S
     while not sign.exists():
         assert process.poll() is None, "the training ended before it could be killed"

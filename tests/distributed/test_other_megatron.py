@@ -1,0 +1,66 @@
+"""One training, two versions of Megatron-Core: killed under one, finished under the other, on one folder.
+
+Needs a second environment (``make megatron-019`` makes one and runs this): its Python in STEPKTO_OTHER_PYTHON.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
+from tests.builders import random_examples, write_examples, write_llama
+from tests.distributed.test_resume import TIME_LIMIT_S, run, run_until
+
+OTHER = os.environ.get("STEPKTO_OTHER_PYTHON")
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(OTHER is None, reason="set STEPKTO_OTHER_PYTHON to a Python with another Megatron-Core"),
+]
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one process": {"ranks": 1},
+    "DP 2, distributed optimizer": {"ranks": 2, "distributed_optimizer": True},
+    "PP 2 interleaved": {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+}
+
+
+def run_elsewhere(folder: Path, parallel: dict[str, Any]) -> None:
+    call = f"run(Path({str(folder)!r}), {parallel})"
+    code = f"from pathlib import Path; from tests.distributed.test_resume import run; {call}"
+    subprocess.run([str(OTHER), "-W", "ignore", "-c", code], check=True, timeout=TIME_LIMIT_S)
+
+
+def version(python: str) -> str:
+    code = "import importlib.metadata as m; print(m.version('megatron-core'))"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_other_python_has_another_version() -> None:
+    assert version(str(OTHER)) != version(sys.executable)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("begins", ["here", "there"])
+def test_begun_under_one_version_and_finished_under_the_other(name: str, begins: str, tmp_path: Path) -> None:
+    write_llama(tmp_path / "model")
+    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    run(tmp_path / "undisturbed", LAYOUTS[name])
+    moved = tmp_path / "moved"
+    sign = moved / "checkpoints" / "update_000002" / "state.json"
+    run_until(moved, LAYOUTS[name], sign, sys.executable if begins == "here" else str(OTHER))
+    if begins == "here":
+        run_elsewhere(moved, LAYOUTS[name])
+    else:
+        run(moved, LAYOUTS[name])
+    assert len((moved / "metrics.jsonl").read_text().splitlines()) == 6
+    expected, got = CheckpointReader(tmp_path / "undisturbed" / "final"), CheckpointReader(moved / "final")
+    assert got.shapes() == expected.shapes()
+    for key in expected.shapes():
+        truth = expected.read(key)
+        assert (got.read(key) - truth).norm() <= 1e-6 * truth.norm(), key
