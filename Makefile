@@ -13,7 +13,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test unit lint setup demo-short compare gsm8k figures m0 clean
+# The same package on the newest Megatron-Core, which needs Python 3.12; see the target megatron-019.
+PYTHON312 ?= python3.12
+VENV019 := .venv-megatron-0.19
+PIP019 := $(VENV019)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test unit lint setup demo-short compare gsm8k figures m0 clean megatron-019
 
 demo: setup
 	$(BIN)/stepkto run recipes/mini_cpu.yaml
@@ -41,6 +46,26 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Layouts, resume, checkpoints and units on Megatron-Core 0.19 (Python 3.12, no vLLM), then trainings that begin under
+# one version and end under the other.
+megatron-019: setup $(VENV019)/.ready
+	$(VENV019)/bin/python -m pytest tests/unit tests/distributed $(PYTEST_ARGS)
+	STEPKTO_OTHER_PYTHON=$(abspath $(VENV019)/bin/python) $(BIN)/python -m pytest tests/distributed/test_other_megatron.py
+
+# torch: the CPU build where an index has it for Python 3.12, else the CUDA build (3 GB), which also runs on a CPU.
+$(VENV019)/.ready: requirements/py312.lock pyproject.toml
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || \
+		{ echo "error: expected Python 3.12 as $(PYTHON312), found none; say make PYTHON312=/path/to/python3.12"; exit 2; }
+	@echo "setting up $(VENV019) (the log is $(VENV019)/setup.log)"
+	@test -x $(VENV019)/bin/python || $(PYTHON312) -m venv $(VENV019)
+	@{ $(PIP019) install --quiet --no-deps --retries 1 -r requirements/torch-cpu.txt || \
+	   $(PIP019) install --quiet --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) -r requirements/torch-cpu.txt || \
+	   $(PIP019) install --quiet $$(sed 's/+cpu//' requirements/torch-cpu.txt); } >$(VENV019)/setup.log 2>&1 && \
+	 $(PIP019) install --quiet --no-deps -r requirements/py312.lock >>$(VENV019)/setup.log 2>&1 && \
+	 $(PIP019) install --quiet --no-deps --no-build-isolation --editable . >>$(VENV019)/setup.log 2>&1 || \
+		{ tail -n 5 $(VENV019)/setup.log; echo "error: the packages could not be installed"; exit 2; }
+	@touch $(VENV019)/.ready
+
 # The README's claims over three seeds (about half an hour).
 figures: setup
 	STEPKTO_FIGURES=1 $(BIN)/python -m pytest tests/end_to_end/test_figures.py -s
@@ -54,7 +79,7 @@ m0: setup
 
 # Leaves runs/ alone: it holds results.
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV019) build *.egg-info
 
 setup: $(READY)
 

@@ -23,7 +23,8 @@ import torch
 
 from megatron_stepkto.errors import UserError
 
-SUPPORTED_MEGATRON = ("0.16", "0.19")
+# Tested versions of Megatron-Core, and the Python that each was tested on (0.17 and later need 3.12).
+SUPPORTED_MEGATRON = {"0.16": "3.11", "0.19": "3.12"}
 
 # Modules whose global `torch` is replaced, each because it creates tensors on "cuda", or asks for the current
 # CUDA device, a stream, a synchronisation or the CUDA random state.
@@ -157,14 +158,13 @@ _installed = False
 
 def check_megatron_version() -> str:
     """Raises UserError unless an installed Megatron-Core is of a version this package is tested with."""
+    supported = " or ".join(f"{version}.x (Python {python})" for version, python in SUPPORTED_MEGATRON.items())
     try:
         version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError("megatron-core is not installed; run `make setup`") from None
+        raise UserError(f"megatron-core is not installed, expected {supported}; run `make setup`") from None
     if not version.startswith(tuple(f"{v}." for v in SUPPORTED_MEGATRON)):
-        raise UserError(
-            f"expected megatron-core {' or '.join(SUPPORTED_MEGATRON)}.x, found {version}; run `make setup`"
-        )
+        raise UserError(f"expected megatron-core {supported}, found {version}; run `make setup`")
     return version
 
 

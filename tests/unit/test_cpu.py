@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,11 +34,26 @@ def as_if_in(module: str, expression: str, **names: Any) -> Any:
 # --- version -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["0.15.3", "0.17.0", "0.19.2", "0.160.1", "1.16.0"])
+@pytest.mark.parametrize("version", ["0.15.3", "0.17.0", "0.18.2", "0.160.1", "0.20.0", "1.16.0"])
 def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    with pytest.raises(UserError, match=rf"expected megatron-core 0\.16\.x, found {version}; run `make setup`"):
+    with pytest.raises(UserError) as caught:
         cpu.check_megatron_version()
+    assert str(caught.value) == (
+        f"expected megatron-core 0.16.x (Python 3.11) or 0.19.x (Python 3.12), found {version}; run `make setup`"
+    )
+
+
+@pytest.mark.parametrize("version", ["0.16.0", "0.16.1", "0.19.2"])
+def test_supported_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    assert cpu.check_megatron_version() == version
+
+
+def test_the_lock_files_hold_supported_versions(repository: Path) -> None:
+    for lock in ("cpu.lock", "py312.lock"):
+        [pinned] = re.findall(r"^megatron-core==(\d+\.\d+)", (repository / "requirements" / lock).read_text(), re.M)
+        assert pinned in cpu.SUPPORTED_MEGATRON
 
 
 def test_a_megatron_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +61,7 @@ def test_a_megatron_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    with pytest.raises(UserError, match="megatron-core is not installed; run `make setup`"):
+    with pytest.raises(UserError, match=r"megatron-core is not installed, expected 0\.16\.x .*; run `make setup`"):
         cpu.check_megatron_version()
 
 
