@@ -57,7 +57,6 @@ def layer_bytes(config: ModelConfig, layout: Layout) -> dict[str, float]:
     hidden = config.hidden_size / layout.hidden_share
     queries = config.num_heads * config.head_dim / layout.tensor
     keys = config.num_kv_heads * config.head_dim / layout.tensor
-    ffn = config.ffn_size / layout.tensor
     b = layout.num_bytes
     return {
         "norms": 2 * layout.norm_bytes(config),
@@ -68,8 +67,20 @@ def layer_bytes(config: ModelConfig, layout: Layout) -> dict[str, float]:
         # one output per document, their concatenation (the input of the projection), the log-sum-exp
         "attention output": 2 * queries * b + 4 * config.num_heads / layout.tensor,
         "mlp input": hidden * b,
-        "mlp": (3 if layout.kernels.fused_swiglu else 5) * ffn * b,
+        "mlp": _mlp_bytes(config, layout),
     }
+
+
+def _mlp_bytes(config: ModelConfig, layout: Layout) -> float:
+    """Output of linear_fc1, input of linear_fc2 and, unfused, what SwiGLU is made of. Experts also keep a copy of the
+    hidden states per chosen expert; they get equally many tokens here, which a real router only comes near."""
+    if config.experts is None:
+        return (3 if layout.kernels.fused_swiglu else 5) * config.ffn_size / layout.tensor * layout.num_bytes
+    experts = config.experts
+    # unfused, the output weighted by the router's probability is one more tensor
+    per_expert = config.hidden_size + (3 if layout.kernels.fused_swiglu else 6) * experts.ffn_size
+    router = 5 * experts.number + 32 * experts.per_token  # probabilities and masks, float32, bool and int64
+    return (experts.per_token * per_expert * layout.num_bytes + router) / layout.tensor
 
 
 def saved_per_layer(config: ModelConfig, layout: Layout) -> float:
@@ -85,8 +96,13 @@ def working_bytes(config: ModelConfig, layout: Layout) -> float:
     Gradients of the widest tensors (linear_fc1's output and SwiGLU's) and of the hidden states, gathered under
     sequence parallelism; under recompute also the layer's own activations, made again.
     """
-    gradients = (3 * config.ffn_size / layout.tensor + 3 * config.hidden_size) * layout.num_bytes
+    gradients = (3 * widest(config) / layout.tensor + 3 * config.hidden_size) * layout.num_bytes
     return gradients + (sum(layer_bytes(config, layout).values()) if layout.recompute else 0.0)
+
+
+def widest(config: ModelConfig) -> int:
+    """Elements per token of the feed-forward part, all chosen experts together."""
+    return config.experts.ffn_size * config.experts.per_token if config.experts else config.ffn_size
 
 
 def head_saved_bytes(config: ModelConfig, layout: Layout) -> tuple[float, float]:

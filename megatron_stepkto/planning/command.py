@@ -103,8 +103,6 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
     from megatron_stepkto.planning.times import Assumptions, Scenario, Workload
 
     config, entries = read_model_config(_model_folder(arguments.model, recipe))
-    if config.experts:
-        raise UserError(f"{arguments.model}: plans are for dense models so far, not for a mixture of experts")
     train = recipe.train if recipe else None
     gpus = arguments.gpus or (train.parallel.ranks if train else None)
     if gpus is None:

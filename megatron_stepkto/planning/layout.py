@@ -117,6 +117,13 @@ def tensor_choices(config: ModelConfig) -> list[int]:
     return [d for d in _common_divisors(config) if d <= config.vocab_size]
 
 
+def expert_choices(config: ModelConfig, stage_ranks: int) -> list[int]:
+    """Every expert parallel size that the model and the ranks of a pipeline stage allow."""
+    if config.experts is None:
+        return [1]
+    return [d for d in _divisors(config.experts.number) if not stage_ranks % d]
+
+
 def _common_divisors(config: ModelConfig) -> list[int]:
     smallest = min(size for _, size in _split_sizes(config))
     return [d for d in range(1, smallest + 1) if not any(size % d for _, size in _split_sizes(config))]

@@ -16,9 +16,15 @@ from megatron_stepkto.planning.activations import (
     head_saved_bytes,
     layers_in_flight,
     saved_per_layer,
+    widest,
     working_bytes,
 )
-from megatron_stepkto.planning.parameters import optimizer_shard, padded_vocab_size, stage_parameters
+from megatron_stepkto.planning.parameters import (
+    data_parallel_size,
+    optimizer_shard,
+    padded_vocab_size,
+    stage_parameters,
+)
 from megatron_stepkto.recipe import Parallel, Training
 
 # CUDA context, cuBLAS workspaces and NCCL's buffers of a handful of groups.
@@ -60,16 +66,11 @@ class StageMemory:
         return {**asdict(self), "peak": self.peak}
 
 
-def data_parallel_size(parallel: Parallel) -> int:
-    """Replicas times context ranks: what gradients are summed over, and the distributed optimizer is cut into."""
-    return parallel.ranks // (parallel.tensor * parallel.pipeline)
-
-
 def state_bytes(config: ModelConfig, entries: list[Entry], settings: Training, stage: int) -> tuple[int, int, int]:
     """(weights, gradients, optimizer) of a rank, as ``Engine`` allocates them."""
     parallel = settings.parallel
     held = stage_parameters(config, entries, parallel, stage)
-    shard = optimizer_shard(held, data_parallel_size(parallel)) if parallel.distributed_optimizer else held.total
+    shard = optimizer_shard(held, parallel) if parallel.distributed_optimizer else held.total
     if settings.dtype == "bfloat16":
         return 2 * held.total, 4 * held.total, 12 * shard  # float32 main weights and two moments
     return 4 * held.total, 4 * held.total, 8 * shard  # the weights are their own main weights
@@ -99,7 +100,7 @@ def stage_memory(
     if parallel.pipeline > 1:  # the output of each micro-batch waits for its gradient
         hidden = config.hidden_size / layout.hidden_share * num_bytes
         activations += tokens * hidden * in_flight / per_stage * (parallel.virtual_pipeline or 1)
-    forward_only = tokens * (3 * config.ffn_size / parallel.tensor + 3 * config.hidden_size) * num_bytes
+    forward_only = tokens * (3 * widest(config) / parallel.tensor + 3 * config.hidden_size) * num_bytes
     head = 0.0
     if stage == parallel.pipeline - 1:
         per_token, per_row = head_saved_bytes(config, layout)

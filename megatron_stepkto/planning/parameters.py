@@ -29,10 +29,12 @@ def padded_vocab_size(words: int, tensor_parallel: int) -> int:
 class StageParameters:
     """Elements on one rank of a pipeline stage.
 
-    chunks: per model chunk (one, or one per virtual stage). embedding, head: of these, the vocabulary's rows.
+    chunks: per model chunk (one, or one per virtual stage). experts: of these, the experts'. embedding, head: of
+    these, the vocabulary's rows.
     """
 
     chunks: tuple[int, ...]
+    experts: tuple[int, ...]
     embedding: int
     head: int
 
@@ -67,8 +69,10 @@ def stage_parameters(config: ModelConfig, entries: list[Entry], parallel: Parall
     """Elements of every chunk that a rank of pipeline stage ``stage`` holds; equal on all its tensor ranks."""
     sizes = {entry.key: math.prod(rank_shape(entry, parallel)) for entry in entries}
     per_layer = sum(sizes[entry.key] for entry in entries if entry.lead)
+    experts_per_layer = sum(sizes[entry.key] for entry in entries if len(entry.lead) == 2)
     first, last = stage == 0, stage == parallel.pipeline - 1
-    chunks = [per_layer * len(layers) for layers in stage_layers(config, parallel, stage)]
+    layers = [len(numbers) for numbers in stage_layers(config, parallel, stage)]
+    chunks = [per_layer * count for count in layers]
     embedding = sizes[EMBEDDING] if first else 0
     head = (sizes[EMBEDDING] if config.tied else sizes[HEAD]) if last else 0
     if first and last and config.tied:
@@ -77,7 +81,7 @@ def stage_parameters(config: ModelConfig, entries: list[Entry], parallel: Parall
     chunks[-1] += head + (sizes[FINAL_NORM] if last else 0)
     known = per_layer + sum(sizes[key] for key in (EMBEDDING, HEAD, FINAL_NORM) if key in sizes)
     assert known == sum(sizes.values()), "an entry outside the layers that this count does not know"
-    return StageParameters(tuple(chunks), embedding, head)
+    return StageParameters(tuple(chunks), tuple(experts_per_layer * count for count in layers), embedding, head)
 
 
 def model_parameters(entries: list[Entry]) -> int:
@@ -85,8 +89,28 @@ def model_parameters(entries: list[Entry]) -> int:
     return sum(math.prod(entry.full_shape) for entry in entries)
 
 
-def optimizer_shard(parameters: StageParameters, data_parallel: int) -> int:
-    """Elements in the distributed optimizer of data-parallel rank 0, the largest shard: each chunk's gradient
-    buffer is padded and cut in equal parts; the padding, at the end, is nobody's."""
-    multiple = math.lcm(data_parallel, _BUCKET_MULTIPLE)
-    return sum(min(chunk, -(-chunk // multiple) * multiple // data_parallel) for chunk in parameters.chunks)
+def data_parallel_size(parallel: Parallel) -> int:
+    """Replicas times context ranks: what gradients are summed over, and the distributed optimizer is cut into."""
+    return parallel.ranks // (parallel.tensor * parallel.pipeline)
+
+
+def expert_data_parallel_size(parallel: Parallel) -> int:
+    """Ranks that hold the same experts; experts are not split over tensor-parallel ranks."""
+    return parallel.ranks // (parallel.expert * parallel.pipeline)
+
+
+def optimizer_shard(parameters: StageParameters, parallel: Parallel) -> int:
+    """Elements in the distributed optimizer of data-parallel rank 0, the largest shard.
+
+    Each chunk has a gradient buffer for its dense weights and one for its experts. A buffer is padded and cut in
+    equal parts over the ranks that hold the same weights; the padding, at the end, is nobody's.
+    """
+
+    def part(buffer: int, ranks: int) -> int:
+        multiple = math.lcm(ranks, _BUCKET_MULTIPLE)
+        return min(buffer, -(-buffer // multiple) * multiple // ranks)
+
+    return sum(
+        part(chunk - experts, data_parallel_size(parallel)) + part(experts, expert_data_parallel_size(parallel))
+        for chunk, experts in zip(parameters.chunks, parameters.experts, strict=True)
+    )

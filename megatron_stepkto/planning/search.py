@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_stepkto.checkpoints.architecture import ModelConfig
 from megatron_stepkto.planning.cluster import Cluster
-from megatron_stepkto.planning.layout import layout_faults, tensor_choices
+from megatron_stepkto.planning.layout import expert_choices, layout_faults, tensor_choices
 from megatron_stepkto.planning.memory import StageMemory, advice, stage_memory
 from megatron_stepkto.planning.times import Scenario, Times, estimate_times
 from megatron_stepkto.recipe import Parallel, Training
@@ -79,12 +80,13 @@ def possible_layouts(config: ModelConfig, cluster: Cluster) -> Iterator[Parallel
                 continue
             per_stage = config.num_layers // pipeline
             virtual = [v for v in range(2, MAX_VIRTUAL + 1) if pipeline > 1 and not per_stage % v]
-            for chunks in (None, *virtual):
+            for chunks, expert in itertools.product((None, *virtual), expert_choices(config, cluster.gpus // pipeline)):
                 parallel = Parallel(
                     ranks=cluster.gpus,
                     tensor=tensor,
                     pipeline=pipeline,
                     virtual_pipeline=chunks,
+                    expert=expert,
                     sequence=tensor > 1,
                     distributed_optimizer=cluster.gpus > tensor * pipeline,
                 )
@@ -93,7 +95,7 @@ def possible_layouts(config: ModelConfig, cluster: Cluster) -> Iterator[Parallel
 
 
 def propose(case: Scenario, base: Training, longest: int) -> list[Plan]:
-    """Plans that fit, the fastest iteration first, the best one of each (tensor, pipeline).
+    """Plans that fit, the fastest iteration first, the best one of each (tensor, pipeline, expert).
 
     Args:
         base: everything of the section train that a plan does not decide.
@@ -104,7 +106,7 @@ def propose(case: Scenario, base: Training, longest: int) -> list[Plan]:
         if not plan.fits(case.cluster, PROPOSED_SHARE):
             continue
         parallel = plan.settings.parallel
-        key = (parallel.tensor, parallel.pipeline)
+        key = (parallel.tensor, parallel.pipeline, parallel.expert)
         if key not in best or _rank(plan) < _rank(best[key]):
             best[key] = plan
     return sorted(best.values(), key=_rank)

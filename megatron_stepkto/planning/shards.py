@@ -55,7 +55,12 @@ def fake_rank(parallel: Parallel, rank: int) -> Iterator[None]:
     try:
         # gloo groups would wait for processes that do not exist
         parallel_state.initialize_model_parallel(
-            parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, create_gloo_process_groups=False
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.virtual_pipeline,
+            create_gloo_process_groups=False,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1,
         )
         yield
     finally:
@@ -122,7 +127,6 @@ class Check:
 
 def check_plan(config: ModelConfig, entries: list[Entry], parallel: Parallel, dtype: torch.dtype) -> list[Check]:
     """Build the first and last tensor rank of every pipeline stage and compare with the plan, element by element."""
-    data_parallel = parallel.ranks // (parallel.tensor * parallel.pipeline)
     checks = []
     for stage in range(parallel.pipeline):
         planned = stage_parameters(config, entries, parallel, stage)
@@ -135,6 +139,6 @@ def check_plan(config: ModelConfig, entries: list[Entry], parallel: Parallel, dt
                 stage=stage,
                 optimizer=parallel.distributed_optimizer,
             )
-            largest = optimizer_shard(planned, data_parallel) if parallel.distributed_optimizer else None
+            largest = optimizer_shard(planned, parallel) if parallel.distributed_optimizer else None
             checks.append(Check(shard, planned.chunks, largest))
     return checks

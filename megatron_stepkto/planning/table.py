@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from megatron_stepkto.planning.memory import data_parallel_size
-from megatron_stepkto.planning.parameters import model_parameters
+from megatron_stepkto.planning.parameters import data_parallel_size, model_parameters
 from megatron_stepkto.planning.search import Plan, recipe_keys
 from megatron_stepkto.planning.times import Scenario
 
@@ -57,6 +56,7 @@ def _proposals(case: Scenario, plans: Sequence[Plan]) -> str:
             "PP",
             "v",
             "DP",
+            "EP",
             "SP",
             "recompute",
             "micro-batch",
@@ -76,6 +76,7 @@ def _proposals(case: Scenario, plans: Sequence[Plan]) -> str:
                 str(p.pipeline),
                 str(p.virtual_pipeline or 1),
                 str(data_parallel_size(p)),
+                str(p.expert),
                 "yes" if p.sequence else "no",
                 "full" if plan.settings.recompute else "no",
                 f"{plan.settings.micro_batch_tokens:,}",

@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig
 from megatron_stepkto.planning.cluster import Cluster
-from megatron_stepkto.planning.memory import data_parallel_size, state_bytes
-from megatron_stepkto.planning.parameters import model_parameters
+from megatron_stepkto.planning.memory import state_bytes
+from megatron_stepkto.planning.parameters import data_parallel_size, model_parameters
 from megatron_stepkto.recipe import Training
 
 
@@ -104,6 +104,8 @@ def forward_flops(config: ModelConfig, tokens: float, response_tokens: float, le
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     projections = config.hidden_size * (2 * queries + 2 * keys)
     mlp = 3 * config.hidden_size * config.ffn_size
+    if config.experts:  # those that a token goes to, and the router
+        mlp = config.hidden_size * (3 * config.experts.ffn_size * config.experts.per_token + config.experts.number)
     layer = tokens * (2 * (projections + mlp) + 2 * length * queries)
     return layer, response_tokens * 2 * config.hidden_size * config.vocab_size
 
@@ -136,13 +138,19 @@ def _pass(case: Scenario, settings: Training, tokens: float, layer_passes: int, 
     # two all-reduces (or their halves, under sequence parallelism) per layer and direction; recompute repeats one's
     directions = {1: 1, 3: 2, 4: 3}[layer_passes]
     moved = 2 * (parallel.tensor - 1) / parallel.tensor * hidden
-    tensor_time = layers * 2 * directions * moved / _rate(case, parallel.tensor)
+    # experts are not split: only attention sends, and each tensor rank hands its own tokens to the experts
+    per_direction = 1 if config.experts else 2
+    tensor_time = layers * per_direction * directions * moved / _rate(case, parallel.tensor)
+    expert_time = 0.0
+    if config.experts:  # there and back, each token to its top-k experts
+        sent = hidden / parallel.tensor * config.experts.per_token * (parallel.expert - 1) / parallel.expert
+        expert_time = layers * 2 * directions * sent / _rate(case, parallel.expert)
     messages = 0.0
     if parallel.pipeline > 1:
         span = parallel.ranks // parallel.pipeline + 1
         sent = hidden / (parallel.tensor if parallel.sequence else 1) * (parallel.virtual_pipeline or 1)
         messages = sent * min(directions, 2) / _rate(case, span)
-    return _Pass(compute, tensor_time, 0.0, messages)
+    return _Pass(compute, tensor_time, expert_time, messages)
 
 
 def _rate(case: Scenario, span: int) -> float:

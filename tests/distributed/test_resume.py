@@ -49,9 +49,7 @@ def run(folder: Path, parallel: dict[str, Any], **changes: Any) -> Result:
     return train(stage, settings(parallel, **changes), seed=5)
 
 
-def run_until(
-    folder: Path, parallel: dict[str, Any], sign: Path, python: str = sys.executable, **changes: Any
-) -> None:
+def run_until(folder: Path, parallel: dict[str, Any], sign: Path, python: str = sys.executable, **changes: Any) -> None:
     """Run in another process and SIGKILL that at the first sight of ``sign``."""
     call = f"run(Path({str(folder)!r}), {parallel}, **{changes})"
     code = f"from pathlib import Path; from tests.distributed.test_resume import run; {call}"

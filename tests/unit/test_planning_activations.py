@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_stepkto import cpu
-from megatron_stepkto.checkpoints.architecture import ModelConfig
+from megatron_stepkto.checkpoints.architecture import Experts, ModelConfig
 from megatron_stepkto.checkpoints.llama import read_config
 from megatron_stepkto.planning.activations import (
     CPU,
@@ -81,6 +81,25 @@ def kept_bytes(config: ModelConfig, parallel: Parallel, batch: MicroBatch, dtype
             hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed)
             model.log_probs(hidden, batch.rows, batch.targets)
     return sum(kept.values())
+
+
+def mixture(**changes: int) -> ModelConfig:
+    return dataclasses.replace(llama(**changes), experts=Experts(4, 2, 352, True))
+
+
+MIXTURE = {"one process": {}, "TP 2, sequence parallel": {"ranks": 2, "tensor": 2, "sequence": True}}
+
+
+@pytest.mark.parametrize("name", MIXTURE)
+def test_mixture_of_experts(name: str) -> None:
+    config, parallel = mixture(), Parallel(**MIXTURE[name])  # type: ignore[arg-type]
+    batch = documents([300, 200], parallel)
+    kept = kept_bytes(config, parallel, batch, torch.float32, False)
+    how = Layout(parallel.tensor, parallel.sequence, 4, False, CPU)
+    per_token, per_row = head_saved_bytes(config, how)
+    tokens, rows = batch.tokens.numel(), batch.rows.numel()
+    planned = tokens * (config.num_layers * saved_per_layer(config, how) + per_token) + rows * per_row
+    assert planned == pytest.approx(kept, rel=BAND)
 
 
 CASES = {

@@ -172,6 +172,22 @@ def test_proposals_for_70b_fit_and_paste_into_a_recipe(
         assert len(plan["stages"]) == pasted.parallel.pipeline
 
 
+def test_proposals_for_a_mixture_of_experts(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, configs / "mixtral_8x22b", "--gpus", 128)
+    config, _ = read_model_config(configs / "mixtral_8x22b")
+    layouts = [settings(**plan["train"]).parallel for plan in found["plans"]]
+    assert any(layout.expert > 1 for layout in layouts)
+    assert [layout_faults(config, layout) for layout in layouts] == [[]] * len(layouts)
+    assert all(plan["peak_bytes"] <= 72e9 for plan in found["plans"])
+
+
+def test_flops_of_a_mixture_by_hand(configs: Path) -> None:
+    """8 experts of 16,384, two per token, and the router."""
+    config, _ = read_model_config(configs / "mixtral_8x22b")
+    layer, _ = forward_flops(config, tokens=1, response_tokens=0, length=0)
+    assert layer == 2 * (6144 * (6144 * 2 + 1024 * 2) + 2 * 3 * 6144 * 16384 + 6144 * 8)
+
+
 def test_what_is_printed(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", str(configs / "llama3.1_8b"), "--gpus", "8"])
     text = capsys.readouterr().out

@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(
 SIZES = {
     "llama3.3_70b": 70_553_706_496,
     "llama3.1_8b": 8_030_261_248,
+    "qwen2.5_math_7b": 7_615_616_512,
+    "qwen2.5_72b": 72_706_203_648,
+    "mixtral_8x22b": 140_620_634_112,
 }
 
 
@@ -36,6 +39,32 @@ LAYOUTS = [
     ("llama3.1_8b", {"ranks": 8, "tensor": 2, "distributed_optimizer": True}),
     ("llama3.1_8b", {"ranks": 40, "tensor": 4, "pipeline": 2, "distributed_optimizer": True}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen2.5_72b", {"ranks": 64, "tensor": 8, "pipeline": 4, "distributed_optimizer": True}),
+        ("mixtral_8x22b", {"ranks": 64, "tensor": 4, "pipeline": 4, "expert": 8, "sequence": True}),
+        (
+            "mixtral_8x22b",
+            {
+                "ranks": 64,
+                "tensor": 2,
+                "pipeline": 4,
+                "virtual_pipeline": 7,
+                "expert": 8,
+                "sequence": True,
+                "distributed_optimizer": True,
+            },
+        ),
+        ("mixtral_8x22b", {"ranks": 256, "pipeline": 8, "expert": 8, "distributed_optimizer": True}),
+    ],
+)
+def test_biases_and_experts(name: str, layout: dict[str, int], repository: Path) -> None:
+    config, entries = read_model_config(repository / "recipes" / "configs" / name)
+    checks = check_plan(config, entries, Parallel(**layout), torch.bfloat16)  # type: ignore[arg-type]
+    assert [check for check in checks if not check.agrees] == []
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
@@ -89,4 +118,4 @@ def test_the_shards_of_all_data_parallel_ranks_are_the_stage(tmp_path: Path) -> 
     held = [build_shard(config, parallel, torch.bfloat16, data_rank=d, optimizer=True).optimizer for d in range(5)]
     planned = stage_parameters(config, entries, parallel, 0)
     assert sum(shard or 0 for shard in held) == planned.total == 68_416
-    assert max(shard or 0 for shard in held) == optimizer_shard(planned, 5) == 13_696
+    assert max(shard or 0 for shard in held) == optimizer_shard(planned, parallel) == 13_696
