@@ -266,6 +266,8 @@ _NOT_DECIDING = {"parallel", "device", "micro_batch_tokens", "pad_documents_to",
 def training_key(settings: recipes.Training) -> dict[str, Any]:
     """What of a training's settings decides its weights, but for rounding: a run may go on at another layout."""
     key = settings.model_dump(mode="json", exclude=_NOT_DECIDING)
+    # its checkpoints hold the optimizer's state in another form: neither kind goes on from the other's
+    key["distributed_optimizer"] = settings.parallel.distributed_optimizer
     unread = {"dpo_beta", "nll_weight"}
     used = _LOSS_KEYS.get(settings.method, set(key["loss"]) - unread)
     key["loss"] = {name: value for name, value in key["loss"].items() if name in used}

@@ -91,9 +91,12 @@ def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
 
 RESHARDED = {
     "TP 2 to PP 2": ({"ranks": 2, "tensor": 2}, {"ranks": 2, "pipeline": 2}),
-    "distributed optimizer to TP 2": ({"ranks": 2, "distributed_optimizer": True}, {"ranks": 2, "tensor": 2}),
     "PP 2 interleaved to one process": ({"ranks": 2, "pipeline": 2, "virtual_pipeline": 2}, {"ranks": 1}),
-    "one process to DP 2, distributed optimizer": ({"ranks": 1}, {"ranks": 2, "distributed_optimizer": True}),
+    "one process to DP 2": ({"ranks": 1}, {"ranks": 2}),
+    "distributed optimizer, DP 2 to TP 2": (
+        {"ranks": 2, "distributed_optimizer": True},
+        {"ranks": 2, "tensor": 2, "distributed_optimizer": True},
+    ),
 }
 
 

@@ -23,6 +23,7 @@ def test_what_does_not_decide_the_weights_makes_nothing_stale() -> None:
     assert training_key(training(loss=Loss(beta_step=9.0))) != key
     assert training_key(training(micro_batch_tokens=99, parallel=Parallel(ranks=4, tensor=2), recompute=True)) == key
     assert training_key(training(dtype="bfloat16")) != key
+    assert training_key(training(parallel=Parallel(ranks=2, distributed_optimizer=True))) != key
     dpo = training_key(training(method="dpo"))
     assert training_key(training(method="dpo", loss=Loss(beta_step=9.0))) == dpo
     assert training_key(training(method="dpo", loss=Loss(dpo_beta=9.0))) != dpo
