@@ -27,4 +27,5 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     layout = parser.add_argument_group("layout for --dry-run")
     layout.add_argument("--tensor", type=int, default=1, metavar="TP", help="tensor parallel size")
     layout.add_argument("--pipeline", type=int, default=1, metavar="PP", help="pipeline parallel size")
+    layout.add_argument("--expert", type=int, default=1, metavar="EP", help="expert parallel size")
     layout.add_argument("--virtual-pipeline", type=int, metavar="VP", help="model chunks per pipeline stage")

@@ -61,16 +61,17 @@ def run_conversion(arguments: argparse.Namespace, direction: str | None = None) 
 
 
 def _layout(arguments: argparse.Namespace) -> Parallel:
-    sizes = {"--tensor": arguments.tensor, "--pipeline": arguments.pipeline}
+    sizes = {"--tensor": arguments.tensor, "--pipeline": arguments.pipeline, "--expert": arguments.expert}
     for option, size in (sizes | {"--virtual-pipeline": arguments.virtual_pipeline or 2}).items():
         if size < 1:
             raise UserError(f"{option} {size}: expected 1 or more")
     if arguments.virtual_pipeline and arguments.pipeline == 1:
         raise UserError("--virtual-pipeline needs --pipeline 2 or more")
     return Parallel(
-        ranks=arguments.tensor * arguments.pipeline,
+        ranks=arguments.tensor * arguments.pipeline * arguments.expert,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
+        expert=arguments.expert,
         virtual_pipeline=arguments.virtual_pipeline,
         sequence=arguments.tensor > 1,
     )

@@ -45,6 +45,7 @@ def dry_run(source: Path, parallel: Parallel) -> str:
         *_mapping(slices(entries)),
         "",
         f"--tensor {parallel.tensor} --pipeline {parallel.pipeline}"
+        + (f" --expert {parallel.expert}" if config.experts else "")
         + (f" --virtual-pipeline {parallel.virtual_pipeline}" if parallel.virtual_pipeline else "")
         + ": weights of one rank of each pipeline stage",
     ]

@@ -214,6 +214,20 @@ def test_a_dry_run_needs_only_a_config(repository: Path, tmp_path: Path, capsys:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_dry_run_of_a_mixture_of_experts(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = repository / "recipes" / "configs" / "mixtral_8x22b"
+    assert stepkto("convert", config, "--dry-run", "--tensor", 8, "--pipeline", 4, "--expert", 8) == 0
+    said = capsys.readouterr().out
+    hidden, ffn, heads, groups, width, layers = 6144, 16384, 48, 8, 128, 14
+    attention = (heads + 2 * groups) * width * hidden // 8 + heads * width * hidden // 8
+    per_layer = attention + 3 * ffn * hidden + 8 * hidden + 2 * hidden  # one expert, the router, two norms
+    assert f"stage 1: layers 14 to 27: {layers * per_layer:,} parameters, {2 * layers * per_layer:,} bytes" in said
+    name = "model.layers.{0..55}.block_sparse_moe.experts.{0..7}.w3.weight [16384, 6144]: rows 16384 to 32767"
+    assert f"    <- {name}\n" in said
+    assert stepkto("convert", config, "--dry-run", "--expert", 3) == 2
+    assert "--expert = 3 does not divide the model's experts (8); choose one of 1, 2, 4, 8" in capsys.readouterr().err
+
+
 def test_a_file_that_shrinks_during_the_reading(models: dict[str, Path], tmp_path: Path) -> None:
     """It passed the check at the beginning: an error that names it, no crash of the process, as a mapping would."""
     folder = copy(models["megatron"], tmp_path / "megatron")
