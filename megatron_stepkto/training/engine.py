@@ -376,6 +376,11 @@ class Engine:
 
     def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
         read_metadata(directory)  # refuses a pickle that would run code, before Megatron's own loader reads it
+        if not (directory / "common.pt").is_file() and cpu.check_megatron_version().startswith("0.16."):
+            raise UserError(
+                f"{directory}: written by megatron-core 0.17 or newer (it has no common.pt), which 0.16 cannot read; "
+                "go on in the environment that wrote it (make megatron-019)"
+            )
         loaded, missing, unexpected = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
         optimizer_only = {key for key in unexpected if str(key).startswith("optimizer.")}
         if missing or set(unexpected) - optimizer_only:
