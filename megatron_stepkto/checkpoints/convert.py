@@ -16,6 +16,7 @@ from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.manifest import Manifest, read_manifest
 from megatron_stepkto.checkpoints.mapping import Entry
 from megatron_stepkto.checkpoints.slices import Slice, extra_state_keys, slices
+from megatron_stepkto.checkpoints.stored_names import find_layout, find_weights
 from megatron_stepkto.checkpoints.stream import (
     Buffers,
     Bytes,
@@ -138,51 +139,50 @@ class MegatronSide:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.reader = CheckpointReader(directory)
-        self.companions = directory / COMPANIONS
-        if not self.companions.is_dir():
+        weights = find_weights(directory)
+        self.reader = CheckpointReader(weights)
+        self.companions = next((f / COMPANIONS for f in (weights, directory) if (f / COMPANIONS).is_dir()), None)
+        if self.companions is None:
             raise UserError(
                 f"{directory}: expected a folder {COMPANIONS}/ with config.json and tokenizer files beside the "
                 "weights; copy them there from the model the training began with"
             )
         self.config, self.entries = read_model_config(self.companions)
         self.slices = slices(self.entries)
-        shapes = self.reader.shapes()
-        faults = list(self._faults({slice_.key: slice_ for slice_ in self.slices}, shapes))
-        if faults:
+        self._layout = find_layout(self.slices, self.reader.shapes())
+        if faults := [*self._layout.faults, *self._dtype_faults()]:
             raise UserError(
-                f"{directory}: the weights are not those of {self.companions / 'config.json'}; " + "; ".join(faults)
+                f"{weights}: the weights are not those of {self.companions / 'config.json'}; " + "; ".join(faults)
             )
-        if faults := self.reader.check({slice_.key for slice_ in self.slices}):
+        if faults := self.reader.check(sorted(self._layout.stored)):
             raise UserError("; ".join(faults))
 
     def dtype(self, key: str) -> torch.dtype:
-        return self.reader.dtype(key)
+        return self.reader.dtype(self._layout.first(key))
 
     def slice_dtype(self, slice_: Slice) -> torch.dtype:
         return self.dtype(slice_.key)
 
     def companion_files(self) -> dict[str, bytes]:
+        assert self.companions is not None
         return read_companions(self.companions)
 
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
-        self.reader.read_rows(files, piece.key, piece.index, piece.at, piece.count, out)
+        row_bytes = len(out) // piece.count
+        for place in self._layout.places[piece.key, piece.index]:
+            first, last = max(piece.at, place.first), min(piece.at + piece.count, place.first + place.rows)
+            if first < last:
+                part = out[(first - piece.at) * row_bytes : (last - piece.at) * row_bytes]
+                self.reader.read_rows(files, place.key, place.index, first - place.first, last - first, part)
 
-    def _faults(self, expected: dict[str, Slice], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-        weights = {key for key in shapes if not key.startswith("optimizer.")}
-        if missing := expected.keys() - weights:
-            yield f"missing: {', '.join(sorted(missing))}"
-        if extra := weights - expected.keys():
-            yield f"not mapped: {', '.join(sorted(extra))}"
-        for key, slice_ in expected.items():
-            if key not in weights:
-                continue
-            asked, found = slice_.full_shape, shapes[key]
-            rows_may_pad = slice_.pads_rows and len(found) == len(asked) and found[0] >= asked[0]
-            if found != (asked if not rows_may_pad else (found[0], *asked[1:])):
-                yield f"{key} has shape {found}, expected {asked}"
-            if self.reader.dtype(key) not in DTYPES.values():
-                yield f"{key} is {self.reader.dtype(key)}, expected {', '.join(map(str, DTYPES.values()))}"
+    def _dtype_faults(self) -> Iterator[str]:
+        for key, stored in self._layout.by_key().items():
+            found = {self.reader.dtype(name): name for name in sorted(stored)}
+            if len(found) > 1:
+                yield f"{key} is stored as {', '.join(f'{dtype} ({name})' for dtype, name in found.items())}"
+            for dtype, name in found.items():
+                if dtype not in DTYPES.values():
+                    yield f"{name} is {dtype}, expected {', '.join(map(str, DTYPES.values()))}"
 
 
 Side = HFSide | MegatronSide

@@ -136,6 +136,8 @@ def read_decoder(
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
+# The norm before the feed-forward part, fused into it or not: which one depends on Megatron-Core's module spec.
+_MLP_NORMS = (LAYERS + "mlp.linear_fc1.layer_norm_weight", LAYERS + "pre_mlp_layernorm.weight")
 
 
 def embedding_entries(c: ModelConfig) -> list[Entry]:
@@ -167,8 +169,9 @@ def attention_entries(c: ModelConfig) -> list[Entry]:
 
     # Megatron-Core names the norms after Transformer Engine's fused modules, also in its local spec.
     norm, proj = attention + "linear_qkv.layer_norm_weight", attention + "linear_proj.weight"
+    unfused = (LAYERS + "input_layernorm.weight",)
     found = [
-        same(norm, _LAYER + "input_layernorm.weight", layers, hidden, stacked=1),
+        same(norm, _LAYER + "input_layernorm.weight", layers, hidden, stacked=1, aliases=unfused),
         stacked_qkv("weight", hidden),
         same(proj, _ATTENTION + "o_proj.weight", layers, hidden, c.num_heads * c.head_dim, stacked=1),
     ]
@@ -188,9 +191,9 @@ def dense_entries(c: ModelConfig) -> list[Entry]:
     """Norm and gated feed-forward part of every layer."""
     mlp, hf = LAYERS + "mlp.", _LAYER + "mlp."
     layers, hidden, ffn = c.num_layers, c.hidden_size, c.ffn_size
-    norm = mlp + "linear_fc1.layer_norm_weight"
+    norm, other = _MLP_NORMS
     return [
-        same(norm, _LAYER + "post_attention_layernorm.weight", layers, hidden, stacked=1),
+        same(norm, _LAYER + "post_attention_layernorm.weight", layers, hidden, stacked=1, aliases=(other,)),
         gate_up(mlp + "linear_fc1.weight", hf + "gate_proj.weight", hf + "up_proj.weight", layers, 2 * ffn, hidden),
         same(mlp + "linear_fc2.weight", hf + "down_proj.weight", layers, hidden, ffn, stacked=1),
     ]
@@ -202,10 +205,10 @@ def expert_entries(c: ModelConfig, block: str, gate: str, up: str, down: str) ->
     layers, hidden, number, ffn = c.num_layers, c.hidden_size, c.experts.number, c.experts.ffn_size
     router, experts = LAYERS + "mlp.router.weight", LAYERS + "mlp.experts.experts."
     # Transformer Engine's spec does not fuse this norm: its own name, which the local spec of model.py takes too.
-    norm = LAYERS + "pre_mlp_layernorm.weight"
+    other, norm = _MLP_NORMS
     gate, up, down = (f"{_LAYER}{block}.experts.{{expert}}.{name}.weight" for name in (gate, up, down))
     return [
-        same(norm, _LAYER + "post_attention_layernorm.weight", layers, hidden, stacked=1),
+        same(norm, _LAYER + "post_attention_layernorm.weight", layers, hidden, stacked=1, aliases=(other,)),
         same(router, f"{_LAYER}{block}.gate.weight", layers, number, hidden, stacked=1),
         gate_up(experts + "linear_fc1.weight", gate, up, layers, number, 2 * ffn, hidden),
         same(experts + "linear_fc2.weight", down, layers, number, hidden, ffn, stacked=2),

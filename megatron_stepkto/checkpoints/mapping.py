@@ -84,10 +84,12 @@ class Entry:
         return found
 
 
-def same(key: str, hf: str, *full_shape: int, stacked: int = 0, pads_rows: bool = False) -> Entry:
+def same(
+    key: str, hf: str, *full_shape: int, stacked: int = 0, pads_rows: bool = False, aliases: tuple[str, ...] = ()
+) -> Entry:
     """One tensor, unchanged; the first ``stacked`` axes of ``full_shape`` are layers and experts."""
     lead, shape = full_shape[:stacked], full_shape[stacked:]
-    return Entry(key, lead, shape, (hf,), (Run(0, 0, 0, shape[0]),), pads_rows)
+    return Entry(key, lead, shape, (hf,), (Run(0, 0, 0, shape[0]),), pads_rows, aliases)
 
 
 def gate_up(key: str, gate: str, up: str, *full_shape: int) -> Entry:

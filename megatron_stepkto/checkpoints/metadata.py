@@ -44,8 +44,17 @@ class _Refused(pickle.UnpicklingError):
     """Not damage: the file asks for something that no checkpoint needs."""
 
 
+class _Marker:
+    """Stands for the empty classes that Megatron-Core up to 0.15 left in a checkpoint with optimizer states."""
+
+
+_MARKERS = {("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")}
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _MARKERS:
+            return _Marker
         if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
             return super().find_class(module, name)
         raise _Refused(f"it asks for {module}.{name}")
