@@ -107,9 +107,22 @@ def _parser() -> argparse.ArgumentParser:
             add_conversion_options(stage)
             stage.set_defaults(command=_convert)
     add_comparison_command(commands)
-    evaluate = _recipe_command(commands, "evaluate", _evaluate, "measure M_T on held-out problems")
-    evaluate.add_argument("--iteration", type=_not_negative, required=True, metavar="T", help="0 is M0")
-    evaluate.add_argument("--method", choices=METHODS)
+    evaluate = _recipe_command(
+        commands, "evaluate", _evaluate,
+        "measure M_T of a recipe (a YAML file), or any Hugging Face folder, on held-out problems",
+    )  # fmt: skip
+    evaluate.add_argument("--iteration", type=_not_negative, metavar="T", help="of a recipe: 0 is M0")
+    evaluate.add_argument("--method", choices=METHODS, help="of a recipe")
+    evaluate.add_argument(
+        "--data", action="append", default=[], metavar="SET",
+        help="for a folder: a file of problems, or hub:math500 to download one; repeatable",
+    )  # fmt: skip
+    evaluate.add_argument("--output", type=Path, metavar="DIR", help="for a folder: where solutions and metrics go")
+    compare = commands.add_parser("compare-evaluations", help="two models on the same problems, paired")
+    compare.add_argument("first", type=Path, metavar="A", help="an evaluation's folder, such as runs/NAME/evaluate/M0")
+    compare.add_argument("second", type=Path, metavar="B")
+    compare.add_argument("--json", action="store_true", help="numbers instead of a table")
+    compare.set_defaults(command=_compare)
     _recipe_command(commands, "doctor", _doctor, "is this machine (or each node, by srun) fit for the recipe?")
     _recipe_command(commands, "prepare", _prepare, "check the layout, make M0, choose all problems: no GPU needed")
     _recipe_command(commands, "warm-up", _warm_up, "make M0 from random weights (section warm_up)")
@@ -182,6 +195,9 @@ def _recipe_command(
     parser.add_argument("--force", action="store_true", help="redo stages whose settings or inputs changed")
     parser.add_argument("--from-scratch", action="store_true", help="make M0 by warm_up, though initial_model is given")
     parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad input rows aside there and go on")
+    parser.add_argument(
+        "--allow-overlap", action="store_true", help="train on problems of an evaluation set; the manifest says so"
+    )
     parser.set_defaults(command=command)
     return parser
 
@@ -218,14 +234,16 @@ def _load(arguments: argparse.Namespace) -> Recipe:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.evaluation import results_table
+    from megatron_stepkto.evaluation.table import results_table
     from megatron_stepkto.pipeline import Run, run_all
     from megatron_stepkto.report import write_report
 
     recipe = _load(arguments)
     if recipe.train.method in arguments.compare:
         raise UserError(f"--compare {recipe.train.method}: that is the recipe's own method; leave it out")
-    run = Run(recipe, arguments.from_scratch, arguments.force, arguments.quarantine)
+    run = Run(
+        recipe, arguments.from_scratch, arguments.force, arguments.quarantine, allow_overlap=arguments.allow_overlap
+    )
     summary = run_all(run, arguments.compare)
     page = write_report(run.base)
     if summary["iterations"]:
@@ -238,7 +256,7 @@ def _one(arguments: argparse.Namespace) -> Run:
 
     recipe = _load(arguments)
     method = arguments.method if arguments.method != recipe.train.method else None
-    return Run(recipe, arguments.from_scratch, arguments.force, arguments.quarantine, method)
+    return Run(recipe, arguments.from_scratch, arguments.force, arguments.quarantine, method, arguments.allow_overlap)
 
 
 def _stage(arguments: argparse.Namespace) -> None:
@@ -272,16 +290,48 @@ def _convert(arguments: argparse.Namespace) -> None:
     run_conversion(arguments)
 
 
+def _evaluate_folder(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.evaluation.command import evaluate_folder, rows_by_data
+    from megatron_stepkto.evaluation.table import results_table
+
+    if arguments.iteration is not None or arguments.method or arguments.from_scratch:
+        raise UserError(f"{arguments.recipe} is a folder: --iteration, --method and --from-scratch go with a recipe")
+    if arguments.output is None:
+        raise UserError("--output DIR is missing: where solutions and metrics go")
+    row = evaluate_folder(
+        arguments.recipe, arguments.data, arguments.output, arguments.set, force=arguments.force,
+        quarantine=arguments.quarantine,
+    )  # fmt: skip
+    sys.stdout.write(results_table({"iterations": rows_by_data(row)}) + "\n")
+    say(f"metrics by data set, subject and level: {arguments.output / 'results' / 'metrics.json'}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    import json
+
+    from megatron_stepkto.evaluation.compare import compare_evaluations, comparison_table
+
+    found = compare_evaluations(arguments.first, arguments.second)
+    sys.stdout.write((json.dumps(found, indent=1) if arguments.json else comparison_table(found)) + "\n")
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.evaluation import results_table
+    if arguments.recipe.is_dir():
+        return _evaluate_folder(arguments)
+    from megatron_stepkto.evaluation.table import results_table
     from megatron_stepkto.pipeline import evaluate_stage, evaluation_problems_stage
 
+    if arguments.data or arguments.output:
+        raise UserError(f"{arguments.recipe} is no folder: --data and --output go with a model, a recipe has its own")
+    if arguments.iteration is None:
+        raise UserError("--iteration T is missing: which model of the recipe (0 is M0)")
     run = _one(arguments)
     if run.recipe.evaluate is None:
         raise UserError(f"{arguments.recipe}: section evaluate is missing; add it (split, num_problems)")
     evaluation_problems_stage(run)
     row = evaluate_stage(run, arguments.iteration)
     sys.stdout.write(results_table({"method": run.method, "iterations": [row]}) + "\n")
+    return None
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -293,13 +343,24 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.pipeline import Run, prepare_all
 
-    prepare_all(Run(_load(arguments), arguments.from_scratch, arguments.force, arguments.quarantine))
+    prepare_all(
+        Run(
+            _load(arguments),
+            arguments.from_scratch,
+            arguments.force,
+            arguments.quarantine,
+            allow_overlap=arguments.allow_overlap,
+        )  # fmt: skip
+    )
 
 
 def _warm_up(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.pipeline import Run, prepare
 
-    run = Run(_load(arguments), from_scratch=True, force=arguments.force, quarantine=arguments.quarantine)
+    run = Run(
+        _load(arguments), from_scratch=True, force=arguments.force, quarantine=arguments.quarantine,
+        allow_overlap=arguments.allow_overlap,
+    )  # fmt: skip
     prepare(run)
     say(f"M0: {run.model(0)}")
 

@@ -21,7 +21,7 @@ from megatron_stepkto.data.dataset import build_dataset
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import atomic_writer, read_json, stable_hash, write_json
 from megatron_stepkto.locks import exclusive_lock
-from megatron_stepkto.problems import write_problems
+from megatron_stepkto.problems import check_training_problems, write_problems
 from megatron_stepkto.progress import say
 from megatron_stepkto.stages import Result, Stage, input_hash, run_stage
 
@@ -39,6 +39,7 @@ class Run:
     force: bool = False
     quarantine: Path | None = None
     compared: recipes.Method | None = None
+    allow_overlap: bool = False
     finished: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -109,6 +110,13 @@ def _source_settings(source: recipes.Problems) -> dict[str, Any]:
     return {"source": source.source}
 
 
+def _apart_from(source: recipes.Problems, settings: dict[str, Any]) -> dict[str, Path]:
+    """The further evaluation sets as inputs; what counts as overlap joins the settings where it is not the default."""
+    if source.overlap != "exact":
+        settings["overlap"] = source.overlap
+    return {f"apart_from-{number}": path for number, path in enumerate(source.apart_from)}
+
+
 def problems_stage(run: Run, t: int) -> None:
     directory = run.base / f"iteration_{t}" / "problems"
     source = run.recipe.problems
@@ -121,10 +129,12 @@ def problems_stage(run: Run, t: int) -> None:
     }
     # the held-out files too: no problem of theirs may train
     inputs = {split: path for split in ("train", "dev", "test") if (path := getattr(source, split))}
+    inputs |= _apart_from(source, settings)
 
     def work() -> Result:
+        shared = check_training_problems(source, allow=run.allow_overlap, skip_bad=run.quarantine is not None)
         count = write_problems(source, "train", source.per_iteration, run.recipe.seed, t, out, run.quarantine)
-        return Result([out], {"problems": count})
+        return Result([out], {"problems": count, **shared})
 
     run.run(Stage(f"iteration {t} problems", directory, settings, inputs), work)
 
@@ -218,10 +228,14 @@ def _import_stage(run: Run) -> None:
     problems, judged = directory / "problems.jsonl", directory / "judged.jsonl"
     settings = {"prompt": run.recipe.prompt.model_dump(mode="json"), "formats": [s.format for s in sources]}
     inputs = {f"{i}-{s.format}": s.path for i, s in enumerate(sources)} | {"tokenizer": tokenizer}
+    inputs |= _apart_from(run.recipe.problems, settings)
 
     def work() -> Result:
+        shared = check_training_problems(
+            run.recipe.problems, allow=run.allow_overlap, skip_bad=run.quarantine is not None
+        )
         counts = import_all(sources, tokenizer, run.recipe.prompt, problems, judged, quarantine=run.quarantine)
-        return Result([problems, judged], counts)
+        return Result([problems, judged], counts | shared)
 
     run.run(Stage("import", directory, settings, inputs), work)
 
@@ -326,7 +340,7 @@ def convert_stage(run: Run, t: int) -> None:
 
 
 def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
-    from megatron_stepkto.evaluation import evaluate_model, evaluation_drawing
+    from megatron_stepkto.evaluation.stage import OUTPUTS, evaluate_model, evaluation_drawing
     from megatron_stepkto.judging.process import judging_key
 
     evaluation = run.recipe.evaluate
@@ -348,7 +362,7 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
 
     def work() -> Result:
         evaluate_model(*inputs)
-        return Result([directory / name for name in ("greedy.jsonl", "sampled.jsonl", "metrics.json")])
+        return Result([directory / name for name in OUTPUTS])
 
     title = f"{run.compared + ' ' if run.compared else ''}evaluate {run.name(t)}"
     stage = Stage(title, directory, settings, {"problems": problems, "model": run.model(t)})

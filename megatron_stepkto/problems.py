@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from megatron_stepkto import recipe
+from pydantic import ValidationError
+
+from megatron_stepkto import contamination, recipe
 from megatron_stepkto.chained_arithmetic.problems import Split, generate
+from megatron_stepkto.contamination import check_apart
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.evaluation.datasets import to_problem
 from megatron_stepkto.files import stable_hash
-from megatron_stepkto.records import Problem, read_records, write_records
+from megatron_stepkto.importing.formats import importer_of
+from megatron_stepkto.records import Problem, describe, read_records, write_records
 
 
 def write_problems(
@@ -24,7 +32,7 @@ def write_problems(
     """Write ``count`` problems (None: all) of a split; iteration t gets other train problems than t - 1.
 
     Raises:
-        UserError: a problem_id or, across splits, a problem stands twice, or a file has too few problems.
+        UserError: a problem_id stands twice, or a file has too few problems.
     """
     if source.source == "chained_arithmetic":
         assert count is not None
@@ -34,7 +42,6 @@ def write_problems(
     problems = list(read_records(path, Problem, quarantine=quarantine))
     _check_unique(problems, path)
     if split == "train":
-        _check_apart(problems, source, quarantine)
         return write_records(output, take_turns(problems, count, seed, iteration))
     if count is not None and count > len(problems):
         raise UserError(f"{path}: evaluate.num_problems is {count}, the file holds {len(problems)}; lower it")
@@ -60,18 +67,53 @@ def _check_unique(problems: list[Problem], path: Path) -> None:
         seen.add(problem.problem_id)
 
 
-def _check_apart(train: list[Problem], source: recipe.Problems, quarantine: Path | None) -> None:
-    """No problem that measures may train."""
-    texts = {" ".join(problem.problem.split()): problem.problem_id for problem in train}
-    for split in ("dev", "test"):
-        path = getattr(source, split)
-        shared = [
-            texts[text]
-            for p in (read_records(path, Problem, quarantine=quarantine) if path else ())
-            if (text := " ".join(p.problem.split())) in texts
-        ]
-        if shared:
-            raise UserError(
-                f"{source.train}: {len(shared)} problems also stand in {path}, so its scores would be worth "
-                f"nothing; remove them from one side: {', '.join(shared[:10])}"
-            )
+def check_training_problems(source: recipe.Problems, *, allow: bool, skip_bad: bool) -> dict[str, object]:
+    """Refuse problems to train on that stand in the recipe's dev or test file or in ``apart_from``.
+
+    Args:
+        allow: go on, and return what the manifest states.
+        skip_bad: pass over rows that do not read; whoever reads them next sets them aside.
+
+    Raises:
+        UserError: there are some; lists them with file:line and id on both sides. Or a file does not read.
+    """
+    sets = [path for path in (source.dev, source.test, *source.apart_from) if path]
+    if not sets or source.source == "chained_arithmetic":
+        return {}
+    held_out = [text for path in sets for text in _texts(path, lambda row: [to_problem(row)], skip_bad=skip_bad)]
+    files: list[tuple[Path, Callable[[dict[str, Any]], Iterable[Any]]]] = (
+        [(item.path, _imported(item.format)) for item in source.imports]
+        if source.source == "imports"
+        else [(source.train, lambda row: [Problem.model_validate(row)])]  # type: ignore[list-item]
+    )
+    train = [text for path, parse in files for text in _texts(path, parse, skip_bad=skip_bad)]
+    return check_apart(train, held_out, ngrams=source.overlap == "13gram", allow=allow)
+
+
+def _imported(name: str) -> Callable[[dict[str, Any]], Iterable[Any]]:
+    importer = importer_of(name)
+    return lambda row: {solution.problem_id: solution for solution in importer(row).solutions}.values()
+
+
+def _texts(
+    path: Path, parse: Callable[[dict[str, Any]], Iterable[Any]], *, skip_bad: bool
+) -> Iterator[contamination.Text]:
+    """The problems of a file of JSON lines, each text once, with its line."""
+    seen: set[str] = set()
+    if not path.is_file():
+        raise UserError(f"{path}: expected a file of JSON lines, found none")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                found = list(parse(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                if skip_bad:
+                    continue
+                reason = describe(error) if isinstance(error, ValidationError) else str(error)
+                raise UserError(f"{path}:{number}: no problem to compare with: {reason}; correct the row") from None
+            for item in found:
+                if item.problem not in seen:
+                    seen.add(item.problem)
+                    yield contamination.Text(f"{path}:{number}", item.problem_id, item.problem)

@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.templates import TEMPLATES
 
 METHODS = ("step_kto", "kto", "dpo", "irpo", "rft")
 Method = Literal["step_kto", "kto", "dpo", "irpo", "rft"]
@@ -62,6 +63,8 @@ class Problems(Section):
     test: RecipePath | None = None
     imports: list[Import] = []
     per_iteration: int | None = Field(None, ge=1, description="train problems per iteration; null: all of them")
+    apart_from: list[RecipePath] = Field([], description="further evaluation sets whose problems must not train")
+    overlap: Literal["exact", "13gram"] = Field("exact", description="what counts as the same problem there")
     held_out_share: float = Field(0.0, ge=0, lt=1, description="share of problems whose examples only measure")
 
     @model_validator(mode="after")
@@ -75,17 +78,24 @@ class Problems(Section):
         return self
 
 
-class Prompt(Section):
-    """Text of a prompt; ``{problem}`` is replaced. With ``chat`` it is the user turn of the chat template."""
+def _named_template(value: str) -> str:
+    return TEMPLATES.get(value, value)
 
-    template: str = "{problem}\n"
+
+class Prompt(Section):
+    """Text of a prompt; ``{problem}`` is replaced. With ``chat`` it is the user turn of the chat template.
+
+    ``template`` is a text, or the name of one (templates.py): plain, boxed, qwen_math, llama_math, minerva, gsm8k.
+    """
+
+    template: Annotated[str, AfterValidator(_named_template)] = TEMPLATES["plain"]
     chat: bool = False
     system: str | None = None
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
         if "{problem}" not in self.template:
-            raise ValueError("template must contain {problem}")
+            raise ValueError(f"template must contain {{problem}} or be one of {', '.join(TEMPLATES)}")
         return self
 
 
@@ -366,6 +376,16 @@ class Evaluation(Section):
     top_p: float = Field(1.0, gt=0, le=1)
 
 
+class ModelEvaluation(Section):
+    """What ``stepkto evaluate MODEL`` does; its keys are a recipe's, all with defaults, changed by ``--set``."""
+
+    name: str
+    prompt: Prompt
+    sample: Sampling
+    judge: Judging
+    evaluate: Evaluation
+
+
 class WarmUp(Section):
     """Makes M0: a new model and tokenizer, trained on solutions with plain next-token loss."""
 
@@ -545,6 +565,29 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         tree[last] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # a bare ValueError comes from a date that does not exist
         raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
+
+
+def model_evaluation(name: str, num_problems: int, chat: bool, overrides: list[str]) -> ModelEvaluation:
+    """The settings of an evaluation without a recipe: defaults, and ``--set section.key=value``.
+
+    Raises:
+        UserError: an unknown key or a value that does not fit.
+    """
+    tree: dict[str, Any] = {
+        "name": name,
+        "prompt": {"template": "boxed", "chat": chat},
+        "sample": {"max_tokens": 2048, "gap_problems": 0},
+        "judge": {"split": "blank_line", "process": "none"},
+        "evaluate": {"num_problems": num_problems},
+    }
+    places: dict[tuple[str | int, ...], str] = {(): "--set"}
+    for assignment in overrides:
+        _override(tree, assignment)
+        places[tuple(assignment.partition("=")[0].split("."))] = f"--set {assignment}"
+    try:
+        return ModelEvaluation.model_validate(tree, context={"folder": Path()})
+    except ValidationError as error:
+        raise UserError(_explain(error, places)) from None
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:

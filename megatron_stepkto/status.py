@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.evaluation import results_table
+from megatron_stepkto.evaluation.table import results_table
 from megatron_stepkto.files import read_json
 from megatron_stepkto.progress import read_progress
 from megatron_stepkto.stages import MANIFEST, STARTED

@@ -25,6 +25,7 @@ _BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\s*\{\s*and\s*\}|\b(?:[a-z]+ )?and\b)*"
     r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=\s*)?"
 )
+_NEXT_PROBLEM = re.compile(r"\n(?:Problem|Question|Q):\s")
 _INNER_DOLLAR = re.compile(r"(?<!\\)\$")
 _FINAL = re.compile(r"\bfinal[ \t]+answer[ \t]+is:?[ \t]*(?P<final>[-+$\\(\d][^\n]*)", re.IGNORECASE)
 
@@ -72,6 +73,9 @@ def extract_answer(text: str) -> str | None:
 
     The last ``\\boxed{}`` wins; without one the last of "#### 5", "A: 5", "Answer: 5", "the answer is 5".
     """
+    # a base model goes on after a few-shot prompt with problems of its own
+    if (more := _NEXT_PROBLEM.search(text)) and (answer := extract_answer(text[: more.start()])):
+        return answer
     box = _last_box(text)
     if box is not None:
         return box or None

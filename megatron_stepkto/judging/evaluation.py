@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_stepkto import recipe
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.evaluation import Share, clustered_share, plain_share
+from megatron_stepkto.evaluation.statistics import Share, clustered_share, plain_share
 from megatron_stepkto.files import read_json, sha256_of, write_json
 from megatron_stepkto.importing.solution import ImportedSolution
 from megatron_stepkto.importing.stage import GOLD_SOURCES, judged_samples, read_imports

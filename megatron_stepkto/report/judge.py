@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_stepkto.evaluation import Interval, wilson_interval
+from megatron_stepkto.evaluation.statistics import Interval, wilson_interval
 from megatron_stepkto.report.solutions import Solution
 
 

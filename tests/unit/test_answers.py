@@ -36,6 +36,7 @@ from megatron_stepkto.judging.answers import extract_answer, normalise
         (r"half is \boxed{200}. The final answer is $455$. I hope it is correct.", "$455$"),
         (r"\boxed{80}. Rounding before the final answer is a common mistake.", "80"),
         ("答案：12。", "12"),
+        ("#### 5\n\nQuestion: 2 + 2?\nAnswer: #### 4", "5"),
         ("I do not know.", None),
         ("", None),
     ],

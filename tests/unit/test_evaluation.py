@@ -9,15 +9,10 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.evaluation import (
-    answer_comparison,
-    clustered_share,
-    evaluation_row,
-    majority_is_right,
-    plain_share,
-    results_table,
-    wilson_interval,
-)
+from megatron_stepkto.evaluation.majority import answer_comparison, majority_is_right
+from megatron_stepkto.evaluation.metrics import evaluation_row
+from megatron_stepkto.evaluation.statistics import clustered_share, plain_share, wilson_interval
+from megatron_stepkto.evaluation.table import results_table
 from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.records import Judge, JudgedSample, Label, Problem, Step
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.problems import take_turns, write_problems
+from megatron_stepkto.problems import check_training_problems, take_turns, write_problems
 from megatron_stepkto.recipe import Problems
 from megatron_stepkto.records import Problem, read_records
 
@@ -86,15 +87,43 @@ def test_evaluation_takes_the_first_problems(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_a_problem_that_measures_may_not_train(tmp_path: Path, split: str) -> None:
-    """Found by text, whatever its id and its spaces."""
+    """Found by text, whatever its id and its spaces; with leave the manifest gets to know."""
     again = Problem(problem_id="other", problem="  3 +\n3? ", answer="6")
     given = source(tmp_path, problems(5), **{split: [*problems(8)[5:], again]})
     with pytest.raises(UserError) as caught:
-        write_problems(given, "train", 2, 0, 1, tmp_path / "out.jsonl")
+        check_training_problems(given, allow=False, skip_bad=False)
     said = str(caught.value)
-    assert said.startswith(f"{tmp_path / 'train.jsonl'}: 1 problems also stand in {tmp_path / f'{split}.jsonl'}")
-    assert said.endswith(": p3")
-    assert not (tmp_path / "out.jsonl").exists()
+    assert said.startswith("1 training problems also stand in an evaluation set")
+    assert f"{tmp_path / 'train.jsonl'}:4 (p3) = {tmp_path / f'{split}.jsonl'}:4 (other), same: 3 + 3?" in said
+    allowed = check_training_problems(given, allow=True, skip_bad=False)
+    assert allowed == {"overlaps": 1, "overlapping_ids": ["p3"]}
+
+
+def test_problems_with_other_signs_are_others(tmp_path: Path) -> None:
+    given = source(tmp_path, problems(5), test=[Problem(problem_id="x", problem="3 - 3?", answer="0")])
+    assert check_training_problems(given, allow=False, skip_bad=False) == {}
+
+
+def test_processbench_shares_108_problems_with_math500(data_dir: Path) -> None:
+    def imports(**keys: Any) -> Problems:
+        path = data_dir / "steps/processbench_math.jsonl"
+        return Problems.model_validate(
+            {"source": "imports", "imports": [{"format": "processbench", "path": path}], **keys}
+        )
+
+    assert check_training_problems(imports(), allow=False, skip_bad=False) == {}
+    guarded = imports(apart_from=[data_dir / "eval/math500.jsonl"])
+    with pytest.raises(UserError, match="training problems also stand in an evaluation set") as caught:
+        check_training_problems(guarded, allow=False, skip_bad=False)
+    assert str(caught.value).startswith("108 training problems")
+    first = str(caught.value).splitlines()[1]
+    assert re.search(r"processbench_math\.jsonl:\d+ \(\w+\) = .*math500\.jsonl:\d+ \(\S+\), same: ", first)
+    # ProcessBench has several solutions of a problem: the problems are counted, not the rows
+    assert check_training_problems(guarded, allow=True, skip_bad=False)["overlaps"] == 108
+    near = check_training_problems(
+        imports(apart_from=[data_dir / "eval/math500.jsonl"], overlap="13gram"), allow=True, skip_bad=False
+    )
+    assert near["overlaps"] == 125
 
 
 def test_an_id_that_stands_twice(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""``stepkto evaluate MODEL --data FILE``: measure any Hugging Face folder, without a recipe or a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.evaluation.datasets import data_name, load_problems
+from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model
+from megatron_stepkto.files import read_json
+from megatron_stepkto.judging.process import judging_key
+from megatron_stepkto.progress import say
+from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.recipe import model_evaluation
+from megatron_stepkto.records import Problem, read_records, write_records
+from megatron_stepkto.stages import Result, Stage, run_stage
+
+
+def evaluate_folder(
+    model: Path, data: Sequence[str], output: Path, overrides: Sequence[str], *, force: bool = False,
+    quarantine: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate ``model`` on the problems of all data sets together; returns the row of metrics.
+
+    The folder ``output`` gets the problems, every judged solution, metrics.json and a manifest with the hashes of
+    model and data, prompt, seed and versions. The same call goes on where it was killed, or returns what is there.
+
+    Raises:
+        UserError: no model, no such data, a setting that does not fit, or ``output`` holds another evaluation.
+    """
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model}: expected a Hugging Face folder, found no config.json")
+    if not data:
+        raise UserError("--data is missing: name files of problems, or hub:math500 and the like to download them")
+    problems = _problems(data, quarantine)
+    chat = bool(load_tokenizer(model).chat_template)
+    settings = model_evaluation(model.resolve().name, len(problems), chat, list(overrides))
+    if chat and settings.prompt.chat:
+        say("the model has a chat template, and it is used; --set prompt.chat=false asks without it")
+    asked = output / "asked" / "problems.jsonl"
+    if asked.is_file() and not force:
+        if problems != list(read_records(asked, Problem)):
+            raise UserError(f"{output} holds an evaluation of other problems; name another folder, or pass --force")
+    else:
+        write_records(asked, problems)
+
+    def work() -> Result:
+        evaluate_model(model, settings.name, asked, settings, output / "results")
+        return Result([output / "results" / name for name in OUTPUTS])
+
+    key = settings.model_dump(mode="json", exclude={"sample": {"workers"}, "judge": True})
+    key["judge"] = judging_key(settings.judge)
+    stage = Stage(
+        f"evaluate {settings.name}", output / "results", {**key, "seed": SEED}, {"model": model, "problems": asked}
+    )
+    run_stage(stage, work, force=force)
+    return dict(read_json(output / "results" / "metrics.json"))
+
+
+def _problems(data: Sequence[str], quarantine: Path | None) -> list[Problem]:
+    """All problems, each with the name of its data set and an id that begins with it."""
+    names = [data_name(source) for source in data]
+    if len(set(names)) < len(names):
+        raise UserError(f"--data: two sets are called {max(names, key=names.count)}; rename a file")
+    return [
+        problem.model_copy(update={"problem_id": f"{name}/{problem.problem_id}", "data": name})
+        for name, source in zip(names, data, strict=True)
+        for problem in load_problems(source, quarantine=quarantine)
+    ]
+
+
+def rows_by_data(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per data set, called after it, to print."""
+    return [{"k": row["k"], **inner, "name": name} for name, inner in row["by"]["data"].items()]

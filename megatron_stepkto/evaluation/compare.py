@@ -1,0 +1,134 @@
+"""``stepkto compare-evaluations A B``: two models on the same problems."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.evaluation.metrics import ProblemResult
+from megatron_stepkto.evaluation.statistics import Interval, bootstrap_interval, mcnemar_exact
+from megatron_stepkto.files import read_json
+from megatron_stepkto.records import read_records
+
+Pairs = Sequence[tuple[ProblemResult, ProblemResult]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Second minus first, fractions of 1, with a 95% bootstrap interval over problems.
+
+    ``only_first``, ``only_second``: problems that one of them solves; ``p_value`` is McNemar's exact one. All three
+    are None for a metric that is no yes or no per problem.
+    """
+
+    metric: str
+    first: float | None
+    second: float | None
+    difference: float | None
+    interval: Interval | None
+    only_first: int | None = None
+    only_second: int | None = None
+    p_value: float | None = None
+
+
+def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
+    """Compare two evaluation folders (those of a run, ``runs/NAME/evaluate/M1``, or of ``stepkto evaluate MODEL``).
+
+    Raises:
+        UserError: a folder is no finished evaluation, or they are of different problems.
+    """
+    rows = [_row(folder) for folder in (first, second)]
+    results = [list(read_records(folder / "problems.jsonl", ProblemResult)) for folder in (first, second)]
+    known = {result.problem_id: result for result in results[0]}
+    missing = sorted(set(known) ^ {result.problem_id for result in results[1]})
+    if missing:
+        raise UserError(
+            f"{first} and {second} are of different problems: {len(missing)} stand in one only, such as "
+            f"{', '.join(missing[:5])}; evaluate both on the same data"
+        )
+    pairs = [(known[result.problem_id], result) for result in results[1]]
+    changed = [one.problem_id for one, other in pairs if one.problem_sha256 != other.problem_sha256]
+    if changed:
+        raise UserError(
+            f"{first} and {second}: problem {changed[0]} (and {len(changed) - 1} more) has another text or answer in "
+            "each; evaluate both on the same data"
+        )
+    differences = [_yes_or_no("pass@1", pairs, lambda r: r.greedy == 1)]
+    if rows[0]["k"] == rows[1]["k"]:
+        differences.append(_yes_or_no(f"maj@{rows[0]['k']}", pairs, lambda r: r.majority))
+    differences += [
+        _ratio("accuracy of samples", pairs, lambda r: (r.right, r.samples)),
+        _ratio("right with a wrong step", pairs, lambda r: (r.flawed, r.right_and_judged)),
+        _ratio("wrong steps in right", pairs, lambda r: (r.wrong_steps, r.judged_steps)),
+    ]
+    return {
+        "first": {"folder": str(first), "name": rows[0]["name"]},
+        "second": {"folder": str(second), "name": rows[1]["name"]},
+        "num_problems": len(pairs),
+        "differences": [vars(difference) for difference in differences],
+    }
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    for name in ("metrics.json", "problems.jsonl"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: expected a finished evaluation, {name} is missing; run `stepkto evaluate`")
+    return dict(read_json(folder / "metrics.json"))
+
+
+def _yes_or_no(metric: str, pairs: Pairs, solved: Callable[[ProblemResult], bool]) -> Difference:
+    one = np.array([solved(a) for a, _ in pairs], dtype=np.float64)
+    other = np.array([solved(b) for _, b in pairs], dtype=np.float64)
+    gain = other - one
+    only_first, only_second = int((gain < 0).sum()), int((gain > 0).sum())
+    return Difference(
+        metric, float(one.mean()), float(other.mean()), float(gain.mean()),
+        bootstrap_interval(lambda drawn: float(gain[drawn].mean()), len(pairs)),
+        only_first, only_second, mcnemar_exact(only_first, only_second),
+    )  # fmt: skip
+
+
+def _ratio(metric: str, pairs: Pairs, counts: Callable[[ProblemResult], tuple[int, int]]) -> Difference:
+    """A ratio of sums over problems: each model's own right answers are its denominators."""
+    table = np.array([(*counts(a), *counts(b)) for a, b in pairs], dtype=np.float64)
+
+    def shares(drawn: np.ndarray[Any, Any]) -> tuple[float | None, float | None]:
+        hits, trials, other_hits, other_trials = table[drawn].sum(axis=0)
+        return (hits / trials if trials else None), (other_hits / other_trials if other_trials else None)
+
+    def difference(drawn: np.ndarray[Any, Any]) -> float | None:
+        one, other = shares(drawn)
+        return None if one is None or other is None else float(other - one)
+
+    every = np.arange(len(pairs))
+    one, other = shares(every)
+    return Difference(metric, one, other, difference(every), bootstrap_interval(difference, len(pairs)))
+
+
+def comparison_table(comparison: dict[str, Any]) -> str:
+    """The comparison as a table of text."""
+    table = Table(box=SIMPLE_HEAD, caption="second - first, [95% bootstrap over problems]; p: McNemar, exact")
+    first, second = comparison["first"]["name"], comparison["second"]["name"]
+    for heading in (f"{comparison['num_problems']:,} problems", first, second, "difference", "only one solves", "p"):
+        table.add_column(heading, justify="left" if heading.endswith("problems") else "right")
+    for row in comparison["differences"]:
+        change = "–"
+        if row["difference"] is not None and row["interval"] is not None:
+            low, high = row["interval"]
+            change = f"{100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        shares = ("–" if row[key] is None else f"{100 * row[key]:.1f}%" for key in ("first", "second"))
+        paired = row["p_value"] is not None
+        solved = f"{row['only_first']} | {row['only_second']}" if paired else ""
+        table.add_row(row["metric"], *shares, change, solved, f"{row['p_value']:.3g}" if paired else "")
+    text = io.StringIO()
+    Console(file=text, width=120, color_system=None, highlight=False, markup=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())

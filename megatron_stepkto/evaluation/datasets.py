@@ -1,0 +1,132 @@
+"""Problems of the usual benchmarks, from local files or, where the user asks, from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.judging.answers import extract_answer
+from megatron_stepkto.records import Problem, read_rows
+
+HUB = "hub:"
+# short names behind "hub:" -> repository, configuration, split
+KNOWN = {
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+    "amc23": ("math-ai/amc23", None, "test"),
+}
+_PROBLEM_KEYS = ("problem", "question", "Problem", "prompt")
+_ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "Answer")
+_ID_KEYS = ("problem_id", "unique_id", "id", "ID")
+_KEPT = ("subject", "level", "type")
+
+
+def to_problem(row: dict[str, Any]) -> Problem:
+    """A row of a usual layout as a Problem: MATH-500's, GSM8K's (``question``, ``answer`` with ####), AMC's floats.
+
+    Without an id the problem's text gives one. Without an answer the solution must state one.
+
+    Raises:
+        ValueError: there is no problem, or no answer.
+    """
+    text = next((row[key] for key in _PROBLEM_KEYS if row.get(key)), None)
+    if not isinstance(text, str):
+        raise ValueError(f"expected the problem under {', '.join(_PROBLEM_KEYS)}, got keys {', '.join(row)}")
+    solution, answer = row.get("solution"), next((row[key] for key in _ANSWER_KEYS if row.get(key) is not None), None)
+    if isinstance(answer, str) and "####" in answer:
+        solution, answer = answer, extract_answer(answer)
+    if answer is None and isinstance(solution, str):
+        answer = extract_answer(solution)
+    if answer is None or str(answer).strip() == "":
+        raise ValueError(f"expected the answer under {', '.join(_ANSWER_KEYS)} or in the solution, found none")
+    known = next((row[key] for key in _ID_KEYS if row.get(key) is not None), None)
+    number = str(known) if known is not None else hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+    kept = {key: row[key] for key in _KEPT if row.get(key) is not None}
+    if "type" in kept:
+        kept.setdefault("subject", kept.pop("type"))
+    return Problem(
+        problem_id=number, problem=text, answer=str(answer), solution=solution if isinstance(solution, str) else None,
+        **kept,
+    )  # fmt: skip
+
+
+def load_problems(source: str, *, quarantine: Path | None = None) -> list[Problem]:
+    """The problems of a data set: JSON lines, another file or folder that ``datasets`` reads, or ``hub:NAME``.
+
+    ``hub:`` takes ``math500``, ``gsm8k``, ``aime24``, ``amc23`` or REPOSITORY[:CONFIGURATION[:SPLIT]], and is the only
+    form that downloads.
+
+    Raises:
+        UserError: there is no such file, a row is of no known layout (file:line), or two problems share an id.
+    """
+    problems = list(_hub(source) if source.startswith(HUB) else _local(source, quarantine))
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.problem_id in seen:
+            raise UserError(f"{source}: problem id {problem.problem_id} stands twice; ids must be unique")
+        seen.add(problem.problem_id)
+    return problems
+
+
+def _local(source: str, quarantine: Path | None) -> Iterator[Problem]:
+    path = Path(source)
+    if path.suffix in (".jsonl", ".ndjson") and path.is_file():
+        yield from read_rows(path, to_problem, quarantine=quarantine)
+        return
+    if not path.exists():
+        hint = f"; to download it, write {HUB}{source}" if source in KNOWN or source.count("/") == 1 else ""
+        raise UserError(f"{source}: expected a file of problems (JSON lines, parquet, csv), found none{hint}")
+    yield from _rows(_read_local(path), source)
+
+
+def _read_local(path: Path) -> Iterable[dict[str, Any]]:
+    if path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, list):
+            raise UserError(f"{path}: expected a JSON list of problems, got {type(content).__name__}")
+        return content
+    import datasets
+
+    if path.is_dir():
+        found = datasets.load_from_disk(str(path))
+        if not isinstance(found, datasets.Dataset):
+            raise UserError(f"{path}: holds several splits; name one, such as {path / next(iter(found))}")
+        return list(found)
+    readers = {".parquet": datasets.Dataset.from_parquet, ".csv": datasets.Dataset.from_csv}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: expected .jsonl, .json, .parquet, .csv or a folder of datasets.save_to_disk")
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as cache:
+        return list(readers[path.suffix](str(path), cache_dir=cache))
+
+
+def _hub(source: str) -> Iterator[Problem]:
+    import datasets
+
+    name = source.removeprefix(HUB)
+    repository, configuration, split = KNOWN.get(name) or (*name.split(":"), None, None)[:3]
+    assert repository is not None
+    try:
+        found = datasets.load_dataset(repository, configuration, split=split or "test")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: does not load: {' '.join(str(error).split())[:300]}") from None
+    yield from _rows(found, source)
+
+
+def _rows(rows: Iterable[dict[str, Any]], source: str) -> Iterator[Problem]:
+    for number, row in enumerate(rows, 1):
+        try:
+            yield to_problem(dict(row))
+        except ValueError as error:
+            raise UserError(f"{source}: row {number}: {error}") from None
+
+
+def data_name(source: str) -> str:
+    """What a data set is called in tables and ids: the file's name, or that behind ``hub:``."""
+    return source.removeprefix(HUB).split(":")[0].split("/")[-1] if source.startswith(HUB) else Path(source).stem

@@ -1,0 +1,87 @@
+"""The evaluation of one model: draw, judge, measure."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.evaluation.majority import answer_comparison
+from megatron_stepkto.evaluation.metrics import evaluation_row, problem_results
+from megatron_stepkto.files import read_json, write_json
+from megatron_stepkto.judging.equivalence import EquivalenceChecker
+from megatron_stepkto.judging.stage import judge_file
+from megatron_stepkto.recipe import ModelEvaluation, Recipe
+from megatron_stepkto.records import JudgedSample, Problem, read_records, write_records
+from megatron_stepkto.sampling.draw import Drawing, Pass, read_prompts
+from megatron_stepkto.sampling.job import Job
+
+# Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same draws.
+SEED = 0
+OUTPUTS = ("greedy.jsonl", "sampled.jsonl", "problems.jsonl", "metrics.json")
+
+
+def evaluation_drawing(
+    model: Path, name: str, problems: Path, recipe: Recipe | ModelEvaluation, directory: Path
+) -> Drawing:
+    """The solutions that an evaluation judges: one greedy and k sampled ones per problem.
+
+    Raises:
+        UserError: the recipe has no section evaluate or sample.
+    """
+    evaluation, sampling = recipe.evaluate, recipe.sample
+    if evaluation is None or sampling is None:
+        raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
+    job = Job(
+        model=model,
+        model_name=name,
+        passes=[
+            Pass(name="greedy", num_samples=1, temperature=0, top_p=1),
+            Pass(name="sampled", num_samples=evaluation.k, temperature=evaluation.temperature, top_p=evaluation.top_p),
+        ],
+        prompts=read_prompts(problems, recipe.prompt, model),
+        # no log-probs, and chunks that do not depend on the K of training
+        settings=sampling.model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
+        seed=SEED,
+        directory=directory / "drawn",
+    )
+    return Drawing(job, f"{name}: solving {evaluation.split} problems", directory / "logs")
+
+
+def evaluate_model(
+    model: Path, name: str, problems: Path, recipe: Recipe | ModelEvaluation, directory: Path
+) -> dict[str, Any]:
+    """Draw, judge and measure; leaves ``OUTPUTS`` and returns the content of metrics.json.
+
+    Killed at any instant, the same call goes on where it stopped.
+
+    Raises:
+        UserError: the recipe has no section evaluate, sample or judge, or see ``Drawing`` and ``judge_file``.
+    """
+    evaluation, judging = recipe.evaluate, recipe.judge
+    if evaluation is None or judging is None:
+        raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
+    drawn = directory / "drawn"
+    if (directory / "metrics.json").is_file():  # written last; an earlier attempt was killed while tidying up
+        shutil.rmtree(drawn, ignore_errors=True)
+        return dict(read_json(directory / "metrics.json"))
+    drawing = evaluation_drawing(model, name, problems, recipe, directory)
+    drawing.draw()
+    result = drawing.finish()
+    judged: dict[str, list[JudgedSample]] = {}
+    for pass_ in drawing.job.passes:
+        path = directory / f"{pass_.name}.jsonl"
+        judge_file(problems, result.paths[pass_.name], path, model, judging)
+        judged[pass_.name] = list(read_records(path, JudgedSample))
+    groups: dict[str, list[JudgedSample]] = {}
+    for sample in judged["sampled"]:
+        groups.setdefault(sample.problem_id, []).append(sample)
+    with EquivalenceChecker(judging.workers, judging.timeout_s) as checker:
+        same = answer_comparison(groups.values(), checker)
+        asked = list(read_records(problems, Problem))
+        write_records(directory / "problems.jsonl", problem_results(asked, judged["greedy"], judged["sampled"], same))
+        row = evaluation_row(name, evaluation.split, asked, judged["greedy"], judged["sampled"], same)
+    write_json(directory / "metrics.json", row)
+    shutil.rmtree(drawn, ignore_errors=True)  # the judged rows hold every sample
+    return row

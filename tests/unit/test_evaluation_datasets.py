@@ -1,0 +1,115 @@
+"""Problems of the usual layouts, templates, and ``stepkto evaluate MODEL`` with a real model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_stepkto.chained_arithmetic.problems import generate
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.evaluation.datasets import load_problems, to_problem
+from megatron_stepkto.files import read_json
+from megatron_stepkto.recipe import Prompt
+from megatron_stepkto.templates import TEMPLATES
+
+
+def test_benchmarks_of_the_usual_layouts(data_dir: Path) -> None:
+    counts = {"math500": 500, "aime24": 30, "amc23": 40, "gsm8k_test": 1319}
+    for name, count in counts.items():
+        assert len(load_problems(str(data_dir / f"eval/{name}.jsonl"))) == count
+    first = load_problems(str(data_dir / "eval/math500.jsonl"))[0]
+    assert first.answer == r"\left( 3, \frac{\pi}{2} \right)"
+    assert (first.model_extra or {})["subject"] == "Precalculus"
+    assert load_problems(str(data_dir / "eval/amc23.jsonl"))[0].answer == "27.0"
+
+
+def test_gsm8k_as_published() -> None:
+    problem = to_problem({"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"})
+    assert (problem.problem, problem.answer) == ("2 + 2?", "4")
+    assert problem.solution == "2 + 2 = <<2+2=4>>4\n#### 4"
+
+
+def test_an_answer_may_stand_in_the_solution_alone() -> None:
+    assert to_problem({"problem": "x?", "solution": r"so \boxed{7}", "type": "Algebra", "id": 3}).answer == "7"
+    with pytest.raises(ValueError, match="expected the answer under"):
+        to_problem({"problem": "x?", "solution": "so 7"})
+    with pytest.raises(ValueError, match="expected the problem under"):
+        to_problem({"text": "x?", "answer": "7"})
+
+
+def test_parquet_csv_and_json(tmp_path: Path) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_list([{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 1?", "answer": "3"}])
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_csv(tmp_path / "a.csv")
+    table.save_to_disk(tmp_path / "folder")
+    (tmp_path / "a.json").write_text(json.dumps(list(table)))
+    for name in ("a.parquet", "a.csv", "folder", "a.json"):
+        assert [(p.problem, p.answer) for p in load_problems(str(tmp_path / name))] == [
+            ("1 + 1?", "2"),
+            ("2 + 1?", "3"),
+        ]
+
+
+def test_nothing_is_downloaded_without_being_asked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="to download it, write hub:math500"):
+        load_problems("math500")
+    (tmp_path / "bad.jsonl").write_text('{"problem": "1?", "answer": "1"}\n{"problem": "2?"}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: expected the answer"):
+        load_problems(str(tmp_path / "bad.jsonl"))
+
+
+def test_templates_are_named_or_text() -> None:
+    for name, text in TEMPLATES.items():
+        assert text.count("{problem}") == 1
+        assert Prompt(template=name).template == text
+    assert Prompt(template="Q: {problem}").template == "Q: {problem}"
+    with pytest.raises(ValueError, match=r"contain \{problem\} or be one of plain, boxed, qwen_math"):
+        Prompt(template="qwen_maths")
+
+
+def test_evaluate_a_folder(tmp_path: Path, repository: Path) -> None:
+    data = tmp_path / "sums.jsonl"
+    rows = [
+        {"problem": problem.problem, "answer": problem.answer, "level": 1 + number % 2}
+        for number, problem in enumerate(generate("test", 6, 5))
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "megatron_stepkto", "evaluate", str(repository / "recipes/mini_cpu_m0"),
+        "--data", str(data), "--output", str(output), "--set", "sample.backend=transformers",
+        "--set", "sample.max_tokens=150", "--set", "sample.dtype=float32", "--set", "evaluate.k=2",
+        "--set", "prompt.template=plain", "--set", "judge.split=line", "--set", "judge.process=chained_arithmetic",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "sums" in done.stdout
+    metrics = read_json(output / "results/metrics.json")
+    assert (metrics["num_problems"], metrics["k"], list(metrics["by"])) == (6, 2, ["data", "level"])
+    assert metrics["by"]["data"]["sums"]["pass_at_1"] == metrics["pass_at_1"]
+    assert metrics["unparsed_share"] < 1
+    manifest = read_json(output / "results/manifest.json")
+    assert manifest["key"]["settings"]["prompt"]["template"] == "{problem}\n"
+    assert manifest["key"]["settings"]["seed"] == 0
+    assert set(manifest["key"]["inputs"]) == {"model", "problems"}
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "already done" in again.stderr
+    assert again.stdout == done.stdout
+    same = subprocess.run(
+        [sys.executable, "-m", "megatron_stepkto", "compare-evaluations", f"{output}/results", f"{output}/results"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "+0.0 [+0.0, +0.0]" in same.stdout
+    wrong = subprocess.run([*command, "--set", "judge.proces=none"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2
+    assert "did you mean process?" in wrong.stderr
+    data.write_text(data.read_text().replace("has", "had"))
+    other = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert other.returncode == 2
+    assert "holds an evaluation of other problems" in other.stderr

@@ -1,0 +1,147 @@
+"""pass@k, bootstrap, McNemar and paired comparison against counting, formulas of the normal law, and hand-made rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.evaluation.compare import compare_evaluations, comparison_table
+from megatron_stepkto.evaluation.metrics import ProblemResult, evaluation_row, problem_results
+from megatron_stepkto.evaluation.statistics import bootstrap_mean, mcnemar_exact, pass_at_k
+from megatron_stepkto.files import write_json
+from megatron_stepkto.records import Problem, write_records
+from tests.unit.test_evaluation import judged, never
+
+
+def test_pass_at_k_counts_subsets() -> None:
+    """The share of the k-subsets of n samples that hold a right one, by looking at all of them."""
+    for n, c, k in itertools.product((1, 4, 7), range(8), range(1, 8)):
+        if c <= n and k <= n:
+            subsets = list(itertools.combinations(range(n), k))
+            held = sum(any(sample < c for sample in subset) for subset in subsets)
+            assert pass_at_k(n, c, k) == pytest.approx(held / len(subsets), abs=1e-12)
+    assert pass_at_k(100, 3, 1) == pytest.approx(0.03)
+    for wrong in [(4, 5, 1), (4, 2, 5), (4, 2, 0)]:
+        with pytest.raises(ValueError, match="expected 0 <= right"):
+            pass_at_k(*wrong)
+
+
+def test_mcnemar_by_hand() -> None:
+    """b = 1, c = 5: 2 (1 + 6) / 64; the published 8 of 10 discordant pairs: 2 (1 + 10 + 45) / 1024."""
+    assert mcnemar_exact(1, 5) == pytest.approx(14 / 64)
+    assert mcnemar_exact(8, 2) == pytest.approx(112 / 1024)
+    assert mcnemar_exact(3, 3) == 1.0
+    assert mcnemar_exact(0, 0) == 1.0
+    assert mcnemar_exact(0, 12) == pytest.approx(2 / 2**12)
+
+
+def test_bootstrap_interval_is_the_normal_one_for_many_problems() -> None:
+    draw = random.Random(3)
+    values = [draw.random() for _ in range(800)]
+    share = bootstrap_mean(values)
+    mean = sum(values) / 800
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / 800 / 800)
+    assert share.value == pytest.approx(mean)
+    assert share.interval == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
+    assert bootstrap_mean(values).interval == share.interval
+    assert bootstrap_mean([]).interval is None
+
+
+def asked(count: int) -> list[Problem]:
+    return [
+        Problem.model_validate(
+            {"problem_id": f"p{n}", "problem": f"{n}?", "answer": "8", "subject": "Algebra" if n < 2 else "Geometry"}
+        )
+        for n in range(count)
+    ]
+
+
+def test_row_counts_pass_at_k_and_groups_by_hand() -> None:
+    """Right of 4: 4, 1, 0. pass@2 = (1 + (1 - C(3,2)/C(4,2)) + 0) / 3 = (1 + 1/2) / 3; pass@4 = 2/3."""
+    greedy = [judged("p0", "8", 1, (1, 0)), judged("p1", "7", 0), judged("p2", None, 0)]
+    sampled = [
+        judged(f"p{n}", "8" if k < right else "7", 1 if k < right else 0, number=k)
+        for n, right in enumerate((4, 1, 0))
+        for k in range(4)
+    ]
+    row = evaluation_row("M", "test", asked(3), greedy, sampled)
+    assert list(row["pass_at_k"]) == ["1", "2", "4"]
+    assert [row["pass_at_k"][k]["value"] for k in ("1", "2", "4")] == pytest.approx([5 / 12, 0.5, 2 / 3])
+    low, high = row["pass_at_k"]["2"]["value_interval"]
+    assert 0 <= low < 0.5 < high <= 1
+    assert list(row["by"]) == ["subject"]
+    algebra, geometry = row["by"]["subject"]["Algebra"], row["by"]["subject"]["Geometry"]
+    assert (algebra["num_problems"], geometry["num_problems"]) == (2, 1)
+    assert (algebra["pass_at_1"], algebra["maj_at_k"], geometry["pass_at_1"]) == (0.5, 0.5, 0)
+    assert algebra["wrong_step_share_of_correct"] == 1.0
+    results = problem_results(asked(3), greedy, sampled, never)
+    assert [(r.greedy, r.right, r.samples, r.majority, r.flawed, r.judged_steps) for r in results] == [
+        (1, 4, 4, True, 1, 2),
+        (0, 1, 4, False, 0, 0),
+        (0, 0, 4, False, 0, 0),
+    ]
+
+
+def result(number: int, greedy: int, right: int = 0, **changes: Any) -> ProblemResult:
+    base: dict[str, Any] = {
+        "problem_id": f"p{number}", "problem_sha256": "x", "greedy": greedy, "samples": 4, "right": right,
+        "majority": right > 2, "flawed": 0, "right_and_judged": greedy, "wrong_steps": 0, "judged_steps": 2 * greedy,
+    }  # fmt: skip
+    return ProblemResult.model_validate({**base, **changes})
+
+
+def folder(path: Path, name: str, results: list[ProblemResult]) -> Path:
+    write_records(path / "problems.jsonl", results)
+    write_json(path / "metrics.json", {"name": name, "k": 4})
+    return path
+
+
+def test_comparison_by_hand(tmp_path: Path) -> None:
+    """10 problems: both solve 4, only A 1, only B 5. Samples: A 10 of 40, B 30 of 40. B's right ones: 3 of 9 flawed."""
+    one = [result(n, int(n < 5), 1) for n in range(10)]
+    other = [result(n, int(n != 4), 3, flawed=int(n < 3)) for n in range(10)]
+    a, b = folder(tmp_path / "a", "M0", one), folder(tmp_path / "b", "M1", list(reversed(other)))
+    found = compare_evaluations(a, b)
+    rows = {row["metric"]: row for row in found["differences"]}
+    first = rows["pass@1"]
+    assert (first["first"], first["second"], first["only_first"], first["only_second"]) == (0.5, 0.9, 1, 5)
+    assert first["difference"] == pytest.approx(0.4)
+    assert first["p_value"] == pytest.approx(14 / 64)
+    low, high = first["interval"]
+    # a difference per problem of -1, 0, 1 with mean 0.4 and variance 0.44: +-1.96 * sqrt(0.044) = 0.41
+    assert low == pytest.approx(0.4 - 0.41, abs=0.1)
+    assert high == pytest.approx(0.4 + 0.41, abs=0.1)
+    assert rows["maj@4"]["difference"] == 1.0
+    assert rows["accuracy of samples"]["difference"] == pytest.approx(0.5)
+    assert rows["right with a wrong step"]["difference"] == pytest.approx(3 / 9)
+    assert rows["right with a wrong step"]["p_value"] is None
+    text = comparison_table(found)
+    assert "+40.0" in text
+    assert "1 | 5" in text
+    assert "0.219" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
+    rows = [result(n, n % 2, n % 4) for n in range(20)]
+    found = compare_evaluations(folder(tmp_path / "a", "A", rows), folder(tmp_path / "b", "B", rows))
+    assert [row["difference"] for row in found["differences"]] == [0.0] * 5
+    assert found["differences"][0]["interval"] == (0.0, 0.0)
+    assert found["differences"][0]["p_value"] == 1.0
+
+
+def test_other_problems_are_refused(tmp_path: Path) -> None:
+    rows = [result(n, 1) for n in range(4)]
+    a = folder(tmp_path / "a", "A", rows)
+    with pytest.raises(UserError, match="1 stand in one only, such as p3"):
+        compare_evaluations(a, folder(tmp_path / "b", "B", rows[:3]))
+    with pytest.raises(UserError, match=r"problem p1 .* has another text or answer"):
+        compare_evaluations(a, folder(tmp_path / "c", "C", [rows[0], result(1, 1, problem_sha256="y"), *rows[2:]]))
+    with pytest.raises(UserError, match=r"metrics\.json is missing"):
+        compare_evaluations(a, tmp_path)
