@@ -191,12 +191,23 @@ def _short_form(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+class RewardModel(Section):
+    """A learned judge of whole solutions, for problems without an answer to check (judging/reward_model.py)."""
+
+    reward_model: RecipePath = Field(description="Hugging Face folder, sequence classification with one label")
+    threshold: float = Field(allow_inf_nan=False, description="logit above which a solution is right")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    workers: int = Field(1, ge=1, description="processes, each with the model")
+    batch_tokens: int = Field(16384, ge=1, description="tokens in one forward pass")
+
+
 class Judging(Section):
     split: Literal["line", "blank_line", "step_number", "step_heading", "sentence", "tag"] = Field(
         description="where one step ends and the next begins (splitting.py)"
     )
     step_tag: str | None = Field(None, min_length=1, description="split: tag: the text that ends each step")
     process: Annotated[ProcessJudge, BeforeValidator(_short_form)] = Field(description="who labels the steps")
+    outcome: RewardModel | None = Field(None, description="judges solutions of problems without an answer")
     after_first_error: Literal["keep", "drop"] = Field("keep", description="labels behind the first wrong step")
     workers: int = Field(2, ge=1, description="processes that decide answer equivalence")
     timeout_s: float = Field(3.0, gt=0, description="CPU seconds of one check; past it: undecided")

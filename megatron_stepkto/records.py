@@ -32,7 +32,7 @@ class Problem(Record):
 
     problem_id: str
     problem: str = Field(min_length=1)
-    answer: str = Field(min_length=1)
+    answer: str | None = Field(min_length=1, description="null: only a reward model can judge the outcome")
     solution: str | None = None
     split: str | None = None
 
@@ -90,10 +90,15 @@ class Step(Record):
 
 
 class Judge(Record):
-    """Who gave the labels: names of the outcome and the process judge."""
+    """Who gave the labels: names of the outcome and the process judge.
+
+    A reward model's outcome comes with its score and the threshold above which a solution is right.
+    """
 
     outcome: str
     process: str
+    score: float | None = None
+    threshold: float | None = None
 
 
 class JudgedSample(Sample):

@@ -10,6 +10,7 @@ workers start with the first pair that needs one.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import selectors
@@ -25,6 +26,7 @@ from typing import Any, Literal, Self
 
 from megatron_stepkto.errors import StageFailed
 from megatron_stepkto.judging import exact
+from megatron_stepkto.judging.process.cache import AnswerCache, content_key
 from megatron_stepkto.records import Label
 
 START_TIMEOUT_S = 180.0  # a cold start on a loaded machine
@@ -113,10 +115,11 @@ class EquivalenceChecker:
     Args:
         workers: processes at most, each on one pair at a time.
         timeout_s: CPU seconds of one pair; past it the pair is undecided.
+        cache: open; keeps what computer algebra decided.
     """
 
-    def __init__(self, workers: int, timeout_s: float) -> None:
-        self._num_workers, self._timeout_s = workers, timeout_s
+    def __init__(self, workers: int, timeout_s: float, cache: AnswerCache | None = None) -> None:
+        self._num_workers, self._timeout_s, self._cache = workers, timeout_s, cache
         self._net_s = max(MIN_NET_S, NET * timeout_s)
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -157,12 +160,21 @@ class EquivalenceChecker:
                 found[pair] = Verdict("right" if certain else "wrong", "exact", milliseconds)
             elif max(map(len, pair)) > exact.MAX_ANSWER_CHARS:
                 found[pair] = Verdict("undecided", "too-long", milliseconds)
+            elif known := self._cached(pair):
+                found[pair] = known
             else:
                 hard.append(pair)
         report = progress or (lambda done: None)
         report(len(found))
         self._compute(hard, found, report)
         return [found[pair] for pair in pairs]
+
+    def _key(self, pair: tuple[str, str]) -> str:
+        return content_key(importlib.metadata.version("math-verify"), self._timeout_s, *pair)
+
+    def _cached(self, pair: tuple[str, str]) -> Verdict | None:
+        known = self._cache.get(self._key(pair)) if self._cache is not None else None
+        return Verdict(**known) if known else None
 
     def _compute(
         self,
@@ -180,9 +192,11 @@ class EquivalenceChecker:
                     worker.send(number, *hard[number])
             for number, verdict in self._collect():
                 doubt = exact.doubt(*hard[number]) if verdict.verdict == "right" else None
-                found[hard[number]] = (
-                    Verdict("undecided", f"doubt: {doubt}", verdict.milliseconds) if doubt else verdict
-                )
+                if doubt:
+                    verdict = Verdict("undecided", f"doubt: {doubt}", verdict.milliseconds)
+                found[hard[number]] = verdict
+                if self._cache is not None and verdict.how not in ("stuck", "crashed"):
+                    self._cache.put(self._key(hard[number]), vars(verdict))
                 left -= 1
                 report(len(found))
 

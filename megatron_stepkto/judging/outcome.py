@@ -12,11 +12,15 @@ from megatron_stepkto.records import Label
 
 @dataclass(frozen=True)
 class Outcome:
-    """``extracted`` is None where the text states no answer, which is wrong; an undecided label is None."""
+    """``extracted`` is None where the text states no answer, which is wrong; an undecided label is None.
+
+    ``score``: of the reward model where that decided.
+    """
 
     label: Label
     extracted: str | None
     how: str
+    score: float | None = None
 
 
 def judge_outcomes(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.judging.answers import extract_answer
 from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.judging.outcome import Outcome, judge_outcomes
 from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
+from megatron_stepkto.judging.process.cache import AnswerCache
+from megatron_stepkto.judging.reward_model import OutcomeRewardModel
 from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging
@@ -123,7 +126,7 @@ def judge_file(
     tokenizer = load_tokenizer(tokenizer_dir)
     place = Workplace(output.parent, tokenizer_dir, seed, settings.workers, settings.timeout_s)
     judge = process_judge(settings.process, place)
-    who = Judge(outcome="answer", process=judge.name)
+    reward = _reward_model(by_id, problems, settings, output.parent)
     rows = list(read_records(samples, Sample, quarantine=quarantine))
     bad = _Quarantine(quarantine, samples)
     split: list[tuple[Sample, Solution]] = []
@@ -140,10 +143,11 @@ def judge_file(
             bad.reject(sample, str(verdicts))
         else:
             good.append((sample, solution.problem, _labelled(solution, verdicts, settings)))
-    outcomes = _judge_answers(good, settings)
+    outcomes = _judge_answers([row for row in good if row[1].answer is not None], settings, output.parent)
+    scored = _score([row for row in good if row[1].answer is None], reward)
     judged = [
-        JudgedSample(**dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=who)
-        for (sample, _, steps), outcome in zip(good, outcomes, strict=True)
+        _judged(sample, steps, next(outcomes if problem.answer is not None else scored), judge.name, reward)
+        for sample, problem, steps in good
     ]
     quarantined = bad.write()
     if not judged:
@@ -152,19 +156,62 @@ def judge_file(
     return {**_count(judged), **judge.counts(), **({"quarantined": quarantined} if quarantined else {})}
 
 
-def _judge_answers(good: Sequence[_Labelled], settings: Judging) -> list[Outcome]:
+def _reward_model(
+    problems: dict[str, Problem], path: Path, settings: Judging, directory: Path
+) -> OutcomeRewardModel | None:
+    """The judge of solutions whose problem has no answer, where there is such a problem."""
+    without = [problem.problem_id for problem in problems.values() if problem.answer is None]
+    if not without:
+        return None
+    if settings.outcome is None:
+        raise UserError(
+            f"{path}: {len(without)} problems have no answer, such as {without[0]}; give answers, or name a reward "
+            "model: judge.outcome: {reward_model: FOLDER, threshold: NUMBER}"
+        )
+    return OutcomeRewardModel(settings.outcome, directory)
+
+
+def _score(rows: Sequence[_Labelled], reward: OutcomeRewardModel | None) -> Iterator[Outcome]:
+    if reward is None:
+        return iter(())
+    scores = reward.scores([(problem.problem, sample.text) for sample, problem, _ in rows])
+    threshold = reward.settings.threshold
+    return iter(
+        [
+            Outcome(1 if score > threshold else 0, extract_answer(row[0].text), reward.name, score)
+            for row, score in zip(rows, scores, strict=True)
+        ]
+    )
+
+
+def _judged(
+    sample: Sample, steps: list[Step], outcome: Outcome, process: str, reward: OutcomeRewardModel | None
+) -> JudgedSample:
+    who = Judge(outcome="answer", process=process)
+    if outcome.score is not None and reward is not None:
+        who = Judge(outcome=reward.name, process=process, score=outcome.score, threshold=reward.settings.threshold)
+    return JudgedSample(
+        **dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=who
+    )
+
+
+def _judge_answers(good: Sequence[_Labelled], settings: Judging, directory: Path) -> Iterator[Outcome]:
+    """Decided pairs are kept in ``directory/cache`` as they come: an interrupted stage decides none of them twice."""
     outcomes: list[Outcome] = []
+    if not good:
+        return iter(outcomes)
     with (
-        EquivalenceChecker(settings.workers, settings.timeout_s) as checker,
+        AnswerCache(directory / "cache" / "answers.jsonl") as cache,
+        EquivalenceChecker(settings.workers, settings.timeout_s, cache) as checker,
         ProgressBar("judging answers", len(good), "samples") as bar,
     ):
         for start in range(0, len(good), OUTCOME_CHUNK):
             chunk = good[start : start + OUTCOME_CHUNK]
             outcomes += judge_outcomes(
                 [sample.text for sample, _, _ in chunk],
-                [problem.answer for _, problem, _ in chunk],
+                [problem.answer or "" for _, problem, _ in chunk],
                 checker,
                 lambda done, start=start: bar.update(start + done),  # type: ignore[misc]
             )
             bar.update(len(outcomes))
-    return outcomes
+    return iter(outcomes)

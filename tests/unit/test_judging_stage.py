@@ -82,7 +82,7 @@ def test_labels_outcomes_and_counts(folder: Folder) -> None:
     assert [row.extracted_answer for row in judged] == ["64", "64", "44", None]
     # Tom| has |2|7| + |5| = |3|2|.|\n makes 11 tokens; the answer line: Answer: |\boxed{|6|4|}|</s>
     assert [(s.token_start, s.token_end) for s in judged[0].steps] == [(0, 11), (11, 22), (22, 28)]
-    assert judged[0].judge.model_dump() == {"outcome": "answer", "process": "chained_arithmetic"}
+    assert judged[0].judge.model_dump(exclude_none=True) == {"outcome": "answer", "process": "chained_arithmetic"}
     assert counts == {
         "samples": 4, "right": 2, "wrong": 2, "undecided": 0, "unparsed": 1, "truncated": 1,
         "steps_right": 4, "steps_wrong": 4, "steps_unjudged": 3,

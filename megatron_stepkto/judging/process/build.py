@@ -67,4 +67,10 @@ def judging_key(settings: recipe.Judging) -> dict[str, Any]:
         if settings.process.model is not None:
             process["model"] = {"sha256": sha256_of(settings.process.model)}
         process["sample"] = {n: v for n, v in process["sample"].items() if n not in ("workers", "stall_timeout_s")}
+    if settings.outcome is not None:
+        key["outcome"] = {
+            "threshold": settings.outcome.threshold,
+            "dtype": settings.outcome.dtype,
+            "model": {"sha256": sha256_of(settings.outcome.reward_model)},
+        }
     return {**key, "process": process}

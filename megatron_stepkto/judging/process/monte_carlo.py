@@ -122,7 +122,7 @@ class MonteCarloJudge:
         ):
             for start in range(0, len(texts), CHUNK):
                 chunk = texts[start : start + CHUNK]
-                found = judge_outcomes([t for _, t in chunk], [s.problem.answer for s, _ in chunk], checker)
+                found = judge_outcomes([t for _, t in chunk], [s.problem.answer or "" for s, _ in chunk], checker)
                 outcomes += [outcome.label for outcome in found]
                 bar.update(len(outcomes))
         return outcomes

@@ -42,13 +42,16 @@ class PRMRow(BaseModel):
 
 
 class PRMJob(BaseModel):
-    """``candidates``: tokens whose logits are compared, right first; None: the model has a head of two classes."""
+    """``candidates``: tokens whose logits are compared, right first; None: the model has a head of two classes, or,
+    with ``whole_solutions``, of one, and the score is its logit.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     model: Path
     rows: list[PRMRow]
     candidates: tuple[int, int] | None
+    whole_solutions: bool = False
     dtype: str
     batch_tokens: int
     workers: int
@@ -115,6 +118,27 @@ def candidate_tokens(convention: str, tokenizer: Any) -> tuple[int, int] | None:
     return int(plus), int(minus)
 
 
+def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
+    """The scores of every row, from worker processes; what an earlier attempt scored is read."""
+    workers = [worker for worker in range(job.workers) if job.chunks(worker)]
+    if workers:
+        write_json(job.directory / "job.json", job.model_dump(mode="json"))
+        run_children(
+            [_child(job, worker, logs) for worker in workers], title=title, unit="solutions", progress=job.report
+        )
+    starts = range(0, len(job.rows), ROWS_PER_CHUNK)
+    return [scores for start in starts for scores in read_json(job.chunk_path(start))]
+
+
+def _child(job: PRMJob, worker: int, logs: Path) -> Child:
+    command = [
+        sys.executable, "-m", "megatron_stepkto.judging.process.prm_worker",
+        str(job.directory / "job.json"), "--worker", str(worker),
+    ]  # fmt: skip
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return Child(command, logs / f"{job.directory.name.partition('-')[0]}-{worker}.log", env)
+
+
 class PRMJudge:
     def __init__(self, settings: recipe.PRMJudge, directory: Path) -> None:
         self._settings, self._directory = settings, directory
@@ -155,25 +179,7 @@ class PRMJudge:
             dtype=settings.dtype, batch_tokens=settings.batch_tokens, workers=settings.workers,
             directory=self._directory / "cache" / f"prm-{job_key[:12]}",
         )  # fmt: skip
-        workers = [worker for worker in range(job.workers) if job.chunks(worker)]
-        if workers:
-            write_json(job.directory / "job.json", job.model_dump(mode="json"))
-            run_children(
-                [self._child(job, worker) for worker in workers],
-                title="judging steps",
-                unit="solutions",
-                progress=job.report,
-            )
-        starts = range(0, len(rows), ROWS_PER_CHUNK)
-        return [scores for start in starts for scores in read_json(job.chunk_path(start))]
-
-    def _child(self, job: PRMJob, worker: int) -> Child:
-        command = [
-            sys.executable, "-m", "megatron_stepkto.judging.process.prm_worker",
-            str(job.directory / "job.json"), "--worker", str(worker),
-        ]  # fmt: skip
-        env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        return Child(command, self._directory / "logs" / f"prm-{worker}.log", env)
+        return score_job(job, self._directory / "logs", "judging steps")
 
     # --- a vLLM server ---
 

@@ -74,6 +74,33 @@ class CandidateModel(torch.nn.Module):
         return scores
 
 
+class SolutionRewardModel(torch.nn.Module):
+    """A sequence classifier with one label, read at given positions: which token is the last is not left to a pad
+    token that may also end the text."""
+
+    def __init__(self, model: Path, dtype: str) -> None:
+        super().__init__()
+        from transformers import AutoModelForSequenceClassification
+
+        self.classifier, loading = AutoModelForSequenceClassification.from_pretrained(
+            model, local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True
+        )
+        if loading["missing_keys"]:
+            raise UserError(f"{model}: the reward model lacks {', '.join(sorted(loading['missing_keys'])[:5])}")
+        if not hasattr(self.classifier, "score"):
+            raise UserError(
+                f"{model}: expected a decoder with a head called score, got {type(self.classifier).__name__}"
+            )
+
+    def forward(
+        self, token_ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, at: torch.Tensor
+    ) -> torch.Tensor:
+        """Logit at (row, position) pairs, fp32 [pairs]."""
+        states = self.classifier.base_model(input_ids=token_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits: torch.Tensor = self.classifier.score(states[rows, at]).float()[:, 0]
+        return logits
+
+
 def _tensors(model: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in sorted(model.glob("*.safetensors")):
@@ -125,11 +152,13 @@ def main() -> None:
     device = f"cuda:{arguments.worker % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # more cores are used by more workers
-    model: torch.nn.Module = (
-        ProcessRewardModel(job.model, job.dtype)
-        if job.candidates is None
-        else CandidateModel(job.model, job.dtype, job.candidates)
-    )
+    model: torch.nn.Module
+    if job.whole_solutions:
+        model = SolutionRewardModel(job.model, job.dtype)
+    elif job.candidates is None:
+        model = ProcessRewardModel(job.model, job.dtype)
+    else:
+        model = CandidateModel(job.model, job.dtype, job.candidates)
     model.to(device).eval()
     for start in chunks:
         rows = job.rows[start : start + ROWS_PER_CHUNK]

@@ -1,0 +1,62 @@
+"""A learned outcome reward model: one score for a whole solution, where no answer can be checked.
+
+A Hugging Face sequence-classification model with one label (AutoModelForSequenceClassification), as reward models
+for preference data are: problem and solution go through its chat template as a user's and an assistant's turn, and
+the head reads the last token. The score is the raw logit; above the recipe's threshold the solution counts as right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_stepkto import recipe
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import read_json
+from megatron_stepkto.judging.process.cache import content_key
+from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, score_job
+from megatron_stepkto.prompts import load_tokenizer
+
+
+class OutcomeRewardModel:
+    """Scores solutions in worker processes; what is scored survives a kill.
+
+    Raises:
+        UserError: the model is no classifier with one label, or its tokenizer has no chat template.
+    """
+
+    def __init__(self, settings: recipe.RewardModel, directory: Path) -> None:
+        self.settings, self._directory = settings, directory
+        path = settings.reward_model
+        config = read_json(path / "config.json")
+        architecture = (config.get("architectures") or ["none"])[0]
+        # transformers writes the labels only where there are not two
+        num_labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+        if not architecture.endswith("ForSequenceClassification") or num_labels != 1:
+            raise UserError(
+                f"{path}: expected a reward model (...ForSequenceClassification with one label), got {architecture} "
+                f"with {num_labels} labels; name another model in judge.outcome.reward_model"
+            )
+        self._tokenizer = load_tokenizer(path)
+        if not self._tokenizer.chat_template:
+            raise UserError(f"{path}: the reward model's tokenizer has no chat template; add the model's own")
+        self.name = f"reward_model:{path.name}"
+
+    def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The logit of each (problem, solution)."""
+        rows = [self._row(problem, text) for problem, text in pairs]
+        if not rows:
+            return []
+        settings = self.settings
+        key = content_key(str(settings.reward_model), settings.dtype, [row.model_dump() for row in rows])
+        job = PRMJob(
+            model=settings.reward_model, rows=rows, candidates=None, whole_solutions=True, dtype=settings.dtype,
+            batch_tokens=settings.batch_tokens, workers=settings.workers,
+            directory=self._directory / "cache" / f"reward-{key[:12]}",
+        )  # fmt: skip
+        return [score for (score,) in score_job(job, self._directory / "logs", "scoring solutions")]
+
+    def _row(self, problem: str, text: str) -> PRMRow:
+        turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": text}]
+        ids = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        return PRMRow(token_ids=[int(token) for token in ids], positions=[len(ids) - 1])
