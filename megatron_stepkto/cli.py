@@ -350,7 +350,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
             arguments.force,
             arguments.quarantine,
             allow_overlap=arguments.allow_overlap,
-        )  # fmt: skip
+        )
     )
 
 
