@@ -1,0 +1,214 @@
+"""``make gpu-smoke``: is this machine's GPU path sound? One table, under ten minutes on one NVIDIA GPU.
+
+It makes its own environment (.venv-gpu) from the default package index, or offline from a folder of wheels
+(WHEELS=DIR), or takes the environment that runs it (--here). Then: packages and kernels; the mini recipe in bf16 on
+the GPU beside the shape of its curve on the CPU; tests/gpu. Whatever is skipped is listed with its reason.
+Only the standard library is imported here: the script runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = ROOT / ".venv-gpu"
+OUTPUT = ROOT / "runs" / "gpu_smoke"
+TE_CORE, TE_TORCH = "transformer-engine-cu13==2.13.0", "transformer-engine-torch==2.13.0"
+LIMIT_S = 570  # of one part: the whole is meant to take less than ten minutes
+
+
+@dataclass(frozen=True)
+class Row:
+    part: str
+    state: str  # ok, FAILED or skipped
+    seconds: float
+    said: str
+
+
+class Skipped(Exception):
+    """Why a part was not run."""
+
+
+class Failed(Exception):
+    """What went wrong, and where to read more."""
+
+
+def run(command: Sequence[str], log: Path, **env: str) -> str:
+    """Output of a command, kept in ``log`` too.
+
+    Raises:
+        Failed: it ended with an error or took too long.
+    """
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, stdout=file, stderr=subprocess.STDOUT,
+                                  timeout=LIMIT_S, check=False)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise Failed(f"took more than {LIMIT_S} s; see {log}") from None
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if done.returncode:
+        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
+        raise Failed(f"{last[:160]} (exit code {done.returncode}; see {log})")
+    return text
+
+
+def gpu() -> str:
+    if shutil.which("nvidia-smi") is None:
+        raise Failed("no nvidia-smi here: an NVIDIA GPU with its driver is needed")
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode:
+        raise Failed((done.stderr or done.stdout).strip()[:160] or "nvidia-smi failed")
+    return done.stdout.strip().splitlines()[0]
+
+
+def install(python: Path, wheels: Path | None) -> str:
+    """The environment, without Transformer Engine, which may fail to build and is a part of its own."""
+    if not python.exists():
+        run([sys.executable, "-m", "venv", "--system-site-packages", str(ENVIRONMENT)], OUTPUT / "venv.log")
+    pip(python, wheels, ["-r", str(ROOT / "requirements" / "gpu.txt")], "install.log")
+    pip(python, wheels, ["--no-deps", "--no-build-isolation", "--editable", "."], "package.log")
+    return f"in {ENVIRONMENT.name}" + (f", offline from {wheels}" if wheels else "")
+
+
+def transformer_engine(python: Path, wheels: Path | None) -> str:
+    check = [str(python), "-c", "import transformer_engine.pytorch, transformer_engine as t; print(t.__version__)"]
+    try:
+        return "already there: " + run(check, OUTPUT / "te.log").split()[-1]
+    except Failed:
+        pass
+    if shutil.which("nvcc") is None:
+        raise Skipped("its torch part compiles with nvcc, which is not here")
+    try:
+        pip(python, wheels, ["--no-deps", TE_CORE], "te_core.log")
+        # The torch part is a source package that builds against the torch that is installed.
+        pip(python, wheels, ["--no-deps", "--no-build-isolation", TE_TORCH], "te_torch.log")
+        return "built: " + run(check, OUTPUT / "te.log").split()[-1]
+    except Failed as error:
+        raise Skipped(f"could not be installed: {error}") from None
+
+
+def pip(python: Path, wheels: Path | None, what: Sequence[str], log: str) -> None:
+    offline = ["--no-index", "--find-links", str(wheels)] if wheels else []
+    run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *offline, *what], OUTPUT / log)
+
+
+KERNELS = """
+import json, torch
+from megatron_stepkto.acceleration import choose, describe, find_machine
+from megatron_stepkto.recipe import Training
+device = torch.device({device!r})
+machine = find_machine(device)
+chosen = choose(Training(optimizer={{"lr": 1e-5}}, global_batch_size=8, dtype="bfloat16"), machine)
+a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+error = ((a @ a).float() - a.float() @ a.float()).abs().max().item()
+print("torch", torch.__version__ + ";", describe(chosen, machine) + ";", f"bf16 product within {{error:.2f}}")
+"""
+
+
+def kernels(python: Path, device: str) -> str:
+    return run([str(python), "-W", "ignore", "-c", KERNELS.format(device=device)], OUTPUT / "kernels.log").splitlines()[
+        -1
+    ]
+
+
+def mini_recipe(python: Path, device: str) -> str:
+    """One iteration of the mini recipe in bf16. On the CPU it takes pass@1 from 0.5 to about 0.9: so it must here."""
+    probe = [str(python), "-W", "ignore", "-c", "import vllm; print(vllm.__version__)"]
+    try:
+        sampler = f"vLLM {run(probe, OUTPUT / 'vllm.log').split()[-1]}"
+        backend = "vllm"
+    except Failed:
+        sampler, backend = "transformers (vLLM is not installed)", "transformers"
+    keys = {
+        "output": str(OUTPUT), "name": "mini", "iterations": 1, "sample.backend": backend, "sample.workers": 1,
+        "sample.dtype": "bfloat16" if device == "cuda" else "float32", "evaluate.num_problems": 300,
+        "train.device": device, "train.dtype": "bfloat16", "train.parallel": "{ranks: 1}",
+    }  # fmt: skip
+    settings = [argument for key, value in keys.items() for argument in ("--set", f"{key}={value}")]
+    shutil.rmtree(OUTPUT / "mini", ignore_errors=True)
+    run([str(python), "-m", "megatron_stepkto", "run", "recipes/mini_cpu.yaml", *settings], OUTPUT / "mini.log")
+    before, after = json.loads((OUTPUT / "mini" / "summary.json").read_text())["iterations"]
+    shares = [row["wrong_step_share_of_correct"] for row in (before, after)]
+    said = (
+        f"{sampler}; pass@1 {before['pass_at_1']:.3f} -> {after['pass_at_1']:.3f}, right answers with a wrong step "
+        f"{shares[0]:.3f} -> {shares[1]:.3f}"
+    )
+    if after["pass_at_1"] < before["pass_at_1"] + 0.2 or shares[1] > 0.7 * shares[0]:
+        raise Failed(f"not the curve of the CPU: {said}")
+    return said
+
+
+def gpu_tests(python: Path, device: str) -> str:
+    rehearse = {"STEPKTO_REHEARSE_GPU_TESTS": "1"} if device == "cpu" else {}
+    text = run(
+        [str(python), "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"], OUTPUT / "tests.log", **rehearse
+    )
+    reasons = sorted({line.split(": ", 1)[1] for line in text.splitlines() if line.startswith("SKIPPED")})
+    return text.splitlines()[-1].strip("= ") + "".join(f"; skipped: {reason}" for reason in reasons)
+
+
+def table(rows: Sequence[Row]) -> str:
+    width = max(len(row.part) for row in rows)
+    return "\n".join(f"{row.part:{width}}  {row.state:7}  {row.seconds:6.1f} s  {row.said}" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheels", type=Path, help="folder of wheels and source packages; nothing is downloaded")
+    parser.add_argument("--here", action="store_true", help="use the environment that runs this; install nothing")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with --here: tries the script, not a GPU")
+    arguments = parser.parse_args()
+    if arguments.wheels and not arguments.wheels.is_dir():
+        parser.error(f"--wheels {arguments.wheels}: expected a folder of wheels")
+    device = "cpu" if arguments.rehearse else "cuda"
+    here = arguments.here or arguments.rehearse
+    python = Path(sys.executable) if here else ENVIRONMENT / "bin" / "python"
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+
+    def only_without_here(part: Callable[[], str]) -> Callable[[], str]:
+        def skip() -> str:
+            raise Skipped("--here: nothing is installed")
+
+        return skip if here else part
+
+    parts: list[tuple[str, Callable[[], str]]] = [
+        ("GPU", gpu if device == "cuda" else lambda: "rehearsal on the CPU"),
+        ("environment", only_without_here(lambda: install(python, arguments.wheels))),
+        ("Transformer Engine", only_without_here(lambda: transformer_engine(python, arguments.wheels))),
+        ("packages and kernels", lambda: kernels(python, device)),
+        ("mini recipe in bf16", lambda: mini_recipe(python, device)),
+        ("tests/gpu", lambda: gpu_tests(python, device)),
+    ]
+    rows: list[Row] = []
+    for name, part in parts:
+        print(f"{name} ...", flush=True)
+        begun = time.monotonic()
+        try:
+            state, said = "ok", part()
+        except Skipped as reason:
+            state, said = "skipped", str(reason)
+        except Failed as error:
+            state, said = "FAILED", str(error)
+        rows.append(Row(name, state, time.monotonic() - begun, said))
+        if state == "FAILED" and name in ("GPU", "environment", "packages and kernels"):
+            done = len(rows)
+            rows += [Row(other, "skipped", 0.0, f"{name} failed") for other, _ in parts[done:]]
+            break
+    text = table(rows)
+    (OUTPUT / "table.txt").write_text(text + "\n", encoding="utf-8")
+    print("\n" + text)
+    raise SystemExit(any(row.state == "FAILED" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
