@@ -206,3 +206,54 @@ def test_restarts_of_a_stuck_child_are_bounded(tmp_path: Path) -> None:
     child = Child([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "a.log", {}, lambda: True)
     with pytest.raises(StageFailed, match=r"3 restarts did not help; its log: .*a-4\.log"):
         run_children([child], title="drawing", unit="units")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_children_that_save_are_asked_and_waited_for(tmp_path: Path, number: signal.Signals) -> None:
+    """The request comes while one child still starts and cannot hear it: it is asked again, and nothing is lost."""
+    child = (
+        "import os, signal, sys, time\n"
+        "name = sys.argv[1]\n"
+        "open(name + '.started', 'w').write(str(os.getpid()))\n"
+        "time.sleep(1.5 if name.endswith('slow') else 0)\n"  # imports, say
+        "told = []\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: told.append(1))\n"
+        "while not told: time.sleep(0.05)\n"
+        "time.sleep(0.5)\n"  # an update and a checkpoint
+        "open(name + '.saved', 'w').write('saved')\n"
+        "sys.exit(143)\n"
+    )
+    names = [str(tmp_path / "quick"), str(tmp_path / "slow")]
+    parent = (
+        "import sys; from pathlib import Path; from megatron_stepkto.processes import Child, run_children\n"
+        f"children = [Child([sys.executable, '-c', {child!r}, name], Path(name + '.log')) for name in {names!r}]\n"
+        "run_children(children, title='test', unit='units', saves=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.PIPE, text=True)
+    for name in names:
+        wait_for(Path(name + ".started"))
+    process.send_signal(number)
+    said = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode == 143, said
+    assert "saved and stopped" in said
+    for name in names:
+        assert Path(name + ".saved").read_text() == "saved"
+
+
+def test_a_real_failure_while_stopping_is_a_failure(tmp_path: Path) -> None:
+    child = (
+        "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(9))\n"
+        "open(sys.argv[1], 'w').write('x'); signal.pause()"
+    )
+    parent = (
+        "import sys; from pathlib import Path; from megatron_stepkto.processes import Child, run_children\n"
+        f"command = [sys.executable, '-c', {child!r}, {str(tmp_path / 'up')!r}]\n"
+        f"child = Child(command, Path({str(tmp_path / 'a.log')!r}))\n"
+        "run_children([child], title='test', unit='units', saves=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "up")
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode == 1
+    assert "exit code 9" in said
