@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import psutil
+import torch
 
 from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig
 from megatron_stepkto.errors import UserError
@@ -123,6 +127,14 @@ def stage_memory(
         step=4 * shard if on_gpu else 0.0,  # torch's AdamW takes the root of all second moments at once
         overhead=OVERHEAD_BYTES if on_gpu else 0.0,
     )
+
+
+def rank_capacity(device: torch.device) -> tuple[float, str]:
+    """Bytes that this rank may use, and whose they are: its GPU's, or its share of the host's memory."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory), "its GPU"
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return psutil.virtual_memory().total / ranks, f"its share (1 of {ranks}) of the host's memory"
 
 
 def check_state_fits(

@@ -14,6 +14,7 @@ from megatron_stepkto.acceleration import PLAIN, Acceleration, choose, describe,
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
+from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
 from megatron_stepkto.processes import child_main, die_with_parent
 from megatron_stepkto.records import TrainExample, read_records
 from megatron_stepkto.training.engine import Engine, choose_device, join_ranks, lay_out
@@ -43,7 +44,8 @@ def make_trainer(job: Job, device: torch.device, acceleration: Acceleration = PL
     Every rank reads all examples for itself: none waits in a collective while another prepares.
     """
     lay_out(job.settings.parallel, job.settings.timeout_s)
-    config, _ = read_model_config(job.initial / COMPANIONS)
+    config, entries = read_model_config(job.initial / COMPANIONS)
+    check_state_fits(config, entries, job.settings, *rank_capacity(device))
     examples = list(read_records(job.train_examples, TrainExample))
     held_out = list(read_records(job.held_out_examples, TrainExample)) if job.held_out_examples else []
     check_lengths(examples + held_out, job, config.max_positions, config.vocab_size)

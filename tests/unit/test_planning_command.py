@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -16,7 +17,7 @@ from megatron_stepkto.errors import UserError
 from megatron_stepkto.planning.activations import CUDA, Layout, layer_bytes
 from megatron_stepkto.planning.cluster import PRESETS
 from megatron_stepkto.planning.layout import layout_faults
-from megatron_stepkto.planning.memory import check_state_fits, stage_memory
+from megatron_stepkto.planning.memory import check_state_fits, rank_capacity, stage_memory
 from megatron_stepkto.planning.times import Assumptions, Scenario, Workload, estimate_times, forward_flops
 from megatron_stepkto.recipe import Training
 
@@ -236,6 +237,13 @@ def test_a_recipe_brings_its_own_work(repository: Path, capsys: pytest.CaptureFi
     assert found["cluster"]["gpus"] == 2
     assert (found["work"]["examples"], found["work"]["global_batch"]) == (320 * 8, 64)
     assert (found["work"]["kl_share"], found["work"]["uses_reference"]) == (0.0, False)
+
+
+def test_capacity_of_a_cpu_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    capacity, where = rank_capacity(torch.device("cpu"))
+    assert capacity == psutil.virtual_memory().total / 4
+    assert where == "its share (1 of 4) of the host's memory"
 
 
 def test_state_that_cannot_fit_is_refused_before_training(configs: Path) -> None:
