@@ -188,6 +188,7 @@ def install() -> None:
     _patch_tensor_methods()
     _patch_experts()
     patch_expert_router()
+    _patch_rope()
     patch_distributed_optimizer_load()
     _installed = True
 
@@ -223,6 +224,14 @@ def _patch_experts() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     _replace(dispatcher, "maybe_move_tensor_to_cpu", as_counts)
+
+
+def _patch_rope() -> None:
+    """Megatron's own RoPE makes cosine and sine again for query and key of every layer: fill its fused kernel's slot."""
+    from megatron_stepkto.layers import rotate_packed
+
+    rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+    _replace(rope, "fused_apply_rotary_pos_emb_thd", rotate_packed)
 
 
 def _called_from_megatron() -> bool:

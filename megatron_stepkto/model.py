@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ from torch.nn.functional import silu
 from megatron_stepkto.acceleration import PLAIN, Acceleration
 from megatron_stepkto.checkpoints.architecture import ModelConfig
 from megatron_stepkto.context_parallel import ContextParallelAttention
-from megatron_stepkto.layers import PackedAttention, RMSNorm
+from megatron_stepkto.layers import GatedMLP, PackedAttention, RMSNorm, ScoredLayer
 from megatron_stepkto.logprobs import linear_log_probs
 from megatron_stepkto.planning.layout import check_layout
 from megatron_stepkto.planning.parameters import padded_vocab_size
@@ -43,16 +44,20 @@ from megatron_stepkto.recipe import Parallel
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """PackedSeqParams that also holds the document bounds as Python ints (no device read per layer)."""
+    """PackedSeqParams that also holds the document bounds as Python ints (no device read per layer), and ``rows``,
+    [R] int64: the positions whose hidden states are scored."""
 
     bounds: tuple[int, ...] = ()
+    rows: Tensor | None = None
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose last pipeline stage returns the final hidden states [t, 1, H] ([t / TP, 1, H] under
-    sequence parallelism); ``log_probs`` turns them into token log-probs without a logits tensor."""
+    """GPTModel whose last pipeline stage returns final hidden states: of the R scored positions [R, 1, H] where
+    ``keeps_scored_rows``, else of all positions of this rank [t, 1, H]. ``log_probs`` turns them into token log-probs
+    without a logits tensor."""
 
     words: int  # tokens of the vocabulary, without the rows that pad it for tensor parallelism
+    keeps_scored_rows: bool
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
@@ -64,13 +69,15 @@ class PolicyModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
+        if not self.keeps_scored_rows:
+            hidden = hidden.index_select(0, rows)
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
         group = parallel_state.get_tensor_model_parallel_group()
-        return linear_log_probs(hidden[:, 0].index_select(0, rows), weight, targets, self.words, group)
+        return linear_log_probs(hidden[:, 0], weight, targets, self.words, group)
 
 
 def transformer_config(
@@ -128,7 +135,8 @@ def transformer_config(
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        # layers.rotate_packed, put in place by cpu.install; it does not cut documents for context parallelism
+        apply_rope_fusion=on_cpu and parallel.context == 1,
         **acceleration.transformer_fields(),
         **(
             {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -157,9 +165,17 @@ def _expert_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _keeps_scored_rows(config: ModelConfig, megatron: TransformerConfig, acceleration: Acceleration) -> bool:
+    """Whether the model's last layer drops positions that nothing reads: where a rank holds all of a micro-batch, and
+    each position goes through the layer for itself."""
+    split = megatron.sequence_parallel or megatron.context_parallel_size > 1
+    return not (split or config.experts or acceleration.transformer_engine)
+
+
 def _block_spec(
-    config: ModelConfig, num_layers: int, context: int, acceleration: Acceleration
+    config: ModelConfig, num_layers: int, context: int, acceleration: Acceleration, *, scored: bool
 ) -> TransformerBlockSubmodules:
+    """``scored``: the last of these layers is the model's last, and keeps only scored positions."""
     kinds: dict[str, Any] = {
         "num_experts": config.experts.number if config.experts else None,
         "qk_layernorm": config.qk_norm,
@@ -179,7 +195,12 @@ def _block_spec(
     if config.experts:
         # The local spec would save this norm as part of a linear_fc1 that is not there; take Transformer Engine's name.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+    else:
+        spec.submodules.mlp.module = GatedMLP
+    layers = [spec] * num_layers
+    if scored:
+        layers[-1] = dataclasses.replace(spec, module=ScoredLayer)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def _mark_tensor_parallel(chunk: PolicyModel) -> None:
@@ -223,17 +244,20 @@ def build_model_chunks(
         if megatron.virtual_pipeline_model_parallel_size
         else [None]
     )
+    keeps_scored_rows = _keeps_scored_rows(config, megatron, acceleration)
     chunks = []
     for stage in stages:
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
+        num_layers = get_num_layers_to_build(megatron, vp_stage=stage)
         chunk = PolicyModel(
             config=megatron,
             transformer_layer_spec=_block_spec(
-                config, get_num_layers_to_build(megatron, vp_stage=stage), megatron.context_parallel_size, acceleration
+                config, num_layers, megatron.context_parallel_size, acceleration, scored=is_last and keeps_scored_rows
             ),
             vocab_size=padded_vocab_size(config.vocab_size, megatron.tensor_model_parallel_size),
             max_sequence_length=config.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=is_last,
             position_embedding_type="rope",
             rotary_base=int(config.rope.base),
             share_embeddings_and_output_weights=config.tied,
@@ -242,6 +266,7 @@ def build_model_chunks(
         # Megatron fixes the llama3 constants and rounds the base to an int: give it the model's own frequencies.
         chunk.rotary_pos_emb.inv_freq = config.inv_freq().to(chunk.rotary_pos_emb.inv_freq.device)
         chunk.words = config.vocab_size
+        chunk.keeps_scored_rows = keeps_scored_rows
         _mark_tensor_parallel(chunk)
         _mark_experts(chunk, megatron)
         chunk.model_type = ModelType.encoder_or_decoder

@@ -113,6 +113,10 @@ def make_micro_batch(
         tokens += [0] * padding
         positions += range(padding)
         bounds.append(len(tokens))
+
+    def integers(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
     longest = max(b - a for a, b in pairwise(bounds))
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     packed = PackedDocuments(
@@ -122,16 +126,13 @@ def make_micro_batch(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         bounds=tuple(bounds),
+        rows=integers(rows),
     )
-
-    def integers(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     return MicroBatch(
         integers(tokens)[None],
         integers(positions)[None],
         packed,
-        integers(rows),
+        packed.rows,
         integers(targets),
         integers(token_step),
         integers(step_document),

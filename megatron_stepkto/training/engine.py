@@ -304,6 +304,7 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            group["fused"] = True  # one pass over weights and moments; set here, as a loaded state brings its own
             # Megatron marks norms and biases with wd_mult = 0, but only its own scheduler reads the mark.
             group["weight_decay"] = self.settings.optimizer.weight_decay * group["wd_mult"]
         norm = self.gradient_norm()
