@@ -18,7 +18,7 @@ PYTHON312 ?= python3.12
 VENV019 := .venv-megatron-0.19
 PIP019 := $(VENV019)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test unit lint setup demo-short compare gsm8k figures m0 gpu-smoke megatron-019 clean
+.PHONY: demo test unit lint setup demo-short compare gsm8k figures m0 gpu-smoke megatron-019 benchmark-trl clean
 
 demo: setup
 	$(BIN)/stepkto run recipes/mini_cpu.yaml
@@ -74,6 +74,11 @@ figures: setup
 # of wheels: make gpu-smoke WHEELS=DIR. In an environment that has everything: GPU_SMOKE_ARGS=--here.
 gpu-smoke:
 	$(PYTHON) tools/gpu_smoke.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_SMOKE_ARGS)
+
+# The training speed beside TRL's KTOTrainer (about ten minutes); TRL goes into a folder of its own.
+benchmark-trl: setup
+	@test -d $(VENV)/trl || $(PIP) install --quiet --no-deps --target $(VENV)/trl -r requirements/bench.txt
+	$(BIN)/python -m benchmarks.train_vs_trl --trl $(VENV)/trl
 
 # Makes the shipped M0 again.
 m0: setup

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from benchmarks.workload import BATCH, BETA, LEARNING_RATE, Row, peak_memory_mb, read_rows
 from megatron_stepkto import recipe
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
+from megatron_stepkto.files import stable_hash
 from megatron_stepkto.records import KLPartner, TrainExample, TrainStep, write_records
 from megatron_stepkto.training.engine import choose_device, join_ranks
 from megatron_stepkto.training.job import Job
@@ -29,17 +31,20 @@ def note_seconds(trainer: Trainer, method: str) -> list[tuple[float, float]]:
     noted: list[tuple[float, float]] = []
     original = getattr(trainer, method)
 
-    def timed(*args: Any) -> None:
+    def timed(*args: Any) -> Any:
         wall, processor = time.perf_counter(), time.process_time()
-        original(*args)
+        result = original(*args)
         noted.append((time.perf_counter() - wall, time.process_time() - processor))
+        return result
 
     setattr(trainer, method, timed)
     return noted
 
 
-def examples_of(rows: list[Row], method: str) -> list[TrainExample]:
-    """Step-KTO: eight steps per completion, three of four right. KTO: one step, not judged. RFT: all are right.
+def examples_of(rows: list[Row], method: str, kl_share: float) -> list[TrainExample]:
+    """The rows as training examples; ``kl_share`` of them carry a KL pair, chosen as dataset.kl_pair_share does.
+
+    Step-KTO: eight steps per completion, three of four right. KTO: one step, not judged. RFT: all are right.
 
     The KL partner of row i is row i - 1 of its batch (row 0's is the last), as in TRL.
     """
@@ -51,7 +56,7 @@ def examples_of(rows: list[Row], method: str) -> list[TrainExample]:
         cuts = [size * i // STEPS for i in range(STEPS + 1)]
         return [
             TrainStep(token_start=a, token_end=b, label=int(i % 4 < 3))
-            for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
+            for i, (a, b) in enumerate(pairwise(cuts))
         ]
 
     made = []
@@ -69,13 +74,15 @@ def examples_of(rows: list[Row], method: str) -> list[TrainExample]:
                 outcome=1 if method == "rft" else int(row.label),
                 kl_partner=KLPartner(
                     example_id=f"row{other}", token_ids=rows[other].completion, steps=steps(rows[other])
-                ),
+                )
+                if stable_hash(0, "kl", f"row{index}") / 2**64 < kl_share
+                else None,
             )
         )
     return made
 
 
-def settings(method: str, kl_share: float) -> recipe.Training:
+def settings(method: str) -> recipe.Training:
     return recipe.Training.model_validate(
         {
             "method": method,
@@ -102,7 +109,7 @@ def main() -> None:
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     job = Job(
-        settings=settings(arguments.method, arguments.kl_share),
+        settings=settings(arguments.method),
         seed=0,
         initial=arguments.work / "initial",
         reference=None,
@@ -112,12 +119,14 @@ def main() -> None:
         fingerprint="benchmark",
     )
     hf_to_megatron(arguments.model, job.initial, None)
-    write_records(job.train_examples, examples_of(rows, arguments.method))
+    write_records(job.train_examples, examples_of(rows, arguments.method, arguments.kl_share))
     device = choose_device("cpu")
     join_ranks(job.settings.parallel, device, job.settings.timeout_s)
     trainer = make_trainer(job, device)
     trainer.updates = [list(range(i, min(i + BATCH, len(rows)))) for i in range(0, len(rows), BATCH)]
-    updates, reference = (note_seconds(trainer, name) for name in ("_update", "_find_references"))
+    updates, kl, reference = (
+        note_seconds(trainer, name) for name in ("_update", "_reference_points", "_find_references")
+    )
     trainer.run()
     log = [json.loads(line) for line in job.metrics.read_text().splitlines()]
     print(
@@ -126,13 +135,15 @@ def main() -> None:
                 "updates": len(trainer.updates),
                 "update_s": [wall for wall, _ in updates],
                 "update_cpu_s": [processor for _, processor in updates],
+                "kl_forward_s": [wall for wall, _ in kl],
+                "kl_forward_cpu_s": [processor for _, processor in kl],
                 "reference_s": sum(wall for wall, _ in reference),
                 "reference_cpu_s": sum(processor for _, processor in reference),
                 "peak_mb": round(peak_memory_mb()),
                 "losses": [row["loss"] for row in log],
                 "grad_norms": [row["grad_norm"] for row in log],
                 "kl": [row["kl_outcome"] for row in log],
-                "padding_share": [row["padding_share"] for row in log],
+                "padding_share": max(row["padding_share"] for row in log),
             }
         )
     )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import importlib.metadata
 import json
-import os
 import tempfile
 import time
 from itertools import pairwise
@@ -25,7 +25,7 @@ from trl import KTOConfig, KTOTrainer
 from benchmarks.workload import BATCH, BETA, LEARNING_RATE, peak_memory_mb, read_rows, text_of
 
 
-class TimedTrainer(KTOTrainer):  # type: ignore[misc]
+class TimedTrainer(KTOTrainer):
     """Notes the wall-clock and processor seconds of the reference pass."""
 
     reference_seconds = reference_cpu_seconds = 0.0
@@ -38,7 +38,7 @@ class TimedTrainer(KTOTrainer):  # type: ignore[misc]
         return made
 
 
-class StepTimes(TrainerCallback):  # type: ignore[misc]
+class StepTimes(TrainerCallback):
     """Wall-clock and processor seconds of each update, with its logging and the making of its batch."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ def main() -> None:
             for row in rows
         ]
     )
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: SIM115
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = KTOConfig(
             output_dir=folder,
             per_device_train_batch_size=BATCH,

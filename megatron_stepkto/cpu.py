@@ -227,7 +227,7 @@ def _patch_experts() -> None:
 
 
 def _patch_rope() -> None:
-    """Megatron's own RoPE makes cosine and sine again for query and key of every layer: fill its fused kernel's slot."""
+    """Megatron's own RoPE makes cosine and sine again in every layer, twice: fill the slot of its fused kernel."""
     from megatron_stepkto.layers import rotate_packed
 
     rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")

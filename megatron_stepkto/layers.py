@@ -85,13 +85,15 @@ class PackedAttention(DotProductAttention):
         dropout = self.attention_dropout.p if self.training else 0.0
         parts = [
             scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in document),
+                q.transpose(0, 1)[None],
+                k.transpose(0, 1)[None],
+                v.transpose(0, 1)[None],
                 is_causal=True,
                 scale=self.softmax_scale,
                 dropout_p=dropout,
                 enable_gqa=query.shape[1] != key.shape[1],
             )[0].transpose(0, 1)
-            for document in zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
+            for q, k, v in zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
         ]
         return torch.cat(parts).view(query.shape[0], -1)
 

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-DEFAULT_CHUNK = 1024
+# Logits that exist at one time on a rank: 268 MB of float32, 512 tokens of a vocabulary of 128,256.
+LOGITS_AT_A_TIME = 1 << 26
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any = None, chunk: int = DEFAULT_CHUNK
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any = None, chunk: int | None = None
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target] of each token.
 
@@ -28,13 +29,37 @@ def linear_log_probs(
         targets: [T] int64 in [0, vocab_size).
         vocab_size: words of the tokenizer, without padding.
         group: process group over which the vocabulary is split; None: not split.
-        chunk: tokens whose logits exist at one time.
+        chunk: tokens whose logits exist at one time; None: as many as LOGITS_AT_A_TIME allows.
     Returns:
         [T] float32, nats.
     """
+    log_probs: Tensor = _apply(hidden, weight, targets, vocab_size, group, chunk, False)[0]
+    return log_probs
+
+
+def linear_log_probs_and_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any = None, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """``linear_log_probs``, and the entropy of each token's distribution: [T] float32, nats, without gradient.
+
+    It needs one more pass over the logits, and a second chunk of them while the forward runs.
+    """
+    log_probs, entropy = _apply(hidden, weight, targets, vocab_size, group, chunk, True)
+    return log_probs, entropy
+
+
+def tokens_at_a_time(rows: int) -> int:
+    """Tokens whose logits over ``rows`` words of a rank exist at one time."""
+    return max(1, LOGITS_AT_A_TIME // rows)
+
+
+def _apply(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any, chunk: int | None, entropy: bool
+) -> Any:
     assert hidden.dtype == weight.dtype, f"hidden states are {hidden.dtype}, the head's weight is {weight.dtype}"
-    out: Tensor = _LinearLogProbs.apply(hidden, weight, targets, vocab_size, group, chunk)
-    return out
+    if chunk is None:  # from the padded rows, which are the same number on every rank
+        chunk = tokens_at_a_time(weight.shape[0])
+    return _LinearLogProbs.apply(hidden, weight, targets, vocab_size, group, chunk, entropy)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -49,13 +74,21 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any, chunk: int
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        group: Any,
+        chunk: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
         rank = dist.get_rank(group) if group is not None else 0
         first_word = rank * weight.shape[0]
         rows = max(0, min(weight.shape[0], vocab_size - first_word))
         log_probs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         log_sum_exp = torch.empty_like(log_probs)
+        entropy = torch.empty_like(log_probs) if with_entropy else log_probs.new_empty(0)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = _logits(hidden[part], weight[:rows])
@@ -67,13 +100,21 @@ class _LinearLogProbs(torch.autograd.Function):
             else:
                 peak = torch.full_like(target_logit, float("-inf"))
             _all_reduce(peak, dist.ReduceOp.MAX, group)
-            sums = torch.stack([logits.sub_(peak[:, None]).exp_().sum(dim=1), target_logit])
+            shares = logits.sub_(peak[:, None])
+            # entropy = log S - sum(e^l l) / S with l = logit - peak and S = sum(e^l)
+            weighted = [torch.linalg.vecdot(shares.exp(), shares)] if with_entropy else []
+            sums = torch.stack([shares.exp_().sum(dim=1), target_logit, *weighted])
             _all_reduce(sums, dist.ReduceOp.SUM, group)
-            log_sum_exp[part] = peak + sums[0].log()
+            log_sum = sums[0].log()
+            log_sum_exp[part] = peak + log_sum
             log_probs[part] = sums[1] - log_sum_exp[part]
+            if with_entropy:
+                entropy[part] = log_sum - sums[2] / sums[0]
+            del logits, shares  # before the next chunk's logits are made
         ctx.save_for_backward(hidden, weight, targets, log_sum_exp)
         ctx.first_word, ctx.rows, ctx.chunk = first_word, rows, chunk
-        return log_probs
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,7 +140,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 grad_weight[:rows].addmm_(d_logits_low.t(), hidden[part])
             else:
                 grad_weight[:rows] += (d_logits_low.t() @ hidden[part]).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            del d_logits, d_logits_low  # before the next chunk's logits are made
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _local_targets(targets: Tensor, first_word: int, rows: int) -> tuple[Tensor, Tensor]:

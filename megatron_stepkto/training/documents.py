@@ -117,6 +117,7 @@ def make_micro_batch(
     def integers(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    scored = integers(rows)
     longest = max(b - a for a, b in pairwise(bounds))
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     packed = PackedDocuments(
@@ -126,13 +127,13 @@ def make_micro_batch(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         bounds=tuple(bounds),
-        rows=integers(rows),
+        rows=scored,
     )
     return MicroBatch(
         integers(tokens)[None],
         integers(positions)[None],
         packed,
-        packed.rows,
+        scored,
         integers(targets),
         integers(token_step),
         integers(step_document),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_stepkto.logprobs import linear_log_probs
+from megatron_stepkto.logprobs import linear_log_probs, linear_log_probs_and_entropy
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -72,3 +72,28 @@ def test_no_tokens() -> None:
     linear_log_probs(hidden, weight, torch.zeros(0, dtype=torch.int64), 6).sum().backward()
     assert weight.grad is not None
     assert (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, None])
+def test_entropy_of_padded_vocabulary(chunk: int | None) -> None:
+    """-sum p log p over the 21 words, in float64; the log-probs and their gradient are those without entropy."""
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(17, 8, generator=generator).requires_grad_()
+    weight = torch.randn(24, 8, generator=generator).requires_grad_()
+    targets = torch.randint(0, 21, (17,), generator=generator)
+    log_probs, entropy = linear_log_probs_and_entropy(hidden, weight, targets, 21, chunk=chunk)
+    truth = (hidden.detach().double() @ weight.detach()[:21].double().t()).log_softmax(-1)
+    torch.testing.assert_close(entropy.double(), -(truth.exp() * truth).sum(-1), rtol=1e-6, atol=1e-6)
+    assert not entropy.requires_grad
+    with_it = torch.autograd.grad(log_probs.sum(), [hidden, weight])
+    without = linear_log_probs(hidden, weight, targets, 21, chunk=chunk)
+    assert torch.equal(log_probs, without)
+    assert all(map(torch.equal, with_it, torch.autograd.grad(without.sum(), [hidden, weight])))
+
+
+def test_entropy_of_extreme_logits() -> None:
+    """A certain word: 0; the three of equal logits: log 3. No 0 * infinity."""
+    hidden = torch.tensor([[1e4], [0.0]])
+    weight = torch.tensor([[1.0], [0.5], [-1.0]])
+    _, entropy = linear_log_probs_and_entropy(hidden, weight, torch.tensor([0, 0]), 3)
+    assert entropy.tolist() == pytest.approx([0.0, 1.0986123])
