@@ -54,10 +54,7 @@ def examples_of(rows: list[Row], method: str, kl_share: float) -> list[TrainExam
         if method != "step_kto":
             return [TrainStep(token_start=0, token_end=size, label=None)]
         cuts = [size * i // STEPS for i in range(STEPS + 1)]
-        return [
-            TrainStep(token_start=a, token_end=b, label=int(i % 4 < 3))
-            for i, (a, b) in enumerate(pairwise(cuts))
-        ]
+        return [TrainStep(token_start=a, token_end=b, label=int(i % 4 < 3)) for i, (a, b) in enumerate(pairwise(cuts))]
 
     made = []
     for index, row in enumerate(rows):

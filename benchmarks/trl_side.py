@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import importlib.metadata
+import io
 import json
 import tempfile
 import time

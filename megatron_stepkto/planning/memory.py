@@ -12,7 +12,7 @@ import torch
 
 from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.logprobs import DEFAULT_CHUNK
+from megatron_stepkto.logprobs import tokens_at_a_time
 from megatron_stepkto.planning.activations import (
     CPU,
     CUDA,
@@ -112,8 +112,9 @@ def stage_memory(
         rows = padded_vocab_size(config.vocab_size, parallel.tensor) // parallel.tensor
         # backward of a chunk: float32 logits and their copy in the compute dtype; the weight's gradient adds up in
         # float32, beside one chunk's product and its float32 copy, and is returned in the compute dtype
-        head = DEFAULT_CHUNK * rows * (4 + num_bytes) + rows * config.hidden_size * (4 + 2 * num_bytes + 4)
-        forward_only += DEFAULT_CHUNK * rows * 4 + tokens * config.hidden_size * num_bytes
+        chunk = min(tokens, tokens_at_a_time(rows))
+        head = chunk * rows * (4 + num_bytes) + rows * config.hidden_size * (4 + 2 * num_bytes + 4)
+        forward_only += chunk * rows * 4 + tokens * config.hidden_size * num_bytes
     shard = optimizer / (12 if settings.dtype == "bfloat16" else 8)
     return StageMemory(
         stage=stage,
