@@ -30,33 +30,34 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32:
+        if x.device.type != "cpu":
             return super().forward(x)
         normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
         return normed
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x * r * w with r = (mean(x^2) + eps)^-1/2 over the last dimension, in float32."""
+    """y = x * r * w with r = (mean(x^2) + eps)^-1/2 over the last dimension; in float32, returned in x's dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        return (x * r).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """dx = r (g w) - x r^3 mean(g w x); dw = sum over tokens of g x r."""
         x, weight, r = ctx.saved_tensors
-        size = x.shape[-1]
-        product = grads[0] * x
+        size, dtype = x.shape[-1], x.dtype
+        grad, x, weight = grads[0].float(), x.float(), weight.float()
+        product = grad * x
         flat = product.view(-1, size)
         grad_weight = torch.mv(flat.t(), r.view(-1))
         factor = torch.mv(flat, weight).view_as(r) * r.pow(3).div_(-size)
-        grad_x = torch.mul(grads[0], weight, out=product).mul_(r).addcmul_(x, factor)
-        return grad_x, grad_weight, None
+        grad_x = torch.mul(grad, weight, out=product).mul_(r).addcmul_(x, factor)
+        return grad_x.to(dtype), grad_weight.to(dtype), None
 
 
 class PackedAttention(DotProductAttention):

@@ -195,7 +195,7 @@ def _block_spec(
     if config.experts:
         # The local spec would save this norm as part of a linear_fc1 that is not there; take Transformer Engine's name.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    else:
+    elif isinstance(spec.submodules.mlp, ModuleSpec):  # 0.19 gives a function that makes the MLP: its own one runs
         spec.submodules.mlp.module = GatedMLP
     layers = [spec] * num_layers
     if scored:

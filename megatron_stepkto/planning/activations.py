@@ -18,17 +18,19 @@ from megatron_stepkto.recipe import Parallel
 class Kernels:
     """Which fused kernels run: an unfused operation saves more.
 
-    fused_norm: torch's RMSNorm kernel keeps its input; the composite one keeps it and the normalised tensor, both in
-    float32.
-    fused_swiglu: keeps the output of linear_fc1 alone.
+    fused_experts: an expert's SwiGLU keeps the output of linear_fc1 alone, as every dense one does.
+    fused_rope: cosines and sines are made once per micro-batch, not for queries and for keys of every layer.
+    scored_rows: behind its attention the last layer keeps only scored positions (counted on the CPU alone: elsewhere
+    it depends on what else runs, and the estimate stays on the safe side).
     """
 
-    fused_norm: bool
-    fused_swiglu: bool
+    fused_experts: bool
+    fused_rope: bool
+    scored_rows: bool
 
 
-CUDA = Kernels(fused_norm=True, fused_swiglu=True)
-CPU = Kernels(fused_norm=False, fused_swiglu=False)
+CUDA = Kernels(fused_experts=True, fused_rope=False, scored_rows=False)
+CPU = Kernels(fused_experts=False, fused_rope=True, scored_rows=True)
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,8 @@ class Layout:
         return self.tensor if self.sequence else 1
 
     def norm_bytes(self, config: ModelConfig) -> float:
-        """Bytes per token that one RMSNorm keeps; the last four are its float32 statistic."""
-        per_element = self.num_bytes if self.kernels.fused_norm else 2 * 4
-        return (config.hidden_size * per_element + 4) / self.hidden_share
+        """Bytes per token that one RMSNorm keeps: its input and a float32 statistic."""
+        return (config.hidden_size * self.num_bytes + 4) / self.hidden_share
 
 
 def layer_bytes(config: ModelConfig, layout: Layout) -> dict[str, float]:
@@ -62,7 +63,7 @@ def layer_bytes(config: ModelConfig, layout: Layout) -> dict[str, float]:
         "norms": 2 * layout.norm_bytes(config),
         "attention input": hidden * b,
         # cosines and sines, for queries and for keys; then both rotated, and all of q, k, v for the value's sake
-        "rotary": 4 * config.head_dim * b,
+        "rotary": 0 if layout.kernels.fused_rope else 4 * config.head_dim * b,
         "query, key, value": (2 * queries + 3 * keys) * b,
         # one output per document, their concatenation (the input of the projection), the log-sum-exp
         "attention output": 2 * queries * b + 4 * config.num_heads / layout.tensor,
@@ -75,10 +76,10 @@ def _mlp_bytes(config: ModelConfig, layout: Layout) -> float:
     """Output of linear_fc1, input of linear_fc2 and, unfused, what SwiGLU is made of. Experts also keep a copy of the
     hidden states per chosen expert; they get equally many tokens here, which a real router only comes near."""
     if config.experts is None:
-        return (3 if layout.kernels.fused_swiglu else 5) * config.ffn_size / layout.tensor * layout.num_bytes
+        return 3 * config.ffn_size / layout.tensor * layout.num_bytes
     experts = config.experts
     # unfused, the output weighted by the router's probability is one more tensor
-    per_expert = config.hidden_size + (3 if layout.kernels.fused_swiglu else 6) * experts.ffn_size
+    per_expert = config.hidden_size + (3 if layout.kernels.fused_experts else 6) * experts.ffn_size
     router = 5 * experts.number + 32 * experts.per_token  # probabilities and masks, float32, bool and int64
     return (experts.per_token * per_expert * layout.num_bytes + router) / layout.tensor
 
@@ -107,8 +108,18 @@ def widest(config: ModelConfig) -> int:
 
 def head_saved_bytes(config: ModelConfig, layout: Layout) -> tuple[float, float]:
     """(bytes per token, bytes per response token) that the last stage keeps besides its layers: the final norm;
-    the hidden states of the scored rows and their log-sum-exp."""
-    return layout.norm_bytes(config), config.hidden_size * layout.num_bytes + 4.0
+    the hidden states of the scored rows and their log-sum-exp; a micro-batch's cosines and sines.
+
+    Where the last layer drops positions that are not scored, its MLP and the final norm count per response token.
+    """
+    norm, head = layout.norm_bytes(config), config.hidden_size * layout.num_bytes + 4.0
+    angles = config.head_dim * layout.num_bytes if layout.kernels.fused_rope else 0.0
+    if not layout.kernels.scored_rows or layout.sequence or config.experts:
+        return norm + angles, head
+    # the head reads the final norm's output itself, which is of scored rows already
+    parts = layer_bytes(config, layout)
+    moved = 0.0 if layout.recompute else parts["norms"] / 2 + parts["mlp input"] + parts["mlp"]
+    return angles - moved, head + norm + moved
 
 
 def layers_in_flight(config: ModelConfig, parallel: Parallel, stage: int, num_micro_batches: int) -> int:
