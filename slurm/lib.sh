@@ -96,6 +96,9 @@ give_up() {
 
 requeue() {
     # Preempted, or requeued by somebody: Slurm puts the job back by itself, and says no to us.
-    scontrol requeue "$SLURM_JOB_ID" || echo "=== $PART: Slurm has put the job back already"
+    # An element by its array's number: the job id of the last one is the array's own, and would put all back.
+    local job=$SLURM_JOB_ID
+    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    scontrol requeue "$job" || echo "=== $PART: Slurm has put the job back already"
     exit 143
 }

@@ -163,13 +163,18 @@ def test_sampling_requeued_and_killed_then_a_stage_that_fails(
         return {path.name: path.stat().st_mtime_ns for path in chunks.glob("samples-*.jsonl")}
 
     cluster.wait(lambda: len(drawn()) >= 2 and len(list(steps_of(run, "sample"))) == 2, 150, "both elements drawing")
-    # element 0 is requeued, element 1 breaks: its process is killed
-    cluster.ask("scontrol", "requeue", f"{array}_0")
+    # element 1 breaks: its process is killed. It alone starts again, though its job id is the array's own number
+    attempts, failures = run / "slurm" / "attempts", run / "slurm" / "failures"
     for process in steps_of(run, "sample"):
         if process.environ().get("SLURM_ARRAY_TASK_ID") == "1":
             os.kill(process.pid, signal.SIGKILL)
+    cluster.wait(lambda: "back into the queue" in (run / "slurm/logs/sample_1.1.log").read_text(), 60, "failure")
+    time.sleep(1)
+    assert state(cluster, f"{array}_0") == {"RUNNING"}
+    assert len(lines(attempts / "sample_1.0")) == 1
+    # element 0 is requeued
+    cluster.ask("scontrol", "requeue", f"{array}_0")
     before = drawn()
-    attempts, failures = run / "slurm" / "attempts", run / "slurm" / "failures"
     kept: dict[str, int] = {}
 
     def finished() -> bool:
