@@ -209,7 +209,7 @@ class Judging(Section):
     process: Annotated[ProcessJudge, BeforeValidator(_short_form)] = Field(description="who labels the steps")
     outcome: RewardModel | None = Field(None, description="judges solutions of problems without an answer")
     after_first_error: Literal["keep", "drop"] = Field("keep", description="labels behind the first wrong step")
-    workers: int = Field(2, ge=1, description="processes that decide answer equivalence")
+    workers: int = Field(2, ge=1, description="processes that split, apply rules and compare answers")
     timeout_s: float = Field(3.0, gt=0, description="CPU seconds of one check; past it: undecided")
 
     @model_validator(mode="after")

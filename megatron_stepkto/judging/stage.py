@@ -14,11 +14,11 @@ from megatron_stepkto.judging.outcome import Outcome, judge_outcomes
 from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
 from megatron_stepkto.judging.process.cache import AnswerCache
 from megatron_stepkto.judging.reward_model import OutcomeRewardModel
+from megatron_stepkto.judging.row_tasks import run_task, tokenizer_hash
 from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging
 from megatron_stepkto.records import Judge, JudgedSample, Problem, Sample, Step, read_records, set_aside, write_records
-from megatron_stepkto.steps import step_spans
 
 COUNTS = (
     "samples", "right", "wrong", "undecided", "unparsed", "truncated",
@@ -63,15 +63,27 @@ class _Quarantine:
         return len(self._rows)
 
 
-def _solution(sample: Sample, problems: dict[str, Problem], path: Path, tokenizer: Any, settings: Judging) -> Solution:
-    problem = problems.get(sample.problem_id)
-    if problem is None:
-        raise UserError(f"problem_id {sample.problem_id} is not in {path}; give its problems")
+def _split(
+    rows: Sequence[Sample], problems: dict[str, Problem], place: Workplace, tokenizer: Path, settings: Judging
+) -> list[Solution | UserError]:
+    """The solutions of known problems, in order; an error where text and tokens disagree."""
+    options = {"tokenizer": str(tokenizer), "split": settings.split, "step_tag": settings.step_tag}
+    found = run_task(
+        "steps", options, [[row.text, row.token_ids] for row in rows], place.directory, place.workers,
+        "splitting into steps", "samples", tokenizer_hash(tokenizer),
+    )  # fmt: skip
+    return [
+        spans if isinstance(spans, UserError) else _solution(sample, problems[sample.problem_id], spans)
+        for sample, spans in zip(rows, found, strict=True)
+    ]
+
+
+def _solution(sample: Sample, problem: Problem, spans: list[list[int]]) -> Solution:
     return Solution(
         solution_id=sample.sample_id,
         problem=problem,
         text=sample.text,
-        steps=tuple(step_spans(sample.text, sample.token_ids, tokenizer, settings.split, settings.step_tag)),
+        steps=tuple(Step(start=a, end=b, token_start=c, token_end=d) for a, b, c, d in spans),
         prompt_token_ids=tuple(sample.prompt_token_ids),
         token_ids=tuple(sample.token_ids),
         finished=sample.finish_reason != "length",
@@ -123,20 +135,22 @@ def judge_file(
         UserError: a sample of an unknown problem, or whose text and tokens disagree (unless ``quarantine``).
     """
     by_id = _read_problems(problems)
-    tokenizer = load_tokenizer(tokenizer_dir)
+    load_tokenizer(tokenizer_dir)  # a folder without one is refused before the work
     place = Workplace(output.parent, tokenizer_dir, seed, settings.workers, settings.timeout_s)
     judge = process_judge(settings.process, place)
     reward = _reward_model(by_id, problems, settings, output.parent)
     rows = list(read_records(samples, Sample, quarantine=quarantine))
     bad = _Quarantine(quarantine, samples)
+    known = [row for row in rows if row.problem_id in by_id]
+    solutions = iter(_split(known, by_id, place, tokenizer_dir, settings))
     split: list[tuple[Sample, Solution]] = []
-    with ProgressBar("splitting into steps", len(rows), "samples") as bar:
-        for number, sample in enumerate(rows, 1):
-            try:
-                split.append((sample, _solution(sample, by_id, problems, tokenizer, settings)))
-            except UserError as error:
-                bad.reject(sample, str(error))
-            bar.update(number)
+    for sample in rows:
+        if sample.problem_id not in by_id:
+            bad.reject(sample, f"problem_id {sample.problem_id} is not in {problems}; give its problems")
+        elif isinstance(solution := next(solutions), UserError):
+            bad.reject(sample, str(solution))
+        else:
+            split.append((sample, solution))
     good: list[_Labelled] = []
     for (sample, solution), verdicts in zip(split, judge.judge([s for _, s in split]), strict=True):
         if isinstance(verdicts, UserError):

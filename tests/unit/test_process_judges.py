@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import tracemalloc
 from collections import Counter
 from itertools import accumulate
@@ -99,9 +100,10 @@ def labels_of(kind: str, steps: list[str], problem: Problem = PROBLEM) -> list[L
     spans = [
         Step(start=end - len(step), end=end, token_start=0, token_end=0) for step, end in zip(steps, ends, strict=True)
     ]
-    judge = process_judge(RuleJudge(kind=kind), Workplace(Path("unused")))  # type: ignore[arg-type]
-    assert judge.name == kind
-    (verdicts,) = judge.judge([Solution("s", problem, "".join(steps), tuple(spans))])
+    with tempfile.TemporaryDirectory() as folder:
+        judge = process_judge(RuleJudge(kind=kind), Workplace(Path(folder)))  # type: ignore[arg-type]
+        assert judge.name == kind
+        (verdicts,) = judge.judge([Solution("s", problem, "".join(steps), tuple(spans))])
     if isinstance(verdicts, UserError):
         raise verdicts
     return [verdict.label for verdict in verdicts]

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_stepkto import recipe
 from megatron_stepkto.judging.process.interface import ProcessJudge
-from megatron_stepkto.judging.process.rule import RULES, RuleJudge
+from megatron_stepkto.judging.process.rule import RuleJudge
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Workplace:
     directory: Path
     model: Path | None = None
     seed: int = 0
-    workers: int = 2  # processes that decide answer equivalence
+    workers: int = 2  # processes that split, apply rules, decide answer equivalence
     timeout_s: float = 5.0
 
 
@@ -44,7 +44,7 @@ def process_judge(settings: recipe.ProcessJudge, place: Workplace) -> ProcessJud
         from megatron_stepkto.judging.process.monte_carlo import MonteCarloJudge
 
         return MonteCarloJudge(settings, place)
-    return RuleJudge(settings.kind, RULES[settings.kind])
+    return RuleJudge(settings.kind, place.directory, place.workers)
 
 
 # How the work is done, not what comes out: a change of these leaves finished labels as they are.

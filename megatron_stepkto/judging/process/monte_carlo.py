@@ -14,7 +14,7 @@ from megatron_stepkto.errors import UserError
 from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.judging.outcome import judge_outcomes
 from megatron_stepkto.judging.process.build import Workplace
-from megatron_stepkto.judging.process.cache import content_key
+from megatron_stepkto.judging.process.cache import AnswerCache, content_key
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
 from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer
@@ -117,7 +117,8 @@ class MonteCarloJudge:
     def _outcomes(self, texts: Sequence[tuple[Solution, str]]) -> list[Label]:
         outcomes: list[Label] = []
         with (
-            EquivalenceChecker(self._place.workers, self._place.timeout_s) as checker,
+            AnswerCache(self._place.directory / "cache" / "answers.jsonl") as cache,
+            EquivalenceChecker(self._place.workers, self._place.timeout_s, cache) as checker,
             ProgressBar("judging rollouts", len(texts), "answers") as bar,
         ):
             for start in range(0, len(texts), CHUNK):

@@ -3,57 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.chained_arithmetic.judge import label_steps
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.judging.equations import check_equations
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
-from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.records import Label
 
 
 class RuleJudge:
-    """Applies a rule to one solution after another."""
+    """Applies a rule to every solution, in several processes; finished labels are kept in ``directory/cache``."""
 
-    def __init__(self, name: str, rule: Callable[[Solution], list[Label]]) -> None:
-        self.name, self._rule = name, rule
+    def __init__(self, name: str, directory: Path, workers: int) -> None:
+        self.name, self._directory, self._workers = name, directory, workers
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
-        judged: list[Verdicts] = []
-        with ProgressBar("judging steps", len(solutions), "solutions") as bar:
-            for number, solution in enumerate(solutions, 1):
-                try:
-                    judged.append([Verdict(label) for label in self._rule(solution)])
-                except UserError as error:
-                    judged.append(error)
-                bar.update(number)
-        return judged
+        from megatron_stepkto.judging.row_tasks import run_task
+
+        rows = [[s.problem.problem, s.text, [[step.start, step.end] for step in s.steps]] for s in solutions]
+        found = run_task(
+            "labels", {"rule": self.name}, rows, self._directory, self._workers, "judging steps", "solutions"
+        )
+        return [row if isinstance(row, UserError) else [Verdict(label) for label in row] for row in found]
 
     def counts(self) -> dict[str, Any]:
         return {}
 
 
-def _chained_arithmetic(solution: Solution) -> list[Label]:
+Spans = Sequence[Sequence[int]]  # first character of each step, and the one behind its last
+
+
+def _chained_arithmetic(problem: str, text: str, spans: Spans) -> list[Label]:
     """The exact rule of the built-in miniature task."""
-    return label_steps(solution.problem.problem, solution.text, [(step.start, step.end) for step in solution.steps])
+    return label_steps(problem, text, [(start, end) for start, end in spans])
 
 
-def _equations(solution: Solution) -> list[Label]:
+def _equations(problem: str, text: str, spans: Spans) -> list[Label]:
     """Right iff the step holds a checkable equation and all it holds are true; None where it holds none."""
     labels: list[Label] = []
-    for text in solution.step_texts:
-        verdicts = check_equations(text)
+    for start, end in spans:
+        verdicts = check_equations(text[start:end])
         labels.append((1 if all(verdicts) else 0) if verdicts else None)
     return labels
 
 
-def _none(solution: Solution) -> list[Label]:
+def _none(problem: str, text: str, spans: Spans) -> list[Label]:
     """Judges no step: what is left is plain KTO."""
-    return [None] * len(solution.steps)
+    return [None] * len(spans)
 
 
-RULES: dict[str, Callable[[Solution], list[Label]]] = {
+RULES: dict[str, Callable[[str, str, Spans], list[Label]]] = {
     "chained_arithmetic": _chained_arithmetic,
     "equations": _equations,
     "none": _none,

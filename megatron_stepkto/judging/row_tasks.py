@@ -1,0 +1,189 @@
+"""Work on one row at a time that depends on nothing but the row: run it in chunks, by several processes, and keep it.
+
+Each finished chunk is a line of ``cache/TASK.jsonl``, keyed by its rows, the options and the code, so an interrupted
+stage goes on where it was, and the result does not depend on who worked when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from megatron_stepkto.errors import StageFailed, UserError
+from megatron_stepkto.files import sha256_of
+from megatron_stepkto.judging.process.cache import AnswerCache, content_key
+from megatron_stepkto.progress import ProgressBar
+from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.steps import step_spans
+
+CHUNK = 64  # rows of one line of the cache: at most so many per worker are done again after a kill
+FEW = 1024  # rows: starting processes would take longer than the work
+PACKAGE = Path(__file__).parents[1]
+TOKENIZER_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+RowFunction = Callable[[Any], Any]
+
+
+def _splitter(options: dict[str, Any]) -> RowFunction:
+    """[text, token ids] to [start, end, token start, token end] of each step."""
+    tokenizer = load_tokenizer(Path(options["tokenizer"]))
+
+    def split(row: Any) -> Any:
+        steps = step_spans(row[0], row[1], tokenizer, options["split"], options["step_tag"])
+        return [[step.start, step.end, step.token_start, step.token_end] for step in steps]
+
+    return split
+
+
+def _labeller(options: dict[str, Any]) -> RowFunction:
+    """[problem, text, [start, end] of each step] to the label of each step."""
+    from megatron_stepkto.judging.process.rule import RULES
+
+    rule = RULES[options["rule"]]
+    return lambda row: rule(*row)
+
+
+# what each task is made by, and the code (files, folders) that decides its results
+TASKS: dict[str, tuple[Callable[[dict[str, Any]], RowFunction], tuple[str, ...]]] = {
+    "steps": (_splitter, ("steps.py", "splitting.py")),
+    "labels": (_labeller, ("judging/equations.py", "judging/process/rule.py", "chained_arithmetic")),
+}
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """Of the files that a tokenizer may be made of; the weights beside them do not count."""
+    files = sorted(path for path in directory.iterdir() if path.suffix in TOKENIZER_SUFFIXES)
+    return content_key([[path.name, sha256_of(path)] for path in files], importlib.metadata.version("tokenizers"))
+
+
+def answer(function: RowFunction, row: Any) -> dict[str, Any]:
+    """{"value"}, or {"error"} where this row is bad."""
+    try:
+        return {"value": function(row)}
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def run_task(
+    task: str, options: dict[str, Any], rows: Sequence[Any], directory: Path, workers: int, title: str, unit: str,
+    state: str = "",
+) -> list[Any]:  # fmt: skip
+    """The task's value of each row, or a UserError for that row alone; in order.
+
+    Args:
+        rows: JSON values.
+        directory: holds ``cache`` and ``logs``.
+        state: hash of what the options name but do not hold (files).
+
+    Raises:
+        StageFailed: a worker died; its log is named.
+    """
+    make, sources = TASKS[task]
+    code = [_source_hash(PACKAGE / source) for source in sources]
+    chunks = [list(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
+    keys = [content_key(code, _kept(options), state, chunk) for chunk in chunks]
+    with AnswerCache(directory / "cache" / f"{task}.jsonl") as cache, ProgressBar(title, len(rows), unit) as bar:
+        missing = [number for number, key in enumerate(keys) if key not in cache]
+        done = len(rows) - sum(len(chunks[number]) for number in missing)
+        bar.update(done)
+        left = [chunks[number] for number in missing]
+        if workers == 1 or sum(map(len, left)) < FEW:
+            results = _here(make, options, left)
+        else:
+            results = _by_workers(task, options, left, directory / "logs", min(workers, len(left)))
+        with contextlib.closing(results):  # no process outlives an error here
+            for place, values in results:
+                cache.put(keys[missing[place]], values)
+                done += len(values)
+                bar.update(done)
+        found = [value for key in keys for value in cache.get(key)]
+    return [UserError(value["error"]) if "error" in value else value["value"] for value in found]
+
+
+def _kept(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that decide the result: a folder counts by its state, not by where it stands."""
+    return {name: value for name, value in options.items() if name != "tokenizer"}
+
+
+def _source_hash(path: Path) -> str:
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+    return content_key([sha256_of(file) for file in files])
+
+
+def _here(
+    make: Callable[[dict[str, Any]], RowFunction], options: dict[str, Any], chunks: Sequence[list[Any]]
+) -> Generator[tuple[int, list[Any]], None, None]:
+    function = make(options) if chunks else None
+    for place, chunk in enumerate(chunks):
+        assert function is not None
+        yield place, [answer(function, row) for row in chunk]
+
+
+class _Worker:
+    """One process of ``row_worker``. It ends with its input, so also when this process is killed."""
+
+    def __init__(self, task: str, options: dict[str, Any], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_stepkto.judging.row_worker", json.dumps([task, options])],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                start_new_session=True,  # Ctrl-C is for the stage, which then ends its workers
+            )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+    def work(self, place: int, chunk: list[Any]) -> tuple[int, list[Any]]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it died: the end of its output says so next
+            self._process.stdin.write(json.dumps(chunk).encode() + b"\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            words = self._log.read_text(errors="replace").strip()[-800:]
+            raise StageFailed(f"a judging process ended; see {self._log}; it printed:\n{words}")
+        return place, json.loads(line)
+
+
+def _by_workers(
+    task: str, options: dict[str, Any], chunks: Sequence[list[Any]], logs: Path, count: int
+) -> Generator[tuple[int, list[Any]], None, None]:
+    """Finished chunks as they come. One thread per process waits for its replies."""
+    with contextlib.ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(count))
+        # killed before the threads are waited for, whatever happens
+        idle = [stack.enter_context(_Worker(task, options, logs / f"{task}-{n}.log")) for n in range(count)]
+
+        def work(place: int, chunk: list[Any]) -> tuple[int, list[Any]]:
+            worker = idle.pop()  # as many threads as workers
+            try:
+                return worker.work(place, chunk)
+            finally:
+                idle.append(worker)
+
+        futures = [threads.submit(work, place, chunk) for place, chunk in enumerate(chunks)]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
