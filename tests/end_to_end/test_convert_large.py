@@ -137,7 +137,7 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
         else:
             killed_inside += 1
             if interrupt == signal.SIGINT:
-                assert process.returncode == 130
+                assert process.returncode in (130, -signal.SIGINT)  # the latter while Python still imports
                 assert b"Traceback" not in said
                 assert not partial.exists()
         assert {path.name for path in tmp_path.iterdir()} <= {"hf", ".megatron.partial"}

@@ -138,7 +138,8 @@ def test_recipes_for_real_models(
     [train] = [line for line in commands if line.startswith("train_1=")]
     words = shlex.split(train.removeprefix("train_1=$(").removesuffix(")"))
     assert "--dependency=afterok:${dataset_1}" in words
-    assert f"--gpus-per-node={recipe.train.parallel.ranks}" in words
+    nodes, per_node = max(1, recipe.train.parallel.ranks // 8), min(8, recipe.train.parallel.ranks)
+    assert {f"--nodes={nodes}", f"--gpus-per-node={per_node}"} <= set(words)
     assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
 
 
