@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -220,3 +222,19 @@ def test_steps_must_cover_the_response() -> None:
     broken = Document("broken", [1], [2, 3, 4], steps((0, 2, 1)), 1)
     with pytest.raises(AssertionError, match="steps must cover the response"):
         make_micro_batch([broken], 1, DEVICE)
+
+
+@pytest.mark.parametrize(("multiple", "limit"), [(1, 1e-4), (8, 2e-3), (64, 0.08)])
+@pytest.mark.parametrize("seed", range(3))
+def test_share_of_padding_that_is_really_processed(seed: int, multiple: int, limit: float) -> None:
+    """Log-normal lengths of 32 to 384 tokens, micro-batches of 4,096, two ranks: only alignment is padded, and a
+    micro-batch of padding alone where the ranks' shares are uneven."""
+    rng = random.Random(seed)
+    lengths = [min(384, max(32, round(rng.lognormvariate(5.0, 0.6)))) for _ in range(256)]
+    units = [[document(f"d{n}", length)] for n, length in enumerate(lengths)]
+    made = [one for rank in range(2) for one in pack_units(units, slot(rank, 2, capacity=4096, multiple=multiple))]
+    processed = sum(one.tokens.numel() for one in made)
+    padding = sum(one.num_padding for one in made)
+    assert processed - padding == sum(lengths)
+    assert padding <= limit * processed
+    assert all(one.tokens.numel() % multiple == 0 for one in made)
