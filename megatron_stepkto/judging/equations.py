@@ -1,7 +1,7 @@
 """Simple equations in running text ("12 * 3 = 36", "$5 + $6 = $11", "<<12*3=36>>"), checked exactly.
 
 A text is read as runs of numbers, operators and brackets; a run with "=" is an equation. What is not plainly
-arithmetic on both sides (a variable, a unit inside, a power, a root) is passed over, not judged, and so is what
+arithmetic on both sides (a variable, a root; a unit or a power, unless true) is passed over, not judged, and so is what
 a reader could take in two ways: a wrong "wrong" teaches a wrong step. Values are exact fractions: nothing is
 evaluated, and work grows with the length of the text alone.
 """
@@ -46,6 +46,16 @@ _MULTIPLIED = re.compile(
 )
 _OPEN_BEFORE = frozenset("([{<>:;,.?!*\"'`=\n\t \u2248")
 _FREE_AFTER = frozenset(")]}<>:;,.?!*\"'`\n\t ")
+
+# A second reading, for true equations alone: numbers with a word behind them, and powers of whole numbers.
+_POWER = re.compile(r"(?<![\w.,])(\d{1,4})\^(?:\{(\d{1,2})\}|(\d)(?!\d))")
+_UNIT = re.compile(r"(?<=\d|\})[ \t]+(?!(?:of|than|times|and|or|plus|minus|mod|is|by|per|more|less)\b)[a-zA-Z]{2,}\b")
+_TERM = rf"(?:\d{{1,4}}\^(?:\{{\d{{1,2}}\}}|\d(?!\d))|{_NUMBER})(?:{_UNIT.pattern})?"
+_SIDE = rf"{_TERM}(?:[ \t]*[-+*/][ \t]*{_TERM}){{0,20}}"  # bounded: work grows with the length of the text
+_CHAIN = re.compile(
+    rf"(?<![\w.,^)}}\]\\*/+=<>-])(?<![-+*/=^(][ \t])(?>{_SIDE}(?:[ \t]*=[ \t]*{_SIDE}){{1,8}})"
+    r"(?![ \t]*[-+*/^=(%!\d\\])(?!\.\d)"
+)
 
 
 class _NotArithmetic(Exception):
@@ -193,8 +203,25 @@ def _takes(before: str, run: str) -> bool:
     return bool(re.search(r"\}\s*$", before)) and not _WORDS_IN_FORMULA.search(before)
 
 
+def _true_with_units(text: str) -> list[bool]:
+    """True for each equation that holds when words behind numbers are left out ("5 apples + 3 apples = 8 apples")
+    and powers are multiplied out; one that does not hold says nothing, as the words may change its meaning.
+    """
+    found: list[bool] = []
+    for match in _CHAIN.finditer(text):
+        chain = match[0]
+        if len(chain) > MAX_RUN_CHARS or _BEFORE_WORDS.search(text[max(0, match.start() - 20) : match.start()]):
+            continue
+        plain = _POWER.sub(lambda m: f"({int(m[1]) ** int(m[2] or m[3])}*1)", _UNIT.sub("", chain))
+        if plain != chain:
+            found += [verdict for verdict in _run_verdicts(plain) if verdict]
+    return found
+
+
 def check_equations(text: str) -> list[bool]:
-    """One truth value per simple equation of the text, left to right; ``a = b = c`` is two."""
+    """One truth value per simple equation of the text; ``a = b = c`` is two. Left to right, but those with units
+    or powers, which are told only when true, stand last.
+    """
     for name, sign in _LATEX.items():
         text = text.replace(name, sign)
     text = _BOXED.sub(r" \1 ", text)
@@ -223,4 +250,4 @@ def check_equations(text: str) -> list[bool]:
         if (after and not run[-1:].isspace() and after not in _FREE_AFTER) or _MULTIPLIED.match(text, match.end()):
             run = run[: run.rfind("=")] if "=" in run else ""
         verdicts += _run_verdicts(run)
-    return verdicts
+    return verdicts + _true_with_units(text)
