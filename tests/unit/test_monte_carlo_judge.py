@@ -30,8 +30,8 @@ def test_estimate(outcomes: list[Label], threshold: float, label: Label, score: 
     assert (verdict.label, verdict.score, verdict.votes) == (label, score, tuple(outcomes))
 
 
-def judging(**changes: Any) -> Any:
-    sample = {"backend": "transformers", "num_samples": 4, "max_tokens": 64, "dtype": "float32", "chunk_problems": 8}
+def judging(backend: str = "transformers", **changes: Any) -> Any:
+    sample = {"backend": backend, "num_samples": 4, "max_tokens": 64, "dtype": "float32", "chunk_problems": 8}
     return Judging.model_validate({"split": "line", "process": {"kind": "monte_carlo", "sample": sample, **changes}})
 
 
@@ -53,12 +53,13 @@ def solutions(model: Path, count: int) -> list[Solution]:
     return made
 
 
-def test_rollouts_of_the_shipped_model(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_rollouts_of_the_shipped_model(backend: str, repository: Path, tmp_path: Path) -> None:
     """M0 of the demo solves about half: from right prefixes rollouts reach the answer more often than from wrong."""
     model = repository / "recipes" / "mini_cpu_m0"
     given = solutions(model, 12)
     place = Workplace(tmp_path, model, seed=3)
-    judge = process_judge(judging().process, place)
+    judge = process_judge(judging(backend).process, place)
     verdicts = judge.judge(given)
     assert not any(isinstance(row, UserError) for row in verdicts)
     right = [row[0].score or 0.0 for number, row in enumerate(verdicts) if not number % 2]  # type: ignore[index]
@@ -77,7 +78,7 @@ def test_rollouts_of_the_shipped_model(repository: Path, tmp_path: Path) -> None
         assert row.prompt_token_ids == [*solution.prompt_token_ids, *solution.token_ids[: step.token_end]]
     # asked again: the same rollouts, none drawn
     before = file.stat().st_mtime_ns
-    again = process_judge(judging(threshold=0.5).process, place).judge(given)
+    again = process_judge(judging(backend, threshold=0.5).process, place).judge(given)
     assert file.stat().st_mtime_ns == before
     assert [[v.score for v in row] for row in again] == [[v.score for v in row] for row in verdicts]  # type: ignore[union-attr]
     assert judge.counts()["rollouts"]["solutions"] == len(rows)
