@@ -53,8 +53,8 @@ class _RMSNorm(torch.autograd.Function):
         size, dtype = x.shape[-1], x.dtype
         grad, x, weight = grads[0].float(), x.float(), weight.float()
         product = grad * x
-        flat = product.view(-1, size)
-        grad_weight = torch.mv(flat.t(), r.view(-1))
+        flat = product.reshape(-1, size)  # a gradient may come transposed
+        grad_weight = torch.mv(flat.t(), r.reshape(-1))
         factor = torch.mv(flat, weight).view_as(r) * r.pow(3).div_(-size)
         grad_x = torch.mul(grad, weight, out=product).mul_(r).addcmul_(x, factor)
         return grad_x.to(dtype), grad_weight.to(dtype), None

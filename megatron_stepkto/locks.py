@@ -139,7 +139,8 @@ class Watch:
 
 def _newest(folder: Path) -> Path | None:
     found = [path for path in folder.iterdir() if path.name.startswith((_HELD, _FREE))]
-    return max(found, key=_number, default=None)
+    # Of one number the freed one counts: who makes it again, having slept while it was held and freed, steps back.
+    return max(found, key=lambda path: (_number(path), path.name.startswith(_FREE)), default=None)
 
 
 def _number(path: Path) -> int:

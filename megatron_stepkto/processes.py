@@ -87,7 +87,8 @@ def run_children(
             that knows how far the work is.
         poll: called about three times a second.
         saves: on SIGTERM, SIGUSR1 or Ctrl-C the children are asked by SIGUSR1 to save and end with exit code 143,
-            and are given the time that they need; SIGTERM or Ctrl-C a second time stops them.
+            and are given the time that they need; SIGTERM or Ctrl-C a second time stops them. When all end well
+            before they hear it, SIGTERM and Ctrl-C count all the same; SIGUSR1 (time is short) asks for no more.
 
     Raises:
         SystemExit: 143, they were stopped. KeyboardInterrupt: by Ctrl-C.
@@ -125,8 +126,10 @@ def run_children(
                     poll()
                 if left:
                     time.sleep(POLL_EVERY_S)
-        if signals.told and any(map(_was_stopped, (child.process for child in running))):
-            say(f"{title}: saved and stopped; run the same command again to go on")
+        stopped = any(map(_was_stopped, (child.process for child in running)))
+        if signals.told and (stopped or signals.must_end):
+            done = "saved and stopped" if stopped else "done, and stopped"
+            say(f"{title}: {done}; run the same command again to go on")
             raise signals.end
     finally:
         _stop(running)
@@ -262,6 +265,7 @@ class _Signals:
         self._saves = saves
         self._numbers = [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if saves else [])]
         self.told = False
+        self.must_end = False  # also where the children were done before they heard it
         self.end: BaseException = SystemExit(STOPPED)
         self._before: list[Any] = []
 
@@ -276,6 +280,7 @@ class _Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._saves and not self.told:
             self.told = True
+            self.must_end = number != signal.SIGUSR1
             if number == signal.SIGINT:
                 self.end = KeyboardInterrupt()
                 warn("saving at the next opportunity, then ending; Ctrl-C once more ends at once")

@@ -59,6 +59,8 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(norm(x), ours(x, torch.ones(16)))
         # a view that is not contiguous, as query and key are
         check(lambda x, w: ours(x.transpose(0, 1), w), lambda x, w: truth(x.transpose(0, 1), w), [x, weight])
+        # and a gradient that is not
+        check(lambda x, w: ours(x, w).transpose(0, -1), lambda x, w: truth(x, w).transpose(0, -1), [x, weight])
     else:
         assert ours(x, weight).shape == shape
 

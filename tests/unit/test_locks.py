@@ -194,3 +194,22 @@ def test_a_contender_that_slept_does_not_get_a_number_that_is_past(
     monkeypatch.setattr(locks, "_newest", asleep)
     assert try_lock(folder, Watch()) is None
     assert [path.name for path in folder.iterdir()] == [".held.000007"]
+
+
+def test_a_contender_that_slept_while_its_number_was_held_and_freed_steps_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "lock"
+    folder.mkdir()
+    (folder / ".free.000007").write_text("{}")
+    real, slept = locks._newest, []
+
+    def asleep(path: Path) -> Path | None:
+        if not slept:
+            slept.append(True)
+            return folder / ".free.000006"
+        return real(path)
+
+    monkeypatch.setattr(locks, "_newest", asleep)
+    assert try_lock(folder, Watch()) is None
+    assert [path.name for path in folder.iterdir()] == [".free.000007"]

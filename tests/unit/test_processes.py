@@ -257,3 +257,24 @@ def test_a_real_failure_while_stopping_is_a_failure(tmp_path: Path) -> None:
     said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == 1
     assert "exit code 9" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)], ids=str
+)
+def test_a_request_to_end_counts_where_the_children_were_done_before_they_heard_it(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    child = f"import time; open({str(tmp_path / 'up')!r}, 'w').write('x'); time.sleep(1)"
+    parent = (
+        "import sys; from pathlib import Path; from megatron_stepkto.processes import Child, run_children\n"
+        "from megatron_stepkto.cli import guarded\n"
+        f"child = Child([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'a.log')!r}))\n"
+        "guarded(lambda: run_children([child], title='test', unit='units', saves=True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "up")
+    process.send_signal(number)
+    said = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode == code, said
+    assert ("done, and stopped" in said) == bool(code)
