@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -166,6 +167,10 @@ class Trainer:
         if not documents:
             return
         found = load_references(self.job.references, self.job.fingerprint)
+        counts = [0] * dist.get_world_size()
+        dist.all_gather_object(counts, len(found))
+        if len(set(counts)) > 1:  # some node's cache holds an older file: ranks must score the same documents
+            found = {}
         missing = [document for document in documents if document.key not in found]
         if missing:
             if self.job.reference is not None:
@@ -377,12 +382,13 @@ class Trainer:
 
     def _resume(self) -> int:
         """Continue at the newest checkpoint; returns the number of updates that are done."""
-        found = finished_checkpoints(self.job.checkpoints)
-        # Every rank must see the same folder before anyone acts on it.
-        dist.barrier()
-        if not found:
+        # As rank 0 sees the folder: another node's cache may lack the newest, and ranks at different updates would
+        # add up gradients of different batches without an error.
+        newest: list[tuple[int, Path] | None] = [next(reversed(finished_checkpoints(self.job.checkpoints)), None)]
+        dist.broadcast_object_list(newest, src=0)
+        if newest[0] is None:
             return 0
-        done, directory = found[-1]
+        done, directory = newest[0]
         self.engine.load_state(directory)
         state = json.loads((directory / "state.json").read_text())
         self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]

@@ -137,8 +137,6 @@ def test_a_request_to_stop_saves_and_ends(number: signal.Signals, tmp_path: Path
     parallel = LAYOUTS["PP 2 interleaved"]
     # a constant rate: the short run below must not differ by its schedule
     changes = {"epochs": 20, "checkpoint_every": 1000, "optimizer": {"lr": 2e-3}}
-    # a constant rate: the short run below must not differ by its schedule
-    changes = {"epochs": 20, "checkpoint_every": 1000, "optimizer": {"lr": 2e-3}}
     call = f"run(Path({str(tmp_path / 'run')!r}), {parallel}, **{changes})"
     code = (
         "from pathlib import Path; from tests.distributed.test_resume import run; "
