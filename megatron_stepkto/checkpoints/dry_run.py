@@ -12,7 +12,7 @@ from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.checkpoints.slices import Slice, slices
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
-from megatron_stepkto.planning.layout import layout_faults
+from megatron_stepkto.planning.layout import expert_choices, layout_faults
 from megatron_stepkto.planning.parameters import model_parameters, stage_layers, stage_parameters
 from megatron_stepkto.recipe import Parallel
 
@@ -56,6 +56,13 @@ def dry_run(source: Path, parallel: Parallel) -> str:
             f"  stage {stage}: layers {layers}: {held.total:,} parameters, "
             f"{held.total * dtype.itemsize:,} bytes ({held.total * dtype.itemsize / 1e9:.2f} GB)"
         )
+    if config.experts and parallel.tensor > 1 and parallel.expert == 1:
+        choices = [d for d in expert_choices(config, parallel.tensor) if d > 1]
+        if choices:
+            lines.append(
+                f"  every rank holds all {config.experts.number} experts of its layers: --tensor does not split them; "
+                f"--expert (one of {', '.join(map(str, choices))}) shares them out"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -14,12 +14,13 @@ from megatron.core import parallel_state
 from megatron_stepkto import recipe
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.processes import child_main, die_with_parent
+from megatron_stepkto.records import TrainStep
 from megatron_stepkto.training.documents import Document, MicroBatch, make_micro_batch
 from megatron_stepkto.training.engine import Engine, join_ranks, lay_out
 
 
-def gathered_logits(engine: Engine, hidden: torch.Tensor) -> torch.Tensor:
-    """[t, words] from the last stage's hidden states and each rank's part of the vocabulary."""
+def gathered_logits(engine: Engine, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[R, words] from the last stage's hidden states and each rank's part of the vocabulary."""
     policy = engine.policies[-1]
     group = parallel_state.get_tensor_model_parallel_group()
     weight = (
@@ -33,8 +34,10 @@ def gathered_logits(engine: Engine, hidden: torch.Tensor) -> torch.Tensor:
         dist.all_gather(parts, part.contiguous(), group=group)
         return torch.cat(parts, dim)
 
-    rows = gather(hidden[:, 0], 0) if engine.megatron.sequence_parallel else hidden[:, 0]
-    return gather(rows @ weight.T, 1)[:, : policy.words]
+    states = gather(hidden[:, 0], 0) if engine.megatron.sequence_parallel else hidden[:, 0]
+    if not policy.keeps_scored_rows:
+        states = states.index_select(0, rows)
+    return gather(states @ weight.T, 1)[:, : policy.words]
 
 
 def save_logits(model: Path, out: Path, parallel: recipe.Parallel, texts: list[list[int]]) -> None:
@@ -45,13 +48,19 @@ def save_logits(model: Path, out: Path, parallel: recipe.Parallel, texts: list[l
     config, _ = read_model_config(model / COMPANIONS)
     engine = Engine(config, settings, torch.device("cpu"), train=False)
     engine.load_weights(model)
-    documents = [Document(str(i), ids, [], [], None) for i, ids in enumerate(texts)]
+    # All but the first token are a response, and one more that nobody reads: then each position of the text is scored.
+    documents = [
+        Document(str(i), ids[:1], [*ids[1:], 3], [TrainStep(token_start=0, token_end=len(ids), label=None)], None)
+        for i, ids in enumerate(texts)
+    ]
     slot = engine.slot()
     batches = [make_micro_batch(documents, slot.multiple, slot.device)] * slot.bins_multiple
     found: list[torch.Tensor] = []
 
-    def collect(batch: MicroBatch, hidden: torch.Tensor, non_loss_data: bool = True) -> None:
-        found.append(gathered_logits(engine, hidden)[: sum(map(len, texts))])
+    def collect(
+        batch: MicroBatch, own: MicroBatch, mine: None, hidden: torch.Tensor, non_loss_data: bool = True
+    ) -> None:
+        found.append(gathered_logits(engine, hidden, own.rows))
 
     for chunk in engine.model:
         chunk.eval()

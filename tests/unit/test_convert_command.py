@@ -224,6 +224,15 @@ def test_a_dry_run_of_a_mixture_of_experts(repository: Path, capsys: pytest.Capt
     assert f"stage 1: layers 14 to 27: {layers * per_layer:,} parameters, {2 * layers * per_layer:,} bytes" in said
     name = "model.layers.{0..55}.block_sparse_moe.experts.{0..7}.w3.weight [16384, 6144]: rows 16384 to 32767"
     assert f"    <- {name}\n" in said
+    assert "every rank holds all" not in said
+    # --expert is not needed for --tensor: then each rank holds all eight experts, and is told how to share them out
+    assert stepkto("convert", config, "--dry-run", "--tensor", 8, "--pipeline", 4) == 0
+    said = capsys.readouterr().out
+    whole = layers * (per_layer + 7 * 3 * ffn * hidden)
+    assert f"stage 1: layers 14 to 27: {whole:,} parameters, {2 * whole:,} bytes" in said
+    assert (
+        "every rank holds all 8 experts of its layers: --tensor does not split them; --expert (one of 2, 4, 8)" in said
+    )
     assert stepkto("convert", config, "--dry-run", "--expert", 3) == 2
     assert "--expert = 3 does not divide the model's experts (8); choose one of 1, 2, 4, 8" in capsys.readouterr().err
 
