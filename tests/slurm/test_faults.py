@@ -123,8 +123,15 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
     cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 60, "requeue after the loss of a node")
     saved = updates_saved(run)
     assert saved < 128
-    # not while it still ends the job's processes: Slurm says "invalid node state"
-    cluster.wait(lambda: [cluster.ask("scontrol", "update", "nodename=n2", "state=resume")], 60, "node")
+
+    def back() -> bool:
+        """Slurm refuses to resume a node that still ends a job's processes, or that came back by itself."""
+        if "down" not in cluster.ask("sinfo", "-h", "-n", "n2", "-o", "%t"):
+            return True
+        cluster.ask("scontrol", "update", "nodename=n2", "state=resume")
+        return True
+
+    cluster.wait(back, 120, "node")
 
     finish = number(cluster, run, "finish")
     cluster.wait(lambda: state(cluster, finish) == {"COMPLETED"}, LIMIT_S, "end of the run")
