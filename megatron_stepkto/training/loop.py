@@ -28,7 +28,7 @@ from megatron_stepkto.records import LogRatios, TrainExample, write_records
 from megatron_stepkto.training.documents import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.training.engine import Engine
 from megatron_stepkto.training.job import Job, finished_checkpoints
-from megatron_stepkto.training.metrics import KINDS, KTO_LIKE, metrics_of
+from megatron_stepkto.training.metrics import KTO_LIKE, REWARD_SUMS, held_out_metrics_of, metrics_of
 from megatron_stepkto.training.objectives import (
     SUMS,
     kl_sums,
@@ -364,19 +364,11 @@ class Trainer:
     def _log_held_out(self, update: int) -> None:
         """Log-ratios of right and wrong solutions and steps on examples that never train."""
         documents = [solution_document(e, self.references[e.example_id]) for e in self.held_out]
-        sums: dict[str, float] = dict.fromkeys((f"{p}_{k}" for p in ("log_ratio", "num") for k in KINDS), 0.0)
+        sums = dict.fromkeys(REWARD_SUMS, 0.0)
         for part in self.engine.score(pack_units([[d] for d in documents], self.engine.slot()), reward_sums):
             for name, value in part.items():
                 sums[name] += value.item()
-        sums = self.engine.pool(sums)
-        row: dict[str, float | int | None] = {
-            f"log_ratio_{k}": sums[f"log_ratio_{k}"] / sums[f"num_{k}"] if sums[f"num_{k}"] else None for k in KINDS
-        }
-        for name, suffix in (("outcome", ""), ("step", "_steps")):
-            right, wrong = row[f"log_ratio_right{suffix}"], row[f"log_ratio_wrong{suffix}"]
-            row[f"{name}_margin"] = right - wrong if right is not None and wrong is not None else None
-        row |= {f"num_{k}": int(sums[f"num_{k}"]) for k in KINDS}
-        self._append({"update": update, "held_out": row})
+        self._append({"update": update, "held_out": held_out_metrics_of(self.engine.pool(sums))})
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
@@ -392,7 +384,10 @@ class Trainer:
         self.engine.load_state(directory)
         state = json.loads((directory / "state.json").read_text())
         self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]
-        self.notes |= state["notes"]
+        warnings = dict.fromkeys([*state["notes"].get("warnings", []), *self.notes.get("warnings", [])])
+        self.notes = state["notes"] | self.notes  # what this attempt computes with and measured is the newer news
+        if warnings:
+            self.notes["warnings"] = list(warnings)
         return done
 
     def _checkpoint(self, update: int) -> None:

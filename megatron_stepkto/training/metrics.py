@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 KINDS = ("right", "wrong", "right_steps", "wrong_steps")
+# What ``objectives.reward_sums`` counts of a micro-batch.
+REWARD_SUMS = (
+    *(f"{part}_{kind}" for part in ("log_ratio", "num") for kind in KINDS),
+    *(f"signs_right{suffix}" for suffix in ("", "_steps")),
+)
 KTO_LIKE = ("step_kto", "kto")
 PAIRED = ("dpo", "irpo")
 
@@ -43,3 +48,16 @@ def metrics_of(sums: Mapping[str, float], kl: Mapping[str, float], method: str, 
     row |= {"num_units": int(sums["units"]), "num_kl_pairs": int(kl["kl_outcome_count"])}
     row |= {"tokens": int(sums["tokens"]), "padding_share": sums["padding"] / (sums["tokens"] + sums["padding"])}
     return row
+
+
+def held_out_metrics_of(sums: Mapping[str, float]) -> Row:
+    """Log-ratios (nats), their margins and signs on examples that never train, from ``REWARD_SUMS``."""
+    row: Row = {
+        f"log_ratio_{k}": sums[f"log_ratio_{k}"] / sums[f"num_{k}"] if sums[f"num_{k}"] else None for k in KINDS
+    }
+    for name, suffix in (("outcome", ""), ("step", "_steps")):
+        right, wrong = row[f"log_ratio_right{suffix}"], row[f"log_ratio_wrong{suffix}"]
+        row[f"{name}_margin"] = right - wrong if right is not None and wrong is not None else None
+        judged = sums[f"num_right{suffix}"] + sums[f"num_wrong{suffix}"]
+        row[f"sign_accuracy{suffix}"] = sums[f"signs_right{suffix}"] / judged if judged else None
+    return row | {f"num_{k}": int(sums[f"num_{k}"]) for k in KINDS}
