@@ -41,11 +41,13 @@ class Difference:
 
 
 def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
-    """Compare two evaluation folders (those of a run, ``runs/NAME/evaluate/M1``, or of ``stepkto evaluate MODEL``).
+    """Compare two evaluation folders: a run's (``runs/NAME/evaluate/M1``), or the output of ``stepkto evaluate MODEL``.
 
     Raises:
         UserError: a folder is no finished evaluation, or they are of different problems.
     """
+    # `stepkto evaluate MODEL --output DIR` leaves what was asked and the results side by side
+    first, second = (folder / "results" if (folder / "results").is_dir() else folder for folder in (first, second))
     rows = [_row(folder) for folder in (first, second)]
     results = [list(read_records(folder / "problems.jsonl", ProblemResult)) for folder in (first, second)]
     known = {result.problem_id: result for result in results[0]}

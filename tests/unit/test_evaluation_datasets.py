@@ -102,7 +102,7 @@ def test_evaluate_a_folder(tmp_path: Path, repository: Path) -> None:
     assert "already done" in again.stderr
     assert again.stdout == done.stdout
     same = subprocess.run(
-        [sys.executable, "-m", "megatron_stepkto", "compare-evaluations", f"{output}/results", f"{output}/results"],
+        [sys.executable, "-m", "megatron_stepkto", "compare-evaluations", str(output), f"{output}/results"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert "+0.0 [+0.0, +0.0]" in same.stdout
