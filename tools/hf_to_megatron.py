@@ -1,7 +1,10 @@
 """Convert a Hugging Face folder to a Megatron-Core torch_dist checkpoint, bit for bit."""
 
-from megatron_stepkto.checkpoints.command import tool
-from megatron_stepkto.checkpoints.convert import HF_TO_MEGATRON
-
 if __name__ == "__main__":
-    tool(HF_TO_MEGATRON, __doc__)
+    try:  # also around the imports, which take a second: Ctrl-C prints no traceback
+        from megatron_stepkto.checkpoints.command import tool
+        from megatron_stepkto.checkpoints.convert import HF_TO_MEGATRON
+
+        tool(HF_TO_MEGATRON, __doc__)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

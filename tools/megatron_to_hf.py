@@ -1,7 +1,10 @@
 """Convert a Megatron-Core torch_dist checkpoint to a Hugging Face folder, bit for bit."""
 
-from megatron_stepkto.checkpoints.command import tool
-from megatron_stepkto.checkpoints.convert import MEGATRON_TO_HF
-
 if __name__ == "__main__":
-    tool(MEGATRON_TO_HF, __doc__)
+    try:  # also around the imports, which take a second: Ctrl-C prints no traceback
+        from megatron_stepkto.checkpoints.command import tool
+        from megatron_stepkto.checkpoints.convert import MEGATRON_TO_HF
+
+        tool(MEGATRON_TO_HF, __doc__)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -123,6 +123,7 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
     draw = random.Random(1)
     killed_inside = 0
     for attempt in range(8):
+        left_behind = partial.exists()  # by an earlier kill -9: it stays until a conversion begins
         process = convert(source, target)
         began = time.monotonic()
         while not partial.exists() and process.poll() is None and time.monotonic() - began < 60:
@@ -137,9 +138,9 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
         else:
             killed_inside += 1
             if interrupt == signal.SIGINT:
-                assert process.returncode in (130, -signal.SIGINT)  # the latter while Python still imports
+                assert process.returncode == 130
                 assert b"Traceback" not in said
-                assert not partial.exists()
+                assert left_behind or not partial.exists()
         assert {path.name for path in tmp_path.iterdir()} <= {"hf", ".megatron.partial"}
     assert killed_inside >= 3
     assert convert(source, target).wait(timeout=120) == 0
