@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from megatron_stepkto.progress import ProgressBar
 
 # Small enough to stay in a core's cache between reading, checking and writing.
-PIECE_BYTES = 2 * 2**20
+PIECE_BYTES = 2**19
 # The disk begins to write while the workers read on: without this all of its work would come at the end.
 WRITE_BACK_EVERY_BYTES = 32 * 2**20
 _SYNC_FILE_RANGE_WRITE = 2
