@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_stepkto.checkpoints.checksums import crc32_combine
+from megatron_stepkto.checkpoints.checksums import checksum
 from megatron_stepkto.checkpoints.huggingface import HFWriter
 from megatron_stepkto.checkpoints.slices import slices
-from megatron_stepkto.checkpoints.stream import Files, checksum
+from megatron_stepkto.checkpoints.stream import Files
 
 _BLOCK = 32 * 2**20
 
@@ -53,7 +53,7 @@ def write_big_llama(
             for start in range(0, weight.num_bytes, _BLOCK):
                 part = block[: min(_BLOCK, weight.num_bytes - start)]
                 files.write(weight.path, weight.offset + start, part)
-                crc = crc32_combine(crc, checksum(part), part.size)
+                crc = checksum(part, crc)
             sums[name] = (crc, weight.num_bytes)
         writer.finish(files, sums, {"config.json": (directory / "config.json").read_bytes()})
     sizes = [length for _, length in sums.values()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_stepkto.checkpoints.architecture import ModelConfig, find_architecture
-from megatron_stepkto.checkpoints.checksums import crc32_of_parts
+from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.huggingface import DTYPES, HFCheckpoint, HFWriter, read_companions
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.manifest import Manifest, read_manifest
@@ -25,7 +25,6 @@ from megatron_stepkto.checkpoints.stream import (
     Piece,
     all_finite,
     cast,
-    checksum,
     default_workers,
     move,
     split_rows,

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_stepkto.checkpoints.checksums import crc32_of_parts
-from megatron_stepkto.checkpoints.stream import Bytes, Files, checksum
+from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
+from megatron_stepkto.checkpoints.stream import Bytes, Files
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
 

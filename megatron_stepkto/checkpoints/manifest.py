@@ -5,12 +5,12 @@ It holds no time and no path: the same input gives the same manifest.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_stepkto.checkpoints.checksums import checksum
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
 
@@ -95,7 +95,7 @@ def _crc32_of(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
         for block in _blocks(file):
-            crc = zlib.crc32(block, crc)
+            crc = checksum(block, crc)
     return crc
 
 

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,10 +239,6 @@ def move(
     if failures:
         raise failures[-1] if isinstance(failures[-1], KeyboardInterrupt) else failures[0]
     return moved
-
-
-def checksum(data: Bytes | bytes) -> int:
-    return zlib.crc32(data if isinstance(data, bytes) else data.data)
 
 
 def split_rows(start: int, count: int, row_bytes: int) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,6 @@ import os
 import pickle
 import struct
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from megatron_stepkto.checkpoints.checksums import checksum
 
 _STORAGES = {
     torch.float32: torch.FloatStorage,
@@ -67,7 +68,7 @@ class TensorFile:
         small = (("archive/data.pkl", pickled), ("archive/byteorder", b"little"), ("archive/version", b"3\n"))
         out, directory = io.BytesIO(), io.BytesIO()
         for name, content in small:
-            _record(out, directory, name, len(content), zlib.crc32(content))
+            _record(out, directory, name, len(content), checksum(content))
             out.write(content)
         _record(out, directory, "archive/data/0", self.num_bytes, crc, align=True)
         start = out.tell() + self.num_bytes

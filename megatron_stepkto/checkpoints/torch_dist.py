@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_stepkto.checkpoints.checksums import crc32_of_parts
+from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.metadata import read_metadata
-from megatron_stepkto.checkpoints.stream import Bytes, Files, checksum, split_rows
+from megatron_stepkto.checkpoints.stream import Bytes, Files, split_rows
 from megatron_stepkto.checkpoints.tensor_file import StoredTensor, TensorFile, TensorFileError, locate_tensor
 from megatron_stepkto.errors import UserError
 

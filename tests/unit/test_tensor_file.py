@@ -10,10 +10,11 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_stepkto.checkpoints.checksums import crc32_combine, crc32_of_parts
+from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.tensor_file import TensorFile, TensorFileError, locate_tensor
 
 SHAPES = [(3,), (1,), (2, 5), (1, 4, 8), (1, 1, 2, 3), (7, 1)]
@@ -101,4 +102,6 @@ def test_checksums_of_parts() -> None:
         found = crc32_of_parts((zlib.crc32(part), len(part)) for part in parts)
         assert found == (zlib.crc32(content), len(content))
     zeros = bytes(10**6)
-    assert crc32_combine(zlib.crc32(content), zlib.crc32(zeros), len(zeros)) == zlib.crc32(content + zeros)
+    found = crc32_of_parts([(checksum(content), len(content)), (checksum(zeros), len(zeros))])
+    assert found == (zlib.crc32(content + zeros), len(content + zeros))
+    assert checksum(np.frombuffer(zeros, np.uint8), checksum(content)) == zlib.crc32(content + zeros)
