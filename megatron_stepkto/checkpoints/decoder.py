@@ -28,7 +28,10 @@ _HARMLESS = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class", "id2label", "label2id"),
     *("use_cache", "initializer_range", "pretraining_tp", "num_labels", "problem_type", "task_specific_params"),
     *("output_router_logits", "router_aux_loss_coef", "return_dict", "unsloth_fixed", "unsloth_version"),
-    *("attn_implementation", "is_decoder", "keys_to_ignore_at_inference", "license"),
+    *("attn_implementation", "is_decoder", "keys_to_ignore_at_inference", "license", "is_llama_config"),
+    # generation settings that old writers left here; LLaMA's own max_sequence_length
+    *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty"),
+    "max_sequence_length",
     "auto_map",  # code of the author: never run, and the conversion says so
 }
 # The only value that is modelled.

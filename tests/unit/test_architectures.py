@@ -145,6 +145,18 @@ def test_a_config_means_what_transformers_makes_of_it(name: str, spelling: str) 
         assert found.experts.renormalize == getattr(theirs, "norm_topk_prob", True)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},  # SmolLM2
+        {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "_name_or_path": "x"},  # of Llama 2's time
+    ],
+    ids=["SmolLM2", "Llama 2"],
+)
+def test_keys_of_published_configs_that_change_nothing(keys: dict[str, Any]) -> None:
+    assert read("LlamaForCausalLM", **keys) == read("LlamaForCausalLM")
+
+
 def test_layers_that_slide_in_a_model_that_does_not() -> None:
     layers = ["full_attention", "sliding_attention"] * 2
     assert "layer_types names sliding_attention, but use_sliding_window is not true" in refusal(
