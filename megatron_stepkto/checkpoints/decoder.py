@@ -41,6 +41,8 @@ _FIXED: dict[str, Any] = {
     "mlp_bias": False,
     "partial_rotary_factor": 1,
     "attention_dropout": 0,
+    "resid_pdrop": 0,
+    "embd_pdrop": 0,
     "router_jitter_noise": 0,
     "is_causal": True,
 }

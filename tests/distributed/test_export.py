@@ -30,6 +30,7 @@ BF16 = {"dtype": "bfloat16"}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, interleaved PP 2": ("llama", {**PP2, "virtual_pipeline": 2}, {}),
     "mistral, TP 2, distributed optimizer": ("mistral", TP2, {}),
+    "phi3, TP 2": ("phi3", TP2, {}),
     "qwen2, PP 2": ("qwen2", PP2, {}),
     "qwen2, TP 2, bfloat16": ("qwen2", TP2, BF16),
     "qwen3, TP 2": ("qwen3", {**TP2, "sequence": True}, {}),
@@ -141,6 +142,13 @@ def assemble(shares: list[dict[str, Any]], config: Any) -> dict[str, Tensor]:
         found[f"{block}.gate.weight"] = alike(f"{ours}mlp.router.weight")
         for expert in range(config.num_local_experts):
             gated(f"{ours}mlp.experts.experts.{expert}", f"{block}.experts.{expert}", *names)
+    if config.model_type == "phi3":
+        for layer in range(config.num_hidden_layers):
+            for block, fused, names in (("self_attn", "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+                                        ("mlp", "gate_up_proj", ("gate_proj", "up_proj"))):  # fmt: skip
+                place = f"model.layers.{layer}.{block}."
+                pieces = [found.pop(f"{place}{name}.weight") for name in names]
+                found[f"{place}{fused}.weight"] = torch.cat(pieces)
     return found
 
 

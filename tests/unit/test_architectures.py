@@ -33,6 +33,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "MixtralForCausalLM": {"max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None,
                            "num_local_experts": 8, "num_experts_per_tok": 2, "output_router_logits": False,
                            "router_aux_loss_coef": 0.02},
+    # Phi-4
+    "Phi3ForCausalLM": {"max_position_embeddings": 16384, "rope_theta": 250000.0, "sliding_window": None,
+                        "original_max_position_embeddings": 16384, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+                        "partial_rotary_factor": 1.0, "rope_scaling": None, "attention_bias": False},
     "Qwen2ForCausalLM": {"max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": 131072,
                          "use_sliding_window": False, "max_window_layers": 28},
     "Qwen3ForCausalLM": {"max_position_embeddings": 40960, "rope_theta": 1e6, "head_dim": 128,
@@ -129,7 +133,12 @@ def test_a_config_means_what_transformers_makes_of_it(name: str, spelling: str) 
     if name == "MixtralForCausalLM":
         sizes |= {"num_local_experts": 8, "num_experts_per_tok": 2}
     written = {**sizes, **copy.deepcopy(SPELLINGS[spelling])}
+    if name == "Phi3ForCausalLM":
+        written["pad_token_id"] = 0  # transformers' default is past this vocabulary
     hf = {"architectures": [name], **copy.deepcopy(written)}
+    if name == "Phi3ForCausalLM" and (written.get("rope_scaling") or written.get("rope_parameters", {}).get("factor")):
+        assert "RoPE scaling is not supported for Phi-3" in refusal(lambda: find_architecture(hf, "").read_config(hf))
+        return
     found = find_architecture(hf, "config.json").read_config(hf)
     model_class = getattr(transformers, name)
     theirs = model_class.config_class(**written)
@@ -168,6 +177,7 @@ def test_layers_that_slide_in_a_model_that_does_not() -> None:
     ("name", "changes"),
     [
         ("MistralForCausalLM", {"sliding_window": 4096}),
+        ("Phi3ForCausalLM", {"sliding_window": 4096}),
         ("MixtralForCausalLM", {"sliding_window": 4096}),
         ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2}),
         ("Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 4096,
