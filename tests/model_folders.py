@@ -28,6 +28,7 @@ FAMILIES: dict[str, Family] = {
     "llama_untied": Family("LlamaConfig", {"num_key_value_heads": 4}),
     # Mistral-Nemo: heads x head_dim is not the hidden size
     "mistral": Family("MistralConfig", {"head_dim": 32, "sliding_window": None}),
+    "phi3": Family("Phi3Config", {"pad_token_id": 0}),
     "qwen2": Family("Qwen2Config", {"rope_parameters": YARN_ROPE, "tie_word_embeddings": True}),
     "qwen3": Family("Qwen3Config", {"head_dim": 32}),
     "mixtral": Family("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),

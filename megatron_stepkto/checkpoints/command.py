@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
 from megatron_stepkto.checkpoints.convert import HF_TO_MEGATRON, MEGATRON_TO_HF, hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.dry_run import dry_run
+from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
+from megatron_stepkto.checkpoints.stored_names import TRACKER
 from megatron_stepkto.checkpoints.verify import is_finished, verify
 from megatron_stepkto.conversion_options import EPILOG, add_conversion_options
 from megatron_stepkto.errors import UserError
@@ -78,11 +81,15 @@ def _layout(arguments: argparse.Namespace) -> Parallel:
 
 
 def _convert(source: Path, target: Path, direction: str, force: bool, workers: int | None) -> None:
+    if target.name in ("", ".."):
+        target = Path(os.path.abspath(target))
+    _check_places(source, target)
     if target.exists() and not force:
         if target.is_dir() and is_finished(source, target, direction, workers):
             say(f"{target}: already the finished result of {source}; nothing to do")
             return
         raise UserError(f"{target}: already there, and not the result of {source}; choose another folder, or --force")
+    _check_replaceable(target)
     began = time.monotonic()
     if direction == HF_TO_MEGATRON:
         done = hf_to_megatron(source, target, workers=workers)
@@ -93,6 +100,31 @@ def _convert(source: Path, target: Path, direction: str, force: bool, workers: i
         f"{target}: {done.num_tensors} tensors, all finite, {done.weight_bytes / 1e9:.3g} GB "
         f"in {seconds:.1f} s ({done.weight_bytes / 1e9 / seconds:.2g} GB/s)"
     )
+
+
+def _check_places(source: Path, target: Path) -> None:
+    """Raises UserError where writing ``target`` would touch ``source``."""
+    here, there = source.resolve(), target.resolve()
+    if here == there or here in there.parents:
+        raise UserError(f"{target}: stands inside of {source}; choose a folder beside it")
+    if there in here.parents:
+        raise UserError(f"{target}: {source} stands inside of it and would be removed; choose another folder")
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raises UserError where --force would remove something else than a model."""
+    if target.is_symlink():
+        raise UserError(f"{target}: is a link to {target.resolve()}; give that folder itself")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target}: is a file; choose another name")
+    found = sorted(path.name for path in target.iterdir())
+    if found and not set(found) & {MANIFEST, TRACKER, ".metadata", "config.json"}:
+        raise UserError(
+            f"{target}: --force replaces a model, and this folder holds none, but {', '.join(found[:5])}"
+            f"{', ...' if len(found) > 5 else ''}; choose another folder, or remove it yourself"
+        )
 
 
 def _verify(source: Path, target: Path, direction: str, workers: int | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_stepkto.checkpoints.architecture import ModelConfig, find_architecture
@@ -37,6 +38,7 @@ from megatron_stepkto.progress import warn
 
 # Inside a Megatron folder: the Hugging Face config and tokenizer files, so that the way back needs nothing else.
 COMPANIONS = "huggingface"
+HEAD, EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"
 HF_TO_MEGATRON, MEGATRON_TO_HF = "hf_to_megatron", "megatron_to_hf"
 
 
@@ -77,7 +79,7 @@ class HFSide:
         self.checkpoint = HFCheckpoint(directory)
         self.config, self.entries = read_model_config(directory)
         self.slices = slices(self.entries)
-        faults = [*self._name_faults(), *self._tensor_faults(one_dtype)]
+        faults = [*self._name_faults(), *self._tensor_faults(one_dtype), *self._tied_faults()]
         if faults:
             raise UserError(f"{directory}: the weights are not those of its config.json; " + "; ".join(faults))
         if "auto_map" in read_json(directory / "config.json"):
@@ -100,13 +102,33 @@ class HFSide:
     def _name_faults(self) -> Iterator[str]:
         found = set(self.checkpoint.weights)
         expected = {name for slice_ in self.slices for name in slice_.names}
-        # A tied model may carry a copy of its embedding under the head's name: it says nothing new.
-        extra = found - expected - ({"lm_head.weight"} if self.config.tied else set())
+        extra = found - expected - ({HEAD} if self.config.tied else set())
         extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
         if expected - found:
             yield f"missing: {', '.join(sorted(expected - found))}"
         if extra:
             yield f"not mapped: {', '.join(sorted(extra))}"
+
+    def _tied_faults(self) -> Iterator[str]:
+        """A tied model may carry a copy of its embedding under the head's name, which is left out. It must be a copy:
+        transformers unties a head of its own, whatever config.json says."""
+        head = self.checkpoint.weights.get(HEAD)
+        name = next(s.names[0] for s in self.slices if s.key == EMBEDDING)
+        words = self.checkpoint.weights.get(name)
+        if not self.config.tied or head is None or words is None:
+            return
+        equal = (head.dtype, head.shape) == (words.dtype, words.shape)
+        with Files() as files:
+            for at, count in split_rows(0, words.shape[0], words.row_bytes) if equal and words.dtype in DTYPES else ():
+                one, other = (np.empty(count * words.row_bytes, np.uint8) for _ in range(2))
+                self.checkpoint.read_rows(files, HEAD, at, one)
+                self.checkpoint.read_rows(files, name, at, other)
+                equal = equal and np.array_equal(one, other)
+        if not equal:
+            yield (
+                f"{HEAD} is not {name}, though tie_word_embeddings is true; remove it from the weights, "
+                "or set tie_word_embeddings to false"
+            )
 
     def _tensor_faults(self, one_dtype: bool) -> Iterator[str]:
         """Shapes one by one: wrong ones can fit when stacked. Dtypes: a stacked weight has but one."""
@@ -307,7 +329,7 @@ def hf_to_megatron(
                 parts[done.piece.key, done.piece.index].append((done.piece.at, done.written_crc, done.written_bytes))
             sums = writer.finish(files, parts, extra_state_keys(side.config))
             for name, content in companions.items():
-                (folder / COMPANIONS).mkdir(exist_ok=True)
+                (folder / COMPANIONS / name).parent.mkdir(parents=True, exist_ok=True)
                 files.write(folder / COMPANIONS / name, 0, content)
                 sums[f"{COMPANIONS}/{name}"] = (checksum(content), len(content))
         _write_manifest(folder, HF_TO_MEGATRON, dtype, tensors, sums)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_stepkto.checkpoints.architecture import ModelConfig
 from megatron_stepkto.checkpoints.mapping import LAYERS, Entry, gate_up, qkv, same
-from megatron_stepkto.checkpoints.rope import read_rope
+from megatron_stepkto.checkpoints.rope import check_number, read_rope
 from megatron_stepkto.errors import UserError
 
 SIZES = (
@@ -20,6 +20,7 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+_MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window"}
 _READ = {*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
 # These name things or steer programs; no logit depends on them.
 _HARMLESS = {
@@ -27,7 +28,10 @@ _HARMLESS = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class", "id2label", "label2id"),
     *("use_cache", "initializer_range", "pretraining_tp", "num_labels", "problem_type", "task_specific_params"),
     *("output_router_logits", "router_aux_loss_coef", "return_dict", "unsloth_fixed", "unsloth_version"),
-    *("attn_implementation", "is_decoder", "keys_to_ignore_at_inference", "license"),
+    *("attn_implementation", "is_decoder", "keys_to_ignore_at_inference", "license", "is_llama_config"),
+    # generation settings that old writers left here; LLaMA's own max_sequence_length
+    *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty"),
+    "max_sequence_length",
     "auto_map",  # code of the author: never run, and the conversion says so
 }
 # The only value that is modelled.
@@ -37,8 +41,12 @@ _FIXED: dict[str, Any] = {
     "mlp_bias": False,
     "partial_rotary_factor": 1,
     "attention_dropout": 0,
+    "resid_pdrop": 0,
+    "embd_pdrop": 0,
     "router_jitter_noise": 0,
+    "is_causal": True,
 }
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check_keys(hf: Mapping[str, Any], name: str, read: set[str]) -> None:
@@ -65,14 +73,26 @@ def check_keys(hf: Mapping[str, Any], name: str, read: set[str]) -> None:
 
 
 def check_sizes(hf: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-    """Raises UserError for a size that is no whole number."""
+    """Raises UserError for a size that is there and is no whole number (or, of some, null)."""
     for key in keys:
-        if hf.get(key) is not None and (type(hf[key]) is not int or hf[key] < 1):
+        if key not in hf or (hf[key] is None and key in _MAY_BE_NULL):
+            continue
+        if type(hf[key]) is not int or hf[key] < 1:
             raise UserError(f"config.json: {key} = {hf[key]!r}: expected a whole number, 1 or more")
+
+
+def check_layer_types(hf: Mapping[str, Any]) -> None:
+    """Raises UserError for a kind of attention that no layer here computes."""
+    if other := sorted(set(map(str, hf.get("layer_types") or ())) - _LAYER_TYPES):
+        raise UserError(
+            f"config.json: layer_types names {', '.join(other)}, which is not supported; expected "
+            f"{', '.join(sorted(_LAYER_TYPES))}"
+        )
 
 
 def check_window(hf: Mapping[str, Any], window: int | None) -> None:
     """Raises UserError for a sliding attention window that a sequence within the model's length could exceed."""
+    check_sizes(hf, ("max_position_embeddings", "sliding_window"))
     longest = hf["max_position_embeddings"]
     if window is not None and window < longest:
         raise UserError(
@@ -104,6 +124,11 @@ def read_decoder(
     """
     check_keys(hf, name, set(read))
     check_sizes(hf, SIZES)
+    check_number(hf, "rms_norm_eps")
+    check_layer_types(hf)
+    tied = hf.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise UserError(f"config.json: tie_word_embeddings = {tied!r}: expected true or false")
     heads = hf["num_attention_heads"]
     groups = hf.get("num_key_value_heads") or heads
     if heads % groups:
@@ -127,7 +152,7 @@ def read_decoder(
         max_positions=hf.get("max_position_embeddings", 2048),
         norm_eps=hf.get("rms_norm_eps", norm_eps),
         rope=read_rope(hf, rope_base),
-        tied=bool(hf.get("tie_word_embeddings", False)),
+        tied=tied,
         **more,
     )
 

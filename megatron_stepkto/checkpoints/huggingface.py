@@ -21,6 +21,7 @@ SINGLE = "model.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 # Files that travel with a model: config, generation config, tokenizer, chat template. No code.
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of transformers', where a model has several
 # What programs of ours leave beside a model.
 OURS = ("manifest.json", "started.json", "conversion.json")
 MAX_SHARD_BYTES = 5 * 2**30
@@ -100,6 +101,11 @@ class HFCheckpoint:
 
     def _locate(self) -> dict[str, StoredWeight]:
         index = self.directory / INDEX
+        if (self.directory / "adapter_config.json").is_file():
+            raise UserError(
+                f"{self.directory}: holds an adapter (adapter_config.json), which would be left out; merge it into the "
+                "model (peft's merge_and_unload), or remove adapter_config.json to convert the model without it"
+            )
         if not index.is_file():
             if (self.directory / SINGLE).is_file():
                 return read_header(self.directory / SINGLE)
@@ -113,6 +119,11 @@ class HFCheckpoint:
             raise UserError(f"{index}: expected an object weight_map from tensor names to file names, found none")
         faults, headers = [], {}
         names = set(weight_map.values())
+        if (self.directory / SINGLE).is_file() and SINGLE not in names:
+            raise UserError(
+                f"{self.directory}: holds {SINGLE} and {INDEX}, which names other files: two models, of which programs "
+                "load one or the other; remove the one that is not meant"
+            )
         if outside := sorted(name for name in names if Path(name).name != name):
             raise UserError(f"{index}: names files outside of the folder: {', '.join(outside)}; refused")
         if missing := sorted(name for name in names if not (self.directory / name).is_file()):
@@ -129,6 +140,9 @@ class HFCheckpoint:
                     f"{self.directory / name}: cannot find {', '.join(absent)}, which {INDEX} says is there; "
                     "download both again"
                 )
+            elsewhere = {tensor for tensor in header if weight_map.get(tensor, name) != name}
+            for tensor in sorted(tensor for tensor in elsewhere if tensor in headers.get(weight_map[tensor], ())):
+                faults.append(f"{tensor} stands in {name} too, {INDEX} names {weight_map[tensor]}; which one is meant?")
             if unlisted := sorted(header.keys() - weight_map.keys()):
                 faults.append(f"{self.directory / name}: {INDEX} does not list its {', '.join(unlisted)}")
         if faults:
@@ -145,17 +159,17 @@ def companions_of(directory: Path) -> list[Path]:
     """Config, generation config, tokenizer and chat template files; never weights or code."""
     return [
         path
-        for path in sorted(directory.iterdir())
+        for path in sorted([*directory.iterdir(), *(directory / CHAT_TEMPLATES).glob("*.jinja")])
         if path.is_file()
-        and path.name.endswith(COMPANION_SUFFIXES)
+        and (path.name.endswith(COMPANION_SUFFIXES) or path.name.startswith("tokenizer.model"))  # Mistral: .model.v3
         and not path.name.endswith(WEIGHT_SUFFIXES)
         and path.name not in OURS
     ]
 
 
 def read_companions(directory: Path) -> dict[str, bytes]:
-    """Their contents by name; config.json without ``auto_map``, which names code that does not travel."""
-    contents = {path.name: path.read_bytes() for path in companions_of(directory)}
+    """Their contents by path; config.json without ``auto_map``, which names code that does not travel."""
+    contents = {path.relative_to(directory).as_posix(): path.read_bytes() for path in companions_of(directory)}
     config = read_json(directory / "config.json")
     if "auto_map" in config:
         contents["config.json"] = _as_json({key: value for key, value in config.items() if key != "auto_map"})
@@ -166,6 +180,7 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy a model's companions to another folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name, content in read_companions(source).items():
+        (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_bytes(content)
 
 
@@ -243,6 +258,7 @@ class HFWriter:
             contents[INDEX] = _as_json({"metadata": {"total_size": total}, "weight_map": located})
         found = {name: (checksum(content), len(content)) for name, content in contents.items()}
         for name, content in contents.items():
+            (self.directory / name).parent.mkdir(exist_ok=True)
             files.write(self.directory / name, 0, content)
         parts = {name: [(checksum(header), len(header))] for name, header in self._headers.items()}
         for name, header in self._headers.items():

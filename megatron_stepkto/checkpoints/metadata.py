@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_stepkto.errors import UserError
 
@@ -51,7 +56,9 @@ class _Marker:
 _MARKERS = {("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")}
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
+class _RestrictedUnpickler(pickle._Unpickler):
+    """In Python, whose memo is a dict: one damaged byte makes the one in C ask for 64 GB (its memo is an array)."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _MARKERS:
             return _Marker
@@ -77,8 +84,45 @@ def read_metadata(directory: Path) -> Metadata:
         ) from None
     except _Refused as error:
         raise UserError(f"{path}: refused: {error}, which no checkpoint needs; do not load this folder") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, KeyError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what the bytes of a damaged pickle ask for can fail in any way
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); write the checkpoint again") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path}: expected checkpoint metadata, got {type(metadata).__name__}")
+    try:
+        whole = _is_whole(metadata)
+    except (AttributeError, TypeError):  # a record that lacks a field, or holds something else in it
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: damaged: its records are not those of a checkpoint; write the checkpoint again")
     return metadata
+
+
+def _is_whole(metadata: Metadata) -> bool:
+    """Whether every record holds what its class says: a pickle sets fields without asking."""
+
+    def sizes(value: object) -> bool:
+        return isinstance(value, tuple) and all(type(number) is int for number in value)
+
+    tensors = all(
+        type(name) is str
+        and (
+            isinstance(entry, BytesStorageMetadata)
+            or (
+                isinstance(entry, TensorStorageMetadata)
+                and isinstance(entry.properties.dtype, torch.dtype)
+                and sizes(entry.size)
+                and all(sizes(chunk.offsets) and sizes(chunk.sizes) for chunk in entry.chunks)
+            )
+        )
+        for name, entry in metadata.state_dict_metadata.items()
+    )
+    return tensors and all(
+        isinstance(index, MetadataIndex)
+        and type(info.relative_path) is str
+        and "\0" not in info.relative_path
+        and type(info.offset) is type(info.length) is int
+        and info.offset >= 0 <= info.length
+        for index, info in metadata.storage_data.items()
+    )

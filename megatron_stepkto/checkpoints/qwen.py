@@ -23,9 +23,14 @@ _WINDOW = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_t
 
 def _check_window(hf: Mapping[str, Any]) -> None:
     """Only layers from ``max_window_layers`` on have a window, and only where ``use_sliding_window`` is set."""
-    if not hf.get("use_sliding_window"):
-        return
     layers = hf.get("layer_types")
+    if not hf.get("use_sliding_window"):
+        if "sliding_attention" in (layers or ()):
+            raise UserError(
+                "config.json: layer_types names sliding_attention, but use_sliding_window is not true; "
+                "correct the one that is wrong"
+            )
+        return
     slides = "sliding_attention" in layers if layers else hf.get("max_window_layers", 28) < hf["num_hidden_layers"]
     if slides:
         check_window(hf, hf.get("sliding_window", 4096))

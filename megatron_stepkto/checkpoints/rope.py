@@ -95,6 +95,12 @@ class Rope:
         return self.scaling.attention_factor if self.scaling else 1.0
 
 
+def check_number(hf: Mapping[str, Any], key: str, where: str = "config.json") -> None:
+    """Raises UserError for a setting that is there and is no positive number."""
+    if key in hf and (type(hf[key]) not in (int, float) or not 0 < hf[key] < math.inf):
+        raise UserError(f"{where}: {key} = {hf[key]!r}: expected a positive number")
+
+
 _KEYS = {
     "default": set(),
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
@@ -109,12 +115,20 @@ def read_rope(hf: Mapping[str, Any], default_base: float) -> Rope:
     """From ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (before).
 
     Raises:
-        UserError: a RoPE type or one of its settings that is not modelled.
+        UserError: a RoPE type or one of its settings that is not modelled, or two blocks that differ.
     """
     block = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
     rope = hf.get(block) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: {block} = {rope!r}: expected an object")
+    if block == "rope_parameters" and hf.get("rope_scaling"):
+        # transformers takes the older block then, vLLM what transformers read: nobody should have to guess
+        older = read_rope({**hf, "rope_parameters": None}, default_base)
+        if read_rope({**hf, "rope_scaling": None}, default_base) != older:
+            raise UserError("config.json: rope_parameters and rope_scaling are both there and differ; remove one")
+        return older
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise UserError(f"config.json: RoPE type {kind!r} is not supported; expected one of {', '.join(_KEYS)}")
     unknown = set(rope) - _KEYS[kind] - {"rope_type", "type", "rope_theta"}
     unknown = {key for key in unknown if not (key == "partial_rotary_factor" and rope[key] == 1)}
@@ -125,11 +139,17 @@ def read_rope(hf: Mapping[str, Any], default_base: float) -> Rope:
             f"config.json: {block}: {', '.join(f'{key} = {rope[key]!r}' for key in sorted(unknown))} is not supported "
             f"for RoPE type {kind}"
         )
-    # transformers 5 writes rope_theta inside rope_parameters, older versions beside it
-    base = float(rope.get("rope_theta", hf.get("rope_theta") or default_base))
+    # null is no setting; but for these two, of which transformers takes it for a value
+    rope = {key: value for key, value in rope.items() if value is not None or key in ("rope_theta", "truncate")}
     missing = {"llama3": _KEYS["llama3"], "yarn": {"factor"}}.get(kind, set()) - set(rope)
     if missing:
         raise UserError(f"config.json: {block}: RoPE type {kind} needs {', '.join(sorted(missing))}")
+    for key in sorted({"rope_theta", *_KEYS[kind]} - {"truncate"}):
+        check_number(rope, key, f"config.json: {block}")
+    # transformers 5 writes rope_theta inside rope_parameters, older versions beside it
+    if "rope_theta" not in rope:
+        check_number(hf, "rope_theta")
+    base = float(rope.get("rope_theta", hf.get("rope_theta", default_base)))
     if kind == "llama3":
         return Rope(
             base,

@@ -32,6 +32,7 @@ _STORAGES = {
     torch.uint8: torch.ByteStorage,
 }
 _ALIGNMENT = 64
+_DESCRIPTION_BYTES = 2**20  # what describes one tensor has some hundred
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _END = struct.Struct("<4sHHHHIIH")
@@ -159,7 +160,7 @@ class _Window(io.RawIOBase):
         return count
 
 
-class _DescriptionUnpickler(pickle.Unpickler):
+class _DescriptionUnpickler(pickle._Unpickler):  # see metadata.py for why in Python
     """Builds nothing but a description of one tensor; refuses every other class and function."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -182,24 +183,35 @@ def locate_tensor(handle: int, path: Path, offset: int, length: int) -> StoredTe
     Raises:
         TensorFileError: damaged, code instead of a tensor, or a tensor that is not stored whole and in order.
     """
-    window = _Window(handle, offset, length)
     try:
-        with zipfile.ZipFile(io.BufferedReader(window, 4096)) as archive:
-            records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
-                raise TensorFileError("written on a big-endian machine")
-            described = _DescriptionUnpickler(io.BytesIO(archive.read(records["data.pkl"]))).load()
-            (_, dtype, name, _, _), start, shape, strides = described[:4]
-            data = records[f"data/{name}"]
-            header = os.pread(handle, _LOCAL.size, offset + data.header_offset)
-            fields = _LOCAL.unpack(header)
-    except TensorFileError:
-        raise
+        return _locate(handle, path, offset, length)
     except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, OSError, EOFError) as error:
         raise TensorFileError(f"damaged: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
+    # RuntimeError: an encrypted record, endless nesting, sizes that torch refuses
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise TensorFileError(f"no plain tensor, or damaged ({type(error).__name__}: {error})") from None
-    stored, shape = TensorFile(dtype, tuple(shape)), tuple(shape)
+
+
+def _locate(handle: int, path: Path, offset: int, length: int) -> StoredTensor:
+    window = _Window(handle, offset, length)
+    with zipfile.ZipFile(io.BufferedReader(window, 4096)) as archive:
+        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+
+        def small(name: str) -> bytes:
+            if records[name].compress_type != zipfile.ZIP_STORED or records[name].file_size > _DESCRIPTION_BYTES:
+                raise TensorFileError(f"damaged: its record {name} is packed, or far too large for a tensor")
+            return archive.read(records[name])
+
+        if "byteorder" in records and small("byteorder") != b"little":
+            raise TensorFileError("written on a big-endian machine")
+        described = _DescriptionUnpickler(io.BytesIO(small("data.pkl"))).load()
+        (_, dtype, name, _, _), start, shape, strides = described[:4]
+        data = records[f"data/{name}"]
+        fields = _LOCAL.unpack(os.pread(handle, _LOCAL.size, offset + data.header_offset))
+    shape = tuple(shape)
+    if not all(type(number) is int and number >= 0 for number in (start, *shape)):
+        raise TensorFileError(f"no plain tensor, or damaged (shape {shape}, from element {start})")
+    stored = TensorFile(dtype, shape)
     contiguous = _TensorOf(dtype, shape).arguments[3]
     if data.compress_type != zipfile.ZIP_STORED or fields[0] != b"PK\3\4":
         raise TensorFileError("damaged: its data record is not stored plainly")

@@ -24,7 +24,7 @@ from megatron_stepkto.progress import ProgressFile, Report
 from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
 from megatron_stepkto.records import Problem, Sample, read_records
 from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse
-from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment
+from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 
 __all__ = ["DrawResult", "Drawing", "Pass", "PromptRow", "draw", "read_prompts", "sample_drawing"]
 
@@ -138,6 +138,7 @@ def _check(job: Job) -> None:
     config = read_json(job.model / "config.json")
     seen: set[str] = set()
     vocab_size, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    angles = yarn_positions(config) if job.settings.backend == "vllm" else None
     for prompt in job.prompts:
         if prompt.problem_id in seen:
             raise UserError(f"problem_id {prompt.problem_id} stands twice; ids must be unique")
@@ -153,6 +154,13 @@ def _check(job: Job) -> None:
                 f"{job.model}: the prompt of problem {prompt.problem_id} has {len(prompt.token_ids)} tokens, "
                 f"with sample.max_tokens ({job.settings.max_tokens}) that is {length}, and the model's "
                 f"max_position_embeddings is {positions}; lower sample.max_tokens or drop the problem"
+            )
+        if angles is not None and length > angles:
+            raise UserError(
+                f"{job.model}: the prompt of problem {prompt.problem_id} has {len(prompt.token_ids)} tokens, "
+                f"with sample.max_tokens ({job.settings.max_tokens}) that is {length}, and vLLM's table of YaRN angles "
+                f"ends at {angles} (original_max_position_embeddings x factor): beyond it samples would be wrong "
+                "without an error; lower sample.max_tokens, drop the problem, or set sample.backend: transformers"
             )
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -60,6 +60,18 @@ def vllm_environment(build: Literal["cpu", "gpu"]) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+
+
+def yarn_positions(config: Mapping[str, Any]) -> int | None:
+    """Positions for which vLLM has an angle where config.json asks for YaRN; None where it does not.
+
+    Its table ends there, whatever ``max_position_embeddings`` says; vLLM reads on behind it, silently.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) != "yarn":
+        return None
+    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    return int(original * rope["factor"])
 
 
 class VLLMEngine:

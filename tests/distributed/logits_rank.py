@@ -48,6 +48,13 @@ def save_logits(model: Path, out: Path, parallel: recipe.Parallel, texts: list[l
     config, _ = read_model_config(model / COMPANIONS)
     engine = Engine(config, settings, torch.device("cpu"), train=False)
     engine.load_weights(model)
+    write_logits(engine, out, texts)
+    engine.save_weights(out.with_suffix(""))
+    dist.barrier()
+
+
+def write_logits(engine: Engine, out: Path, texts: list[list[int]]) -> None:
+    """[tokens of all texts, words] to ``out``, by one rank of the last stage."""
     # All but the first token are a response, and one more that nobody reads: then each position of the text is scored.
     documents = [
         Document(str(i), ids[:1], [*ids[1:], 3], [TrainStep(token_start=0, token_end=len(ids), label=None)], None)
@@ -69,8 +76,6 @@ def save_logits(model: Path, out: Path, parallel: recipe.Parallel, texts: list[l
     if engine.counts_once and parallel_state.get_data_parallel_rank() == 0:
         assert all(torch.equal(one, found[0]) for one in found)
         torch.save(found[0], out)
-    engine.save_weights(out.with_suffix(""))
-    dist.barrier()
 
 
 def main() -> None:

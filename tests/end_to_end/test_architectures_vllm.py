@@ -1,4 +1,7 @@
-"""Every architecture, through Megatron and back, served by vLLM: its greedy tokens are transformers' greedy tokens."""
+"""Every architecture, through Megatron and back, served by vLLM: its greedy tokens are transformers' greedy tokens.
+
+One of them has been trained on the way, by the trainer at tensor parallelism 2.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from megatron_stepkto import recipe
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.comparing.compare import DEFAULT_TEXT
 from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
+from megatron_stepkto.stages import Stage
+from megatron_stepkto.training.stage import train
+from tests.builders import random_examples, write_examples
 from tests.model_folders import FAMILIES, YARN_ROPE, write_model
 
 pytestmark = [
@@ -26,6 +34,7 @@ WORDS = 300
 MAX_TOKENS = 40
 # Two go on beyond the 32 positions that the scaled RoPEs were made for, one begins there.
 PROMPTS = [[5, 9, 11], [3 + (i * i) % 290 for i in range(25)], [3 + (7 * i) % 290 for i in range(100)]]
+TRAINED = "qwen3"
 NEAR_TIE = 1e-3  # logits; another order of summation may choose the other word
 
 
@@ -44,6 +53,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hf_to_megatron(folder / family / "hf", folder / family / "megatron")
         megatron_to_hf(folder / family / "megatron", folder / family / "back")
         cases.append((str(folder / family / "back"), str(folder / family / "tokens.json")))
+    # the trained one is judged by what transformers makes of the export: its weights are new
+    megatron_to_hf(train_some(folder / TRAINED / "hf", folder / "training"), folder / "trained" / "back")
+    (folder / "trained" / "hf").symlink_to(folder / "trained" / "back")
+    cases.append((str(folder / "trained" / "back"), str(folder / "trained" / "tokens.json")))
     job = folder / "job.json"
     job.write_text(json.dumps({"cases": cases, "prompts": PROMPTS, "max_tokens": MAX_TOKENS}))
     with (folder / "log").open("wb") as log:
@@ -55,7 +68,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def train_some(model: Path, directory: Path) -> Path:
+    """Three updates of the train stage on two ranks; the torch_dist checkpoint that it leaves."""
+    data = write_examples(directory / "train.jsonl", random_examples(24))
+    settings = recipe.Training.model_validate({
+        "parallel": {"ranks": 2, "tensor": 2}, "optimizer": {"lr": 3e-3}, "max_updates": 3, "global_batch_size": 8,
+        "micro_batch_tokens": 200, "device": "cpu", "timeout_s": 60,
+    })  # fmt: skip
+    train(Stage("train", directory / "stage", {}, {"model": model, "train": data}), settings, seed=3)
+    return directory / "stage" / "final"
+
+
+def test_the_trained_model_is_another(served: Path) -> None:
+    before, after = (load_file(served / name / "back" / "model.safetensors") for name in (TRAINED, "trained"))
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "trained"])
 def test_greedy_tokens_are_those_of_transformers(family: str, served: Path) -> None:
     from transformers import AutoModelForCausalLM
 

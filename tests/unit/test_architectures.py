@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 import re
 from pathlib import Path
@@ -17,7 +19,7 @@ from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.planning.layout import layout_faults
 from megatron_stepkto.recipe import Parallel
-from tests.model_folders import FAMILIES, write_model
+from tests.model_folders import FAMILIES, LLAMA3_ROPE, YARN_ROPE, write_model
 from tests.unit.checkpoint_folders import assert_same_bits, refusal
 
 # The published config.json of these models, as far as it describes the network.
@@ -31,6 +33,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "MixtralForCausalLM": {"max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None,
                            "num_local_experts": 8, "num_experts_per_tok": 2, "output_router_logits": False,
                            "router_aux_loss_coef": 0.02},
+    # Phi-4
+    "Phi3ForCausalLM": {"max_position_embeddings": 16384, "rope_theta": 250000.0, "sliding_window": None,
+                        "original_max_position_embeddings": 16384, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+                        "partial_rotary_factor": 1.0, "rope_scaling": None, "attention_bias": False},
     "Qwen2ForCausalLM": {"max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": 131072,
                          "use_sliding_window": False, "max_window_layers": 28},
     "Qwen3ForCausalLM": {"max_position_embeddings": 40960, "rope_theta": 1e6, "head_dim": 128,
@@ -70,6 +76,22 @@ def test_what_the_published_configs_say() -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not known"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE type 'linear' is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "new": 1}}, "rope_scaling: new = 1 is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [2.0]}}, "RoPE type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": None}}, "rope_scaling: RoPE type yarn needs factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling: factor = '4': expected a positive number"),
+        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn': expected an object"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta = None: expected a positive"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is"),
+        ({"rope_theta": -1.0}, "rope_theta = -1.0: expected a positive number"),
+        # transformers takes the older block where both are there
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN_ROPE}, "both there and"),
+        ({"is_causal": False}, "is_causal = False is not supported"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size = 8 is not known"),
+        ({"layer_types": ["linear_attention"] * 4}, "linear_attention"),
+        ({"rms_norm_eps": None}, "rms_norm_eps = None: expected a positive number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false': expected true or false"),
+        ({"max_position_embeddings": None}, "max_position_embeddings = None: expected a whole number"),
         ({"num_key_value_heads": 5}, "num_key_value_heads = 5 does not divide num_attention_heads = 32"),
     ],
 )
@@ -77,10 +99,85 @@ def test_a_setting_that_would_change_the_numbers(name: str, changes: dict[str, A
     assert said in refusal(lambda: read(name, **changes))
 
 
+# What config.json may leave out or spell in two ways, with transformers as the judge of what it means.
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "silent": {},
+    "transformers 4": {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
+    "transformers 5": {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}},
+    "the same in both": {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE, "rope_parameters": LLAMA3_ROPE},
+    "base inside and outside": {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}, "rope_theta": 3e4},
+    "base outside": {"rope_parameters": {"rope_type": "default"}, "rope_theta": 3e4},
+    "YaRN": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}},
+    "YaRN, length from the model": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "YaRN, its own strength": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.7}},
+    "YaRN, mscale": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0}},
+    "YaRN, not truncated": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 20, "truncate": None}},
+    "wide heads": {"head_dim": 64},
+    "epsilon, tied": {"rms_norm_eps": 1e-3, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_means_what_transformers_makes_of_it(name: str, spelling: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8,
+             "intermediate_size": 512, "vocab_size": 100}  # fmt: skip
+    if "YaRN" in spelling:
+        sizes |= {"max_position_embeddings": 16384, "head_dim": 32}
+    if name == "MistralForCausalLM":
+        sizes["sliding_window"] = None  # type: ignore[assignment]
+    if name == "Qwen3MoeForCausalLM":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    if name == "MixtralForCausalLM":
+        sizes |= {"num_local_experts": 8, "num_experts_per_tok": 2}
+    written = {**sizes, **copy.deepcopy(SPELLINGS[spelling])}
+    if name == "Phi3ForCausalLM":
+        written["pad_token_id"] = 0  # transformers' default is past this vocabulary
+    hf = {"architectures": [name], **copy.deepcopy(written)}
+    if name == "Phi3ForCausalLM" and (written.get("rope_scaling") or written.get("rope_parameters", {}).get("factor")):
+        assert "RoPE scaling is not supported for Phi-3" in refusal(lambda: find_architecture(hf, "").read_config(hf))
+        return
+    found = find_architecture(hf, "config.json").read_config(hf)
+    model_class = getattr(transformers, name)
+    theirs = model_class.config_class(**written)
+    module = importlib.import_module(model_class.__module__)
+    rotary = next(value for key, value in vars(module).items() if key.endswith("RotaryEmbedding"))(theirs)
+    assert found.norm_eps == theirs.rms_norm_eps
+    assert found.tied == theirs.tie_word_embeddings
+    assert found.max_positions == theirs.max_position_embeddings
+    assert found.head_dim == (getattr(theirs, "head_dim", None) or 32)
+    assert found.rope.attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    torch.testing.assert_close(found.inv_freq(), rotary.inv_freq, rtol=1e-6, atol=0)
+    if found.experts:
+        assert found.experts.renormalize == getattr(theirs, "norm_topk_prob", True)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},  # SmolLM2
+        {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "_name_or_path": "x"},  # of Llama 2's time
+    ],
+    ids=["SmolLM2", "Llama 2"],
+)
+def test_keys_of_published_configs_that_change_nothing(keys: dict[str, Any]) -> None:
+    assert read("LlamaForCausalLM", **keys) == read("LlamaForCausalLM")
+
+
+def test_layers_that_slide_in_a_model_that_does_not() -> None:
+    layers = ["full_attention", "sliding_attention"] * 2
+    assert "layer_types names sliding_attention, but use_sliding_window is not true" in refusal(
+        lambda: read("Qwen2ForCausalLM", layer_types=layers)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         ("MistralForCausalLM", {"sliding_window": 4096}),
+        ("Phi3ForCausalLM", {"sliding_window": 4096}),
         ("MixtralForCausalLM", {"sliding_window": 4096}),
         ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2}),
         ("Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 4096,

@@ -31,6 +31,8 @@ def test_there_and_back_is_bitwise(models: dict[str, Path], tmp_path: Path, name
     source = copy(models[name], tmp_path / "hf")
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     for unwanted in ("modeling_evil.py", "pytorch_model.bin"):
         (source / unwanted).write_text("no")
     hf_to_megatron(source, tmp_path / "megatron")
@@ -38,7 +40,9 @@ def test_there_and_back_is_bitwise(models: dict[str, Path], tmp_path: Path, name
     expected = load_file(source / "model.safetensors")
     assert ("lm_head.weight" in expected) == (name not in ("tied", "llama3"))
     assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), expected)
+    assert (tmp_path / "back" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [
+        "additional_chat_templates",
         "chat_template.jinja",
         "config.json",
         "conversion.json",

@@ -81,6 +81,43 @@ def test_a_finished_target_is_left_alone_and_any_other_is_refused(
     assert (foreign / "thesis.txt").read_text() == "mine"
 
 
+def test_places_that_would_lose_something(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also under --force nothing goes that is no converted model, and never the source."""
+    source = copy(models["tied"], tmp_path / "work" / "hf")
+    (tmp_path / "work" / "config.json").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("years")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "notes")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "source").symlink_to(source)
+    before = sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*"))
+    for target, said in (
+        (source, "stands inside of"),
+        (tmp_path / "source", "stands inside of"),
+        (source / "megatron", "stands inside of"),
+        (tmp_path / "work", "stands inside of it and would be removed"),
+        (tmp_path / "notes", "--force replaces a model, and this folder holds none, but thesis.tex"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "link", "is a link to"),
+        (tmp_path / "dangling", "is a link to"),
+    ):
+        assert stepkto("convert", source, target, "--force") == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    monkeypatch.chdir(tmp_path / "work")
+    for target in (".", "..", source / ".."):
+        assert stepkto("convert", source, target, "--force") == 2
+        assert "would be removed" in " ".join(capsys.readouterr().err.split())
+    assert stepkto("convert", source, tmp_path / "file" / "out") == 2
+    assert "file: File exists" in capsys.readouterr().err
+    assert sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    assert stepkto("convert", tmp_path / "source", tmp_path / "empty", "--force") == 0
+    assert stepkto("convert", tmp_path / "source", tmp_path / "empty", "--verify") == 0
+
+
 def test_verification_names_what_differs(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

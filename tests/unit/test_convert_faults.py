@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import pickle
+import random
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from torch import Tensor
 
 from megatron_stepkto.checkpoints import target as target_folder
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
+from megatron_stepkto.checkpoints.huggingface import INDEX
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.stream import all_finite
+from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.errors import UserError
 from tests.unit.checkpoint_folders import (
     DATA_FILE,
@@ -105,6 +109,48 @@ def test_copies_that_say_nothing_new_are_left_out(models: dict[str, Path], tmp_p
     hf_to_megatron(change_weights(copy(models["tied"], tmp_path / "hf"), change), tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), expected)
+
+
+def test_a_head_that_is_no_copy_in_a_tied_model(models: dict[str, Path], tmp_path: Path) -> None:
+    """transformers would use it, vLLM would not."""
+
+    def change(weights: dict[str, Tensor]) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["lm_head.weight"][98, 63] += 1
+
+    folder = change_weights(copy(models["tied"], tmp_path / "hf"), change)
+    assert "lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings is true" in forward_refusal(
+        folder
+    )
+    change_config(folder, tie_word_embeddings=False)
+    hf_to_megatron(folder, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), load_file(folder / "model.safetensors"))
+
+
+def test_weights_that_stand_twice(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(models["tied"], tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    files = {name: "a.safetensors" if name < "model.norm" else "b.safetensors" for name in weights}
+    for file in set(files.values()):
+        save_file({n: t for n, t in weights.items() if files[n] == file or n in (GATE, UP)}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+    assert "holds model.safetensors and model.safetensors.index.json, which names other files" in forward_refusal(
+        folder
+    )
+    (folder / "model.safetensors").unlink()
+    said = forward_refusal(folder)
+    for name in (GATE, UP):
+        assert f"{name} stands in b.safetensors too, {INDEX} names a.safetensors" in said
+    (folder / "b.safetensors").unlink()
+    save_file({n: t for n, t in weights.items() if files[n] == "b.safetensors"}, folder / "b.safetensors")
+    hf_to_megatron(folder, tmp_path / "megatron")
+
+
+def test_an_adapter_is_not_left_out_silently(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(models["tied"], tmp_path / "hf")
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds an adapter (adapter_config.json), which would be left out; merge it" in forward_refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +344,29 @@ def test_the_attacks_would_work_on_an_open_door(tmp_path: Path, name: str) -> No
     """Else the test above shows nothing."""
     pickle.loads(attacks(tmp_path / "ran")[name])
     assert (tmp_path / "ran").exists()
+
+
+def test_damaged_metadata_is_an_error_or_harmless(models: dict[str, Path], tmp_path: Path) -> None:
+    """Flipped bytes: no other exception, no memory that a damaged length asks for."""
+    folder, draw, refused = copy(models["megatron"], tmp_path / "megatron"), random.Random(0), 0
+    content = (folder / ".metadata").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, limits[1]))
+    try:
+        for _ in range(800):
+            damaged = bytearray(content)
+            for _ in range(draw.choice([1, 1, 3])):
+                damaged[draw.randrange(len(content))] = draw.choice([0, 255, ord("r"), draw.randrange(256)])
+            (folder / ".metadata").write_bytes(damaged)
+            try:
+                reader = CheckpointReader(folder)
+                reader.check(reader.shapes())
+            except UserError:
+                refused += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert 600 < refused < 800
 
 
 def test_a_chunk_that_would_run_code_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
+import pickle
 import random
+import resource
 import zipfile
 import zlib
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +81,75 @@ def test_every_truncation_and_many_flipped_bits_are_an_error_or_harmless(tmp_pat
         finally:
             os.close(handle)
     assert found_at is not None
+
+
+@pytest.mark.parametrize(
+    ("pickled", "packing", "said"),
+    [
+        (b"\x80\x02" + b"0" * 2**24, zipfile.ZIP_DEFLATED, "data.pkl is packed, or far too large"),  # 16 KB on disk
+        (b"\x80\x02" + b"0" * 2**21, zipfile.ZIP_STORED, "data.pkl is packed, or far too large"),
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", zipfile.ZIP_STORED, "no plain tensor"),  # a memo of 2^31 places
+    ],
+    ids=["packed", "large", "memo"],
+)
+def test_descriptions_that_would_fill_the_memory(pickled: bytes, packing: int, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data/0", b"0123")
+    handle = os.open(path, os.O_RDONLY)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(TensorFileError, match=said):
+        locate_tensor(handle, path, 0, path.stat().st_size)
+    os.close(handle)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # KB
+
+
+def described(shape: tuple[Any, ...], start: Any, strides: tuple[Any, ...], numel: int = 6) -> bytes:
+    """What torch.save writes of a tensor, with any numbers."""
+
+    class Storage:
+        pass
+
+    class Tensor:
+        def __reduce__(self) -> Any:
+            return torch._utils._rebuild_tensor_v2, (Storage(), start, shape, strides, False, OrderedDict())
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> Any:
+            return ("storage", torch.FloatStorage, "0", "cpu", numel) if isinstance(value, Storage) else None
+
+    out = io.BytesIO()
+    Pickler(out, protocol=2).dump(Tensor())
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "strides", "whole"),
+    [
+        ((2, 3), 0, (3, 1), True),
+        ((2, 3), -3, (3, 1), False),
+        ((2, 3), 1, (3, 1), False),
+        ((-2, -3), 0, (3, 1), False),
+        ((2, 3), 0, (3, 1, 1), False),
+        ((2, 2**61), 0, (2**61, 1), False),
+        (("2", 3), 0, (3, 1), False),
+        ((2, 3), None, (3, 1), False),
+        ((2, 3), 0, (1, 2), False),
+    ],
+    ids=str,
+)
+def test_a_description_that_lies(
+    shape: tuple[Any, ...], start: Any, strides: tuple[Any, ...], whole: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", described(shape, start, strides))
+        archive.writestr("archive/data/0", bytes(24))
+    handle = os.open(path, os.O_RDONLY)
+    with contextlib.nullcontext() if whole else pytest.raises(TensorFileError):
+        assert locate_tensor(handle, path, 0, path.stat().st_size).shape == shape
+    os.close(handle)
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"a": torch.ones(2)}, torch.nn.Linear(2, 2)], ids=["list", "dict", "module"])
