@@ -36,7 +36,7 @@ from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.planning.times import forward_flops
 from megatron_stepkto.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.training.documents import kl_document, pack_units, solution_document
-from megatron_stepkto.training.engine import Engine, join_ranks, lay_out
+from megatron_stepkto.training.engine import Engine, choose_device, join_ranks, lay_out
 from megatron_stepkto.training.objectives import kl_sums, make_objective, unit_documents
 from megatron_stepkto.training.references import per_step
 
@@ -267,7 +267,7 @@ def main() -> None:
         return
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29561")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    device = torch.device(arguments.device)
+    device = choose_device(arguments.device)
     join_ranks(recipe.Parallel(), device, 600)
     lay_out(recipe.Parallel(), 600)
     machine = find_machine(device)
