@@ -41,7 +41,7 @@ from megatron_stepkto.processes import die_with_parent
 from megatron_stepkto.training.documents import Document, MicroBatch, Slot
 from megatron_stepkto.training.main_weights import load_main_weights, whole_main_weights
 
-EXTRA = "._extra_state"
+EXTRA = "_extra_state"
 CALIBRATION_PASSES = 3
 
 T = TypeVar("T")
