@@ -22,8 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv-gpu"
 OUTPUT = ROOT / "runs" / "gpu_smoke"
-TE_CORE, TE_TORCH = "transformer-engine-cu13==2.13.0", "transformer-engine-torch==2.13.0"
-LIMIT_S = 570  # of one part: the whole is meant to take less than ten minutes
+# Its three packages must be of one version: the library, the name that it is found by, and the part for torch.
+TE_LIBRARY, TE_NAME, TE_TORCH = (f"transformer-engine{part}==2.11.0" for part in ("-cu13", "", "-torch"))
+LIMIT_S = 570  # of one part: the whole, without the installation, is meant to take less than ten minutes
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def gpu() -> str:
 def install(python: Path, wheels: Path | None) -> str:
     """The environment, without Transformer Engine, which may fail to build and is a part of its own."""
     if not python.exists():
-        run([sys.executable, "-m", "venv", "--system-site-packages", str(ENVIRONMENT)], OUTPUT / "venv.log")
+        run([sys.executable, "-m", "venv", str(ENVIRONMENT)], OUTPUT / "venv.log")
     pip(python, wheels, ["-r", str(ROOT / "requirements" / "gpu.txt")], "install.log")
-    pip(python, wheels, ["--no-deps", "--no-build-isolation", "--editable", "."], "package.log")
+    pip(python, wheels, ["--no-build-isolation", "--editable", "."], "package.log")
     return f"in {ENVIRONMENT.name}" + (f", offline from {wheels}" if wheels else "")
 
 
@@ -86,24 +87,40 @@ def transformer_engine(python: Path, wheels: Path | None) -> str:
         return "already there: " + run(check, OUTPUT / "te.log").split()[-1]
     except Failed:
         pass
-    if shutil.which("nvcc") is None:
-        raise Skipped("its torch part compiles with nvcc, which is not here")
+    if (nvcc := find_nvcc()) is None:
+        raise Skipped("its torch part is built with the headers beside nvcc, and there is no nvcc here")
+    where = "import nvidia, pathlib as p; print(*(d for r in nvidia.__path__ for d in p.Path(r).glob('*/include')))"
     try:
-        pip(python, wheels, ["--no-deps", TE_CORE], "te_core.log")
-        # The torch part is a source package that builds against the torch that is installed.
-        pip(python, wheels, ["--no-deps", "--no-build-isolation", TE_TORCH], "te_torch.log")
+        # A CUDA toolkit brings no headers of cuDNN: those that came with torch.
+        headers = run([str(python), "-c", where], OUTPUT / "headers.log").split()
+        pip(python, wheels, ["--no-deps", TE_LIBRARY, TE_NAME], "te_core.log")
+        pip(python, wheels, ["--no-deps", "--no-build-isolation", TE_TORCH], "te_torch.log",
+            CUDA_HOME=str(nvcc.parents[1]), CPATH=os.pathsep.join([*headers, os.environ.get("CPATH", "")]).strip(":"),
+            PATH=os.pathsep.join([str(python.parent), str(nvcc.parent), os.environ["PATH"]]))  # fmt: skip
         return "built: " + run(check, OUTPUT / "te.log").split()[-1]
     except Failed as error:
+        # Half of it would break every import of Megatron-Core, and with it the parts that need none.
+        names = [package.partition("==")[0] for package in (TE_LIBRARY, TE_NAME, TE_TORCH)]
+        run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *names], OUTPUT / "te_removed.log")
         raise Skipped(f"could not be installed: {error}") from None
 
 
-def pip(python: Path, wheels: Path | None, what: Sequence[str], log: str) -> None:
+def find_nvcc() -> Path | None:
+    """On the path, or where CUDA's own installer puts it."""
+    places = [shutil.which("nvcc"), f"{os.environ.get('CUDA_HOME', '')}/bin/nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((Path(place).resolve() for place in places if place and Path(place).is_file()), None)
+
+
+def pip(python: Path, wheels: Path | None, what: Sequence[str], log: str, **env: str) -> None:
     offline = ["--no-index", "--find-links", str(wheels)] if wheels else []
-    run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *offline, *what], OUTPUT / log)
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *offline, *what]
+    run(command, OUTPUT / log, **env)
 
 
 KERNELS = """
-import json, torch
+import torch
+if {device!r} == "cuda" and not torch.cuda.is_available():
+    raise SystemExit(f"torch {{torch.__version__}} sees no GPU: its build is for CUDA {{torch.version.cuda}}")
 from megatron_stepkto.acceleration import choose, describe, find_machine
 from megatron_stepkto.recipe import Training
 device = torch.device({device!r})

@@ -425,11 +425,12 @@ class Engine:
                 "go on in the environment that wrote it (make megatron-019)"
             )
         absent = _take_absent_extra_states(state, known)
-        loaded, missing, unexpected = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
-        left_over = {key for key in map(str, unexpected) if not key.startswith("optimizer.") and EXTRA not in key}
-        if missing or left_over:
+        # Megatron calls "missing" what the checkpoint holds and nobody asked for, and "unexpected" what it lacks.
+        loaded, unasked, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+        left_over = {key for key in map(str, unasked) if not key.startswith("optimizer.") and EXTRA not in key}
+        if lacking or left_over:
             raise UserError(
-                f"{directory}: not a checkpoint of this model; missing: {sorted(map(str, missing))}, "
+                f"{directory}: not a checkpoint of this model; missing: {sorted(map(str, lacking))}, "
                 f"left over: {sorted(left_over)}"
             )
         for part, name in absent:
