@@ -24,6 +24,7 @@ ENVIRONMENT = ROOT / ".venv-gpu"
 OUTPUT = ROOT / "runs" / "gpu_smoke"
 # Its three packages must be of one version: the library, the name that it is found by, and the part for torch.
 TE_LIBRARY, TE_NAME, TE_TORCH = (f"transformer-engine{part}==2.11.0" for part in ("-cu13", "", "-torch"))
+CPU_PASS_AT_1 = 0.94  # after one iteration (README.md, M1)
 LIMIT_S = 570  # of one part: the whole, without the installation, is meant to take less than ten minutes
 
 
@@ -139,7 +140,8 @@ def kernels(python: Path, device: str) -> str:
 
 
 def mini_recipe(python: Path, device: str) -> str:
-    """One iteration of the mini recipe in bf16. On the CPU it takes pass@1 from 0.5 to about 0.9: so it must here."""
+    """One iteration of the mini recipe in bf16. On the CPU it takes pass@1 from 0.50 to 0.94: so it must here, and the
+    share of right answers with a wrong step from 0.40 to 0.13 there, to at most 0.6 of the first here."""
     probe = [str(python), "-W", "ignore", "-c", "import vllm; print(vllm.__version__)"]
     try:
         sampler = f"vLLM {run(probe, OUTPUT / 'vllm.log').split()[-1]}"
@@ -160,8 +162,8 @@ def mini_recipe(python: Path, device: str) -> str:
         f"{sampler}; pass@1 {before['pass_at_1']:.3f} -> {after['pass_at_1']:.3f}, right answers with a wrong step "
         f"{shares[0]:.3f} -> {shares[1]:.3f}"
     )
-    if after["pass_at_1"] < before["pass_at_1"] + 0.2 or shares[1] > 0.7 * shares[0]:
-        raise Failed(f"not the curve of the CPU: {said}")
+    if abs(after["pass_at_1"] - CPU_PASS_AT_1) > 0.06 or shares[1] > 0.6 * shares[0]:
+        raise Failed(f"not the curve of the CPU (pass@1 {CPU_PASS_AT_1} after one iteration): {said}")
     return said
 
 
@@ -216,12 +218,15 @@ def main() -> None:
             state, said = "skipped", str(reason)
         except Failed as error:
             state, said = "FAILED", str(error)
+        except Exception as error:  # of this script: the other parts still run
+            state, said = "FAILED", f"{type(error).__name__}: {error}"
         rows.append(Row(name, state, time.monotonic() - begun, said))
         if state == "FAILED" and name in ("GPU", "environment", "packages and kernels"):
             done = len(rows)
             rows += [Row(other, "skipped", 0.0, f"{name} failed") for other, _ in parts[done:]]
             break
-    text = table(rows)
+    spent = sum(row.seconds for row in rows if row.part not in ("environment", "Transformer Engine"))
+    text = f"{table(rows)}\nwithout the installation {spent:.0f} s (meant to take less than 600 s)"
     (OUTPUT / "table.txt").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)
     raise SystemExit(any(row.state == "FAILED" for row in rows))
