@@ -129,6 +129,8 @@ machine = find_machine(device)
 chosen = choose(Training(optimizer={{"lr": 1e-5}}, global_batch_size=8, dtype="bfloat16"), machine)
 a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
 error = ((a @ a).float() - a.float() @ a.float()).abs().max().item()
+if not error < 1:  # sums of 2,048 products of size 1, rounded to 8 bits: 0.5 is usual
+    raise SystemExit(f"a bf16 product is off by {{error}}")
 print("torch", torch.__version__ + ";", describe(chosen, machine) + ";", f"bf16 product within {{error:.2f}}")
 """
 
