@@ -36,7 +36,7 @@ from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.planning.times import forward_flops
 from megatron_stepkto.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.training.documents import kl_document, pack_units, solution_document
-from megatron_stepkto.training.engine import Engine, join_ranks, lay_out
+from megatron_stepkto.training.engine import Engine, choose_device, join_ranks, lay_out
 from megatron_stepkto.training.objectives import kl_sums, make_objective, unit_documents
 from megatron_stepkto.training.references import per_step
 
@@ -79,6 +79,9 @@ SHAPES = {
     "70b": Shape("Llama-70B slice", 8192, 28672, 64, 8, 128_256, 80, 4096),
     "tiny": Shape("tiny", 64, 128, 4, 2, 512, 2, 256),
 }
+
+
+PLAIN = "Step-KTO, bf16"  # what the other cases are set against
 
 
 def documents(shape: Shape, total: int) -> list[TrainExample]:
@@ -191,7 +194,7 @@ def measure(shape: Shape, device: torch.device, repeats: int, peak: float) -> li
     longest = max(len(e.prompt_token_ids) + len(e.token_ids) for e in examples)
     padded = -(-longest // 16) * 16
     cases: list[tuple[str, recipe.Training]] = [
-        ("Step-KTO, bf16", settings(shape, "step_kto", device.type)),
+        (PLAIN, settings(shape, "step_kto", device.type)),
         ("supervised, bf16", settings(shape, "rft", device.type)),
         ("Step-KTO, bf16, padded", settings(shape, "step_kto", device.type, pad_documents_to=padded)),
         ("Step-KTO, FP8 current", settings(shape, "step_kto", device.type, fp8={"scaling": "current"})),
@@ -203,21 +206,22 @@ def measure(shape: Shape, device: torch.device, repeats: int, peak: float) -> li
         # RFT trains on right solutions alone: give every method the same documents.
         same = [e.model_copy(update={"outcome": 1}) for e in examples] if chosen.method == "rft" else examples
         row: dict[str, Any] = {"shape": shape.name, "layers": config.num_layers, "case": name}
+        bench: Bench | None = None
         try:
             bench = Bench(config, chosen, device, same)
             row["update_s"] = seconds(bench.update, device, repeats)
             row["tokens_per_s"] = bench.tokens() / row["update_s"]
             row["tflops"] = bench.flops(config) / row["update_s"] / 1e12
             row["share_of_peak"] = row["tflops"] * 1e12 / peak
-            if name == "Step-KTO, bf16":
+            if name == PLAIN:
                 row["kl_pass_s"] = seconds(bench.kl_pass, device, repeats)
                 row["reference_pass_s"] = seconds(bench.reference_pass, device, repeats)
             if device.type == "cuda":
                 row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
                 torch.cuda.reset_peak_memory_stats()
-            del bench
         except Exception as error:  # a case that this machine cannot run says why, and the others go on
             row["not_run"] = str(error).splitlines()[0][:200]
+        bench = None  # a case that ran out of memory must not hold it while the next one starts
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -245,7 +249,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for shape in dict.fromkeys(row["shape"] for row in rows):
         by = {row["case"]: row for row in rows if row["shape"] == shape and "update_s" in row}
-        plain = by.get("Step-KTO, bf16")
+        plain = by.get(PLAIN)
         if plain is None:
             continue
         for name, row in by.items():
@@ -254,6 +258,19 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         if "supervised, bf16" in by:
             found[f"{shape}: over_supervised"] = plain["update_s"] / by["supervised, bf16"]["update_s"]
     return found
+
+
+def goals(rows: Sequence[dict[str, Any]], found: dict[str, float]) -> list[str]:
+    """Each goal beside what was measured."""
+    share = next((r.get("share_of_peak") for r in rows if r["shape"] == SHAPES["8b"].name and r["case"] == PLAIN), None)
+    fp8 = max((v for k, v in found.items() if k.startswith(SHAPES["70b"].name) and "FP8" in k), default=None)
+    supervised = [value for name, value in found.items() if "over_supervised" in name]
+    told = [
+        ("8B slice in bf16, share of the measured peak", share, ">= 0.60"),
+        ("70B slice, best FP8 over bf16", fp8, ">= 1.40"),
+        ("Step-KTO over supervised, seconds, largest", max(supervised, default=None), "<= 1.05"),
+    ]
+    return [f"{name}: {'not run' if value is None else f'{value:.3f}'} (goal {goal})" for name, value, goal in told]
 
 
 def main() -> None:
@@ -267,7 +284,7 @@ def main() -> None:
         return
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29561")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    device = torch.device(arguments.device)
+    device = choose_device(arguments.device)
     join_ranks(recipe.Parallel(), device, 600)
     lay_out(recipe.Parallel(), 600)
     machine = find_machine(device)
@@ -275,6 +292,7 @@ def main() -> None:
     peak = matrix_peak(device, arguments.repeats)
     print(f"measured bf16 matrix peak: {peak / 1e12:.1f} TFLOP/s")
     rows = [row for name in arguments.shapes for row in measure(SHAPES[name], device, arguments.repeats, peak)]
+    print("\n".join(goals(rows, ratios(rows))))
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
     print(
         json.dumps(

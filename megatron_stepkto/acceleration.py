@@ -66,6 +66,9 @@ class Acceleration:
             # Weight gradients are added into the fp32 buffer by the matrix product itself.
             "gradient_accumulation_fusion": self.transformer_engine or self.apex,
         }
+        if self.transformer_engine:
+            # Megatron's own RoPE waits for the GPU twice per layer to learn the documents' lengths.
+            fields["apply_rope_fusion"] = True
         if self.fp8 is None:
             return fields
         fields |= {
@@ -99,8 +102,9 @@ PLAIN = Acceleration()
 def find_machine(device: torch.device) -> Machine:
     """Look for the packages by importing what will be used of them: an installed package may still not load."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    # "apex" of the package index is another project; NVIDIA's has these two.
-    return Machine(_find("transformer_engine.pytorch"), _find("apex.optimizers", "amp_C"), capability)
+    # "apex" of the package index is another project; NVIDIA's has these. Each extension is a choice of its build.
+    apex = _find("apex.optimizers", "amp_C", "fused_weight_gradient_mlp_cuda")
+    return Machine(_find("transformer_engine.pytorch"), apex, capability)
 
 
 def _find(*modules: str) -> Found:
@@ -111,8 +115,10 @@ def _find(*modules: str) -> Found:
     except ModuleNotFoundError as error:
         missing = error.name or modules[0]
         return Found(None, "not installed" if missing == package else f"installed without {missing}")
-    except (ImportError, OSError, RuntimeError) as error:  # a build for another CUDA or torch
-        return Found(None, f"installed, but does not load: {str(error).splitlines()[0]:.200}")
+    # a build for another CUDA or torch; Transformer Engine asserts that its three packages are of one version
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        return Found(None, f"installed, but does not load: {first:.200}")
     return Found(str(getattr(importlib.import_module(package), "__version__", "of unknown version")))
 
 
@@ -124,7 +130,8 @@ def choose(settings: recipe.Training, machine: Machine) -> Acceleration:
     """
     te = _wanted(
         "train.transformer_engine",
-        settings.transformer_engine,
+        # It multiplies float32 matrices in TF32, with 11 bits; "required" does not come here with float32
+        settings.transformer_engine if settings.dtype == "bfloat16" else "off",
         "Transformer Engine",
         machine.transformer_engine,
         machine,
@@ -201,4 +208,4 @@ def describe(chosen: Acceleration, machine: Machine) -> str:
 def _state(used: bool, found: Found, name: str) -> str:
     if used:
         return f"{name} {found.version}"
-    return f"{name} not used: {found.reason or 'switched off, or no GPU'}"
+    return f"{name} not used: {found.reason or 'switched off, float32, or no GPU'}"

@@ -17,7 +17,13 @@ LOGITS_AT_A_TIME = 1 << 26
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any = None, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    group: Any = None,
+    chunk: int | None = None,
+    grad_buffer: Tensor | None = None,
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target] of each token.
 
@@ -30,10 +36,12 @@ def linear_log_probs(
         vocab_size: words of the tokenizer, without padding.
         group: process group over which the vocabulary is split; None: not split.
         chunk: tokens whose logits exist at one time; None: as many as LOGITS_AT_A_TIME allows.
+        grad_buffer: [V_local, H] float32. The weight's gradient is added to it, and ``weight`` itself gets none: a
+            gradient of its own is 2 GB of float32 for 128,256 words of 4,096 numbers.
     Returns:
         [T] float32, nats.
     """
-    log_probs: Tensor = _apply(hidden, weight, targets, vocab_size, group, chunk, False)[0]
+    log_probs: Tensor = _apply(hidden, weight, targets, vocab_size, group, chunk, False, grad_buffer)[0]
     return log_probs
 
 
@@ -54,12 +62,19 @@ def tokens_at_a_time(rows: int) -> int:
 
 
 def _apply(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any, chunk: int | None, entropy: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    group: Any,
+    chunk: int | None,
+    entropy: bool,
+    grad_buffer: Tensor | None = None,
 ) -> Any:
     assert hidden.dtype == weight.dtype, f"hidden states are {hidden.dtype}, the head's weight is {weight.dtype}"
     if chunk is None:  # from the padded rows, which are the same number on every rank
         chunk = tokens_at_a_time(weight.shape[0])
-    return _LinearLogProbs.apply(hidden, weight, targets, vocab_size, group, chunk, entropy)
+    return _LinearLogProbs.apply(hidden, weight, targets, vocab_size, group, chunk, entropy, grad_buffer)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -69,6 +84,16 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     if hidden.is_cuda:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return hidden.float() @ weight.float().t()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's float32: a bf16 running sum would lose the small summands."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += (a @ b).float()
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -82,6 +107,7 @@ class _LinearLogProbs(torch.autograd.Function):
         group: Any,
         chunk: int,
         with_entropy: bool,
+        grad_buffer: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rank = dist.get_rank(group) if group is not None else 0
         first_word = rank * weight.shape[0]
@@ -112,7 +138,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 entropy[part] = log_sum - sums[2] / sums[0]
             del logits, shares  # before the next chunk's logits are made
         ctx.save_for_backward(hidden, weight, targets, log_sum_exp)
-        ctx.first_word, ctx.rows, ctx.chunk = first_word, rows, chunk
+        ctx.first_word, ctx.rows, ctx.chunk, ctx.grad_buffer = first_word, rows, chunk, grad_buffer
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
@@ -121,8 +147,8 @@ class _LinearLogProbs(torch.autograd.Function):
         grad = grads[0]
         hidden, weight, targets, log_sum_exp = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        # Chunks add up in float32: a bf16 running sum would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        buffer = ctx.grad_buffer
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if buffer is None else buffer
         rows = ctx.rows
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
@@ -136,12 +162,9 @@ class _LinearLogProbs(torch.autograd.Function):
             d_logits.mul_(grad[part, None])
             d_logits_low = d_logits.to(weight.dtype)
             grad_hidden[part] = d_logits_low @ weight[:rows]
-            if weight.dtype == torch.float32:
-                grad_weight[:rows].addmm_(d_logits_low.t(), hidden[part])
-            else:
-                grad_weight[:rows] += (d_logits_low.t() @ hidden[part]).float()
+            _add_product(grad_weight[:rows], d_logits_low.t(), hidden[part])
             del d_logits, d_logits_low  # before the next chunk's logits are made
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype) if buffer is None else None, *[None] * 6
 
 
 def _local_targets(targets: Tensor, first_word: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    layers,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import ModelType
@@ -77,7 +80,10 @@ class PolicyModel(GPTModel):
             else self.output_layer.weight
         )
         group = parallel_state.get_tensor_model_parallel_group()
-        return linear_log_probs(hidden[:, 0], weight, targets, self.words, group)
+        # Where the layers add their weights' gradients into DDP's float32 buffer, so does the head. (A tied weight's
+        # gradient as an embedding still comes by autograd, and DDP adds it there too.)
+        buffer = weight.main_grad if self.config.gradient_accumulation_fusion else None
+        return linear_log_probs(hidden[:, 0], weight, targets, self.words, group, grad_buffer=buffer)
 
 
 def transformer_config(
@@ -135,9 +141,11 @@ def transformer_config(
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        # layers.rotate_packed, put in place by cpu.install; it does not cut documents for context parallelism
-        apply_rope_fusion=on_cpu and parallel.context == 1,
-        **acceleration.transformer_fields(),
+        **{
+            # layers.rotate_packed, put in place by cpu.install; it does not cut documents for context parallelism
+            "apply_rope_fusion": on_cpu and parallel.context == 1,
+            **acceleration.transformer_fields(),
+        },
         **(
             {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
             if recompute
@@ -233,6 +241,21 @@ def _mark_experts(chunk: PolicyModel, parallel: TransformerConfig) -> None:
                     weight.allreduce = False
 
 
+@contextlib.contextmanager
+def _heads_without_apex() -> Iterator[None]:
+    """Let Megatron build a ColumnParallelLinear under gradient accumulation fusion where Apex is not installed.
+
+    It refuses, because its own product would need Apex's extension. Transformer Engine's layers bring theirs, and the
+    one ColumnParallelLinear beside them, the model's head, only holds a weight: ``log_probs`` computes.
+    """
+    before = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        layers._grad_accum_fusion_available = before
+
+
 def build_model_chunks(
     config: ModelConfig,
     megatron: TransformerConfig,
@@ -249,20 +272,22 @@ def build_model_chunks(
     for stage in stages:
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
         num_layers = get_num_layers_to_build(megatron, vp_stage=stage)
-        chunk = PolicyModel(
-            config=megatron,
-            transformer_layer_spec=_block_spec(
-                config, num_layers, megatron.context_parallel_size, acceleration, scored=is_last and keeps_scored_rows
-            ),
-            vocab_size=padded_vocab_size(config.vocab_size, megatron.tensor_model_parallel_size),
-            max_sequence_length=config.max_positions,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=is_last,
-            position_embedding_type="rope",
-            rotary_base=int(config.rope.base),
-            share_embeddings_and_output_weights=config.tied,
-            vp_stage=stage,
-        )
+        with _heads_without_apex() if acceleration.transformer_engine else contextlib.nullcontext():
+            chunk = PolicyModel(
+                config=megatron,
+                transformer_layer_spec=_block_spec(
+                    config, num_layers, megatron.context_parallel_size, acceleration,
+                    scored=is_last and keeps_scored_rows,
+                ),
+                vocab_size=padded_vocab_size(config.vocab_size, megatron.tensor_model_parallel_size),
+                max_sequence_length=config.max_positions,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=is_last,
+                position_embedding_type="rope",
+                rotary_base=int(config.rope.base),
+                share_embeddings_and_output_weights=config.tied,
+                vp_stage=stage,
+            )  # fmt: skip
         # Megatron fixes the llama3 constants and rounds the base to an int: give it the model's own frequencies.
         chunk.rotary_pos_emb.inv_freq = config.inv_freq().to(chunk.rotary_pos_emb.inv_freq.device)
         chunk.words = config.vocab_size

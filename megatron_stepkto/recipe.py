@@ -319,6 +319,9 @@ class FP8(Section):
     def _check_ends(self) -> Self:
         if self.scaling == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
             raise ValueError("scaling: delayed cannot leave first or last layers in bf16; choose current or blockwise")
+        if self.weights and self.scaling not in ("current", "blockwise"):
+            # delayed would round the weights that are loaded by a scale of 1; megatron-core cannot gather mxfp8's
+            raise ValueError(f"weights: true goes with scaling: current or blockwise, got {self.scaling}")
         return self
 
 
@@ -349,7 +352,8 @@ class Training(Section):
     async_checkpoints: bool = Field(False, description="write checkpoints in processes beside the training")
     recompute: bool = False
     transformer_engine: Literal["required", "auto", "off"] = Field(
-        "auto", description="layers of Transformer Engine: insist, use them on a GPU where installed, or never"
+        "auto",
+        description="layers of Transformer Engine: insist, use them for bfloat16 on a GPU where installed, or never",
     )
     apex: Literal["required", "auto", "off"] = Field(
         "auto", description="NVIDIA Apex's fused weight gradients and Adam"
@@ -365,7 +369,12 @@ class Training(Section):
         return math.lcm(self.pad_documents_to, 2 * self.parallel.context if self.parallel.context > 1 else 1)
 
     @model_validator(mode="after")
-    def _check_fp8(self) -> Self:
+    def _check_acceleration(self) -> Self:
+        if self.transformer_engine == "required" and self.dtype == "float32":
+            raise ValueError(
+                "transformer_engine: required goes with dtype: bfloat16: it would multiply float32 matrices in TF32, "
+                "which keeps 11 bits; set dtype: bfloat16, or transformer_engine: auto"
+            )
         if self.fp8 is None:
             return self
         if self.dtype != "bfloat16":

@@ -22,8 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv-gpu"
 OUTPUT = ROOT / "runs" / "gpu_smoke"
-TE_CORE, TE_TORCH = "transformer-engine-cu13==2.13.0", "transformer-engine-torch==2.13.0"
-LIMIT_S = 570  # of one part: the whole is meant to take less than ten minutes
+# Its three packages must be of one version: the library, the name that it is found by, and the part for torch.
+TE_LIBRARY, TE_NAME, TE_TORCH = (f"transformer-engine{part}==2.11.0" for part in ("-cu13", "", "-torch"))
+CPU_PASS_AT_1 = 0.94  # after one iteration (README.md, M1)
+LIMIT_S = 570  # of one part: the whole, without the installation, is meant to take less than ten minutes
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ def gpu() -> str:
 def install(python: Path, wheels: Path | None) -> str:
     """The environment, without Transformer Engine, which may fail to build and is a part of its own."""
     if not python.exists():
-        run([sys.executable, "-m", "venv", "--system-site-packages", str(ENVIRONMENT)], OUTPUT / "venv.log")
+        run([sys.executable, "-m", "venv", str(ENVIRONMENT)], OUTPUT / "venv.log")
     pip(python, wheels, ["-r", str(ROOT / "requirements" / "gpu.txt")], "install.log")
-    pip(python, wheels, ["--no-deps", "--no-build-isolation", "--editable", "."], "package.log")
+    pip(python, wheels, ["--no-build-isolation", "--editable", "."], "package.log")
     return f"in {ENVIRONMENT.name}" + (f", offline from {wheels}" if wheels else "")
 
 
@@ -86,24 +88,40 @@ def transformer_engine(python: Path, wheels: Path | None) -> str:
         return "already there: " + run(check, OUTPUT / "te.log").split()[-1]
     except Failed:
         pass
-    if shutil.which("nvcc") is None:
-        raise Skipped("its torch part compiles with nvcc, which is not here")
+    if (nvcc := find_nvcc()) is None:
+        raise Skipped("its torch part is built with the headers beside nvcc, and there is no nvcc here")
+    where = "import nvidia, pathlib as p; print(*(d for r in nvidia.__path__ for d in p.Path(r).glob('*/include')))"
     try:
-        pip(python, wheels, ["--no-deps", TE_CORE], "te_core.log")
-        # The torch part is a source package that builds against the torch that is installed.
-        pip(python, wheels, ["--no-deps", "--no-build-isolation", TE_TORCH], "te_torch.log")
+        # A CUDA toolkit brings no headers of cuDNN: those that came with torch.
+        headers = run([str(python), "-c", where], OUTPUT / "headers.log").split()
+        pip(python, wheels, ["--no-deps", TE_LIBRARY, TE_NAME], "te_core.log")
+        pip(python, wheels, ["--no-deps", "--no-build-isolation", TE_TORCH], "te_torch.log",
+            CUDA_HOME=str(nvcc.parents[1]), CPATH=os.pathsep.join([*headers, os.environ.get("CPATH", "")]).strip(":"),
+            PATH=os.pathsep.join([str(python.parent), str(nvcc.parent), os.environ["PATH"]]))  # fmt: skip
         return "built: " + run(check, OUTPUT / "te.log").split()[-1]
     except Failed as error:
+        # Half of it would break every import of Megatron-Core, and with it the parts that need none.
+        names = [package.partition("==")[0] for package in (TE_LIBRARY, TE_NAME, TE_TORCH)]
+        run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *names], OUTPUT / "te_removed.log")
         raise Skipped(f"could not be installed: {error}") from None
 
 
-def pip(python: Path, wheels: Path | None, what: Sequence[str], log: str) -> None:
+def find_nvcc() -> Path | None:
+    """On the path, or where CUDA's own installer puts it."""
+    places = [shutil.which("nvcc"), f"{os.environ.get('CUDA_HOME', '')}/bin/nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((Path(place).resolve() for place in places if place and Path(place).is_file()), None)
+
+
+def pip(python: Path, wheels: Path | None, what: Sequence[str], log: str, **env: str) -> None:
     offline = ["--no-index", "--find-links", str(wheels)] if wheels else []
-    run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *offline, *what], OUTPUT / log)
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *offline, *what]
+    run(command, OUTPUT / log, **env)
 
 
 KERNELS = """
-import json, torch
+import torch
+if {device!r} == "cuda" and not torch.cuda.is_available():
+    raise SystemExit(f"torch {{torch.__version__}} sees no GPU: its build is for CUDA {{torch.version.cuda}}")
 from megatron_stepkto.acceleration import choose, describe, find_machine
 from megatron_stepkto.recipe import Training
 device = torch.device({device!r})
@@ -111,6 +129,8 @@ machine = find_machine(device)
 chosen = choose(Training(optimizer={{"lr": 1e-5}}, global_batch_size=8, dtype="bfloat16"), machine)
 a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
 error = ((a @ a).float() - a.float() @ a.float()).abs().max().item()
+if not error < 1:  # sums of 2,048 products of size 1, rounded to 8 bits: 0.5 is usual
+    raise SystemExit(f"a bf16 product is off by {{error}}")
 print("torch", torch.__version__ + ";", describe(chosen, machine) + ";", f"bf16 product within {{error:.2f}}")
 """
 
@@ -122,7 +142,8 @@ def kernels(python: Path, device: str) -> str:
 
 
 def mini_recipe(python: Path, device: str) -> str:
-    """One iteration of the mini recipe in bf16. On the CPU it takes pass@1 from 0.5 to about 0.9: so it must here."""
+    """One iteration of the mini recipe in bf16. On the CPU it takes pass@1 from 0.50 to 0.94: so it must here, and the
+    share of right answers with a wrong step from 0.40 to 0.13 there, to at most 0.6 of the first here."""
     probe = [str(python), "-W", "ignore", "-c", "import vllm; print(vllm.__version__)"]
     try:
         sampler = f"vLLM {run(probe, OUTPUT / 'vllm.log').split()[-1]}"
@@ -143,8 +164,8 @@ def mini_recipe(python: Path, device: str) -> str:
         f"{sampler}; pass@1 {before['pass_at_1']:.3f} -> {after['pass_at_1']:.3f}, right answers with a wrong step "
         f"{shares[0]:.3f} -> {shares[1]:.3f}"
     )
-    if after["pass_at_1"] < before["pass_at_1"] + 0.2 or shares[1] > 0.7 * shares[0]:
-        raise Failed(f"not the curve of the CPU: {said}")
+    if abs(after["pass_at_1"] - CPU_PASS_AT_1) > 0.06 or shares[1] > 0.6 * shares[0]:
+        raise Failed(f"not the curve of the CPU (pass@1 {CPU_PASS_AT_1} after one iteration): {said}")
     return said
 
 
@@ -199,12 +220,15 @@ def main() -> None:
             state, said = "skipped", str(reason)
         except Failed as error:
             state, said = "FAILED", str(error)
+        except Exception as error:  # of this script: the other parts still run
+            state, said = "FAILED", f"{type(error).__name__}: {error}"
         rows.append(Row(name, state, time.monotonic() - begun, said))
         if state == "FAILED" and name in ("GPU", "environment", "packages and kernels"):
             done = len(rows)
             rows += [Row(other, "skipped", 0.0, f"{name} failed") for other, _ in parts[done:]]
             break
-    text = table(rows)
+    spent = sum(row.seconds for row in rows if row.part not in ("environment", "Transformer Engine"))
+    text = f"{table(rows)}\nwithout the installation {spent:.0f} s (meant to take less than 600 s)"
     (OUTPUT / "table.txt").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)
     raise SystemExit(any(row.state == "FAILED" for row in rows))

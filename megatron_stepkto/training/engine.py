@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import (
@@ -38,6 +40,9 @@ from megatron_stepkto.planning.times import forward_flops
 from megatron_stepkto.processes import die_with_parent
 from megatron_stepkto.training.documents import Document, MicroBatch, Slot
 from megatron_stepkto.training.main_weights import load_main_weights, whole_main_weights
+
+EXTRA = "_extra_state"
+CALIBRATION_PASSES = 3
 
 T = TypeVar("T")
 LossOf = Callable[[MicroBatch, Tensor], tuple[Tensor, int, dict[str, Tensor]]]
@@ -269,6 +274,20 @@ class Engine:
         with torch.no_grad():
             return self._run(batches, collect, forward_only=True) if batches else []
 
+    def calibrate(self, batches: Sequence[MicroBatch]) -> None:
+        """Show delayed FP8 scaling some values before its first use: it rounds by the largest of earlier passes.
+
+        It begins with a scale of 1, under which a weight of 0.02 keeps about two bits, and looks only at passes with
+        gradients: the reference's log-probs would be those of another model than the one that trains.
+        """
+        if self.acceleration.fp8 is None or self.acceleration.fp8.scaling != "delayed":
+            return
+        for chunk in self.model:
+            chunk.eval()
+        for _ in range(CALIBRATION_PASSES):  # what a layer reads depends on how those before it were rounded
+            with torch.enable_grad():
+                self._run(batches, lambda *_, **__: None, forward_only=True)
+
     def accumulate(self, batches: Sequence[MicroBatch], loss_of: LossOf) -> list[dict[str, Tensor]]:
         """Forward and backward of a global batch: gradients of sum(losses) / sum(units) over all ranks.
 
@@ -320,25 +339,34 @@ class Engine:
     # --- checkpoints ---------------------------------------------------------------------------------------
 
     def _weights(self) -> dict[str, Any]:
-        parts = [policy.sharded_state_dict() for policy in self.policies]
+        state = self._parameters()
+        self._put_main_weights(state)
+        return state
+
+    def _parameters(self) -> dict[str, Any]:
+        return {self._part(index): policy.sharded_state_dict() for index, policy in enumerate(self.policies)}
+
+    def _put_main_weights(self, state: dict[str, Any]) -> None:
+        """Into the places of FP8 weights, which are main weights rounded far more coarsely than bf16."""
         if self._fp8_weights:
-            for policy, part in zip(self.policies, parts, strict=True):
+            for index, policy in enumerate(self.policies):
                 for name, value in whole_main_weights(self.optimizer, policy, self.dtype).items():
-                    part[name].data = value
-        return {self._part(index): part for index, part in enumerate(parts)}
+                    state[self._part(index)][name].data = value
 
     @property
     def _fp8_weights(self) -> bool:
         return bool(self.optimizer and self.acceleration.fp8 and self.acceleration.fp8.weights)
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
-        state = self._weights()
-        state["optimizer"] = self.optimizer.sharded_state_dict(
+        state = self._parameters()
+        # Megatron knows a weight's optimizer state by the weight itself: main weights take its place only then.
+        optimizer = self.optimizer.sharded_state_dict(
             state,
             loading,
             metadata={"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True},
         )
-        return state
+        self._put_main_weights(state)
+        return {**state, "optimizer": optimizer}
 
     def load_weights(self, directory: Path) -> None:
         """Load weights saved at any layout.
@@ -350,22 +378,35 @@ class Engine:
         if self._fp8_weights:
             for index, policy in enumerate(self.policies):
                 load_main_weights(self.optimizer, policy, loaded[self._part(index)])
+            self._quantize_main_weights()
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
 
+    def _quantize_main_weights(self) -> None:
+        """The model's FP8 weights from the main weights, on every replica, as an update leaves them."""
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            part._copy_main_params_to_model_params()
+        for chunk in self.model:
+            chunk.start_param_sync()
+
     def load_state(self, directory: Path) -> None:
         """Load weights and optimizer state saved by ``save_state``."""
-        if self.settings.parallel.distributed_optimizer:
+        if self.settings.parallel.distributed_optimizer and megatron_optimizer.USING_PYTORCH_OPTIMIZER:
             self._allocate_optimizer_state()
         loaded = self._load(directory, self._state(loading=True))
         self.optimizer.load_state_dict(loaded["optimizer"])
+        if self._fp8_weights:
+            self._quantize_main_weights()
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             for state in part.optimizer.state.values():
                 if "step" in state:  # Megatron gives all parameters one object: an update would count for each
                     state["step"] = state["step"].clone()
 
     def _allocate_optimizer_state(self) -> None:
-        """torch's AdamW has no state before its first update, and the distributed optimizer asserts that it has."""
+        """torch's AdamW has no state before its first update, and the distributed optimizer asserts that it has.
+
+        (Megatron allocates that of the fused ones, which keep no ``step`` per weight and refuse to save one.)
+        """
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             for group in part.optimizer.param_groups:
                 for weight in group["params"]:
@@ -376,19 +417,24 @@ class Engine:
                         state["exp_avg_sq"] = torch.zeros_like(weight)
 
     def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
-        read_metadata(directory)  # refuses a pickle that would run code, before Megatron's own loader reads it
+        # It refuses a pickle that would run code, before Megatron's own loader reads it.
+        known = read_metadata(directory).state_dict_metadata
         if not (directory / "common.pt").is_file() and cpu.check_megatron_version().startswith("0.16."):
             raise UserError(
                 f"{directory}: written by megatron-core 0.17 or newer (it has no common.pt), which 0.16 cannot read; "
                 "go on in the environment that wrote it (make megatron-019)"
             )
-        loaded, missing, unexpected = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
-        optimizer_only = {key for key in unexpected if str(key).startswith("optimizer.")}
-        if missing or set(unexpected) - optimizer_only:
+        absent = _take_absent_extra_states(state, known)
+        # Megatron calls "missing" what the checkpoint holds and nobody asked for, and "unexpected" what it lacks.
+        loaded, unasked, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+        left_over = {key for key in map(str, unasked) if not key.startswith("optimizer.") and EXTRA not in key}
+        if lacking or left_over:
             raise UserError(
-                f"{directory}: not a checkpoint of this model; missing: {sorted(map(str, missing))}, "
-                f"left over: {sorted(map(str, set(unexpected) - optimizer_only))}"
+                f"{directory}: not a checkpoint of this model; missing: {sorted(map(str, lacking))}, "
+                f"left over: {sorted(left_over)}"
             )
+        for part, name in absent:
+            loaded[part][name] = None
         for index, policy in enumerate(self.policies):
             policy.load_state_dict(loaded[self._part(index)], strict=True)
             _zero_vocab_padding(policy)
@@ -432,6 +478,21 @@ class Engine:
         self._make(directory)
         dist_checkpointing.save(state, str(directory), ("torch_dist", 1))
         dist.barrier()
+
+
+def _take_absent_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Take out of ``state`` what Transformer Engine's modules keep beside their weights (scales of delayed FP8) and a
+    checkpoint lacks that other layers wrote, or a conversion; returns the (part, name) of each."""
+    absent = [
+        (part, name)
+        for part, weights in state.items()
+        if part != "optimizer"
+        for name, value in weights.items()
+        if isinstance(value, ShardedObject) and EXTRA in value.key and value.unique_key not in known
+    ]
+    for part, name in absent:
+        del state[part][name]
+    return absent
 
 
 def _tied(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -92,6 +92,8 @@ class Trainer:
             signal.signal(number, self._ask_to_stop)
         examples = [example for unit in self.units for example in unit]
         self.engine.load_weights(self.job.initial)
+        first = [solution_document(example) for example in examples[: self.settings.global_batch_size]]
+        self.engine.calibrate(pack_units([[document] for document in first], self.engine.slot()))
         self._measure_gap(examples)
         self._find_references(examples)
         done = self._resume()

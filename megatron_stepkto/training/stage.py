@@ -98,6 +98,10 @@ def _ranks(directory: Path, settings: recipe.Training, nodes: Nodes) -> list[Chi
     here = nodes.ranks_here(ranks)
     threads = max(1, len(os.sched_getaffinity(0)) // here)
     env = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    if settings.parallel.tensor * settings.parallel.context > 1:
+        # One queue to the GPU: a message that was issued before a product begins before it, and hides behind it
+        # (Megatron-LM insists on it for these layouts).
+        env["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if nodes.count == 1:
         # gloo looks up the host's name to choose an interface, which fails on machines without DNS: name it.
         env["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")

@@ -1,16 +1,18 @@
-"""One rank of ``test_main_weights``: bf16 under the distributed optimizer, on real gloo ranks."""
+"""One rank of ``test_main_weights``: bf16 under the distributed optimizer, on real gloo ranks, as if FP8."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_stepkto.layers import RMSNorm
 from megatron_stepkto.processes import child_main
-from megatron_stepkto.training.engine import join_ranks
+from megatron_stepkto.training.engine import Engine, join_ranks
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.main_weights import load_main_weights, whole_main_weights
 from megatron_stepkto.training.rank import make_trainer
@@ -45,9 +47,40 @@ def main() -> None:
     for name, weight in weights.items():
         assert torch.equal(exact[name], fresh[name]), name
         assert torch.equal(weight, before[name]), name
+    check_state(engine, job.directory / "state")
     (job.directory / f"rank{dist.get_rank()}.passed").write_text("")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def check_state(engine: Engine, directory: Path) -> None:
+    """A state is saved from the main weights; loading it restores them in fp32, and the model's weights from them.
+
+    Every norm plays one of Transformer Engine's: it has an extra state, which is in no checkpoint of a conversion.
+    """
+    seen: list[Any] = []
+    RMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)  # type: ignore[method-assign]
+    RMSNorm.set_extra_state = lambda self, state: seen.append(state)  # type: ignore[method-assign]
+    Engine._fp8_weights = property(lambda self: True)  # type: ignore[assignment, method-assign]
+    (policy,) = engine.policies
+    weights = dict(policy.named_parameters())
+    mains = {n: w.main_param for n, w in weights.items() if getattr(w, "main_param", None) is not None}
+    truth = {name: main.clone() for name, main in mains.items()}
+    engine.save_state(directory)
+    for weight in [*mains.values(), *weights.values()]:
+        weight.data.fill_(7.0)
+    engine.load_state(directory)
+    for name, main in mains.items():
+        assert torch.equal(main, truth[name]), name
+    whole = whole_main_weights(engine.optimizer, policy, torch.bfloat16)
+    for name, weight in weights.items():
+        assert torch.equal(weight, whole[name]), name
+    assert seen
+    assert not any(state is None for state in seen), "this checkpoint holds the norms' extra states"
+    seen.clear()
+    engine.load_weights(Path(sys.argv[1]).parent / "initial")
+    assert seen
+    assert all(state is None for state in seen), "a conversion holds none"
 
 
 if __name__ == "__main__":

