@@ -29,7 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_stepkto import cpu, recipe
+from megatron_stepkto import cpu, onednn, recipe
 from megatron_stepkto.acceleration import PLAIN, Acceleration
 from megatron_stepkto.checkpoints.architecture import ModelConfig
 from megatron_stepkto.checkpoints.metadata import read_metadata
@@ -71,6 +71,8 @@ def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float
     on_cpu = device.type == "cpu"
     if on_cpu:
         cpu.install()
+        if onednn.is_faster():
+            onednn.use_for_matrix_products()
         torch.set_num_threads(threads_per_rank(parallel.ranks))
     else:
         cpu.check_megatron_version()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_stepkto import onednn
 from megatron_stepkto.acceleration import PLAIN, Acceleration, choose, describe, find_machine
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.errors import UserError
@@ -33,6 +34,8 @@ def main() -> None:
     acceleration = choose(job.settings, machine)
     trainer = make_trainer(job, device, acceleration)
     trainer.notes["acceleration"] = same_everywhere(describe(acceleration, machine))
+    if device.type == "cpu":
+        trainer.notes["acceleration"] += f"; matrix products by {onednn.matrix_products()}"
     trainer.run()
     dist.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,109 @@
+"""oneDNN's matrix products against float64, through torch's own operators; which machines get them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_stepkto import onednn
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture
+def replaced() -> Iterator[None]:
+    onednn.use_for_matrix_products()
+    yield
+    onednn.restore()
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    truth = a.double() @ b.double()
+    return ((a @ b).double() - truth).norm().item() / truth.norm().item()
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.randn(300, 257), torch.randn(257, 190)),
+        (torch.randn(300, 257), torch.randn(190, 257).t()),
+        (torch.randn(257, 300).t(), torch.randn(257, 190)),
+        (torch.randn(300, 514)[:, ::2], torch.randn(257, 380)[:, 50:240]),
+        (torch.randn(300, 257)[1:], torch.randn(1, 190).expand(257, 190)),
+    ],
+    ids=["plain", "forward", "weight gradient", "slices", "expanded"],
+)
+def test_products_are_those_of_float32(a: torch.Tensor, b: torch.Tensor, replaced: None) -> None:
+    assert a.shape[0] * a.shape[1] * b.shape[1] >= onednn.SMALLEST
+    found = relative_error(a, b)
+    assert 0 < found < 3e-7  # rounding of float32 sums: neither bfloat16's nor TF32's
+
+
+def test_the_backward_pass_goes_there_too(replaced: None) -> None:
+    x, w = torch.randn(400, 96, requires_grad=True), torch.randn(96, 128, requires_grad=True)
+    g = torch.randn(400, 128)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        (x @ w).backward(g)
+    assert sum(e.count for e in seen.key_averages() if "mkldnn::_linear_pointwise" in e.key) == 3
+    assert x.grad is not None and w.grad is not None
+    torch.testing.assert_close(x.grad.double(), g.double() @ w.detach().double().t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(w.grad.double(), x.detach().double().t() @ g.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_small_and_other_products_stay_as_they_were() -> None:
+    small = torch.randn(7, 5), torch.randn(5, 3)
+    empty = torch.randn(0, 5), torch.randn(5, 3)
+    others = [[t.to(dtype) for t in (torch.randn(200, 150), torch.randn(150, 200))] for dtype in
+              (torch.bfloat16, torch.float64)]  # fmt: skip
+    integers = torch.arange(12).view(3, 4), torch.arange(8).view(4, 2)
+    before = [a @ b for a, b in (small, empty, *others, integers)]
+    onednn.use_for_matrix_products()
+    after = [a @ b for a, b in (small, empty, *others, integers)]
+    onednn.restore()
+    for x, y in zip(before, after, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def test_repeated_products_are_the_same_bits(replaced: None) -> None:
+    a, b = torch.randn(333, 128), torch.randn(128, 384)
+    first = a @ b
+    for rows in (100, 200, 250, 300, 310, 320):  # pushes the shape out of the cache
+        _ = a[:rows] @ b
+    assert torch.equal(a @ b, first)
+
+
+def test_which_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: x\n")
+    assert onednn.processor_maker(cpuinfo) == "GenuineIntel"
+    assert onednn.processor_maker(tmp_path / "none") == ""
+    for maker, capability, wanted in (
+        ("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(onednn, "processor_maker", lambda maker=maker: maker)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert onednn.is_faster() is wanted
+
+
+def test_many_shapes_take_no_memory() -> None:
+    """300 shapes: with oneDNN's own cache size they would keep some 300 MB."""
+    program = """
+import resource, torch
+from megatron_stepkto import onednn
+torch.set_num_threads(1)
+onednn.use_for_matrix_products()
+a, b = torch.randn(1000, 256), torch.randn(256, 1536)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for rows in range(700, 720): a[:rows] @ b
+before = peak()
+for rows in range(600, 900): a[:rows] @ b
+print((peak() - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) < 60, done.stdout
