@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,61 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_stepkto.files import read_json, sha256_of
+from megatron_stepkto.files import sha256_of
 from tests.slurm.cluster import Cluster, stepkto, write_site
+from tests.slurm.runs import LIMIT_S, arguments, copy_without, lines, number, state, updates_saved
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
-LIMIT_S = 420
-SETTINGS = {
-    "iterations": 1, "problems.per_iteration": 16, "sample.num_samples": 4, "sample.chunk_problems": 1,
-    "sample.workers": 1, "sample.backend": "transformers", "train.global_batch_size": 1,
-    "train.checkpoint_every": 1, "train.epochs": 2, "evaluate": "null",
-}  # fmt: skip
-
-
-def arguments(repository: Path, output: Path) -> list[str]:
-    sets = [f"--set={key}={value}" for key, value in {**SETTINGS, "output": output}.items()]
-    return [str(repository / "recipes" / "mini_cpu.yaml"), *sets]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(repository: Path, tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
-    """A run on this machine alone."""
-    output = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_stepkto", "run", *arguments(repository, output)],
-        capture_output=True, text=True, timeout=LIMIT_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return output / "mini_cpu"
-
-
-def copy_without(run: Path, output: Path, stages: list[str]) -> Path:
-    """A run that got as far as before ``stages`` of its first iteration."""
-    copy = output / "mini_cpu"
-    shutil.copytree(run, copy)
-    for stage in stages:
-        shutil.rmtree(copy / "iteration_1" / stage)
-    for name in ("summary.json", "report.html"):
-        (copy / name).unlink()
-    return copy
-
-
-def number(cluster: Cluster, run: Path, stage: str) -> str:
-    return str(read_json(run / "slurm" / "jobs.json")[stage]["job"])
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def updates_saved(run: Path) -> int:
-    saved = (run / "iteration_1" / "train" / "checkpoints").glob("update_*/state.json")
-    return max((int(path.parent.name.removeprefix("update_")) for path in saved), default=0)
-
-
-def state(cluster: Cluster, job: str) -> set[str]:
-    return set(cluster.ask("squeue", "-h", "-t", "all", "-r", "-j", job, "-o", "%T").split())
 
 
 def steps_of(run: Path, stage: str) -> Iterator[psutil.Process]:
