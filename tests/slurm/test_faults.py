@@ -82,15 +82,28 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
 
     cluster.wait(back, 120, "node")
 
+    # 4. it goes on at another number of nodes: both ranks on one
+    cluster.wait(lambda: len(lines(attempts)) == 4 and updates_saved(run) > saved + 1, 150, "fourth attempt")
+    stepkto(["slurm", "cancel", str(run)], python_bin, tmp_path, cluster.environment)
+    cluster.wait(lambda: state(cluster, job) == {"CANCELLED"}, 60, "end of the attempt")
+    assert updates_saved(run) < 128
+    write_site(site, repository, python_bin, STOP_LEAD="15", TRAIN_NODES="1")
+    stepkto(
+        ["slurm", "submit", *arguments(repository, tmp_path), f"--site={site}"], python_bin, tmp_path,
+        cluster.environment,
+    )  # fmt: skip
+
     finish = number(cluster, run, "finish")
     cluster.wait(lambda: state(cluster, finish) == {"COMPLETED"}, LIMIT_S, "end of the run")
-    assert len(lines(attempts)) == 4
+    nodes = [line.split()[-1] for line in lines(attempts)]
+    assert nodes[:4] == ["n[1-2]"] * 4
+    assert nodes[4:] in (["n1"], ["n2"])
+    assert "all-reduce of 8 MiB over 2 ranks on 1 node(s)" in log.read_text()
     assert not (run / "slurm" / "failures" / "train_1").exists(), "none of these is the job's own fault"
     rows = [json.loads(line)["update"] for line in lines(run / "iteration_1" / "train" / "metrics.jsonl")]
     assert rows == list(range(1, 129)), "each update once"
-    for part in ("train/metrics.jsonl", "convert/model/model.safetensors"):
-        if part.endswith("safetensors"):
-            assert sha256_of(run / "iteration_1" / part) == sha256_of(undisturbed / "iteration_1" / part)
+    weights = Path("iteration_1/convert/model/model.safetensors")
+    assert sha256_of(run / weights) == sha256_of(undisturbed / weights)
     assert (run / "report.html").is_file()
 
 
