@@ -145,13 +145,12 @@ def _judge(recipe: Recipe, site: Site) -> list[str]:
 
 
 def train_nodes(recipe: Recipe, site: Site) -> int:
-    ranks = recipe.train.parallel.ranks
-    return site.train_nodes or -(-ranks // max(1, site.gpus_per_node))
+    return site.train_nodes or (-(-recipe.train.parallel.ranks // site.gpus_per_node) if site.gpus_per_node else 1)
 
 
 def _train(recipe: Recipe, site: Site) -> list[str]:
-    nodes = train_nodes(recipe, site) if site.gpus_per_node or site.train_nodes else 1
-    per_node = -(-recipe.train.parallel.ranks // nodes)
+    nodes = train_nodes(recipe, site)
+    per_node = recipe.train.parallel.ranks // nodes
     flags = [f"--nodes={nodes}", "--ntasks-per-node=1", *_gpus(site, per_node), f"--time={site.time_train}"]
     return [*_gpu_partition(site), *flags]
 

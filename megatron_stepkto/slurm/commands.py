@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
@@ -18,12 +16,11 @@ from megatron_stepkto.locks import exclusive_lock
 from megatron_stepkto.pipeline import Run, check_fits
 from megatron_stepkto.progress import read_progress, say
 from megatron_stepkto.recipe import Recipe, load_recipe
-from megatron_stepkto.slurm.chain import Step, chain, command, folder, has_server, is_finished, log_path, server_url
+from megatron_stepkto.slurm.chain import Step, chain, command, folder, is_finished, log_path
+from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.queue import Queued, ask, queued_jobs
 from megatron_stepkto.slurm.site import Site, read_site
 from megatron_stepkto.stages import MANIFEST, STARTED
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
@@ -38,8 +35,7 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
     run = recipe.run_dir
     if recipe.initial_model is not None:
         check_fits(Run(recipe).model(0), recipe)  # before hours of sampling
-    _check_mounts(recipe, site)
-    _check_server(recipe, site)
+    check_site(recipe, site)
     steps = chain(recipe, site)
     if dry_run:
         return _dry_run(steps, recipe, site)
@@ -54,43 +50,6 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
 def _absolute(recipe: Recipe) -> Recipe:
     """Jobs start in the folder of the submission; the copy of the recipe must mean the same from anywhere."""
     return recipe.model_copy(update={"output": recipe.output.resolve()})
-
-
-def _check_mounts(recipe: Recipe, site: Site) -> None:
-    """A container sees what is mounted, under the name that it has there, and nothing else."""
-    if site.container == "none":
-        return
-    seen = [Path(mount.split(":")[1] if ":" in mount else mount) for mount in site.mounts.split(",")]
-    for what, path in [("this folder", Path.cwd()), *_paths(recipe.model_dump())]:
-        if not any(path.is_relative_to(mount) for mount in seen):
-            raise UserError(
-                f"MOUNTS={site.mounts}: expected {what} ({path}) below one of them: a job's container would not see "
-                "it; add it in the site file"
-            )
-
-
-def _paths(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
-    """All files and folders that a recipe names, with their keys."""
-    if isinstance(value, Path):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            yield from _paths(each, f"{key}.{name}" if key else name)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _paths(each, key)
-
-
-def _check_server(recipe: Recipe, site: Site) -> None:
-    """Nobody listens at a job's own address but what the job starts."""
-    url = server_url(recipe)
-    if url is None or has_server(recipe, site) or urlsplit(url.split(",")[0]).hostname not in LOOPBACK:
-        return
-    given = f"JUDGE_URL is {site.judge_url}" if site.judge_server else "JUDGE_SERVER is empty"
-    raise UserError(
-        f"judge.process.base_url: {url}: the judge job must start what listens there, and {given}; "
-        "in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's address"
-    )
 
 
 def _write_recipe(recipe: Recipe, run: Path, queued: list[Queued]) -> None:
@@ -154,7 +113,14 @@ def _submit_missing(steps: list[Step], recipe: Recipe, site: Site, queued: list[
             _forget_failures(run, step.name)
             after = [job for name in step.after if (job := placed[name].job) is not None]
             words = command(step, run, site, after, Path.cwd())
-            number = int(ask(words).split(";")[0])
+            try:
+                number = int(ask(words).split(";")[0])
+            except UserError as error:
+                kept = ", ".join(f"{name} {it.job}" for name, it in placed.items() if it.job is not None) or "none"
+                raise UserError(
+                    f"{step.name}: {error}; in the queue so far: {kept}. Mend it and submit again (nothing is "
+                    f"doubled), or stepkto slurm cancel {run}"
+                ) from None
             placed[step.name] = _Placed(number, "submitted")
             record[step.name] = {"job": number, "after": after, "command": words}
             write_json(_record_path(run), record)

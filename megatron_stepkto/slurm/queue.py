@@ -38,7 +38,8 @@ def ask(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]}: Slurm did not answer in {TIMEOUT_S} s; try again") from None
     if done.returncode:
-        raise UserError(f"{' '.join(command[:1])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        said = "; ".join(line.removeprefix(f"{command[0]}: ") for line in done.stderr.splitlines() if line.strip())
+        raise UserError(f"{command[0]}: {said or f'exit code {done.returncode}'}")
     return done.stdout
 
 

@@ -15,9 +15,10 @@ from megatron_stepkto.cli import main
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import write_json
 from megatron_stepkto.recipe import load_recipe
-from megatron_stepkto.slurm.chain import chain, command, train_nodes
+from megatron_stepkto.slurm.chain import chain, command
+from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.queue import comment
-from megatron_stepkto.slurm.site import read_site
+from megatron_stepkto.slurm.site import _seconds, read_site
 from tests.slurm.cluster import write_site
 
 REAL = ["llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100", "qwen2.5_1.5b_1xh200_smoke", "llama3.3_70b_64xh100_fp8"]
@@ -55,6 +56,8 @@ def test_site_file(site: Path) -> None:
         ("unset TIME_TRAIN", "variable TIME_TRAIN is missing; see slurm/site.example.sh"),
         ("unset JUDGE_URL; JUGDE_URL=x", "variable JUDGE_URL is missing (JUGDE_URL is there: a slip of the pen?); see"),
         ("unset -f environment", "function environment is missing; see slurm/site.example.sh"),
+        ("TIME_TRAIN=8h", "TIME_TRAIN=8h: expected minutes or [days-]HH:MM:SS"),
+        ("STOP_LEAD=600", "TIME_SAMPLE=10 is not longer than STOP_LEAD=600 seconds: a job would be told"),
         ("CONTAINER=docker", "CONTAINER=docker: expected none, apptainer or enroot"),
         ("CONTAINER=apptainer", "CONTAINER=apptainer needs IMAGE_TRAIN"),
         ("STEPKTO_HOME=/nowhere", "STEPKTO_HOME=/nowhere: expected this project's checkout"),
@@ -72,6 +75,14 @@ def test_a_site_file_may_talk(site: Path) -> None:
     with site.open("a") as file:
         file.write("echo Welcome to the cluster\n")
     assert read_site(site).gpus_per_node == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("10", 600), ("2:30", 150), ("08:00:00", 28800), ("1-6", 108000), ("1-0:30", 88200), ("2-01:00:09", 176409)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int) -> None:
+    assert _seconds(text) == seconds
 
 
 def test_no_site_file(tmp_path: Path) -> None:
@@ -100,7 +111,6 @@ def test_flags(site: Path, repository: Path, tmp_path: Path) -> None:
     overrides = [f"output={tmp_path}", "train.parallel.ranks=16", "sample.workers=4"]
     recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
     read = read_site(site)
-    assert train_nodes(recipe, read) == 2
     steps = {step.name: step for step in chain(recipe, read)}
     train = command(steps["train_1"], recipe.run_dir, read, [17], tmp_path)
     assert train[:2] == ["sbatch", "--parsable"]
@@ -120,6 +130,29 @@ def test_flags(site: Path, repository: Path, tmp_path: Path) -> None:
     judge = command(steps["judge_1"], recipe.run_dir, read, [1], tmp_path)
     assert "--partition=cpu only" in judge
     assert not any("gpus" in flag for flag in judge)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "said"),
+    [
+        (
+            "3",
+            [],
+            "ranks=16: expected the same number on each of 3 nodes, at most 8 (GPUS_PER_NODE); change TRAIN_",
+        ),
+        ("1", [], "train.parallel.ranks=16: expected the same number on each of 1 nodes, at most 8"),
+        ("", ["sample.workers=5", "sample.tensor_parallel=2"], "expected at most 8 (GPUS_PER_NODE), got 10; lower"),
+    ],
+)
+def test_ranks_and_engines_that_do_not_fit(
+    site: Path, repository: Path, tmp_path: Path, nodes: str, changes: list[str], said: str
+) -> None:
+    with site.open("a") as file:
+        file.write(f"TRAIN_NODES={nodes}\n")
+    overrides = [f"output={tmp_path}", "train.parallel.ranks=16", *changes]
+    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_site(recipe, read_site(site))
 
 
 JUDGES = {
