@@ -119,7 +119,7 @@ settle() {
         if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
             give_up "was started $MAX_RESTARTS times and is not done: raise its time limit in $SITE"
         fi
-        echo "=== $PART: interrupted; what is done is kept; back into the queue"
+        echo "=== $PART: interrupted; what is done is kept"
         requeue
         ;;
     esac
@@ -136,7 +136,7 @@ settle() {
     if ((failures >= MAX_FAILURES)); then
         give_up "failed $failures times (exit code $code)${SERVER_LOG:+; log of the judge server: $SERVER_LOG}"
     fi
-    echo "=== $PART: failed ($failures of $MAX_FAILURES), exit code $code; back into the queue"
+    echo "=== $PART: failed ($failures of $MAX_FAILURES), exit code $code"
     requeue
 }
 
@@ -147,6 +147,12 @@ give_up() {
 }
 
 requeue() {
+    # scancel, too, comes as SIGTERM, and putting the job back would undo it. Only the log tells the difference.
+    if grep -qE "JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]+ (\*\*\*|DUE to SIGNAL)" "$LOG"; then
+        echo "=== $PART: cancelled"
+        exit 143
+    fi
+    echo "=== $PART: back into the queue"
     # Preempted, or requeued by somebody: Slurm puts the job back by itself, and says no to us.
     # An element by its array's number: the job id of the last one is the array's own, and would put all back.
     local job=$SLURM_JOB_ID

@@ -18,7 +18,7 @@ from megatron_stepkto.progress import read_progress, say
 from megatron_stepkto.recipe import Recipe, load_recipe
 from megatron_stepkto.slurm.chain import Step, chain, command, folder, is_finished, log_path
 from megatron_stepkto.slurm.checks import check_site
-from megatron_stepkto.slurm.queue import Queued, ask, queued_jobs
+from megatron_stepkto.slurm.queue import Queued, ask, queued_jobs, settled_jobs
 from megatron_stepkto.slurm.site import Site, read_site
 from megatron_stepkto.stages import MANIFEST, STARTED
 
@@ -40,7 +40,7 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
     if dry_run:
         return _dry_run(steps, recipe, site)
     with exclusive_lock(folder(run) / ".lock", f"the record of {run}'s jobs", wait=True, note=say):
-        queued = queued_jobs(run)
+        queued = settled_jobs(run)
         _write_recipe(recipe, run, queued)
         shutil.copyfile(site_file, folder(run) / "site.sh")
         (folder(run) / "logs").mkdir(exist_ok=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import pwd
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.progress import say
 
 TIMEOUT_S = 60
+ENDING_S = 120.0  # a job that was told to stop saves first
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,24 @@ def ask(command: Sequence[str]) -> str:
 
 def comment(run: Path, stage: str) -> str:
     return f"stepkto {stage} {run}"
+
+
+def settled_jobs(run: Path) -> list[Queued]:
+    """``queued_jobs`` when none of them is just ending: it may be over, cancelled, or go back into the queue.
+
+    Raises:
+        UserError: Slurm does not come to an end with one.
+    """
+    deadline, told = time.monotonic() + ENDING_S, False
+    while ending := [job for job in (jobs := queued_jobs(run)) if job.state == "COMPLETING"]:
+        numbers = ", ".join(sorted({str(job.job) for job in ending}))
+        if time.monotonic() > deadline:
+            raise UserError(f"Slurm is still ending job {numbers} after {ENDING_S:.0f} s; look at its node, try again")
+        if not told:
+            say(f"waiting for the end of job {numbers}")
+            told = True
+        time.sleep(1)
+    return jobs
 
 
 def queued_jobs(run: Path) -> list[Queued]:

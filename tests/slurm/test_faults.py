@@ -86,6 +86,7 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
     cluster.wait(lambda: len(lines(attempts)) == 4 and updates_saved(run) > saved + 1, 150, "fourth attempt")
     stepkto(["slurm", "cancel", str(run)], python_bin, tmp_path, cluster.environment)
     cluster.wait(lambda: state(cluster, job) == {"CANCELLED"}, 60, "end of the attempt")
+    assert log.read_text().endswith("=== train_1: cancelled\n"), "saved, and not put back into the queue"
     assert updates_saved(run) < 128
     write_site(site, repository, python_bin, STOP_LEAD="15", TRAIN_NODES="1")
     stepkto(
