@@ -57,15 +57,17 @@ def settled_jobs(run: Path) -> list[Queued]:
         UserError: Slurm does not come to an end with one.
     """
     deadline, told = time.monotonic() + ENDING_S, False
-    while ending := [job for job in (jobs := queued_jobs(run)) if job.state == "COMPLETING"]:
-        numbers = ", ".join(sorted({str(job.job) for job in ending}))
+    while True:
+        jobs = queued_jobs(run)
+        ending = sorted({str(job.job) for job in jobs if job.state == "COMPLETING"})
+        if not ending:
+            return jobs
         if time.monotonic() > deadline:
-            raise UserError(f"Slurm is still ending job {numbers} after {ENDING_S:.0f} s; look at its node, try again")
+            raise UserError(f"Slurm is still ending job {', '.join(ending)}; look at its node, then try again")
         if not told:
-            say(f"waiting for the end of job {numbers}")
+            say(f"waiting for the end of job {', '.join(ending)}")
             told = True
         time.sleep(1)
-    return jobs
 
 
 def queued_jobs(run: Path) -> list[Queued]:
