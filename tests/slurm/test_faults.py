@@ -29,6 +29,13 @@ def steps_of(run: Path, stage: str) -> Iterator[psutil.Process]:
             yield process
 
 
+def ranks_of(run: Path) -> Iterator[psutil.Process]:
+    job = str(run / "iteration_1" / "train" / "job.json")
+    for process in psutil.process_iter(["cmdline"]):
+        if {"megatron_stepkto.training.rank", job} <= set(process.info["cmdline"] or []):
+            yield process
+
+
 def test_time_limit_requeue_and_lost_node_in_mid_training(
     cluster: Cluster, undisturbed: Path, tmp_path: Path, repository: Path, python_bin: Path
 ) -> None:
@@ -47,12 +54,18 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
     attempts = run / "slurm" / "attempts" / "train_1"
 
     # 1. the time limit, brought near when the training is under way. Slurm's limits are whole minutes, and it looks
-    # at them seldom: the signal comes at any time from now on.
+    # at them seldom: the ranks are held meanwhile, or a fast machine would be done before the signal comes.
     cluster.wait(lambda: updates_saved(run) >= 2, 150, "first updates")
+    held = list(ranks_of(run))
+    assert len(held) == 2
+    for rank in held:
+        rank.suspend()
     parts = cluster.ask("squeue", "-h", "-j", job, "-o", "%M").strip().split(":")
     minutes = int(parts[-2]) + (1 if int(parts[-1]) < 40 else 2)
     cluster.ask("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes}")
     cluster.wait(lambda: "told to stop" in log.read_text(), 150, "signal before the time limit")
+    for rank in held:
+        rank.resume()
     cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 60, "requeue after the time limit")
     cluster.ask("scontrol", "update", f"jobid={job}", "TimeLimit=20")
     assert "saved and stopped" in log.read_text()
