@@ -29,11 +29,11 @@ def steps_of(run: Path, stage: str) -> Iterator[psutil.Process]:
             yield process
 
 
-def ranks_of(run: Path) -> Iterator[psutil.Process]:
-    job = str(run / "iteration_1" / "train" / "job.json")
-    for process in psutil.process_iter(["cmdline"]):
-        if {"megatron_stepkto.training.rank", job} <= set(process.info["cmdline"] or []):
-            yield process
+def ranks_of(run: Path) -> list[psutil.Process]:
+    words = {"megatron_stepkto.training.rank", str(run / "iteration_1" / "train" / "job.json")}
+    found = [p for p in psutil.process_iter(["cmdline", "ppid"]) if words <= set(p.info["cmdline"] or [])]
+    numbers = {process.pid for process in found}
+    return [process for process in found if process.info["ppid"] not in numbers]  # not what they fork to write files
 
 
 def test_time_limit_requeue_and_lost_node_in_mid_training(
@@ -56,7 +56,7 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
     # 1. the time limit, brought near when the training is under way. Slurm's limits are whole minutes, and it looks
     # at them seldom: the ranks are held meanwhile, or a fast machine would be done before the signal comes.
     cluster.wait(lambda: updates_saved(run) >= 2, 150, "first updates")
-    held = list(ranks_of(run))
+    held = ranks_of(run)
     assert len(held) == 2
     for rank in held:
         rank.suspend()
