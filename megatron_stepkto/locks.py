@@ -4,7 +4,7 @@
 per owner that ever was; the newest counts:
 
     .held.000007   JSON: who owns it; its mtime is set anew every ``HEARTBEAT_S`` seconds
-    .free.000007   the same file after its owner let go (a rename)
+    .free.000007   the same file after its owner let go (a rename), or nothing: an owner may remove all with the folder
 
 To take the lock a process makes ``.held.<newest + 1>`` by a hard link, which exactly one of any number of
 contenders can. Numbers only grow, so that nobody mistakes a fresh owner for the dead one that he looked at.
@@ -138,7 +138,10 @@ class Watch:
 
 
 def _newest(folder: Path) -> Path | None:
-    found = [path for path in folder.iterdir() if path.name.startswith((_HELD, _FREE))]
+    try:
+        found = [path for path in folder.iterdir() if path.name.startswith((_HELD, _FREE))]
+    except FileNotFoundError:
+        return None
     # Of one number the freed one counts: who makes it again, having slept while it was held and freed, steps back.
     return max(found, key=lambda path: (_number(path), path.name.startswith(_FREE)), default=None)
 
@@ -186,8 +189,14 @@ class Lock:
         if not self.is_ours:
             raise UserError(f"{self.path.parent.parent}: another process took over, as this one seemed dead; stopping")
 
-    def release(self) -> None:
+    def release(self, *, remove: bool = False) -> None:
+        """Let go. remove: leave no folder behind."""
         self._over.set()
+        if remove:
+            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the next owner is in it already
+                self.path.parent.rmdir()
+            return
         with contextlib.suppress(FileNotFoundError):
             self.path.rename(self.path.with_name(self.path.name.replace(_HELD, _FREE)))
 
@@ -197,10 +206,7 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
     if folder.is_file():
         folder.unlink()  # versions before 0.2 kept an flock file there
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        newest = _newest(folder)
-    except FileNotFoundError:
-        return None
+    newest = _newest(folder)
     if newest is not None and newest.name.startswith(_HELD):
         owner = read_owner(newest)
         if owner is None:
@@ -212,15 +218,16 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
     number = _number(newest) + 1 if newest is not None else 1
     ours, mine = this_process(), folder / f"{_HELD}{number:06d}"
     draft = folder / f".draft.{ours.token}"
-    draft.write_text(json.dumps(asdict(ours)))
     try:
+        draft.write_text(json.dumps(asdict(ours)))
         os.link(draft, mine)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # taken, or removed with the folder
         return None
     finally:
-        draft.unlink()
-    # A contender that slept since it listed the folder may have made a number that is long past.
-    if _newest(folder) != mine:
+        draft.unlink(missing_ok=True)
+    # A contender that slept since it listed the folder may have made a number that is long past, or one of a folder
+    # that was removed and made anew.
+    if _newest(folder) != mine or (newest is not None and not newest.exists()):
         mine.unlink(missing_ok=True)
         return None
     for path in folder.iterdir():
@@ -231,13 +238,14 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
 
 @contextlib.contextmanager
 def exclusive_lock(
-    folder: Path, what: str, *, wait: bool = False, note: Callable[[str], None] | None = None
+    folder: Path, what: str, *, wait: bool = False, note: Callable[[str], None] | None = None, remove: bool = False
 ) -> Iterator[Lock]:
     """Hold the lock in ``folder``. An owner that may be dead is watched until that is known.
 
     Args:
         wait: for an owner that lives too, as long as it takes.
         note: is told once when there is something to wait for.
+        remove: the folder goes with the lock.
 
     Raises:
         UserError: a process that is alive holds it (unless ``wait``).
@@ -265,4 +273,4 @@ def exclusive_lock(
     try:
         yield got
     finally:
-        got.release()
+        got.release(remove=remove)

@@ -17,44 +17,58 @@ begin() {
     trap 'tell_step' USR1 TERM
 }
 
-STEP_PID=
+STEP_PID=  # srun of the step under way
+SERVER_PID= # srun of a server beside it
+SERVER_LOG=
+TOLD=0
 tell_step() {
     echo "=== $PART: told to stop, $(date)"
+    TOLD=1
     [[ -z $STEP_PID ]] || kill -USR1 "$STEP_PID" 2>/dev/null || true
 }
 
-# launch KIND NODES COMMAND...: one task on each of NODES nodes, in the environment of KIND (train or sample).
-# Returns when all ended well; else decides what becomes of the job, and does not return.
-launch() {
-    local kind=$1 nodes=$2 image code
+# make_step KIND NODES COMMAND...: leaves in STEP the srun of one task on each of NODES nodes, in the container and
+# the environment of KIND (train or sample).
+make_step() {
+    local kind=$1 nodes=$2 image each listed binds=''
     shift 2
     [[ $kind == train ]] && image=$IMAGE_TRAIN || image=$IMAGE_SAMPLE
     # kill-on-bad-exit: when one node fails the others would wait in a collective until its time-out.
     # wait=0: some sites end a step a while after its first task; the first node's has work to do after the others.
     # cpus-per-task: since Slurm 22.05 a step does not inherit it.
-    local step=(srun --kill-on-bad-exit=1 --wait=0 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
-    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || step+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
-    local command=("$@")
+    STEP=(srun --kill-on-bad-exit=1 --wait=0 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
+    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || STEP+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+    IFS=, read -ra listed <<<"$MOUNTS"
+    for each in "${listed[@]}"; do
+        [[ $each == *:* ]] || each=$each:$each # Pyxis wants both sides named
+        binds+=${binds:+,}$each
+    done
     case $CONTAINER in
     none) ;;
     apptainer)
-        local gpu=()
-        ((GPUS_PER_NODE == 0)) || gpu=(--nv)
-        command=(apptainer exec "${gpu[@]}" --bind "$MOUNTS" "$image" "$@")
+        # pwd: without it a folder that is not mounted would silently become the home folder
+        STEP+=(apptainer exec --bind "$binds" --pwd "$PWD")
+        ((GPUS_PER_NODE == 0)) || STEP+=(--nv)
+        STEP+=("$image")
         ;;
-    enroot) step+=(--container-image="$image" --container-mounts="$MOUNTS" --container-workdir="$PWD") ;;
-    *)
-        echo "error: $SITE: CONTAINER=$CONTAINER: expected none, apptainer or enroot"
-        exit 2
-        ;;
+    enroot) STEP+=(--container-image="$image" --container-mounts="$binds" --container-workdir="$PWD") ;;
+    *) give_up "has no known container: $SITE: CONTAINER=$CONTAINER: expected none, apptainer or enroot" ;;
     esac
-    if [[ $CONTAINER != enroot ]]; then
-        # shellcheck disable=SC2016  # expands on the node
-        command=(bash -c 'set -euo pipefail; source "$0"; environment "$1"; shift; exec "$@"' "$SITE" "$kind" "${command[@]}")
-    fi
+    # No -u: activation scripts of conda and modules use unset variables.
+    # shellcheck disable=SC2016  # expands on the node
+    STEP+=(bash -c 'set -eo pipefail; source "$0"; environment "$1"; shift; exec "$@"' "$SITE" "$kind" "$@")
+}
+
+# launch KIND NODES COMMAND...: run such a step. Returns when it ended well on all nodes; else decides what becomes of
+# the job, and does not return.
+launch() {
+    local code
+    make_step "$@"
     # In the background, and `wait`: bash runs a trap only between commands, and would wait for srun first.
-    "${step[@]}" "${command[@]}" &
+    ((!TOLD)) || settle 143
+    "${STEP[@]}" &
     STEP_PID=$!
+    ((!TOLD)) || kill -USR1 "$STEP_PID" 2>/dev/null || true # told between the two lines before
     while :; do
         code=0
         wait "$STEP_PID" || code=$?
@@ -65,6 +79,37 @@ launch() {
     ((code == 0)) || settle "$code"
 }
 
+SERVER_WAIT=3600 # seconds; loading a large model takes minutes, an hour is a fault
+
+# serve KIND URL LOG COMMAND...: start a server on the job's node, beside what is launched next; returns when it
+# answers at URL/models. It ends with the job.
+serve() {
+    local kind=$1 url=$2 answer begun=$SECONDS
+    SERVER_LOG=$3
+    shift 3
+    command -v curl >/dev/null || give_up "needs curl on its node, to see whether the judge server is up"
+    echo "=== $PART: $(tail -n 1 "$RUN/slurm/attempts/$PART"), server: $*" >>"$SERVER_LOG"
+    make_step "$kind" 1 "$@"
+    # overlap: a step has its GPUs and cores for itself, and the next one would wait for ever
+    "${STEP[0]}" --overlap "${STEP[@]:1}" >>"$SERVER_LOG" 2>&1 &
+    SERVER_PID=$!
+    trap 'kill "$SERVER_PID" 2>/dev/null || true' EXIT
+    while ((!TOLD)) && server_lives; do
+        # 000: nobody listens; 5xx: it loads; anything else is an answer, which the judge will read
+        answer=$(curl --silent --output /dev/null --write-out '%{http_code}' --max-time 5 "$url/models") || true
+        [[ $answer != [234]* ]] || return 0
+        if ((SECONDS - begun > SERVER_WAIT)); then
+            echo "error: no answer of the judge server at $url in $SERVER_WAIT s; its log: $SERVER_LOG"
+            settle 1
+        fi
+        sleep 2
+    done
+    ((!TOLD)) || settle 143
+    settle 1
+}
+
+server_lives() { kill -0 "$SERVER_PID" 2>/dev/null; }
+
 # settle CODE: stopped and saved -> back into the queue; a fault -> back, at most MAX_FAILURES times; else the end,
 # and with it the chain: what depends on this job is cancelled by --kill-on-invalid-dep.
 settle() {
@@ -74,17 +119,24 @@ settle() {
         if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
             give_up "was started $MAX_RESTARTS times and is not done: raise its time limit in $SITE"
         fi
-        echo "=== $PART: interrupted; what is done is kept; back into the queue"
+        echo "=== $PART: interrupted; what is done is kept"
         requeue
         ;;
+    esac
+    # A judge that lost its server ends as if its address were wrong.
+    if [[ -n $SERVER_PID ]] && ! server_lives; then
+        echo "error: the judge server has ended; its log: $SERVER_LOG"
+        code=1
+    fi
+    case $code in
     2) give_up "must be corrected, see the error above: an input or the recipe, not the machine" ;;
     esac
     echo "$(date +%FT%T) job $SLURM_JOB_ID exit $code nodes $SLURM_JOB_NODELIST" >>"$RUN/slurm/failures/$PART"
     failures=$(wc -l <"$RUN/slurm/failures/$PART")
     if ((failures >= MAX_FAILURES)); then
-        give_up "failed $failures times (exit code $code)"
+        give_up "failed $failures times (exit code $code)${SERVER_LOG:+; log of the judge server: $SERVER_LOG}"
     fi
-    echo "=== $PART: failed ($failures of $MAX_FAILURES), exit code $code; back into the queue"
+    echo "=== $PART: failed ($failures of $MAX_FAILURES), exit code $code"
     requeue
 }
 
@@ -95,6 +147,12 @@ give_up() {
 }
 
 requeue() {
+    # scancel, too, comes as SIGTERM, and putting the job back would undo it. Only the log tells the difference.
+    if grep -qE "JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]+ (\*\*\*|DUE to SIGNAL)" "$LOG"; then
+        echo "=== $PART: cancelled"
+        exit 143
+    fi
+    echo "=== $PART: back into the queue"
     # Preempted, or requeued by somebody: Slurm puts the job back by itself, and says no to us.
     # An element by its array's number: the job id of the last one is the array's own, and would put all back.
     local job=$SLURM_JOB_ID

@@ -28,19 +28,21 @@ STOP_LEAD=600                           # seconds before the limit when a job is
 CONTAINER=none                          # none, apptainer or enroot (with Pyxis)
 IMAGE_TRAIN=                            # Megatron-Core, torch, Transformer Engine: .sif, or an enroot image
 IMAGE_SAMPLE=                           # vLLM
-MOUNTS=$HOME,/scratch                   # what a container sees of the cluster, separated by commas
+MOUNTS=$HOME,/scratch                   # what a container sees of the cluster, separated by commas: this checkout,
+                                        # runs, models, problems
 
 # environment KIND: make the command `stepkto` available. KIND: train (Megatron) or sample (vLLM). Runs on each node,
-# before the container if there is one (with enroot not at all: the image holds everything).
+# inside the container if there is one. As it stands here: an image holds everything.
 environment() {
+    [[ $CONTAINER == none ]] || return 0
     case $1 in
     train) source "$HOME/venv-megatron/bin/activate" ;;
     sample) source "$HOME/venv-vllm/bin/activate" ;;
     esac
 }
 
-# judge_server: only for recipes whose judge is a language model: start the server in the foreground (the job runs it
-# in the background, in the environment `sample`, and stops it at the end) and say where it listens.
+# JUDGE_SERVER: the command that runs a judge's server in the foreground, and where it listens. Where the recipe's
+# judge.process.base_url is JUDGE_URL, the judge job starts it on its node, in the environment `sample`, and ends it.
 JUDGE_SERVER=()                         # such as (vllm serve /models/judge --port 8000 --tensor-parallel-size 8)
 JUDGE_URL=http://127.0.0.1:8000/v1
 

@@ -101,7 +101,7 @@ def _labelled(solution: Solution, verdicts: list[Verdict], settings: Judging) ->
     ]
 
 
-def _count(judged: Sequence[JudgedSample]) -> dict[str, int]:
+def _count(judged: Sequence[JudgedSample]) -> dict[str, int | float]:
     counts = Counter(dict.fromkeys(COUNTS, 0))
     for row in judged:
         counts["samples"] += 1
@@ -110,7 +110,7 @@ def _count(judged: Sequence[JudgedSample]) -> dict[str, int]:
         counts["truncated"] += row.finish_reason == "length"
         for step in row.steps:
             counts[{1: "steps_right", 0: "steps_wrong", None: "steps_unjudged"}[step.label]] += 1
-    return dict(counts)
+    return {**counts, "right_share": round(counts["right"] / counts["samples"], 4)}
 
 
 def judge_file(

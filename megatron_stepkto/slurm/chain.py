@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_stepkto.files import read_json
 from megatron_stepkto.pipeline import Run
-from megatron_stepkto.recipe import Recipe
+from megatron_stepkto.recipe import LLMJudge, MonteCarloJudge, PRMJudge, Recipe
 from megatron_stepkto.slurm.queue import comment
 from megatron_stepkto.slurm.site import Site
 from megatron_stepkto.stages import MANIFEST
@@ -55,8 +55,8 @@ def chain(recipe: Recipe, site: Site) -> list[Step]:
     before = "prepare"
     measured = []
 
-    def add(stage: str, t: int, after: str, directory: Path, flags: list[str]) -> str:
-        steps.append(Step(f"{stage}_{t}", stage, [after], [directory], flags, [str(t)]))
+    def add(stage: str, t: int, after: str, directory: Path, flags: list[str], *arguments: str) -> str:
+        steps.append(Step(f"{stage}_{t}", stage, [after], [directory], flags, [str(t), *arguments]))
         return f"{stage}_{t}"
 
     if recipe.evaluate:
@@ -64,7 +64,8 @@ def chain(recipe: Recipe, site: Site) -> list[Step]:
     for t in range(1, recipe.iterations + 1):
         if not imported:
             before = add("sample", t, before, run.sampled_at(t) / "sample", _sample(recipe, site))
-            before = add("judge", t, before, run.sampled_at(t) / "judge", _judge(site))
+            server = ["server"] if has_server(recipe, site) else []
+            before = add("judge", t, before, run.sampled_at(t) / "judge", _judge(recipe, site), *server)
         before = add("dataset", t, before, run.iteration(t) / "dataset", _cpu(site))
         before = add("train", t, before, run.iteration(t) / "train", _train(recipe, site))
         before = add("convert", t, before, run.iteration(t) / "convert", _cpu(site))
@@ -116,20 +117,40 @@ def _evaluate(recipe: Recipe, site: Site) -> list[str]:
     return [*_engines(recipe, site), f"--time={site.time_evaluate}"]
 
 
-def _judge(site: Site) -> list[str]:
-    if not site.has_judge_server:
+def has_server(recipe: Recipe, site: Site) -> bool:
+    """Does the judge job start the server that the recipe's judge asks?"""
+    asked = server_url(recipe)
+    return bool(site.judge_server) and asked is not None and asked.rstrip("/") == site.judge_url.rstrip("/")
+
+
+def server_url(recipe: Recipe) -> str | None:
+    """Where the recipe's judge asks, if it asks anybody."""
+    process = recipe.judge.process if recipe.judge else None
+    return process.base_url if isinstance(process, LLMJudge | PRMJudge) else None
+
+
+def _judge(recipe: Recipe, site: Site) -> list[str]:
+    assert recipe.judge is not None
+    process = recipe.judge.process
+    gpus = recipe.judge.outcome.workers if recipe.judge.outcome else 0
+    if isinstance(process, MonteCarloJudge):
+        gpus = max(gpus, process.sample.workers * process.sample.tensor_parallel)
+    if isinstance(process, PRMJudge) and process.base_url is None:
+        gpus = max(gpus, process.workers)
+    if has_server(recipe, site):
+        gpus = max(1, site.gpus_per_node)
+    if not gpus:
         return [*_cpu(site)[:-1], f"--time={site.time_judge}"]
-    return [*_gpu_partition(site), "--nodes=1", *_gpus(site, site.gpus_per_node), f"--time={site.time_judge}"]
+    return [*_gpu_partition(site), "--nodes=1", *_gpus(site, gpus), f"--time={site.time_judge}"]
 
 
 def train_nodes(recipe: Recipe, site: Site) -> int:
-    ranks = recipe.train.parallel.ranks
-    return site.train_nodes or -(-ranks // max(1, site.gpus_per_node))
+    return site.train_nodes or (-(-recipe.train.parallel.ranks // site.gpus_per_node) if site.gpus_per_node else 1)
 
 
 def _train(recipe: Recipe, site: Site) -> list[str]:
-    nodes = train_nodes(recipe, site) if site.gpus_per_node or site.train_nodes else 1
-    per_node = -(-recipe.train.parallel.ranks // nodes)
+    nodes = train_nodes(recipe, site)
+    per_node = recipe.train.parallel.ranks // nodes
     flags = [f"--nodes={nodes}", "--ntasks-per-node=1", *_gpus(site, per_node), f"--time={site.time_train}"]
     return [*_gpu_partition(site), *flags]
 

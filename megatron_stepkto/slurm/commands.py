@@ -17,7 +17,8 @@ from megatron_stepkto.pipeline import Run, check_fits
 from megatron_stepkto.progress import read_progress, say
 from megatron_stepkto.recipe import Recipe, load_recipe
 from megatron_stepkto.slurm.chain import Step, chain, command, folder, is_finished, log_path
-from megatron_stepkto.slurm.queue import Queued, ask, queued_jobs
+from megatron_stepkto.slurm.checks import check_site
+from megatron_stepkto.slurm.queue import Queued, ask, queued_jobs, settled_jobs
 from megatron_stepkto.slurm.site import Site, read_site
 from megatron_stepkto.stages import MANIFEST, STARTED
 
@@ -34,11 +35,12 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
     run = recipe.run_dir
     if recipe.initial_model is not None:
         check_fits(Run(recipe).model(0), recipe)  # before hours of sampling
+    check_site(recipe, site)
     steps = chain(recipe, site)
     if dry_run:
         return _dry_run(steps, recipe, site)
     with exclusive_lock(folder(run) / ".lock", f"the record of {run}'s jobs", wait=True, note=say):
-        queued = queued_jobs(run)
+        queued = settled_jobs(run)
         _write_recipe(recipe, run, queued)
         shutil.copyfile(site_file, folder(run) / "site.sh")
         (folder(run) / "logs").mkdir(exist_ok=True)
@@ -111,7 +113,14 @@ def _submit_missing(steps: list[Step], recipe: Recipe, site: Site, queued: list[
             _forget_failures(run, step.name)
             after = [job for name in step.after if (job := placed[name].job) is not None]
             words = command(step, run, site, after, Path.cwd())
-            number = int(ask(words).split(";")[0])
+            try:
+                number = int(ask(words).split(";")[0])
+            except UserError as error:
+                kept = ", ".join(f"{name} {it.job}" for name, it in placed.items() if it.job is not None) or "none"
+                raise UserError(
+                    f"{step.name}: {error}; in the queue so far: {kept}. Mend it and submit again (nothing is "
+                    f"doubled), or stepkto slurm cancel {run}"
+                ) from None
             placed[step.name] = _Placed(number, "submitted")
             record[step.name] = {"job": number, "after": after, "command": words}
             write_json(_record_path(run), record)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import pwd
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.progress import say
 
 TIMEOUT_S = 60
+ENDING_S = 120.0  # a job that was told to stop saves first
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,33 @@ def ask(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]}: Slurm did not answer in {TIMEOUT_S} s; try again") from None
     if done.returncode:
-        raise UserError(f"{' '.join(command[:1])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        said = "; ".join(line.removeprefix(f"{command[0]}: ") for line in done.stderr.splitlines() if line.strip())
+        raise UserError(f"{command[0]}: {said or f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def comment(run: Path, stage: str) -> str:
     return f"stepkto {stage} {run}"
+
+
+def settled_jobs(run: Path) -> list[Queued]:
+    """``queued_jobs`` when none of them is just ending: it may be over, cancelled, or go back into the queue.
+
+    Raises:
+        UserError: Slurm does not come to an end with one.
+    """
+    deadline, told = time.monotonic() + ENDING_S, False
+    while True:
+        jobs = queued_jobs(run)
+        ending = sorted({str(job.job) for job in jobs if job.state == "COMPLETING"})
+        if not ending:
+            return jobs
+        if time.monotonic() > deadline:
+            raise UserError(f"Slurm is still ending job {', '.join(ending)}; look at its node, then try again")
+        if not told:
+            say(f"waiting for the end of job {', '.join(ending)}")
+            told = True
+        time.sleep(1)
 
 
 def queued_jobs(run: Path) -> list[Queued]:

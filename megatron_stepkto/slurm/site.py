@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,7 +34,10 @@ class Site:
     container: str
     image_train: str
     image_sample: str
-    has_judge_server: bool
+    mounts: str
+    judge_server: list[str]
+    judge_url: str
+    rendezvous: str
     extra: list[str]
 
     @property
@@ -40,11 +45,13 @@ class Site:
         return self.stepkto_home / "slurm"
 
 
-_LISTS = {"extra": "SBATCH_EXTRA", "has_judge_server": "JUDGE_SERVER"}
-# prints NAME, NUL, number of words, NUL, words, each with a NUL; an unset variable prints -1
+_NAMES = {"extra": "SBATCH_EXTRA"}
+# first the names of all variables in one word, and what kind of thing `environment` is; then, for each name that is
+# asked for, it prints NAME, NUL, number of words, NUL, words, each with a NUL; an unset variable prints -1
 _PRINT = """
-source "$1"; shift
+source "$1" >&2; shift  # a module may greet
 set +u  # an empty array counts as unset
+printf '%s\\0%s\\0' "$(compgen -v | tr '\\n' ' ')" "$(type -t environment)"
 for name in "$@"; do
     if ! declare -p "$name" >/dev/null 2>&1; then printf '%s\\0-1\\0' "$name"; continue; fi
     declare -n words=$name
@@ -64,38 +71,67 @@ def read_site(path: Path) -> Site:
     """
     if not path.is_file():
         raise UserError(f"{path}: expected your cluster's settings, found none; copy slurm/site.example.sh there")
-    names = {field.name: _LISTS.get(field.name, field.name.upper()) for field in fields(Site)}
+    names = {field.name: _NAMES.get(field.name, field.name.upper()) for field in fields(Site)}
     done = subprocess.run(
         ["bash", "-uec", _PRINT, "bash", str(path.resolve()), *names.values()],
         capture_output=True, text=True, check=False, env=dict(os.environ),
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"{path}: bash cannot read it: {done.stderr.strip()}")
-    words = done.stdout.split("\0")
+    variables, environment, *words = done.stdout.split("\0")
     found: dict[str, list[str]] = {}
     while len(words) > 1:
         name, count = words[0], int(words[1])
         if count < 0:
-            raise UserError(f"{path}: variable {name} is missing; see slurm/site.example.sh")
+            others = set(variables.split()) - set(names.values()) - set(os.environ)
+            close = difflib.get_close_matches(name, others, 1, 0.8)
+            raise UserError(
+                f"{path}: variable {name} is missing"
+                + (f" ({close[0]} is there: a slip of the pen?)" if close else "")
+                + "; see slurm/site.example.sh"
+            )
         found[name], words = words[2 : 2 + count], words[2 + count :]
+    if environment != "function":
+        raise UserError(f"{path}: function environment is missing; see slurm/site.example.sh")
     values: dict[str, object] = {}
     for field in fields(Site):
         given = found[names[field.name]]
-        values[field.name] = given if field.name == "extra" else _value(path, names[field.name], str(field.type), given)
+        is_list = field.type == "list[str]"
+        values[field.name] = given if is_list else _value(path, names[field.name], str(field.type), given)
     site = Site(**values)  # type: ignore[arg-type]
     if site.container not in ("none", "apptainer", "enroot"):
         raise UserError(f"{path}: CONTAINER={site.container}: expected none, apptainer or enroot")
     for image in ("image_train", "image_sample"):
         if site.container != "none" and not getattr(site, image):
             raise UserError(f"{path}: CONTAINER={site.container} needs {image.upper()}")
+    for name in ("time_sample", "time_judge", "time_train", "time_evaluate", "time_cpu"):
+        limit = _seconds(getattr(site, name))
+        if limit is None:
+            raise UserError(f"{path}: {name.upper()}={getattr(site, name)}: expected minutes or [days-]HH:MM:SS")
+        if limit <= site.stop_lead:
+            raise UserError(
+                f"{path}: {name.upper()}={getattr(site, name)} is not longer than STOP_LEAD={site.stop_lead} seconds: "
+                "a job would be told to stop when it starts"
+            )
     if not (site.scripts / "train.sbatch").is_file():
         raise UserError(f"{path}: STEPKTO_HOME={site.stepkto_home}: expected this project's checkout with slurm/ in it")
     return site
 
 
+def _seconds(text: str) -> int | None:
+    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None: it is none."""
+    if re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text) is None:
+        return None
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def _value(path: Path, name: str, kind: str, given: list[str]) -> object:
-    if kind == "bool":
-        return bool(given)
     text = given[0] if given else ""
     if kind == "Path":
         return Path(text)

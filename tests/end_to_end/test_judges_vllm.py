@@ -32,17 +32,23 @@ pytestmark = [
 READY_S = 300.0
 
 
+def server_command(model: Path, port: int, *options: str) -> list[str]:
+    return [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port),
+        "--host", "127.0.0.1", "--served-model-name", "judge", "--dtype", "float32", "--enforce-eager",
+        "--max-num-seqs", "16", *options,
+    ]  # fmt: skip
+
+
+SERVER_ENV = {**vllm_environment("cpu"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
 @contextlib.contextmanager
 def serve(model: Path, *options: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port),
-        "--host", "127.0.0.1", "--served-model-name", "judge", "--dtype", "float32", "--enforce-eager",
-        "--max-num-seqs", "16", *options,
-    ]  # fmt: skip
-    env = {**os.environ, **vllm_environment("cpu"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command, env = server_command(model, port, *options), {**os.environ, **SERVER_ENV}
     log = model / "server.log"
     with log.open("wb") as out:
         server = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
@@ -61,20 +67,27 @@ def serve(model: Path, *options: str) -> Iterator[str]:
             server.wait()
 
 
-def test_llm_judge_under_a_schema(tmp_path: Path) -> None:
-    """A random model knows nothing, but under the schema every answer is a verdict on every step."""
-    tokenizer = write_tokenizer(tmp_path)
+COMPACT = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
+
+
+def write_chat_model(directory: Path) -> None:
+    """A random model that knows nothing, of 4,096 tokens, with a tokenizer and a chat template."""
+    tokenizer = write_tokenizer(directory)
     tokenizer.chat_template = CHAT + "{{ '<|im_start|>assistant\n' }}"
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=96, max_position_embeddings=4096, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, initializer_range=0.1,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    compact = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
-    with serve(tmp_path, "--structured-outputs-config", compact) as url:
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def test_llm_judge_under_a_schema(tmp_path: Path) -> None:
+    """A random model knows nothing, but under the schema every answer is a verdict on every step."""
+    write_chat_model(tmp_path)
+    with serve(tmp_path, "--structured-outputs-config", COMPACT) as url:
         for schema_key in ("response_format", "structured_outputs"):
             settings = LLMSettings.model_validate(
                 {"kind": "llm", "base_url": url, "model": "judge", "votes": 2, "temperature": 1.0, "max_tokens": 500,

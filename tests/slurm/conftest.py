@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, missing, write_site
+from tests.slurm.runs import LIMIT_S, arguments
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +36,15 @@ def python_bin() -> Path:
 @pytest.fixture
 def site(tmp_path: Path, repository: Path, python_bin: Path, cluster: Cluster) -> Path:
     return write_site(tmp_path / "site.sh", repository, python_bin)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(repository: Path, tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
+    """A run on this machine alone."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_stepkto", "run", *arguments(repository, output)],
+        capture_output=True, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return output / "mini_cpu"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,61 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_stepkto.files import read_json, sha256_of
+from megatron_stepkto.files import sha256_of
 from tests.slurm.cluster import Cluster, stepkto, write_site
+from tests.slurm.runs import LIMIT_S, arguments, copy_without, lines, number, state, updates_saved
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
-LIMIT_S = 420
-SETTINGS = {
-    "iterations": 1, "problems.per_iteration": 16, "sample.num_samples": 4, "sample.chunk_problems": 1,
-    "sample.workers": 1, "sample.backend": "transformers", "train.global_batch_size": 1,
-    "train.checkpoint_every": 1, "train.epochs": 2, "evaluate": "null",
-}  # fmt: skip
-
-
-def arguments(repository: Path, output: Path) -> list[str]:
-    sets = [f"--set={key}={value}" for key, value in {**SETTINGS, "output": output}.items()]
-    return [str(repository / "recipes" / "mini_cpu.yaml"), *sets]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(repository: Path, tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
-    """A run on this machine alone."""
-    output = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_stepkto", "run", *arguments(repository, output)],
-        capture_output=True, text=True, timeout=LIMIT_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return output / "mini_cpu"
-
-
-def copy_without(run: Path, output: Path, stages: list[str]) -> Path:
-    """A run that got as far as before ``stages`` of its first iteration."""
-    copy = output / "mini_cpu"
-    shutil.copytree(run, copy)
-    for stage in stages:
-        shutil.rmtree(copy / "iteration_1" / stage)
-    for name in ("summary.json", "report.html"):
-        (copy / name).unlink()
-    return copy
-
-
-def number(cluster: Cluster, run: Path, stage: str) -> str:
-    return str(read_json(run / "slurm" / "jobs.json")[stage]["job"])
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def updates_saved(run: Path) -> int:
-    saved = (run / "iteration_1" / "train" / "checkpoints").glob("update_*/state.json")
-    return max((int(path.parent.name.removeprefix("update_")) for path in saved), default=0)
-
-
-def state(cluster: Cluster, job: str) -> set[str]:
-    return set(cluster.ask("squeue", "-h", "-t", "all", "-r", "-j", job, "-o", "%T").split())
 
 
 def steps_of(run: Path, stage: str) -> Iterator[psutil.Process]:
@@ -78,6 +27,13 @@ def steps_of(run: Path, stage: str) -> Iterator[psutil.Process]:
         words = process.info["cmdline"] or []
         if stage in words and str(run / "slurm" / "recipe.yaml") in words and "python" in words[0]:
             yield process
+
+
+def ranks_of(run: Path) -> list[psutil.Process]:
+    words = {"megatron_stepkto.training.rank", str(run / "iteration_1" / "train" / "job.json")}
+    found = [p for p in psutil.process_iter(["cmdline", "ppid"]) if words <= set(p.info["cmdline"] or [])]
+    numbers = {process.pid for process in found}
+    return [process for process in found if process.info["ppid"] not in numbers]  # not what they fork to write files
 
 
 def test_time_limit_requeue_and_lost_node_in_mid_training(
@@ -98,12 +54,18 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
     attempts = run / "slurm" / "attempts" / "train_1"
 
     # 1. the time limit, brought near when the training is under way. Slurm's limits are whole minutes, and it looks
-    # at them seldom: the signal comes at any time from now on.
+    # at them seldom: the ranks are held meanwhile, or a fast machine would be done before the signal comes.
     cluster.wait(lambda: updates_saved(run) >= 2, 150, "first updates")
+    held = ranks_of(run)
+    assert len(held) == 2
+    for rank in held:
+        rank.suspend()
     parts = cluster.ask("squeue", "-h", "-j", job, "-o", "%M").strip().split(":")
     minutes = int(parts[-2]) + (1 if int(parts[-1]) < 40 else 2)
     cluster.ask("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes}")
     cluster.wait(lambda: "told to stop" in log.read_text(), 150, "signal before the time limit")
+    for rank in held:
+        rank.resume()
     cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 60, "requeue after the time limit")
     cluster.ask("scontrol", "update", f"jobid={job}", "TimeLimit=20")
     assert "saved and stopped" in log.read_text()
@@ -133,15 +95,28 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
 
     cluster.wait(back, 120, "node")
 
+    # 4. it goes on at another number of nodes: both ranks on one
+    cluster.wait(lambda: len(lines(attempts)) == 4 and updates_saved(run) > saved + 1, 150, "fourth attempt")
+    stepkto(["slurm", "cancel", str(run)], python_bin, tmp_path, cluster.environment)
+    write_site(site, repository, python_bin, STOP_LEAD="15", TRAIN_NODES="1")
+    stepkto(  # at once: the job still saves
+        ["slurm", "submit", *arguments(repository, tmp_path), f"--site={site}"], python_bin, tmp_path,
+        cluster.environment,
+    )  # fmt: skip
+    assert state(cluster, job) == {"CANCELLED"}
+    assert "=== train_1: cancelled\n" in log.read_text(), "saved, and not put back into the queue"
+
     finish = number(cluster, run, "finish")
     cluster.wait(lambda: state(cluster, finish) == {"COMPLETED"}, LIMIT_S, "end of the run")
-    assert len(lines(attempts)) == 4
+    nodes = [line.split()[-1] for line in lines(attempts)]
+    assert nodes[:4] == ["n[1-2]"] * 4
+    assert nodes[4:] in (["n1"], ["n2"])
+    assert "all-reduce of 8 MiB over 2 ranks on 1 node(s)" in log.read_text()
     assert not (run / "slurm" / "failures" / "train_1").exists(), "none of these is the job's own fault"
     rows = [json.loads(line)["update"] for line in lines(run / "iteration_1" / "train" / "metrics.jsonl")]
     assert rows == list(range(1, 129)), "each update once"
-    for part in ("train/metrics.jsonl", "convert/model/model.safetensors"):
-        if part.endswith("safetensors"):
-            assert sha256_of(run / "iteration_1" / part) == sha256_of(undisturbed / "iteration_1" / part)
+    weights = Path("iteration_1/convert/model/model.safetensors")
+    assert sha256_of(run / weights) == sha256_of(undisturbed / weights)
     assert (run / "report.html").is_file()
 
 

@@ -85,7 +85,7 @@ def test_labels_outcomes_and_counts(folder: Folder) -> None:
     assert judged[0].judge.model_dump(exclude_none=True) == {"outcome": "answer", "process": "chained_arithmetic"}
     assert counts == {
         "samples": 4, "right": 2, "wrong": 2, "undecided": 0, "unparsed": 1, "truncated": 1,
-        "steps_right": 4, "steps_wrong": 4, "steps_unjudged": 3,
+        "steps_right": 4, "steps_wrong": 4, "steps_unjudged": 3, "right_share": 0.5,
     }  # fmt: skip
 
 

@@ -23,9 +23,9 @@ COUNTER = """
 import sys, os
 from pathlib import Path
 from megatron_stepkto.locks import exclusive_lock
-folder, times = Path(sys.argv[1]), int(sys.argv[2])
+folder, times, remove = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "remove"
 for _ in range(times):
-    with exclusive_lock(folder / "lock", "it", wait=True):
+    with exclusive_lock(folder / "lock", "it", wait=True, remove=remove):
         number = int((folder / "counter").read_text())
         os.sched_yield()
         (folder / "counter").write_text(str(number + 1))
@@ -74,12 +74,35 @@ def beating(tmp_path: Path) -> Iterator[threading.Event]:
     thread.join()
 
 
-def test_no_two_processes_hold_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", ["keep", "remove"])
+def test_no_two_processes_hold_it(tmp_path: Path, after: str) -> None:
     (tmp_path / "counter").write_text("0")
-    running = [subprocess.Popen([sys.executable, "-c", COUNTER, str(tmp_path), "40"]) for _ in range(4)]
+    running = [subprocess.Popen([sys.executable, "-c", COUNTER, str(tmp_path), "40", after]) for _ in range(4)]
     assert [process.wait(60) for process in running] == [0] * 4
     assert (tmp_path / "counter").read_text() == "160"
-    assert len(list((tmp_path / "lock").iterdir())) == 1, "nothing is left behind but the newest number"
+    if after == "keep":
+        assert len(list((tmp_path / "lock").iterdir())) == 1, "nothing is left behind but the newest number"
+    else:
+        assert not (tmp_path / "lock").exists() or not list((tmp_path / "lock").iterdir())
+
+
+def test_a_contender_that_slept_while_the_folder_was_removed_steps_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saw number 5 free; then the folder went, and another process took number 1 of a new one."""
+    folder = tmp_path / "lock"
+    folder.mkdir()
+    (folder / ".free.000005").touch()
+    link = os.link
+
+    def sleep_then_link(source: Path, target: Path) -> None:
+        (folder / ".free.000005").unlink()
+        foreign(folder, number=1)
+        link(source, target)
+
+    monkeypatch.setattr(locks.os, "link", sleep_then_link)
+    assert try_lock(folder, Watch()) is None
+    assert [path.name for path in folder.iterdir()] == [".held.000001"]
 
 
 def test_a_killed_owner_of_this_machine_is_dead_at_once(tmp_path: Path) -> None:

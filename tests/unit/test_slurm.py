@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -14,9 +15,10 @@ from megatron_stepkto.cli import main
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import write_json
 from megatron_stepkto.recipe import load_recipe
-from megatron_stepkto.slurm.chain import chain, command, train_nodes
+from megatron_stepkto.slurm.chain import chain, command
+from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.queue import comment
-from megatron_stepkto.slurm.site import read_site
+from megatron_stepkto.slurm.site import _seconds, read_site
 from tests.slurm.cluster import write_site
 
 REAL = ["llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100", "qwen2.5_1.5b_1xh200_smoke", "llama3.3_70b_64xh100_fp8"]
@@ -39,12 +41,12 @@ def test_site_file(site: Path) -> None:
         "cpu only",
     )
     assert read.extra == []
-    assert not read.has_judge_server
+    assert read.judge_server == []
     with site.open("a") as file:
         file.write("SBATCH_EXTRA=(--qos=long '--comment=two words')\nJUDGE_SERVER=(vllm serve x)\n")
     again = read_site(site)
     assert again.extra == ["--qos=long", "--comment=two words"]
-    assert again.has_judge_server
+    assert again.judge_server == ["vllm", "serve", "x"]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,10 @@ def test_site_file(site: Path) -> None:
     [
         ("GPUS_PER_NODE=eight", "GPUS_PER_NODE=eight: expected a whole number"),
         ("unset TIME_TRAIN", "variable TIME_TRAIN is missing; see slurm/site.example.sh"),
+        ("unset JUDGE_URL; JUGDE_URL=x", "variable JUDGE_URL is missing (JUGDE_URL is there: a slip of the pen?); see"),
+        ("unset -f environment", "function environment is missing; see slurm/site.example.sh"),
+        ("TIME_TRAIN=8h", "TIME_TRAIN=8h: expected minutes or [days-]HH:MM:SS"),
+        ("STOP_LEAD=600", "TIME_SAMPLE=10 is not longer than STOP_LEAD=600 seconds: a job would be told"),
         ("CONTAINER=docker", "CONTAINER=docker: expected none, apptainer or enroot"),
         ("CONTAINER=apptainer", "CONTAINER=apptainer needs IMAGE_TRAIN"),
         ("STEPKTO_HOME=/nowhere", "STEPKTO_HOME=/nowhere: expected this project's checkout"),
@@ -63,6 +69,20 @@ def test_faults_of_a_site_file_are_named(site: Path, added: str, said: str) -> N
         file.write(added + "\n")
     with pytest.raises(UserError, match=re.escape(said)):
         read_site(site)
+
+
+def test_a_site_file_may_talk(site: Path) -> None:
+    with site.open("a") as file:
+        file.write("echo Welcome to the cluster\n")
+    assert read_site(site).gpus_per_node == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("10", 600), ("2:30", 150), ("08:00:00", 28800), ("1-6", 108000), ("1-0:30", 88200), ("2-01:00:09", 176409)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int) -> None:
+    assert _seconds(text) == seconds
 
 
 def test_no_site_file(tmp_path: Path) -> None:
@@ -91,7 +111,6 @@ def test_flags(site: Path, repository: Path, tmp_path: Path) -> None:
     overrides = [f"output={tmp_path}", "train.parallel.ranks=16", "sample.workers=4"]
     recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
     read = read_site(site)
-    assert train_nodes(recipe, read) == 2
     steps = {step.name: step for step in chain(recipe, read)}
     train = command(steps["train_1"], recipe.run_dir, read, [17], tmp_path)
     assert train[:2] == ["sbatch", "--parsable"]
@@ -111,6 +130,120 @@ def test_flags(site: Path, repository: Path, tmp_path: Path) -> None:
     judge = command(steps["judge_1"], recipe.run_dir, read, [1], tmp_path)
     assert "--partition=cpu only" in judge
     assert not any("gpus" in flag for flag in judge)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "said"),
+    [
+        (
+            "3",
+            [],
+            "ranks=16: expected the same number on each of 3 nodes, at most 8 (GPUS_PER_NODE); change TRAIN_",
+        ),
+        ("1", [], "train.parallel.ranks=16: expected the same number on each of 1 nodes, at most 8"),
+        ("", ["sample.workers=5", "sample.tensor_parallel=2"], "expected at most 8 (GPUS_PER_NODE), got 10; lower"),
+    ],
+)
+def test_ranks_and_engines_that_do_not_fit(
+    site: Path, repository: Path, tmp_path: Path, nodes: str, changes: list[str], said: str
+) -> None:
+    with site.open("a") as file:
+        file.write(f"TRAIN_NODES={nodes}\n")
+    overrides = [f"output={tmp_path}", "train.parallel.ranks=16", *changes]
+    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_site(recipe, read_site(site))
+
+
+JUDGES = {
+    "equations": ("cpu only", None, False),
+    "{kind: llm, base_url: 'http://127.0.0.1:8000/v1', model: m}": ("h100", 8, True),
+    "{kind: llm, base_url: 'http://elsewhere:8000/v1', model: m}": ("cpu only", None, False),
+    "{kind: prm, base_url: 'http://127.0.0.1:8000/v1/', model: m, convention: qwen_math_prm}": ("h100", 8, True),
+    "{kind: prm, model: m, convention: qwen_math_prm, workers: 2}": ("h100", 2, False),
+    "{kind: monte_carlo, sample: {max_tokens: 9, workers: 2, tensor_parallel: 2}}": ("h100", 4, False),
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_where_a_judge_runs(site: Path, repository: Path, tmp_path: Path, judge: str) -> None:
+    """partition, GPUs, and whether it starts the server that it asks."""
+    with site.open("a") as file:
+        file.write("JUDGE_SERVER=(vllm serve m)\n")
+    recipe = load_recipe(
+        repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", "judge.split=line", f"judge.process={judge}"]
+    )
+    read = read_site(site)
+    [step] = [step for step in chain(recipe, read) if step.name == "judge_1"]
+    words = command(step, recipe.run_dir, read, [], tmp_path)
+    partition, gpus, server = JUDGES[judge]
+    assert f"--partition={partition}" in words
+    assert [word for word in words if "gpus" in word] == ([f"--gpus-per-node={gpus}"] if gpus else [])
+    assert step.arguments == (["1", "server"] if server else ["1"])
+    assert "--time=10" in words
+
+
+@pytest.mark.parametrize(
+    ("given", "added", "said"),
+    [
+        ("JUDGE_SERVER=()", "judge.process.base_url=http://localhost:8000/v1",
+         "base_url: http://localhost:8000/v1: the judge job must start what listens there, and JUDGE_SERVER is empty"),
+        ("JUDGE_SERVER=(vllm serve m)", "judge.process.base_url=http://localhost:8000/v1",
+         "and JUDGE_URL is http://127.0.0.1:8000/v1; in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's"),
+        ("CONTAINER=enroot IMAGE_TRAIN=t IMAGE_SAMPLE=s MOUNTS=/scratch", "seed=0",
+         "MOUNTS=/scratch: expected this folder (/"),
+        ("CONTAINER=enroot IMAGE_TRAIN=t IMAGE_SAMPLE=s MOUNTS=$HERE:/elsewhere", "seed=0", "expected this folder (/"),
+        ("CONTAINER=enroot IMAGE_TRAIN=t IMAGE_SAMPLE=s MOUNTS=$HERE", "seed=0", "expected initial_model (/"),
+    ],
+)  # fmt: skip
+def test_what_a_job_would_not_find_is_told_at_submission(
+    site: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    given: str, added: str, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with site.open("a") as file:
+        file.write(f"HERE={tmp_path}\n{given}\n")
+    judge = "judge.process={kind: llm, base_url: 'http://node7:8000/v1', model: m}"
+    with pytest.raises(SystemExit) as stop:
+        main(["slurm", "submit", str(repository / "recipes" / "mini_cpu.yaml"), f"--site={site}", f"--set={judge}",
+              f"--set={added}", "--dry-run"])  # fmt: skip
+    assert stop.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+PRINT_STEP = """set -euo pipefail
+SITE=$1; source "$SITE"; source "$STEPKTO_HOME/slurm/lib.sh"
+make_step "${@:2}"; printf '%s\n' "${STEP[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("container", "gpus", "expected"),
+    [
+        ("none", 8, []),
+        ("apptainer", 8, ["apptainer", "exec", "--bind", "/a b:/a b,/c:/d", "--pwd", "PWD", "--nv", "/vllm.sif"]),
+        ("apptainer", 0, ["apptainer", "exec", "--bind", "/a b:/a b,/c:/d", "--pwd", "PWD", "/vllm.sif"]),
+        ("enroot", 8, ["--container-image=/vllm.sif", "--container-mounts=/a b:/a b,/c:/d", "--container-workdir=PWD"]),
+    ],
+)
+def test_the_step_that_a_stage_runs_as(
+    site: Path, tmp_path: Path, container: str, gpus: int, expected: list[str]
+) -> None:
+    """As Apptainer's and Pyxis' manuals want it: both sides of a mount, the folder to start in, GPUs."""
+    with site.open("a") as file:
+        file.write(f"CONTAINER={container} GPUS_PER_NODE={gpus} IMAGE_SAMPLE=/vllm.sif MOUNTS='/a b,/c:/d'\n")
+    done = subprocess.run(
+        ["bash", "-c", PRINT_STEP, "bash", str(site), "sample", "2", "stepkto", "two words"], cwd=tmp_path,
+        capture_output=True, text=True, check=True, env={**os.environ, "SLURM_CPUS_PER_TASK": "3"},
+    )  # fmt: skip
+    words = done.stdout.splitlines()
+    flags = ["--kill-on-bad-exit=1", "--wait=0", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=3"]
+    assert words[:7] == ["srun", *flags]
+    own = [word.replace("PWD", str(tmp_path)) for word in expected]
+    assert words[7 : 7 + len(own)] == own
+    rest = words[7 + len(own) :]
+    assert rest[:2] == ["bash", "-c"]
+    assert rest[3:] == [str(site), "sample", "stepkto", "two words"]
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -1,0 +1,80 @@
+"""What of a recipe and a site would fail only after hours in the queue: told at submission."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.recipe import Recipe
+from megatron_stepkto.slurm.chain import has_server, server_url, train_nodes
+from megatron_stepkto.slurm.site import Site
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def check_site(recipe: Recipe, site: Site) -> None:
+    """Do the jobs of a recipe find on this site what they need?
+
+    Raises:
+        UserError: ranks or engines that do not fit on a node, a path that no container sees, a server that nobody
+            starts.
+    """
+    _check_nodes(recipe, site)
+    _check_mounts(recipe, site)
+    _check_server(recipe, site)
+
+
+def _check_nodes(recipe: Recipe, site: Site) -> None:
+    """Do the ranks and the engines fit on the nodes that they are given?"""
+    nodes, ranks, gpus = train_nodes(recipe, site), recipe.train.parallel.ranks, site.gpus_per_node
+    if ranks % nodes or (gpus and ranks // nodes > gpus):
+        raise UserError(
+            f"train.parallel.ranks={ranks}: expected the same number on each of {nodes} nodes"
+            + (f", at most {gpus} (GPUS_PER_NODE)" if gpus else "")
+            + "; change TRAIN_NODES in the site file or the ranks"
+        )
+    if recipe.sample is not None and gpus and (need := recipe.sample.workers * recipe.sample.tensor_parallel) > gpus:
+        raise UserError(
+            f"sample.workers x sample.tensor_parallel: expected at most {gpus} (GPUS_PER_NODE), got {need}; lower "
+            "sample.workers and raise SAMPLE_ELEMENTS in the site file: each has a node of its own"
+        )
+
+
+def _check_mounts(recipe: Recipe, site: Site) -> None:
+    """A container sees what is mounted, under the name that it has there, and nothing else."""
+    if site.container == "none":
+        return
+    seen = [Path(mount.split(":")[1] if ":" in mount else mount) for mount in site.mounts.split(",")]
+    for what, path in [("this folder", Path.cwd()), *_paths(recipe.model_dump())]:
+        if not any(path.is_relative_to(mount) for mount in seen):
+            raise UserError(
+                f"MOUNTS={site.mounts}: expected {what} ({path}) below one of them: a job's container would not see "
+                "it; add it in the site file"
+            )
+
+
+def _paths(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
+    """All files and folders that a recipe names, with their keys."""
+    if isinstance(value, Path):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _paths(each, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _paths(each, key)
+
+
+def _check_server(recipe: Recipe, site: Site) -> None:
+    """Nobody listens at a job's own address but what the job starts."""
+    url = server_url(recipe)
+    if url is None or has_server(recipe, site) or urlsplit(url.split(",")[0]).hostname not in LOOPBACK:
+        return
+    given = f"JUDGE_URL is {site.judge_url}" if site.judge_server else "JUDGE_SERVER is empty"
+    raise UserError(
+        f"judge.process.base_url: {url}: the judge job must start what listens there, and {given}; "
+        "in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's address"
+    )
