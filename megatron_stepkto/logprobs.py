@@ -46,13 +46,19 @@ def linear_log_probs(
 
 
 def linear_log_probs_and_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Any = None, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    group: Any = None,
+    chunk: int | None = None,
+    grad_buffer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``linear_log_probs``, and the entropy of each token's distribution: [T] float32, nats, without gradient.
 
     It needs one more pass over the logits, and a second chunk of them while the forward runs.
     """
-    log_probs, entropy = _apply(hidden, weight, targets, vocab_size, group, chunk, True)
+    log_probs, entropy = _apply(hidden, weight, targets, vocab_size, group, chunk, True, grad_buffer)
     return log_probs, entropy
 
 

@@ -39,7 +39,7 @@ from megatron_stepkto.acceleration import PLAIN, Acceleration
 from megatron_stepkto.checkpoints.architecture import ModelConfig
 from megatron_stepkto.context_parallel import ContextParallelAttention
 from megatron_stepkto.layers import GatedMLP, PackedAttention, RMSNorm, ScoredLayer
-from megatron_stepkto.logprobs import linear_log_probs
+from megatron_stepkto.logprobs import linear_log_probs, linear_log_probs_and_entropy
 from megatron_stepkto.planning.layout import check_layout
 from megatron_stepkto.planning.parameters import padded_vocab_size
 from megatron_stepkto.recipe import Parallel
@@ -65,8 +65,11 @@ class PolicyModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
-    def log_probs(self, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """log p(targets[i] | tokens up to packed position rows[i]): [n] float32, nats."""
+    def log_probs(
+        self, hidden: Tensor, rows: Tensor, targets: Tensor, *, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """log p(targets[i] | tokens up to packed position rows[i]): [n] float32, nats; and on request the entropy of
+        that distribution: [n] float32, nats, without gradient."""
         if self.config.sequence_parallel:
             # The head's gradient differs per rank (each holds other words): sum while scattering it back.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -83,7 +86,10 @@ class PolicyModel(GPTModel):
         # Where the layers add their weights' gradients into DDP's float32 buffer, so does the head. (A tied weight's
         # gradient as an embedding still comes by autograd, and DDP adds it there too.)
         buffer = weight.main_grad if self.config.gradient_accumulation_fusion else None
-        return linear_log_probs(hidden[:, 0], weight, targets, self.words, group, grad_buffer=buffer)
+        head = (hidden[:, 0], weight, targets, self.words, group)
+        if entropy:
+            return linear_log_probs_and_entropy(*head, grad_buffer=buffer)
+        return linear_log_probs(*head, grad_buffer=buffer), None
 
 
 def transformer_config(

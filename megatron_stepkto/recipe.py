@@ -330,6 +330,7 @@ class Log(Section):
 
     tensorboard: bool = Field(True, description="event files in the train stage's folder tensorboard/")
     wandb: str | None = Field(None, min_length=1, description="project of Weights & Biases (package wandb)")
+    entropy: bool = Field(False, description="mean entropy at response tokens (one more pass over the logits)")
 
 
 class Training(Section):

@@ -101,7 +101,7 @@ def _labelled(solution: Solution, verdicts: list[Verdict], settings: Judging) ->
     ]
 
 
-def _count(judged: Sequence[JudgedSample]) -> dict[str, int | float]:
+def _count(judged: Sequence[JudgedSample]) -> dict[str, int | float | None]:
     counts = Counter(dict.fromkeys(COUNTS, 0))
     for row in judged:
         counts["samples"] += 1
@@ -110,7 +110,8 @@ def _count(judged: Sequence[JudgedSample]) -> dict[str, int | float]:
         counts["truncated"] += row.finish_reason == "length"
         for step in row.steps:
             counts[{1: "steps_right", 0: "steps_wrong", None: "steps_unjudged"}[step.label]] += 1
-    return {**counts, "right_share": round(counts["right"] / counts["samples"], 4)}
+    share = round(counts["right"] / counts["samples"], 4) if counts["samples"] else None  # all may be quarantined
+    return {**counts, "right_share": share}
 
 
 def judge_file(

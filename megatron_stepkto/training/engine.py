@@ -256,12 +256,17 @@ class Engine:
         ranks = self.settings.parallel.context
         return own_part(batch, parallel_state.get_context_parallel_rank(), ranks) if ranks > 1 else (batch, None)
 
-    def _token_log_probs(self, batch: MicroBatch, own: MicroBatch, mine: Tensor | None, hidden: Tensor) -> Tensor:
-        """[R] log-probs of the whole micro-batch's response tokens."""
-        log_probs = self.policies[-1].log_probs(hidden, own.rows, own.targets)
+    def _token_log_probs(
+        self, batch: MicroBatch, own: MicroBatch, mine: Tensor | None, hidden: Tensor, *, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """[R] log-probs of the whole micro-batch's response tokens, and on request the entropies there."""
+        found = self.policies[-1].log_probs(hidden, own.rows, own.targets, entropy=entropy)
         if mine is None:
-            return log_probs
-        return join(log_probs, mine, batch.targets.numel(), parallel_state.get_context_parallel_group())
+            return found
+        group = parallel_state.get_context_parallel_group()
+        log_probs, entropies = (x if x is None else join(x, mine, batch.targets.numel(), group) for x in found)
+        assert log_probs is not None
+        return log_probs, entropies
 
     def score(self, batches: Sequence[MicroBatch], what: Callable[[MicroBatch, Tensor], T]) -> list[T]:
         """One pass without gradient: ``what(batch, token_log_probs)`` per micro-batch, on the last stage only."""
@@ -269,7 +274,7 @@ class Engine:
         def collect(
             batch: MicroBatch, own: MicroBatch, mine: Tensor | None, hidden: Tensor, non_loss_data: bool = True
         ) -> T:
-            return what(batch, self._token_log_probs(batch, own, mine, hidden))
+            return what(batch, self._token_log_probs(batch, own, mine, hidden)[0])
 
         for chunk in self.model:
             chunk.eval()
@@ -302,7 +307,12 @@ class Engine:
         def loss(
             batch: MicroBatch, own: MicroBatch, mine: Tensor | None, hidden: Tensor
         ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            total, units, aside = loss_of(batch, self._token_log_probs(batch, own, mine, hidden))
+            wanted = self.settings.log.entropy
+            log_probs, entropies = self._token_log_probs(batch, own, mine, hidden, entropy=wanted)
+            total, units, aside = loss_of(batch, log_probs)
+            if entropies is not None:
+                aside["entropy"] = entropies.double().sum()
+                aside["num_entropies"] = torch.tensor(float(entropies.numel()))
             units = units if counts else 0
             return total, torch.tensor(units, dtype=torch.int, device=self.device), aside
 

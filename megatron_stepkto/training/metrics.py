@@ -22,7 +22,8 @@ def metrics_of(sums: Mapping[str, float], kl: Mapping[str, float], method: str, 
     loss_outcome, loss_step, loss_dpo, loss_nll are the loss's parts (they add up to it). reward_* is beta times the
     log-ratio; margin and step_margin are rewards of right less those of wrong. sign_accuracy is the share of judged
     solutions (steps) whose log-ratio is above 0 where right and below 0 where wrong; pair_accuracy the share of
-    pairs whose chosen side has the larger log-ratio.
+    pairs whose chosen side has the larger log-ratio. entropy is that of the policy's next-token distribution, mean over
+    response tokens, where train.log.entropy asks for it.
     """
 
     def mean(name: str, count: str) -> float | None:
@@ -44,6 +45,7 @@ def metrics_of(sums: Mapping[str, float], kl: Mapping[str, float], method: str, 
         judged = sums[f"num_right{suffix}"] + sums[f"num_wrong{suffix}"]
         row[f"sign_accuracy{suffix}"] = sums[f"signs_right{suffix}"] / judged if judged else None
     row["pair_accuracy"] = mean("pairs_right", "units") if method in PAIRED else None
+    row["entropy"] = mean("entropy", "num_entropies")
     row |= {f"num_{kind}": int(sums[f"num_{kind}"]) for kind in KINDS}
     row |= {"num_units": int(sums["units"]), "num_kl_pairs": int(kl["kl_outcome_count"])}
     row |= {"tokens": int(sums["tokens"]), "padding_share": sums["padding"] / (sums["tokens"] + sums["padding"])}

@@ -50,6 +50,8 @@ SUMS = (
     "loss_dpo",
     "loss_nll",
     "pairs_right",
+    "entropy",
+    "num_entropies",
     "kl_outcome",
     "kl_outcome_count",
     "kl_step",

@@ -44,6 +44,11 @@ def token_log_probs(model: Any, prompt: list[int], response: list[int]) -> torch
     return scores.gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
+def token_entropies(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    scores = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double()
+    return torch.distributions.Categorical(logits=scores).entropy()
+
+
 def step_log_probs(model: Any, prompt: list[int], response: list[int], steps: list[TrainStep]) -> torch.Tensor:
     tokens = token_log_probs(model, prompt, response)
     return torch.stack([tokens[step.token_start : step.token_end].sum() for step in steps])
@@ -111,6 +116,8 @@ def independent_update(policy: Any, reference: Any, optimizer: Any, batch: list[
     z_outcome = max(0.0, sum(z["outcome"]) / len(z["outcome"]))
     z_step = max(0.0, sum(z["step"]) / len(z["step"]))
     loss = torch.zeros(())
+    with torch.no_grad():
+        entropies = torch.cat([token_entropies(policy, e.prompt_token_ids, e.token_ids) for e in batch])
     for example in batch:
         with torch.no_grad():
             base = step_log_probs(reference, example.prompt_token_ids, example.token_ids, example.steps)
@@ -131,7 +138,8 @@ def independent_update(policy: Any, reference: Any, optimizer: Any, batch: list[
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
     optimizer.step()
-    return {"loss": loss.item(), "z_outcome": z_outcome, "z_step": z_step, "grad_norm": norm.item()}
+    return {"loss": loss.item(), "z_outcome": z_outcome, "z_step": z_step, "grad_norm": norm.item(),
+            "entropy": entropies.mean().item()}  # fmt: skip
 
 
 def test_three_updates_equal_the_formula_with_two_models(tmp_path: Path) -> None:
@@ -141,7 +149,7 @@ def test_three_updates_equal_the_formula_with_two_models(tmp_path: Path) -> None
     held_out = [e.model_copy(update={"example_id": f"h{i}", "kl_partner": None}) for i, e in enumerate(held_out)]
     data = write_examples(tmp_path / "train.jsonl", examples)
     rows = run_train(
-        tmp_path / "run", folder, data, settings(parallel={"ranks": 2, "tensor": 2}),
+        tmp_path / "run", folder, data, settings(parallel={"ranks": 2, "tensor": 2}, log={"entropy": True}),
         held_out=write_examples(tmp_path / "held_out.jsonl", held_out),
     )  # fmt: skip
     updates = [row for row in rows if "held_out" not in row]

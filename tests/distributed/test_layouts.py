@@ -108,7 +108,7 @@ class Row:
             "loss": {"beta_outcome": 0.2, "beta_step": 0.5, "undesirable_weight_step": 0.7, "balance": "auto"},
             "global_batch_size": self.batch, "micro_batch_tokens": self.micro_batch_tokens,
             "pad_documents_to": 64 if self.padded else 1, "recompute": self.recompute, "reference": "initial",
-            "max_updates": 3, "device": "cpu", "timeout_s": 60,
+            "max_updates": 3, "device": "cpu", "timeout_s": 60, "log": {"tensorboard": False, "entropy": True},
         })  # fmt: skip
 
 
@@ -280,7 +280,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
     return outcome
 
 
-SAME = ("loss", "loss_outcome", "loss_step", "grad_norm")
+SAME = ("loss", "loss_outcome", "loss_step", "grad_norm", "entropy")
 NEAR = ("z_outcome", "z_step", "kl_outcome", "kl_step", "log_ratio_right", "log_ratio_wrong", "log_ratio_right_steps",
         "log_ratio_wrong_steps")  # fmt: skip
 COUNTS = ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "tokens")

@@ -19,6 +19,7 @@ SUMS = {
     "log_ratio_right": 3.0, "num_right": 2.0, "log_ratio_wrong": -4.0, "num_wrong": 1.0,
     "log_ratio_right_steps": 5.0, "num_right_steps": 4.0, "log_ratio_wrong_steps": 0.0, "num_wrong_steps": 0.0,
     "signs_right": 2.0, "signs_right_steps": 3.0, "pairs_right": 0.0, "tokens": 300.0, "padding": 100.0,
+    "entropy": 90.0, "num_entropies": 120.0,
 }  # fmt: skip
 KL = {"kl_outcome": -2.0, "kl_outcome_count": 4.0, "kl_step": 0.0, "kl_step_count": 0.0}
 
@@ -32,6 +33,8 @@ def test_metrics_by_hand() -> None:
     assert (row["reward_right_steps"], row["reward_wrong_steps"], row["step_margin"]) == (2.5, None, None)
     assert (row["sign_accuracy"], row["sign_accuracy_steps"], row["pair_accuracy"]) == (2 / 3, 0.75, None)
     assert (row["num_units"], row["tokens"], row["padding_share"]) == (4, 300, 0.25)
+    assert row["entropy"] == 0.75
+    assert metrics_of(SUMS | {"entropy": 0.0, "num_entropies": 0.0}, KL, "step_kto", (0.5, 2.0))["entropy"] is None
 
 
 def test_metrics_of_pairs() -> None:
