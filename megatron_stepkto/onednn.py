@@ -18,7 +18,7 @@ from torch import Tensor
 SMALLEST = 1 << 21
 
 # oneDNN keeps the code it makes for each shape, and packed micro-batches have ever new ones: its 1,024 entries grew to
-# a gigabyte, where 4 took nothing to speak of and 4% more time. Its own cache, and the one of torch before it.
+# a gigabyte, where 4 took nothing to speak of and 5% more time. Its own cache, and the one of torch before it.
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4", "LRU_CACHE_CAPACITY": "4"}
 
 _library: torch.library.Library | None = None

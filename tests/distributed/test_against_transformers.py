@@ -60,7 +60,7 @@ def settings(**changes: Any) -> recipe.Training:
         "loss": {"beta_outcome": BETA_OUTCOME, "beta_step": BETA_STEP,
                  "undesirable_weight_step": LAMBDA_UNDESIRABLE_STEP},
         "global_batch_size": 8, "micro_batch_tokens": 300, "max_updates": 3, "device": "cpu", "timeout_s": 60,
-        **changes,
+        "log": {"tensorboard": False, "entropy": True}, **changes,
     })  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_three_updates_equal_the_formula_with_two_models(tmp_path: Path) -> None
     held_out = [e.model_copy(update={"example_id": f"h{i}", "kl_partner": None}) for i, e in enumerate(held_out)]
     data = write_examples(tmp_path / "train.jsonl", examples)
     rows = run_train(
-        tmp_path / "run", folder, data, settings(parallel={"ranks": 2, "tensor": 2}, log={"entropy": True}),
+        tmp_path / "run", folder, data, settings(parallel={"ranks": 2, "tensor": 2}),
         held_out=write_examples(tmp_path / "held_out.jsonl", held_out),
     )  # fmt: skip
     updates = [row for row in rows if "held_out" not in row]
