@@ -75,10 +75,10 @@ figures: setup
 gpu-smoke:
 	$(PYTHON) tools/gpu_smoke.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_SMOKE_ARGS)
 
-# The training speed beside TRL's KTOTrainer (about ten minutes); TRL goes into a folder of its own.
+# The training speed beside TRL's KTOTrainer (about six minutes a repeat; BENCHMARK_ARGS="--repeats 3"); TRL goes into a folder of its own.
 benchmark-trl: setup
 	@test -d $(VENV)/trl || $(PIP) install --quiet --no-deps --target $(VENV)/trl -r requirements/bench.txt
-	$(BIN)/python -m benchmarks.train_vs_trl --trl $(VENV)/trl
+	$(BIN)/python -m benchmarks.train_vs_trl --trl $(VENV)/trl $(BENCHMARK_ARGS)
 
 # Makes the shipped M0 again.
 m0: setup

@@ -71,8 +71,6 @@ def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float
     on_cpu = device.type == "cpu"
     if on_cpu:
         cpu.install()
-        if onednn.is_faster():
-            onednn.use_for_matrix_products()
         torch.set_num_threads(threads_per_rank(parallel.ranks))
     else:
         cpu.check_megatron_version()
@@ -85,6 +83,11 @@ def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float
             f"train.parallel.ranks is {parallel.ranks}, but {dist.get_world_size()} processes were started; "
             "make them equal"
         )
+    if on_cpu:
+        everywhere = torch.tensor(int(onednn.is_faster()))
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)  # a node of another kind: then no rank, not some of them
+        if everywhere.item():
+            onednn.use_for_matrix_products()
 
 
 def lay_out(parallel: recipe.Parallel, timeout_s: float) -> None:

@@ -386,6 +386,12 @@ class Trainer:
         self.engine.load_state(directory)
         state = json.loads((directory / "state.json").read_text())
         self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]
+        before, now = (notes.get("acceleration") for notes in (state["notes"], self.notes))
+        if before != now:
+            self._warn(
+                f"continued after update {done} with other packages or on another kind of machine, which rounds "
+                f"otherwise: {now}; before: {before}"
+            )
         warnings = dict.fromkeys([*state["notes"].get("warnings", []), *self.notes.get("warnings", [])])
         self.notes = state["notes"] | self.notes  # what this attempt computes with and measured is the newer news
         if warnings:

@@ -33,9 +33,10 @@ def main() -> None:
     machine = find_machine(device)
     acceleration = choose(job.settings, machine)
     trainer = make_trainer(job, device, acceleration)
-    trainer.notes["acceleration"] = same_everywhere(describe(acceleration, machine))
+    line = describe(acceleration, machine)
     if device.type == "cpu":
-        trainer.notes["acceleration"] += f"; matrix products by {onednn.matrix_products()}"
+        line += f"; matrix products by {onednn.matrix_products()}"
+    trainer.notes["acceleration"] = same_everywhere(line)
     trainer.run()
     dist.barrier()
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto import recipe
+from megatron_stepkto import onednn, recipe
 from megatron_stepkto.checkpoints.convert import megatron_to_hf
 from megatron_stepkto.data.batching import plan_updates
 from megatron_stepkto.records import TrainExample, TrainStep
@@ -92,7 +92,9 @@ def test_log_probs_equal_transformers(name: str, parallel: dict[str, int], tmp_p
             examples.append(example.model_copy(update={"token_log_probs": ours.tolist()}))
     data = write_examples(tmp_path / "train.jsonl", examples)
     run_train(tmp_path / "run", folder, data, settings(parallel=parallel, max_updates=1))
-    gap = json.loads((tmp_path / "run" / "notes.json").read_text())["gap"]
+    notes = json.loads((tmp_path / "run" / "notes.json").read_text())
+    assert notes["acceleration"].endswith("by oneDNN" if onednn.is_faster() else "by torch's BLAS")
+    gap = notes["gap"]
     assert gap["tokens"] == sum(len(e.token_ids) for e in examples)
     assert 0 < gap["max"] < 1e-4
 

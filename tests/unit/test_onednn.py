@@ -70,29 +70,44 @@ def test_small_and_other_products_stay_as_they_were() -> None:
         assert torch.equal(x, y)
 
 
-def test_repeated_products_are_the_same_bits(replaced: None) -> None:
-    a, b = torch.randn(333, 128), torch.randn(128, 384)
-    first = a @ b
-    for rows in (100, 200, 250, 300, 310, 320):  # pushes the shape out of the cache
-        _ = a[:rows] @ b
-    assert torch.equal(a @ b, first)
+def test_what_is_no_product_is_refused_in_torchs_words(replaced: None) -> None:
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied \(300x257 and 256x190\)"):
+        torch.mm(torch.randn(300, 257), torch.randn(256, 190))
+    with pytest.raises(RuntimeError, match="must be a matrix"):
+        torch.mm(torch.randn(2, 300, 257), torch.randn(257, 190))
+    with pytest.raises(RuntimeError, match="expected m1 and m2 to have the same dtype"):
+        torch.mm(torch.randn(300, 257), torch.randn(257, 190).double())
+
+
+def test_restored() -> None:
+    onednn.use_for_matrix_products()
+    inherited = subprocess.run(["env"], capture_output=True, text=True, check=True).stdout
+    assert "LRU_CACHE_CAPACITY=4" in inherited
+    onednn.restore()
+    assert "CACHE_CAPACITY" not in subprocess.run(["env"], capture_output=True, text=True, check=True).stdout
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        _ = torch.randn(300, 257) @ torch.randn(257, 190)
+    assert not [e for e in seen.key_averages() if "_linear_pointwise" in e.key]
 
 
 def test_which_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: x\n")
-    assert onednn.processor_maker(cpuinfo) == "GenuineIntel"
-    assert onednn.processor_maker(tmp_path / "none") == ""
-    for maker, capability, wanted in (
-        ("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False),
+    cpuinfo.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\n\nprocessor\t: 1\n")
+    assert onednn.processor(cpuinfo) == ("GenuineIntel", 6)
+    cpuinfo.write_text("processor\t: 0\nCPU architecture: 8\n")
+    assert onednn.processor(cpuinfo) == ("", 0)
+    assert onednn.processor(tmp_path / "none") == ("", 0)
+    for kind, capability, wanted in (
+        (("AuthenticAMD", 26), "AVX512", True), (("AuthenticAMD", 25), "AVX512", False),
+        (("GenuineIntel", 6), "AVX512", False), (("AuthenticAMD", 26), "AVX2", False),
     ):  # fmt: skip
-        monkeypatch.setattr(onednn, "processor_maker", lambda maker=maker: maker)
+        monkeypatch.setattr(onednn, "processor", lambda kind=kind: kind)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert onednn.is_faster() is wanted
 
 
-def test_many_shapes_take_no_memory() -> None:
-    """300 shapes: with oneDNN's own cache size they would keep some 300 MB."""
+def test_many_shapes_take_no_memory_and_give_the_same_bits_again() -> None:
+    """300 shapes: with oneDNN's own cache size they would keep some 300 MB. In a process that has not used it."""
     program = """
 import resource, torch
 from megatron_stepkto import onednn
@@ -101,9 +116,11 @@ onednn.use_for_matrix_products()
 a, b = torch.randn(1000, 256), torch.randn(256, 1536)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for rows in range(700, 720): a[:rows] @ b
+first = a @ b
 before = peak()
 for rows in range(600, 900): a[:rows] @ b
 print((peak() - before) // 1024)
+assert torch.equal(a @ b, first)  # its code was made anew
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert int(done.stdout) < 60, done.stdout
