@@ -290,13 +290,19 @@ class Engine:
         It begins with a scale of 1, under which a weight of 0.02 keeps about two bits, and looks only at passes with
         gradients: the reference's log-probs would be those of another model than the one that trains.
         """
-        if self.acceleration.fp8 is None or self.acceleration.fp8.scaling != "delayed":
+        if not self.rounds_by_history:
             return
         for chunk in self.model:
             chunk.eval()
         for _ in range(CALIBRATION_PASSES):  # what a layer reads depends on how those before it were rounded
-            with torch.enable_grad():
+            # No backward pass follows: nothing is kept for it, also where training recomputes.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
                 self._run(batches, lambda *_, **__: None, forward_only=True)
+
+    @property
+    def rounds_by_history(self) -> bool:
+        """Whether a layer rounds by the largest values of earlier passes (delayed FP8 scaling)."""
+        return self.acceleration.fp8 is not None and self.acceleration.fp8.scaling == "delayed"
 
     def accumulate(self, batches: Sequence[MicroBatch], loss_of: LossOf) -> list[dict[str, Tensor]]:
         """Forward and backward of a global batch: gradients of sum(losses) / sum(units) over all ranks.
@@ -440,13 +446,21 @@ class Engine:
                 "go on in the environment that wrote it (make megatron-019)"
             )
         absent = _take_absent_extra_states(state, known)
+        if absent and "optimizer" in state and self.rounds_by_history:
+            names = ", ".join(name for _, name in absent[:5])
+            raise UserError(
+                f"{directory}: holds no scales of delayed FP8 ({names}, ...): training would go on with others; go on "
+                "with the fp8 settings that it was saved with, or remove it to start from the checkpoint before"
+            )
         # Megatron calls "missing" what the checkpoint holds and nobody asked for, and "unexpected" what it lacks.
         loaded, unasked, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
         left_over = {key for key in map(str, unasked) if not key.startswith("optimizer.") and EXTRA not in key}
-        if lacking or left_over:
+        missing: list[list[str]] = [[]] * dist.get_world_size()  # each rank asks for its own part of the model
+        dist.all_gather_object(missing, sorted(map(str, lacking)))
+        all_missing = sorted({key for keys in missing for key in keys})
+        if all_missing or left_over:
             raise UserError(
-                f"{directory}: not a checkpoint of this model; missing: {sorted(map(str, lacking))}, "
-                f"left over: {sorted(left_over)}"
+                f"{directory}: not a checkpoint of this model; missing: {all_missing}, left over: {sorted(left_over)}"
             )
         for part, name in absent:
             loaded[part][name] = None
@@ -493,6 +507,10 @@ class Engine:
         self._make(directory)
         dist_checkpointing.save(state, str(directory), ("torch_dist", 1))
         dist.barrier()
+
+
+def _nothing(saved: Any) -> Any:
+    return None
 
 
 def _take_absent_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -102,6 +102,8 @@ class Trainer:
             self.tracker = Tracker(
                 self.job.directory, self.settings.log, done, name, self.settings.model_dump(mode="json")
             )
+        if done == 0:
+            self._show_gradients()
         if self.held_out and done == 0:
             self._log_held_out(0)
         for update in range(done, len(self.updates)):
@@ -121,6 +123,14 @@ class Trainer:
             self._log_held_out(len(self.updates))
         if self.tracker:
             self.tracker.close()
+
+    def _show_gradients(self) -> None:
+        """The other half of ``Engine.calibrate``: gradients of the first batch, which no update uses. With scales of 1
+        the first update's own would be rounded to 0."""
+        if self.engine.rounds_by_history:
+            points = reference_points(self.batch_kl, "none", self.engine.device)
+            units = [unit_documents(self.units[i], self.references, False).documents for i in self.updates[0]]
+            self._accumulate(units, points)
 
     def _ask_to_stop(self, *_: Any) -> None:
         self._asked = True

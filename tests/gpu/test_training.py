@@ -134,6 +134,8 @@ def test_delayed_fp8_has_calibrated_scales_at_the_first_update(run: Run, transfo
     plain, _, _ = run(random_examples(64), fp8={"scaling": "current"}, **common)
     delayed, _, _ = run(random_examples(64), fp8={"scaling": "delayed"}, **common)
     assert max(differences(plain, delayed, "log_ratio_right")) < 0.5
+    # gradients too: by scales of 1 most of the first update's would be rounded to 0
+    assert delayed[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=0.25)
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

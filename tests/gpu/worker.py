@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def main() -> None:
         trainer = make_trainer(job, device, acceleration)
         trainer.notes["acceleration"] = describe(acceleration, machine)
         trainer.run()
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # the trainer's handlers hold it
+            signal.signal(number, signal.SIG_DFL)
         del trainer
         parallel_state.destroy_model_parallel()
         if machine.transformer_engine.version is not None:
@@ -44,6 +47,7 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         print("done", flush=True)
     dist.destroy_process_group()
 
