@@ -18,8 +18,9 @@ from megatron_stepkto.progress import say
 def whole_folder(target: Path, num_bytes: int) -> Iterator[Path]:
     """Yield an empty folder beside ``target``; on a clean exit it becomes ``target``, replacing what was there.
 
-    An error or Ctrl-C removes it; after a hard kill ``.NAME.partial`` and ``.NAME.lock`` are left, which the next
-    attempt takes over.
+    An error or Ctrl-C removes it; after a hard kill ``.NAME.partial`` is left, which the next attempt takes over.
+    The folder ``.NAME.lock`` always stays, with one small file: were it removed, its numbers would begin again, and a
+    process that was taken for dead could not tell a fresh owner's lock from its own.
     The files' contents must be on disk (flushed) when the block ends; their names are flushed here.
 
     Args:
@@ -29,7 +30,7 @@ def whole_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         UserError: another process writes to ``target``, or the disk lacks space.
     """
     partial, old, lock = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old", "lock"))
-    with exclusive_lock(lock, str(target), note=say, remove=True) as held:
+    with exclusive_lock(lock, str(target), note=say) as held:
         try:
             partial.mkdir(exist_ok=True)
             _empty(partial)
