@@ -437,6 +437,27 @@ def test_an_interruption_leaves_nothing(
         assert [path.name for path in (tmp_path / lock).iterdir()] == [".free.000002"], "numbers go on"
 
 
+@pytest.mark.parametrize("ended", ["at the check", "Ctrl-C", "a file that the other removed"])
+def test_who_was_taken_for_dead_leaves_the_others_files(tmp_path: Path, ended: str) -> None:
+    """It hung; another process took the lock and fills the partial folder of the same name; then it wakes."""
+    partial, lock = tmp_path / ".out.partial", tmp_path / ".out.lock"
+    errors = {"at the check": UserError, "Ctrl-C": KeyboardInterrupt, "a file that the other removed": OSError}
+    with pytest.raises(errors[ended]), target_folder.whole_folder(tmp_path / "out", 1) as folder:
+        assert folder == partial
+        (folder / "mine").write_text("hung here")
+        (lock / ".held.000001").unlink()
+        (lock / ".held.000002").write_text("{}")
+        (folder / "mine").unlink()
+        (folder / "theirs").write_text("hours of work")
+        if ended == "Ctrl-C":
+            raise KeyboardInterrupt
+        if ended == "a file that the other removed":
+            (folder / "mine").read_text()
+    assert (partial / "theirs").read_text() == "hours of work"
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in lock.iterdir()] == [".held.000002"]
+
+
 def test_a_disk_that_is_too_small_is_refused_at_once(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
