@@ -18,6 +18,7 @@ gone; else when its heartbeat does not change while *this* process watches, for 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -36,6 +37,8 @@ HEARTBEAT_S = 10.0
 SILENCE_S = 90.0  # nine heartbeats: a stalled file server must not pass for a dead owner
 SHORT_SILENCE_S = 25.0
 POLL_S = 0.5
+# What a file system without hard links answers; FUSE says EPERM, or ENOSYS in some kernels.
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _HELD, _FREE = ".held.", ".free."
 
 
@@ -197,8 +200,25 @@ class Lock:
             self.path.rename(self.path.with_name(self.path.name.replace(_HELD, _FREE)))
 
 
+def _link(draft: Path, mine: Path) -> None:
+    try:
+        os.link(draft, mine)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        raise UserError(
+            f"{mine.parent.parent}: its file system makes no hard links ({error.strerror}), by which a lock keeps a "
+            "second writer out; choose a folder on another file system (a local disk, NFS, Lustre; not exFAT, nor a "
+            "mounted bucket)"
+        ) from None
+
+
 def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
-    """Take the lock, or return its owner that is not known to be dead (None: just changing hands, try again)."""
+    """Take the lock, or return its owner that is not known to be dead (None: just changing hands, try again).
+
+    Raises:
+        UserError: the file system makes no hard links, or a damaged lock.
+    """
     if folder.is_file():
         folder.unlink()  # versions before 0.2 kept an flock file there
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +236,7 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
     draft = folder / f".draft.{ours.token}"
     try:
         draft.write_text(json.dumps(asdict(ours)))
-        os.link(draft, mine)
+        _link(draft, mine)
     except (FileExistsError, FileNotFoundError):  # taken, or the folder went with what it guards
         return None
     finally:
@@ -243,7 +263,7 @@ def exclusive_lock(
         note: is told once when there is something to wait for.
 
     Raises:
-        UserError: a process that is alive holds it (unless ``wait``).
+        UserError: a process that is alive holds it (unless ``wait``), or what ``try_lock`` raises.
     """
     watch, told = Watch(), False
     first: tuple[str, int] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -234,3 +235,29 @@ def test_a_contender_that_slept_while_its_number_was_held_and_freed_steps_back(
     monkeypatch.setattr(locks, "_newest", asleep)
     assert try_lock(folder, Watch()) is None
     assert [path.name for path in folder.iterdir()] == [".free.000007"]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """exFAT, some SMB servers, mounted buckets."""
+
+    def no_link(source: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+    monkeypatch.setattr(locks.os, "link", no_link)
+    with pytest.raises(UserError) as caught:
+        exclusive_lock(tmp_path / "run" / ".lock", "it").__enter__()
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'run'}: its file system makes no hard links ({os.strerror(code)})"
+    )
+    assert "choose a folder on another file system" in str(caught.value)
+    assert not list((tmp_path / "run" / ".lock").iterdir()), "no draft is left"
+
+
+def test_another_fault_of_the_file_system_passes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(locks.os, "link", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        try_lock(tmp_path / "lock", Watch())
