@@ -4,10 +4,11 @@
 per owner that ever was; the newest counts:
 
     .held.000007   JSON: who owns it; its mtime is set anew every ``HEARTBEAT_S`` seconds
-    .free.000007   the same file after its owner let go (a rename), or nothing: an owner may remove all with the folder
+    .free.000007   the same file after its owner let go (a rename): it stays, so that the next number is known
 
 To take the lock a process makes ``.held.<newest + 1>`` by a hard link, which exactly one of any number of
-contenders can. Numbers only grow, so that nobody mistakes a fresh owner for the dead one that he looked at.
+contenders can. Numbers only grow while the folder stands, so that nobody mistakes a fresh owner for the dead one that
+he looked at. No owner removes the folder; only who removes what it guards does (the claims of drawn chunks).
 
 Whether an owner is dead is decided without comparing clocks: at once when it ran in this kernel and its process is
 gone; else when its heartbeat does not change while *this* process watches, for ``SILENCE_S`` seconds, or for
@@ -17,6 +18,7 @@ gone; else when its heartbeat does not change while *this* process watches, for 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -35,6 +37,8 @@ HEARTBEAT_S = 10.0
 SILENCE_S = 90.0  # nine heartbeats: a stalled file server must not pass for a dead owner
 SHORT_SILENCE_S = 25.0
 POLL_S = 0.5
+# What a file system without hard links answers; FUSE says EPERM, or ENOSYS in some kernels.
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _HELD, _FREE = ".held.", ".free."
 
 
@@ -189,20 +193,32 @@ class Lock:
         if not self.is_ours:
             raise UserError(f"{self.path.parent.parent}: another process took over, as this one seemed dead; stopping")
 
-    def release(self, *, remove: bool = False) -> None:
-        """Let go. remove: leave no folder behind."""
+    def release(self) -> None:
+        """Let go; the number stays behind, freed."""
         self._over.set()
-        if remove:
-            self.path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # the next owner is in it already
-                self.path.parent.rmdir()
-            return
         with contextlib.suppress(FileNotFoundError):
             self.path.rename(self.path.with_name(self.path.name.replace(_HELD, _FREE)))
 
 
+def _link(draft: Path, mine: Path) -> None:
+    try:
+        os.link(draft, mine)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        raise UserError(
+            f"{mine.parent.parent}: its file system makes no hard links ({error.strerror}), by which a lock keeps a "
+            "second writer out; choose a folder on another file system (a local disk, NFS, Lustre; not exFAT, nor a "
+            "mounted bucket)"
+        ) from None
+
+
 def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
-    """Take the lock, or return its owner that is not known to be dead (None: just changing hands, try again)."""
+    """Take the lock, or return its owner that is not known to be dead (None: just changing hands, try again).
+
+    Raises:
+        UserError: the file system makes no hard links, or a damaged lock.
+    """
     if folder.is_file():
         folder.unlink()  # versions before 0.2 kept an flock file there
     folder.mkdir(parents=True, exist_ok=True)
@@ -220,8 +236,8 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
     draft = folder / f".draft.{ours.token}"
     try:
         draft.write_text(json.dumps(asdict(ours)))
-        os.link(draft, mine)
-    except (FileExistsError, FileNotFoundError):  # taken, or removed with the folder
+        _link(draft, mine)
+    except (FileExistsError, FileNotFoundError):  # taken, or the folder went with what it guards
         return None
     finally:
         draft.unlink(missing_ok=True)
@@ -238,17 +254,16 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
 
 @contextlib.contextmanager
 def exclusive_lock(
-    folder: Path, what: str, *, wait: bool = False, note: Callable[[str], None] | None = None, remove: bool = False
+    folder: Path, what: str, *, wait: bool = False, note: Callable[[str], None] | None = None
 ) -> Iterator[Lock]:
     """Hold the lock in ``folder``. An owner that may be dead is watched until that is known.
 
     Args:
         wait: for an owner that lives too, as long as it takes.
         note: is told once when there is something to wait for.
-        remove: the folder goes with the lock.
 
     Raises:
-        UserError: a process that is alive holds it (unless ``wait``).
+        UserError: a process that is alive holds it (unless ``wait``), or what ``try_lock`` raises.
     """
     watch, told = Watch(), False
     first: tuple[str, int] | None = None
@@ -273,4 +288,4 @@ def exclusive_lock(
     try:
         yield got
     finally:
-        got.release(remove=remove)
+        got.release()

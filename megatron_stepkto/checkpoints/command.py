@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_stepkto.checkpoints.convert import HF_TO_MEGATRON, MEGATRON_TO_HF, hf_to_megatron, megatron_to_hf
+from megatron_stepkto.checkpoints.convert import (
+    COMPANIONS,
+    HF_TO_MEGATRON,
+    MEGATRON_TO_HF,
+    hf_to_megatron,
+    megatron_to_hf,
+)
 from megatron_stepkto.checkpoints.dry_run import dry_run
+from megatron_stepkto.checkpoints.huggingface import CHAT_TEMPLATES, WEIGHT_SUFFIXES, is_companion
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.stored_names import TRACKER
 from megatron_stepkto.checkpoints.verify import is_finished, verify
@@ -103,12 +112,14 @@ def _convert(source: Path, target: Path, direction: str, force: bool, workers: i
 
 
 def _check_places(source: Path, target: Path) -> None:
-    """Raises UserError where writing ``target`` would touch ``source``."""
+    """Raises UserError where writing ``target`` would touch ``source``, or where no folder can be made."""
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents:
         raise UserError(f"{target}: stands inside of {source}; choose a folder beside it")
     if there in here.parents:
         raise UserError(f"{target}: {source} stands inside of it and would be removed; choose another folder")
+    if file := next((parent for parent in target.parents if parent.exists() and not parent.is_dir()), None):
+        raise UserError(f"{target}: {file} is a file; choose another folder")
 
 
 def _check_replaceable(target: Path) -> None:
@@ -120,11 +131,38 @@ def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise UserError(f"{target}: is a file; choose another name")
     found = sorted(path.name for path in target.iterdir())
-    if found and not set(found) & {MANIFEST, TRACKER, ".metadata", "config.json"}:
+    holds_weights = any(name.endswith(".safetensors") for name in found)
+    if found and not set(found) & {MANIFEST, TRACKER, ".metadata"} and not ("config.json" in found and holds_weights):
         raise UserError(
-            f"{target}: --force replaces a model, and this folder holds none, but {', '.join(found[:5])}"
-            f"{', ...' if len(found) > 5 else ''}; choose another folder, or remove it yourself"
+            f"{target}: --force replaces a model, and this folder holds none, but {_some(found)}; choose another "
+            "folder, or remove it yourself"
         )
+    if others := [path.relative_to(target).as_posix() for path in _other_things(target)]:
+        raise UserError(
+            f"{target}: --force replaces a model, and this folder holds other things too: {_some(others)}; move them "
+            "away, choose another folder, or remove it yourself"
+        )
+
+
+_FOLDERS_OF_A_MODEL = re.compile(rf"{COMPANIONS}|{CHAT_TEMPLATES}|iter_\d+|release")  # the last two: Megatron-LM's
+
+
+def _other_things(folder: Path) -> Iterator[Path]:
+    """What is neither weights nor travels with a model nor is written by a conversion; links are not followed."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            if _FOLDERS_OF_A_MODEL.fullmatch(path.name):
+                yield from _other_things(path)
+            else:
+                yield path
+        elif not (
+            path.name == ".metadata" or path.name.endswith((".distcp", *WEIGHT_SUFFIXES)) or is_companion(path.name)
+        ):
+            yield path
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _verify(source: Path, target: Path, direction: str, workers: int | None) -> None:

@@ -155,13 +155,18 @@ class HFCheckpoint:
         files.read_into(weight.path, weight.offset + row * weight.row_bytes, out)
 
 
+def is_companion(name: str) -> bool:
+    """By its name: config, generation config, tokenizer, chat template; also JSON that indexes weights or is ours."""
+    return name.endswith(COMPANION_SUFFIXES) or name.startswith("tokenizer.model")  # Mistral: tokenizer.model.v3
+
+
 def companions_of(directory: Path) -> list[Path]:
     """Config, generation config, tokenizer and chat template files; never weights or code."""
     return [
         path
         for path in sorted([*directory.iterdir(), *(directory / CHAT_TEMPLATES).glob("*.jinja")])
         if path.is_file()
-        and (path.name.endswith(COMPANION_SUFFIXES) or path.name.startswith("tokenizer.model"))  # Mistral: .model.v3
+        and is_companion(path.name)
         and not path.name.endswith(WEIGHT_SUFFIXES)
         and path.name not in OURS
     ]

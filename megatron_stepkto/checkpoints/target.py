@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.locks import exclusive_lock
+from megatron_stepkto.locks import Lock, exclusive_lock
 from megatron_stepkto.progress import say
 
 
@@ -18,8 +18,10 @@ from megatron_stepkto.progress import say
 def whole_folder(target: Path, num_bytes: int) -> Iterator[Path]:
     """Yield an empty folder beside ``target``; on a clean exit it becomes ``target``, replacing what was there.
 
-    An error or Ctrl-C removes it; after a hard kill ``.NAME.partial`` and ``.NAME.lock`` are left, which the next
-    attempt takes over.
+    An error or Ctrl-C removes it, unless another process took this one for dead and began it anew; after a hard kill
+    ``.NAME.partial`` is left, which the next attempt takes over.
+    The folder ``.NAME.lock`` always stays, with one small file: were it removed, its numbers would begin again, and a
+    process that was taken for dead could not tell a fresh owner's lock from its own.
     The files' contents must be on disk (flushed) when the block ends; their names are flushed here.
 
     Args:
@@ -29,7 +31,7 @@ def whole_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         UserError: another process writes to ``target``, or the disk lacks space.
     """
     partial, old, lock = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old", "lock"))
-    with exclusive_lock(lock, str(target), note=say, remove=True) as held:
+    with exclusive_lock(lock, str(target), note=say) as held:
         try:
             partial.mkdir(exist_ok=True)
             _empty(partial)
@@ -44,7 +46,7 @@ def whole_folder(target: Path, num_bytes: int) -> Iterator[Path]:
             partial.rename(target)
             _flush(target.parent)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_if_ours(partial, held)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"{target.parent}: the disk is full; nothing was kept. Free {num_bytes / 1e9:.2f} GB and "
@@ -52,9 +54,15 @@ def whole_folder(target: Path, num_bytes: int) -> Iterator[Path]:
                 ) from None
             raise
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_if_ours(partial, held)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_if_ours(partial: Path, held: Lock) -> None:
+    """Who took the lock over from this process, which seemed dead, is filling the folder under the same name."""
+    if held.is_ours:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _empty(folder: Path) -> None:

@@ -116,7 +116,7 @@ def convert(source: Path, target: Path) -> subprocess.Popen[bytes]:
 
 
 def test_killed_at_any_instant(tmp_path: Path) -> None:
-    """Nothing that looks finished; the next attempt starts clean, and leaves nothing else behind."""
+    """Nothing that looks finished; the next attempt starts clean, and leaves nothing else behind but its lock."""
     source, target = tmp_path / "hf", tmp_path / "megatron"
     partial = tmp_path / ".megatron.partial"
     write_big_llama(source, layers=4)
@@ -144,7 +144,7 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
         assert {path.name for path in tmp_path.iterdir()} <= {"hf", ".megatron.partial", ".megatron.lock"}
     assert killed_inside >= 3
     assert convert(source, target).wait(timeout=120) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".megatron.lock", "hf", "megatron"]
     assert verify(source, target) == []
 
 

@@ -190,6 +190,18 @@ def test_a_window_that_would_matter(name: str, changes: dict[str, Any]) -> None:
     assert read(name, **changes, max_position_embeddings=4096).max_positions == 4096
 
 
+def test_the_published_phi_3_mini_4k_and_the_edit_that_makes_it_convert() -> None:
+    """Its config.json cuts attention to 2047 of 4096 positions."""
+    published = {"sliding_window": 2047, "original_max_position_embeddings": 4096, "rope_theta": 10000.0,
+                 "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
+    assert refusal(lambda: read("Phi3ForCausalLM", **published, max_position_embeddings=4096)) == (
+        "config.json: sliding_window = 2047 is shorter than max_position_embeddings = 4096 and is not supported; if no "
+        "prompt with its solution exceeds 2047 tokens, set max_position_embeddings to 2047: then the window changes "
+        "nothing"
+    )
+    assert read("Phi3ForCausalLM", **published, max_position_embeddings=2047).max_positions == 2047
+
+
 def test_a_window_that_no_layer_has() -> None:
     assert read("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=4096, max_window_layers=4)
 

@@ -101,6 +101,7 @@ def test_places_that_would_lose_something(
         (tmp_path / "work", "stands inside of it and would be removed"),
         (tmp_path / "notes", "--force replaces a model, and this folder holds none, but thesis.tex"),
         (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "a" / "out", f"{tmp_path / 'file'} is a file; choose another folder"),
         (tmp_path / "link", "is a link to"),
         (tmp_path / "dangling", "is a link to"),
     ):
@@ -110,12 +111,64 @@ def test_places_that_would_lose_something(
     for target in (".", "..", source / ".."):
         assert stepkto("convert", source, target, "--force") == 2
         assert "would be removed" in " ".join(capsys.readouterr().err.split())
-    assert stepkto("convert", source, tmp_path / "file" / "out") == 2
-    assert "file: File exists" in capsys.readouterr().err
     assert sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")) == before
     (tmp_path / "empty").mkdir()
     assert stepkto("convert", tmp_path / "source", tmp_path / "empty", "--force") == 0
     assert stepkto("convert", tmp_path / "source", tmp_path / "empty", "--verify") == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "others", "said"),
+    [
+        # a project: config.json alone is no model
+        (["config.json"], ["src/train.py", "thesis.tex"], "this folder holds none, but config.json, src, thesis.tex"),
+        (["config.json"], [], "this folder holds none, but config.json"),
+        (["config.json", "pytorch_model.bin"], [], "this folder holds none, but config.json, pytorch_model.bin"),
+        # a model, and more
+        (["config.json", "model.safetensors"], ["src/a.py", "b.tex"], "holds other things too: b.tex, src; move them"),
+        (["conversion.json"], ["README.md"], "holds other things too: README.md; move them"),
+        ([".metadata", "__0_0.distcp"], ["huggingface/notes.md"], "other things too: huggingface/notes.md; move them"),
+        (["latest_checkpointed_iteration.txt"], ["iter_0000010/a/b", "iter_x/c"], "too: iter_0000010/a, iter_x; move"),
+        (["conversion.json"], [f"{i}.tex" for i in range(7)], "too: 0.tex, 1.tex, 2.tex, 3.tex, 4.tex, ...; move"),
+    ],
+)
+def test_force_never_removes_what_is_no_model(
+    models: dict[str, Path],
+    tmp_path: Path,
+    model: list[str],
+    others: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in (*model, *others):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(name)
+    assert stepkto("convert", models["tied"], tmp_path / "out", "--force") == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for name in (*model, *others):
+        assert (tmp_path / "out" / name).read_text() == name
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model.v3",
+         "merges.txt", "chat_template.jinja", "additional_chat_templates/tool.jinja"],
+        ["conversion.json"],
+        [".metadata", "common.pt", "metadata.json", "__0_0.distcp", "huggingface/config.json"],
+        ["latest_checkpointed_iteration.txt", "iter_0000010/.metadata", "iter_0000010/__0_0.distcp",
+         "release/common.pt", "huggingface/tokenizer.json"],
+    ],
+)  # fmt: skip
+def test_force_replaces_a_model_of_either_kind(models: dict[str, Path], tmp_path: Path, files: list[str]) -> None:
+    for name in files:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("an older model")
+    assert stepkto("convert", models["tied"], tmp_path / "out", "--force") == 0
+    assert verify(models["tied"], tmp_path / "out") == []
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert b"an older model" not in [path.read_bytes() for path in left]
 
 
 def test_verification_names_what_differs(

@@ -423,15 +423,39 @@ def test_an_interruption_leaves_nothing(
         patch.setattr(f"megatron_stepkto.checkpoints.convert.{interrupted}", stop)
         with pytest.raises(KeyboardInterrupt):
             hf_to_megatron(models["tied"], target)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".megatron.lock"]
     hf_to_megatron(models["tied"], target)
     with monkeypatch.context() as patch:
         patch.setattr(f"megatron_stepkto.checkpoints.convert.{interrupted.replace('Checkpoint', 'HF')}", stop)
         with pytest.raises(KeyboardInterrupt):
             megatron_to_hf(target, tmp_path / "back")
-    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+    locks = [".back.lock", ".megatron.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*locks, "megatron"]
     megatron_to_hf(target, tmp_path / "back")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "megatron"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*locks, "back", "megatron"]
+    for lock in locks:
+        assert [path.name for path in (tmp_path / lock).iterdir()] == [".free.000002"], "numbers go on"
+
+
+@pytest.mark.parametrize("ended", ["at the check", "Ctrl-C", "a file that the other removed"])
+def test_who_was_taken_for_dead_leaves_the_others_files(tmp_path: Path, ended: str) -> None:
+    """It hung; another process took the lock and fills the partial folder of the same name; then it wakes."""
+    partial, lock = tmp_path / ".out.partial", tmp_path / ".out.lock"
+    errors = {"at the check": UserError, "Ctrl-C": KeyboardInterrupt, "a file that the other removed": OSError}
+    with pytest.raises(errors[ended]), target_folder.whole_folder(tmp_path / "out", 1) as folder:
+        assert folder == partial
+        (folder / "mine").write_text("hung here")
+        (lock / ".held.000001").unlink()
+        (lock / ".held.000002").write_text("{}")
+        (folder / "mine").unlink()
+        (folder / "theirs").write_text("hours of work")
+        if ended == "Ctrl-C":
+            raise KeyboardInterrupt
+        if ended == "a file that the other removed":
+            (folder / "mine").read_text()
+    assert (partial / "theirs").read_text() == "hours of work"
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in lock.iterdir()] == [".held.000002"]
 
 
 def test_a_disk_that_is_too_small_is_refused_at_once(
@@ -439,7 +463,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
 ) -> None:
     monkeypatch.setattr(target_folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 1000))
     assert "will be written, 0.00 GB are free; free some space" in forward_refusal(models["tied"])
-    assert not list(models["tied"].parent.glob(".target*"))
+    assert [path.name for path in models["tied"].parent.glob(".target*")] == [".target.lock"]
 
 
 def test_a_disk_that_becomes_full(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +480,7 @@ def test_a_disk_that_becomes_full(models: dict[str, Path], tmp_path: Path, monke
         patch.setattr(os, "pwrite", full)
         with pytest.raises(UserError, match="the disk is full; nothing was kept"):
             hf_to_megatron(models["tied"], tmp_path / "megatron")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".megatron.lock"]
 
 
 # --- all faults at once --------------------------------------------------------------------------------------
