@@ -485,8 +485,10 @@ class Engine:
         ``finished`` runs on every rank, in a later ``finish_saving``, when all ranks have written.
         """
         self._make(directory)
+        # From 0.17 on Megatron asks for nvidia-resiliency-ext unless its own writer is named.
+        own_writer = {} if cpu.check_megatron_version().startswith("0.16.") else {"async_strategy": "mcore"}
         request = dist_checkpointing.save(
-            self._state(loading=False), str(directory), ("torch_dist", 1), async_sharded_save=True
+            self._state(loading=False), str(directory), ("torch_dist", 1), async_sharded_save=True, **own_writer
         )
         assert request is not None
         request.add_finalize_fn(finished)
