@@ -84,10 +84,16 @@ SERVER_WAIT=3600 # seconds; loading a large model takes minutes, an hour is a fa
 # serve KIND URL LOG COMMAND...: start a server on the job's node, beside what is launched next; returns when it
 # answers at URL/models. It ends with the job.
 serve() {
-    local kind=$1 url=$2 answer begun=$SECONDS
-    SERVER_LOG=$3
+    local kind=$1 url=$2 log=$3 answer begun=$SECONDS
     shift 3
     command -v curl >/dev/null || give_up "needs curl on its node, to see whether the judge server is up"
+    answer=$(answer_at "$url")
+    if [[ $answer != 000 ]]; then # another's server, of another model perhaps: its answers must not become labels
+        echo "error: somebody else listens at $url on $SLURM_JOB_NODELIST (status $answer) before the judge server is" \
+            "started: end that, or give JUDGE_URL and JUDGE_SERVER another port"
+        settle 1
+    fi
+    SERVER_LOG=$log
     echo "=== $PART: $(tail -n 1 "$RUN/slurm/attempts/$PART"), server: $*" >>"$SERVER_LOG"
     make_step "$kind" 1 "$@"
     # overlap: a step has its GPUs and cores for itself, and the next one would wait for ever
@@ -96,7 +102,7 @@ serve() {
     trap 'kill "$SERVER_PID" 2>/dev/null || true' EXIT
     while ((!TOLD)) && server_lives; do
         # 000: nobody listens; 5xx: it loads; anything else is an answer, which the judge will read
-        answer=$(curl --silent --output /dev/null --write-out '%{http_code}' --max-time 5 "$url/models") || true
+        answer=$(answer_at "$url")
         [[ $answer != [234]* ]] || return 0
         if ((SECONDS - begun > SERVER_WAIT)); then
             echo "error: no answer of the judge server at $url in $SERVER_WAIT s; its log: $SERVER_LOG"
@@ -107,6 +113,9 @@ serve() {
     ((!TOLD)) || settle 143
     settle 1
 }
+
+# answer_at URL: the HTTP status of URL/models, 000 where nobody answers. Without a proxy, as the judge asks.
+answer_at() { curl --silent --noproxy '*' --output /dev/null --write-out '%{http_code}' --max-time 5 "$1/models" || true; }
 
 server_lives() { kill -0 "$SERVER_PID" 2>/dev/null; }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from megatron_stepkto.slurm.chain import chain, command
 from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.queue import comment
 from megatron_stepkto.slurm.site import _seconds, read_site
-from tests.slurm.cluster import write_site
+from tests.slurm.cluster import free_ports, write_site
 
 REAL = ["llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100", "qwen2.5_1.5b_1xh200_smoke", "llama3.3_70b_64xh100_fp8"]
 
@@ -244,6 +247,82 @@ def test_the_step_that_a_stage_runs_as(
     rest = words[7 + len(own) :]
     assert rest[:2] == ["bash", "-c"]
     assert rest[3:] == [str(site), "sample", "stepkto", "two words"]
+
+
+ACT = """set -euo pipefail
+SITE=$1 RUN=$2; source "$SITE"; source "$STEPKTO_HOME/slurm/lib.sh"
+begin judge_1
+"""
+STAND_INS = {  # of Slurm's commands: they note what they were asked
+    "srun": 'echo "srun $*" >>"$RUN/asked"; while [[ $1 != judge-server ]]; do shift; done; exec "${@:2}"',
+    "scontrol": 'echo "scontrol $*" >>"$RUN/asked"',
+}
+
+
+def act(site: Path, run: Path, script: str) -> tuple[int, str, list[str]]:
+    """Some bash in a job of the judge: its exit code, what its log has, and what Slurm was asked."""
+    for name, body in STAND_INS.items():
+        program = run / "bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/bash\n{body}\n")
+        program.chmod(0o755)
+    log, asked = run / "slurm" / "logs" / "judge_1.log", run / "asked"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    asked.unlink(missing_ok=True)
+    path = f"{run / 'bin'}:{os.environ['PATH']}"
+    environment = {"PATH": path, "RUN": str(run), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    with log.open("a") as file:
+        done = subprocess.run(
+            ["bash", "-c", ACT + script, "bash", str(site), str(run)], stdout=file, stderr=file,
+            timeout=60, check=False, env={**os.environ, **environment},
+        )  # fmt: skip
+    return done.returncode, log.read_text(), asked.read_text().splitlines() if asked.is_file() else []
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """A server that answers every question with one status."""
+
+    status = 404
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+
+
+@pytest.mark.parametrize("status", [200, 404, 503])
+def test_a_server_that_is_not_the_jobs_own_is_not_asked(site: Path, tmp_path: Path, status: int) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    handler = type("Handler", (Answer,), {"status": status})
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}/v1"
+        code, log, asked = act(
+            site, tmp_path, f"serve sample {url} $RUN/server.log judge-server sleep 60; echo asked\n"
+        )
+        other.shutdown()
+    assert code == 143
+    assert f"error: somebody else listens at {url} on n1 (status {status}) before the judge server is started" in log
+    assert "=== judge_1: failed (1 of 3), exit code 1\n" in log
+    assert "log of the judge server" not in log, "there is none"
+    assert asked == ["scontrol requeue 7"], "no server was started"
+    assert not (tmp_path / "server.log").exists()
+
+
+def test_the_jobs_own_server_is_started_where_nobody_listens(site: Path, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    [port] = free_ports(1)
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").write_text("{}")
+    server = f"judge-server {sys.executable} -m http.server {port} --bind 127.0.0.1 --directory {tmp_path}"
+    script = f"serve sample http://127.0.0.1:{port}/v1 $RUN/server.log {server}; echo asked; exit 0\n"
+    code, log, asked = act(site, tmp_path, f"http_proxy=http://127.0.0.1:9 {script}")
+    assert code == 0, log
+    assert log.endswith("\nasked\n")
+    assert len(asked) == 1
+    assert asked[0].startswith("srun --overlap ")
+    assert '"GET /v1/models HTTP/1.1" 200' in (tmp_path / "server.log").read_text()
 
 
 @pytest.mark.parametrize("name", REAL)
