@@ -155,9 +155,16 @@ give_up() {
     exit 1
 }
 
+# was_cancelled: does the log say so of this attempt? Slurm appends to it; an earlier one has the same job number.
+was_cancelled() {
+    awk -v attempt="=== $PART: attempt " \
+        -v cancelled="JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]+ ([*][*][*]|DUE to SIGNAL)" \
+        'index($0, attempt) == 1 { seen = 0 } $0 ~ cancelled { seen = 1 } END { exit !seen }' "$LOG"
+}
+
 requeue() {
     # scancel, too, comes as SIGTERM, and putting the job back would undo it. Only the log tells the difference.
-    if grep -qE "JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]+ (\*\*\*|DUE to SIGNAL)" "$LOG"; then
+    if was_cancelled; then
         echo "=== $PART: cancelled"
         exit 143
     fi

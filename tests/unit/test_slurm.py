@@ -325,6 +325,31 @@ def test_the_jobs_own_server_is_started_where_nobody_listens(site: Path, tmp_pat
     assert '"GET /v1/models HTTP/1.1" 200' in (tmp_path / "server.log").read_text()
 
 
+CANCELLED = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 ***"
+
+
+@pytest.mark.parametrize(
+    ("line", "ends"),
+    [
+        (CANCELLED, "=== judge_1: cancelled"),
+        ("slurmd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE to SIGNAL Terminated ***", "cancelled"),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO PREEMPTION ***", "queue"),
+        ("slurmstepd: error: *** JOB 77 ON n1 CANCELLED AT 2026-11-25T20:00:00 ***", "back into the queue"),
+        ("told to stop", "back into the queue"),
+    ],
+)
+def test_a_cancelled_job_is_not_put_back(site: Path, tmp_path: Path, line: str, ends: str) -> None:
+    code, log, asked = act(site, tmp_path, f"echo {shlex.quote(line)}; settle 143")
+    assert code == 143
+    assert log.splitlines()[-1].endswith(ends)
+    assert asked == ([] if "cancelled" in ends else ["scontrol requeue 7"])
+    # put back by hand, under the same number and in the same log, and then preempted
+    code, log, asked = act(site, tmp_path, "settle 143")
+    assert code == 143
+    assert log.splitlines()[-1] == "=== judge_1: back into the queue"
+    assert asked == ["scontrol requeue 7"]
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_recipes_for_real_models(
     name: str, site: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
