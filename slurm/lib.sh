@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # What the *.sbatch files have in common. Sourced after site.sh, never run.
 
+set -u # not while the site file is sourced
+
 MAX_FAILURES=3
 MAX_RESTARTS=100 # preemptions and time limits; more than that is no progress
 

@@ -48,9 +48,9 @@ class Site:
 _NAMES = {"extra": "SBATCH_EXTRA"}
 # first the names of all variables in one word, and what kind of thing `environment` is; then, for each name that is
 # asked for, it prints NAME, NUL, number of words, NUL, words, each with a NUL; an unset variable prints -1
+# No -u, as in *.sbatch: modules use unset variables, and an empty array counts as unset.
 _PRINT = """
 source "$1" >&2; shift  # a module may greet
-set +u  # an empty array counts as unset
 printf '%s\\0%s\\0' "$(compgen -v | tr '\\n' ' ')" "$(type -t environment)"
 for name in "$@"; do
     if ! declare -p "$name" >/dev/null 2>&1; then printf '%s\\0-1\\0' "$name"; continue; fi
@@ -73,7 +73,7 @@ def read_site(path: Path) -> Site:
         raise UserError(f"{path}: expected your cluster's settings, found none; copy slurm/site.example.sh there")
     names = {field.name: _NAMES.get(field.name, field.name.upper()) for field in fields(Site)}
     done = subprocess.run(
-        ["bash", "-uec", _PRINT, "bash", str(path.resolve()), *names.values()],
+        ["bash", "-ec", _PRINT, "bash", str(path.resolve()), *names.values()],
         capture_output=True, text=True, check=False, env=dict(os.environ),
     )  # fmt: skip
     if done.returncode:

@@ -80,6 +80,41 @@ def test_a_site_file_may_talk(site: Path) -> None:
     assert read_site(site).gpus_per_node == 8
 
 
+MODULES = """module() { local loaded=$LOADEDMODULES:$1; [[ $2 == apptainer ]] || return 1; export LOADED=$loaded; }
+module load apptainer 2>/dev/null || true
+module load unknown 2>/dev/null || true
+"""
+
+
+def test_a_site_file_may_load_modules_as_the_documentation_says(site: Path, repository: Path, tmp_path: Path) -> None:
+    """They use unset variables, which under set -u end the shell whatever stands behind ``||``."""
+    site.write_text(MODULES + site.read_text())
+    assert read_site(site).gpus_per_node == 8
+    scripts = sorted((repository / "slurm").glob("*.sbatch"))
+    assert len(scripts) == 8
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("LOADEDMODULES", "SLURM_ARRAY_TASK_ID")
+    }
+    for script in scripts:
+        run = tmp_path / script.stem
+        program = run / "bin" / "srun"
+        program.parent.mkdir(parents=True)
+        program.write_text(f'#!/bin/bash\necho "$LOADED ${{@: -1}}" >>{run}/asked\n')
+        program.chmod(0o755)
+        done = subprocess.run(
+            ["bash", str(script), str(site), str(run), "1"], capture_output=True, text=True, check=False,
+            env={**environment, "PATH": f"{program.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+                 "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (run / "asked").read_text().startswith(":load ")
+    done = subprocess.run(
+        ["bash", "-c", PRINT_STEP + 'echo "$ABSENT"', "bash", str(site), "sample", "1", "x"], capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert "ABSENT: unbound variable" in done.stderr, "lib.sh is strict with itself"
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("10", 600), ("2:30", 150), ("08:00:00", 28800), ("1-6", 108000), ("1-0:30", 88200), ("2-01:00:09", 176409)],
@@ -214,7 +249,7 @@ def test_what_a_job_would_not_find_is_told_at_submission(
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-PRINT_STEP = """set -euo pipefail
+PRINT_STEP = """set -eo pipefail
 SITE=$1; source "$SITE"; source "$STEPKTO_HOME/slurm/lib.sh"
 make_step "${@:2}"; printf '%s\n' "${STEP[@]}"
 """
@@ -249,7 +284,7 @@ def test_the_step_that_a_stage_runs_as(
     assert rest[3:] == [str(site), "sample", "stepkto", "two words"]
 
 
-ACT = """set -euo pipefail
+ACT = """set -eo pipefail
 SITE=$1 RUN=$2; source "$SITE"; source "$STEPKTO_HOME/slurm/lib.sh"
 begin judge_1
 """
