@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.recipe import Recipe
-from megatron_stepkto.slurm.chain import has_server, server_url, train_nodes
+from megatron_stepkto.recipe import MonteCarloJudge, Recipe
+from megatron_stepkto.slurm.chain import has_server, server_urls, train_nodes
 from megatron_stepkto.slurm.site import Site
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -41,6 +41,16 @@ def _check_nodes(recipe: Recipe, site: Site) -> None:
             f"sample.workers x sample.tensor_parallel: expected at most {gpus} (GPUS_PER_NODE), got {need}; lower "
             "sample.workers and raise SAMPLE_ELEMENTS in the site file: each has a node of its own"
         )
+    if recipe.judge is None or recipe.problems.source == "imports":  # no job judges
+        return
+    judge = recipe.judge.process
+    need = judge.sample.workers * judge.sample.tensor_parallel if isinstance(judge, MonteCarloJudge) else 0
+    if gpus and need > gpus:
+        key = "judge.process.sample"
+        raise UserError(
+            f"{key}.workers x {key}.tensor_parallel: expected at most {gpus} (GPUS_PER_NODE), got {need}; lower "
+            f"{key}.workers: the judge's job has one node"
+        )
 
 
 def _check_mounts(recipe: Recipe, site: Site) -> None:
@@ -70,11 +80,12 @@ def _paths(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
 
 def _check_server(recipe: Recipe, site: Site) -> None:
     """Nobody listens at a job's own address but what the job starts."""
-    url = server_url(recipe)
-    if url is None or has_server(recipe, site) or urlsplit(url.split(",")[0]).hostname not in LOOPBACK:
+    started = site.judge_url.rstrip("/") if has_server(recipe, site) else None
+    own = [url for url in server_urls(recipe) if url != started and urlsplit(url).hostname in LOOPBACK]
+    if not own:
         return
     given = f"JUDGE_URL is {site.judge_url}" if site.judge_server else "JUDGE_SERVER is empty"
     raise UserError(
-        f"judge.process.base_url: {url}: the judge job must start what listens there, and {given}; "
+        f"judge.process.base_url: {own[0]}: the judge job must start what listens there, and {given}; "
         "in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's address"
     )

@@ -180,6 +180,12 @@ def test_flags(site: Path, repository: Path, tmp_path: Path) -> None:
         ),
         ("1", [], "train.parallel.ranks=16: expected the same number on each of 1 nodes, at most 8"),
         ("", ["sample.workers=5", "sample.tensor_parallel=2"], "expected at most 8 (GPUS_PER_NODE), got 10; lower"),
+        (
+            "",
+            ["judge.process={kind: monte_carlo, sample: {max_tokens: 9, workers: 3, tensor_parallel: 3}}"],
+            "judge.process.sample.workers x judge.process.sample.tensor_parallel: expected at most 8 (GPUS_PER_NODE), "
+            "got 9; lower judge.process.sample.workers: the judge's job has one node",
+        ),
     ],
 )
 def test_ranks_and_engines_that_do_not_fit(
@@ -197,6 +203,7 @@ JUDGES = {
     "equations": ("cpu only", None, False),
     "{kind: llm, base_url: 'http://127.0.0.1:8000/v1', model: m}": ("h100", 8, True),
     "{kind: llm, base_url: 'http://elsewhere:8000/v1', model: m}": ("cpu only", None, False),
+    "{kind: llm, base_url: 'http://elsewhere:8000/v1, http://127.0.0.1:8000/v1/', model: m}": ("h100", 8, True),
     "{kind: prm, base_url: 'http://127.0.0.1:8000/v1/', model: m, convention: qwen_math_prm}": ("h100", 8, True),
     "{kind: prm, model: m, convention: qwen_math_prm, workers: 2}": ("h100", 2, False),
     "{kind: monte_carlo, sample: {max_tokens: 9, workers: 2, tensor_parallel: 2}}": ("h100", 4, False),
@@ -228,6 +235,10 @@ def test_where_a_judge_runs(site: Path, repository: Path, tmp_path: Path, judge:
          "base_url: http://localhost:8000/v1: the judge job must start what listens there, and JUDGE_SERVER is empty"),
         ("JUDGE_SERVER=(vllm serve m)", "judge.process.base_url=http://localhost:8000/v1",
          "and JUDGE_URL is http://127.0.0.1:8000/v1; in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's"),
+        ("JUDGE_SERVER=()", "judge.process.base_url='http://node7:8000/v1,http://localhost:8000/v1'",
+         "base_url: http://localhost:8000/v1: the judge job must start what listens there, and JUDGE_SERVER is empty"),
+        ("JUDGE_SERVER=(vllm serve m)", "judge.process.base_url='http://127.0.0.1:8000/v1,http://127.0.0.1:8001/v1'",
+         "base_url: http://127.0.0.1:8001/v1: the judge job must start what listens there, and JUDGE_URL is http://127"),
         ("CONTAINER=enroot IMAGE_TRAIN=t IMAGE_SAMPLE=s MOUNTS=/scratch", "seed=0",
          "MOUNTS=/scratch: expected this folder (/"),
         ("CONTAINER=enroot IMAGE_TRAIN=t IMAGE_SAMPLE=s MOUNTS=$HERE:/elsewhere", "seed=0", "expected this folder (/"),
@@ -247,6 +258,20 @@ def test_what_a_job_would_not_find_is_told_at_submission(
               f"--set={added}", "--dry-run"])  # fmt: skip
     assert stop.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "judge",
+    ["{kind: llm, base_url: 'http://localhost:8000/v1', model: m}",
+     "{kind: monte_carlo, sample: {max_tokens: 9, workers: 9}}"],
+)  # fmt: skip
+def test_imported_solutions_need_no_judge_on_the_site(site: Path, repository: Path, tmp_path: Path, judge: str) -> None:
+    """Their labels come with them: the chain has no judge job whose node could be wrong."""
+    path = repository / "recipes" / "gsm8k_offline_cpu.yaml"
+    recipe = load_recipe(path, [f"output={tmp_path}", f"judge={{split: line, process: {judge}}}"])
+    read = read_site(site)
+    check_site(recipe, read)
+    assert "judge_1" not in [step.name for step in chain(recipe, read)]
 
 
 PRINT_STEP = """set -eo pipefail
