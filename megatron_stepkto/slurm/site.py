@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -104,31 +103,9 @@ def read_site(path: Path) -> Site:
     for image in ("image_train", "image_sample"):
         if site.container != "none" and not getattr(site, image):
             raise UserError(f"{path}: CONTAINER={site.container} needs {image.upper()}")
-    for name in ("time_sample", "time_judge", "time_train", "time_evaluate", "time_cpu"):
-        limit = _seconds(getattr(site, name))
-        if limit is None:
-            raise UserError(f"{path}: {name.upper()}={getattr(site, name)}: expected minutes or [days-]HH:MM:SS")
-        if limit <= site.stop_lead:
-            raise UserError(
-                f"{path}: {name.upper()}={getattr(site, name)} is not longer than STOP_LEAD={site.stop_lead} seconds: "
-                "a job would be told to stop when it starts"
-            )
     if not (site.scripts / "train.sbatch").is_file():
         raise UserError(f"{path}: STEPKTO_HOME={site.stepkto_home}: expected this project's checkout with slurm/ in it")
     return site
-
-
-def _seconds(text: str) -> int | None:
-    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None: it is none."""
-    if re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text) is None:
-        return None
-    days, _, clock = text.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if days:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    else:
-        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _value(path: Path, name: str, kind: str, given: list[str]) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import math
 import os
 import re
 import shlex
@@ -13,15 +14,16 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_stepkto.cli import main
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import write_json
 from megatron_stepkto.recipe import load_recipe
 from megatron_stepkto.slurm.chain import chain, command
-from megatron_stepkto.slurm.checks import check_site
+from megatron_stepkto.slurm.checks import _seconds, check_site
 from megatron_stepkto.slurm.queue import comment
-from megatron_stepkto.slurm.site import _seconds, read_site
+from megatron_stepkto.slurm.site import read_site
 from tests.slurm.cluster import free_ports, write_site
 
 REAL = ["llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100", "qwen2.5_1.5b_1xh200_smoke", "llama3.3_70b_64xh100_fp8"]
@@ -59,8 +61,6 @@ def test_site_file(site: Path) -> None:
         ("unset TIME_TRAIN", "variable TIME_TRAIN is missing; see slurm/site.example.sh"),
         ("unset JUDGE_URL; JUGDE_URL=x", "variable JUDGE_URL is missing (JUGDE_URL is there: a slip of the pen?); see"),
         ("unset -f environment", "function environment is missing; see slurm/site.example.sh"),
-        ("TIME_TRAIN=8h", "TIME_TRAIN=8h: expected minutes or [days-]HH:MM:SS"),
-        ("STOP_LEAD=600", "TIME_SAMPLE=10 is not longer than STOP_LEAD=600 seconds: a job would be told"),
         ("CONTAINER=docker", "CONTAINER=docker: expected none, apptainer or enroot"),
         ("CONTAINER=apptainer", "CONTAINER=apptainer needs IMAGE_TRAIN"),
         ("STEPKTO_HOME=/nowhere", "STEPKTO_HOME=/nowhere: expected this project's checkout"),
@@ -117,10 +117,61 @@ def test_a_site_file_may_load_modules_as_the_documentation_says(site: Path, repo
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("10", 600), ("2:30", 150), ("08:00:00", 28800), ("1-6", 108000), ("1-0:30", 88200), ("2-01:00:09", 176409)],
-)
-def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int) -> None:
+    [("10", 600), ("2:30", 150), ("08:00:00", 28800), ("1-6", 108000), ("1-0:30", 88200), ("2-01:00:09", 176409),
+     *[(text, math.inf) for text in ("UNLIMITED", "infinite", "-1", "0", "00:00:00", "0-0")],
+     *[(text, None) for text in ("", "8h", "-2", "1:2:3:4", "1-", "UNLIMITED ")]],
+)  # fmt: skip
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: float | None) -> None:
     assert _seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ("TIME_TRAIN=8h", "TIME_TRAIN=8h: expected minutes, [days-]HH:MM:SS or UNLIMITED; correct it in the site file"),
+        ("STOP_LEAD=600", "TIME_SAMPLE=10 is not longer than STOP_LEAD=600 seconds: a job would be told"),
+        ("TIME_CPU=0:30", "TIME_CPU=0:30 is not longer than STOP_LEAD=30 seconds"),
+        ("TIME_CPU=UNLIMITED TIME_TRAIN=0 TIME_SAMPLE=-1 TIME_JUDGE=infinite", ""),
+        (
+            "SBATCH_EXTRA=(--qos=long --output=/scratch/log)",
+            "SBATCH_EXTRA: --output=/scratch/log: expected no flag that",
+        ),
+        ("SBATCH_EXTRA=(--out /scratch/log)", "SBATCH_EXTRA: --out: expected"),
+        ("SBATCH_EXTRA=(-o/scratch/log)", "SBATCH_EXTRA: -o/scratch/log: expected"),
+        ("SBATCH_EXTRA=(-e /scratch/log)", "SBATCH_EXTRA: -e: expected"),
+        ("SBATCH_EXTRA=(--error=x)", "SBATCH_EXTRA: --error=x: expected"),
+        ("SBATCH_EXTRA=(--open-mode=truncate)", "SBATCH_EXTRA: --open-mode=truncate: expected"),
+        ("SBATCH_EXTRA=(--exclusive --export=ALL --oversubscribe --exclude=n3 --comment=-o -A me)", ""),
+    ],
+)
+def test_limits_and_flags_are_judged_at_submission_alone(
+    site: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    added: str, said: str,
+) -> None:  # fmt: skip
+    """``status`` still shows a run whose stored site file would be refused today."""
+    with site.open("a") as file:
+        file.write(added + "\n")
+    words = [str(repository / "recipes" / "mini_cpu.yaml"), f"--set=output={tmp_path}"]
+    if said:
+        with pytest.raises(SystemExit) as stop:
+            main(["slurm", "submit", *words, f"--site={site}", "--dry-run"])
+        assert stop.value.code == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    else:
+        main(["slurm", "submit", *words, f"--site={site}", "--dry-run"])
+        assert "train_1=$(sbatch" in capsys.readouterr().out
+    run, squeue = tmp_path / "mini_cpu", tmp_path / "bin" / "squeue"
+    (run / "slurm").mkdir(parents=True)
+    shutil.copyfile(site, run / "slurm" / "site.sh")
+    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
+    (run / "slurm" / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/bash\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    main(["slurm", "status", str(run)])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "train_1" in line]
+    assert "not queued" in line
 
 
 def test_no_site_file(tmp_path: Path) -> None:
