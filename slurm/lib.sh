@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # What the *.sbatch files have in common. Sourced after site.sh, never run.
 
+set -u # not while the site file is sourced
+
 MAX_FAILURES=3
 MAX_RESTARTS=100 # preemptions and time limits; more than that is no progress
 
@@ -84,10 +86,16 @@ SERVER_WAIT=3600 # seconds; loading a large model takes minutes, an hour is a fa
 # serve KIND URL LOG COMMAND...: start a server on the job's node, beside what is launched next; returns when it
 # answers at URL/models. It ends with the job.
 serve() {
-    local kind=$1 url=$2 answer begun=$SECONDS
-    SERVER_LOG=$3
+    local kind=$1 url=$2 log=$3 answer begun=$SECONDS
     shift 3
     command -v curl >/dev/null || give_up "needs curl on its node, to see whether the judge server is up"
+    answer=$(answer_at "$url")
+    if [[ $answer != 000 ]]; then # another's server, of another model perhaps: its answers must not become labels
+        echo "error: somebody else listens at $url on $SLURM_JOB_NODELIST (status $answer) before the judge server is" \
+            "started: end that, or give JUDGE_URL and JUDGE_SERVER another port"
+        settle 1
+    fi
+    SERVER_LOG=$log
     echo "=== $PART: $(tail -n 1 "$RUN/slurm/attempts/$PART"), server: $*" >>"$SERVER_LOG"
     make_step "$kind" 1 "$@"
     # overlap: a step has its GPUs and cores for itself, and the next one would wait for ever
@@ -96,7 +104,7 @@ serve() {
     trap 'kill "$SERVER_PID" 2>/dev/null || true' EXIT
     while ((!TOLD)) && server_lives; do
         # 000: nobody listens; 5xx: it loads; anything else is an answer, which the judge will read
-        answer=$(curl --silent --output /dev/null --write-out '%{http_code}' --max-time 5 "$url/models") || true
+        answer=$(answer_at "$url")
         [[ $answer != [234]* ]] || return 0
         if ((SECONDS - begun > SERVER_WAIT)); then
             echo "error: no answer of the judge server at $url in $SERVER_WAIT s; its log: $SERVER_LOG"
@@ -107,6 +115,9 @@ serve() {
     ((!TOLD)) || settle 143
     settle 1
 }
+
+# answer_at URL: the HTTP status of URL/models, 000 where nobody answers. Without a proxy, as the judge asks.
+answer_at() { curl --silent --noproxy '*' --output /dev/null --write-out '%{http_code}' --max-time 5 "$1/models" || true; }
 
 server_lives() { kill -0 "$SERVER_PID" 2>/dev/null; }
 
@@ -146,9 +157,16 @@ give_up() {
     exit 1
 }
 
+# was_cancelled: does the log say so of this attempt? Slurm appends to it; an earlier one has the same job number.
+was_cancelled() {
+    awk -v attempt="=== $PART: attempt " \
+        -v cancelled="JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]+ ([*][*][*]|DUE to SIGNAL)" \
+        'index($0, attempt) == 1 { seen = 0 } $0 ~ cancelled { seen = 1 } END { exit !seen }' "$LOG"
+}
+
 requeue() {
     # scancel, too, comes as SIGTERM, and putting the job back would undo it. Only the log tells the difference.
-    if grep -qE "JOB $SLURM_JOB_ID ON .* CANCELLED AT [^ ]+ (\*\*\*|DUE to SIGNAL)" "$LOG"; then
+    if was_cancelled; then
         echo "=== $PART: cancelled"
         exit 143
     fi

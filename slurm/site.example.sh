@@ -5,8 +5,8 @@ STEPKTO_HOME=$HOME/megatron-stepkto     # this checkout, on a file system that a
 
 # --- where jobs go ---------------------------------------------------------------------------------------------
 ACCOUNT=                                # empty: your default account
-GPU_PARTITION=gpu                       # sample, evaluate, train, and judge where it needs a server
-CPU_PARTITION=cpu                       # prepare, dataset, convert, finish
+GPU_PARTITION=gpu                       # sample, evaluate, train; judge with a server of its own or a model in it
+CPU_PARTITION=cpu                       # prepare, dataset, convert, finish, and judge where it needs no GPU
 SBATCH_EXTRA=()                         # more flags of sbatch for every job, such as (--qos=long)
 
 # --- what a node has -------------------------------------------------------------------------------------------
@@ -14,7 +14,7 @@ GPUS_PER_NODE=8                         # 0: no GPUs at all (recipes with device
 CPUS_PER_NODE=96
 TRAIN_NODES=                            # empty: train.parallel.ranks / GPUS_PER_NODE
 SAMPLE_ELEMENTS=4                       # elements of the sample array, one node each; a late one helps
-CPU_TASK_CPUS=16                        # of prepare, judge without a server, dataset, convert, finish
+CPU_TASK_CPUS=16                        # of prepare, dataset, convert, finish, and judge where it needs no GPU
 
 # --- how long (a job that reaches its limit saves, is put back and goes on) ------------------------------------
 TIME_SAMPLE=04:00:00
@@ -42,7 +42,7 @@ environment() {
 }
 
 # JUDGE_SERVER: the command that runs a judge's server in the foreground, and where it listens. Where the recipe's
-# judge.process.base_url is JUDGE_URL, the judge job starts it on its node, in the environment `sample`, and ends it.
+# judge.process.base_url names JUDGE_URL, the judge job starts it on its node, in the environment `sample`, and ends it.
 JUDGE_SERVER=()                         # such as (vllm serve /models/judge --port 8000 --tensor-parallel-size 8)
 JUDGE_URL=http://127.0.0.1:8000/v1
 

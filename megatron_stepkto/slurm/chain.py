@@ -97,7 +97,8 @@ def _cpu(site: Site) -> list[str]:
 
 
 def _gpus(site: Site, wanted: int) -> list[str]:
-    """GPUs of one node, and the cores that go with them."""
+    """GPUs of one node, and the cores that go with them. Workers of a learned judge may share GPUs; of what needs its
+    own, check_site refuses more than a node has."""
     if site.gpus_per_node == 0:
         return [f"--cpus-per-task={site.cpus_per_node}"]
     gpus = min(wanted, site.gpus_per_node)
@@ -119,14 +120,16 @@ def _evaluate(recipe: Recipe, site: Site) -> list[str]:
 
 def has_server(recipe: Recipe, site: Site) -> bool:
     """Does the judge job start the server that the recipe's judge asks?"""
-    asked = server_url(recipe)
-    return bool(site.judge_server) and asked is not None and asked.rstrip("/") == site.judge_url.rstrip("/")
+    return bool(site.judge_server) and site.judge_url.rstrip("/") in server_urls(recipe)
 
 
-def server_url(recipe: Recipe) -> str | None:
-    """Where the recipe's judge asks, if it asks anybody."""
-    process = recipe.judge.process if recipe.judge else None
-    return process.base_url if isinstance(process, LLMJudge | PRMJudge) else None
+def server_urls(recipe: Recipe) -> list[str]:
+    """Where the judge's job asks: none where there is no such job, or it asks nobody."""
+    if recipe.judge is None or recipe.problems.source == "imports":
+        return []
+    process = recipe.judge.process
+    asked = process.base_url if isinstance(process, LLMJudge | PRMJudge) else None
+    return [url.strip().rstrip("/") for url in (asked or "").split(",") if url.strip()]
 
 
 def _judge(recipe: Recipe, site: Site) -> list[str]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.recipe import Recipe
-from megatron_stepkto.slurm.chain import has_server, server_url, train_nodes
+from megatron_stepkto.recipe import MonteCarloJudge, Recipe
+from megatron_stepkto.slurm.chain import has_server, server_urls, train_nodes
 from megatron_stepkto.slurm.site import Site
 
+OF_THE_LOG = ("--output", "--error", "--open-mode")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -19,12 +23,60 @@ def check_site(recipe: Recipe, site: Site) -> None:
     """Do the jobs of a recipe find on this site what they need?
 
     Raises:
-        UserError: ranks or engines that do not fit on a node, a path that no container sees, a server that nobody
-            starts.
+        UserError: time limits or flags that sbatch or the jobs cannot do with, ranks or engines that do not fit on a
+            node, a path that no container sees, a server that nobody starts.
     """
+    _check_limits(site)
+    _check_flags(site)
     _check_nodes(recipe, site)
     _check_mounts(recipe, site)
     _check_server(recipe, site)
+
+
+def _check_limits(site: Site) -> None:
+    """Does a job have time before it is told to stop?"""
+    for field in fields(site):
+        if not field.name.startswith("time_"):
+            continue
+        name, text = field.name.upper(), getattr(site, field.name)
+        limit = _seconds(text)
+        if limit is None:
+            raise UserError(
+                f"{name}={text}: expected minutes, [days-]HH:MM:SS or UNLIMITED; correct it in the site file"
+            )
+        if limit <= site.stop_lead:
+            raise UserError(
+                f"{name}={text} is not longer than STOP_LEAD={site.stop_lead} seconds: a job would be told to stop "
+                "when it starts; raise it in the site file, or lower STOP_LEAD"
+            )
+
+
+def _seconds(text: str) -> float | None:
+    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; inf: no limit; None: it is none."""
+    if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
+        return math.inf
+    if re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text) is None:
+        return None
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or math.inf  # 0 asks for none
+
+
+def _check_flags(site: Site) -> None:
+    """A job reads in its log whether it was cancelled (slurm/lib.sh), and `status` names it: it stays where it is."""
+    for word in site.extra:
+        name = word.split("=")[0]
+        # sbatch takes long names cut short, and a value right behind a short one
+        cut = len(name) > 2 and any(flag.startswith(name) for flag in OF_THE_LOG)
+        if cut or word[:2] in ("-o", "-e"):
+            raise UserError(
+                f"SBATCH_EXTRA: {word}: expected no flag that moves a job's log, which the jobs read; it is "
+                "RUN/slurm/logs/STAGE.log; remove it from the site file"
+            )
 
 
 def _check_nodes(recipe: Recipe, site: Site) -> None:
@@ -40,6 +92,16 @@ def _check_nodes(recipe: Recipe, site: Site) -> None:
         raise UserError(
             f"sample.workers x sample.tensor_parallel: expected at most {gpus} (GPUS_PER_NODE), got {need}; lower "
             "sample.workers and raise SAMPLE_ELEMENTS in the site file: each has a node of its own"
+        )
+    if recipe.judge is None or recipe.problems.source == "imports":  # no job judges
+        return
+    judge = recipe.judge.process
+    need = judge.sample.workers * judge.sample.tensor_parallel if isinstance(judge, MonteCarloJudge) else 0
+    if gpus and need > gpus:
+        key = "judge.process.sample"
+        raise UserError(
+            f"{key}.workers x {key}.tensor_parallel: expected at most {gpus} (GPUS_PER_NODE), got {need}; lower "
+            f"{key}.workers: the judge's job has one node"
         )
 
 
@@ -70,11 +132,12 @@ def _paths(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
 
 def _check_server(recipe: Recipe, site: Site) -> None:
     """Nobody listens at a job's own address but what the job starts."""
-    url = server_url(recipe)
-    if url is None or has_server(recipe, site) or urlsplit(url.split(",")[0]).hostname not in LOOPBACK:
+    started = site.judge_url.rstrip("/") if has_server(recipe, site) else None
+    own = [url for url in server_urls(recipe) if url != started and urlsplit(url).hostname in LOOPBACK]
+    if not own:
         return
     given = f"JUDGE_URL is {site.judge_url}" if site.judge_server else "JUDGE_SERVER is empty"
     raise UserError(
-        f"judge.process.base_url: {url}: the judge job must start what listens there, and {given}; "
+        f"judge.process.base_url: {own[0]}: the judge job must start what listens there, and {given}; "
         "in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's address"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -48,9 +47,9 @@ class Site:
 _NAMES = {"extra": "SBATCH_EXTRA"}
 # first the names of all variables in one word, and what kind of thing `environment` is; then, for each name that is
 # asked for, it prints NAME, NUL, number of words, NUL, words, each with a NUL; an unset variable prints -1
+# No -u, as in *.sbatch: modules use unset variables, and an empty array counts as unset.
 _PRINT = """
 source "$1" >&2; shift  # a module may greet
-set +u  # an empty array counts as unset
 printf '%s\\0%s\\0' "$(compgen -v | tr '\\n' ' ')" "$(type -t environment)"
 for name in "$@"; do
     if ! declare -p "$name" >/dev/null 2>&1; then printf '%s\\0-1\\0' "$name"; continue; fi
@@ -73,7 +72,7 @@ def read_site(path: Path) -> Site:
         raise UserError(f"{path}: expected your cluster's settings, found none; copy slurm/site.example.sh there")
     names = {field.name: _NAMES.get(field.name, field.name.upper()) for field in fields(Site)}
     done = subprocess.run(
-        ["bash", "-uec", _PRINT, "bash", str(path.resolve()), *names.values()],
+        ["bash", "-ec", _PRINT, "bash", str(path.resolve()), *names.values()],
         capture_output=True, text=True, check=False, env=dict(os.environ),
     )  # fmt: skip
     if done.returncode:
@@ -104,31 +103,9 @@ def read_site(path: Path) -> Site:
     for image in ("image_train", "image_sample"):
         if site.container != "none" and not getattr(site, image):
             raise UserError(f"{path}: CONTAINER={site.container} needs {image.upper()}")
-    for name in ("time_sample", "time_judge", "time_train", "time_evaluate", "time_cpu"):
-        limit = _seconds(getattr(site, name))
-        if limit is None:
-            raise UserError(f"{path}: {name.upper()}={getattr(site, name)}: expected minutes or [days-]HH:MM:SS")
-        if limit <= site.stop_lead:
-            raise UserError(
-                f"{path}: {name.upper()}={getattr(site, name)} is not longer than STOP_LEAD={site.stop_lead} seconds: "
-                "a job would be told to stop when it starts"
-            )
     if not (site.scripts / "train.sbatch").is_file():
         raise UserError(f"{path}: STEPKTO_HOME={site.stepkto_home}: expected this project's checkout with slurm/ in it")
     return site
-
-
-def _seconds(text: str) -> int | None:
-    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None: it is none."""
-    if re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text) is None:
-        return None
-    days, _, clock = text.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if days:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    else:
-        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _value(path: Path, name: str, kind: str, given: list[str]) -> object:

@@ -81,7 +81,8 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SwitchType=switch/none
 MpiDefault=none
-KillWait=15
+# a job that was told to end saves first, on a machine that may be busy with other things
+KillWait=60
 MinJobAge=300
 # no back-fill delays: jobs start when they can
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,default_queue_depth=200

@@ -66,7 +66,7 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
     cluster.wait(lambda: "told to stop" in log.read_text(), 150, "signal before the time limit")
     for rank in held:
         rank.resume()
-    cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 60, "requeue after the time limit")
+    cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 120, "requeue after the time limit")
     cluster.ask("scontrol", "update", f"jobid={job}", "TimeLimit=20")
     assert "saved and stopped" in log.read_text()
     assert "interrupted; what is done is kept" in log.read_text()
@@ -76,13 +76,13 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
     # 2. scontrol requeue
     cluster.wait(lambda: len(lines(attempts)) == 2 and updates_saved(run) > saved + 1, 150, "second attempt")
     cluster.ask("scontrol", "requeue", job)
-    cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 60, "requeue")
+    cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 120, "requeue")
     saved = updates_saved(run)
 
     # 3. a node goes down
     cluster.wait(lambda: len(lines(attempts)) == 3 and updates_saved(run) > saved + 1, 150, "third attempt")
     cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 60, "requeue after the loss of a node")
+    cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 120, "requeue after the loss of a node")
     saved = updates_saved(run)
     assert saved < 128
 

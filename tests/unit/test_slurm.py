@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import http.server
+import math
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_stepkto.cli import main
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import write_json
 from megatron_stepkto.recipe import load_recipe
 from megatron_stepkto.slurm.chain import chain, command
-from megatron_stepkto.slurm.checks import check_site
+from megatron_stepkto.slurm.checks import _seconds, check_site
 from megatron_stepkto.slurm.queue import comment
-from megatron_stepkto.slurm.site import _seconds, read_site
-from tests.slurm.cluster import write_site
+from megatron_stepkto.slurm.site import read_site
+from tests.slurm.cluster import free_ports, write_site
 
 REAL = ["llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100", "qwen2.5_1.5b_1xh200_smoke", "llama3.3_70b_64xh100_fp8"]
 
@@ -56,8 +61,6 @@ def test_site_file(site: Path) -> None:
         ("unset TIME_TRAIN", "variable TIME_TRAIN is missing; see slurm/site.example.sh"),
         ("unset JUDGE_URL; JUGDE_URL=x", "variable JUDGE_URL is missing (JUGDE_URL is there: a slip of the pen?); see"),
         ("unset -f environment", "function environment is missing; see slurm/site.example.sh"),
-        ("TIME_TRAIN=8h", "TIME_TRAIN=8h: expected minutes or [days-]HH:MM:SS"),
-        ("STOP_LEAD=600", "TIME_SAMPLE=10 is not longer than STOP_LEAD=600 seconds: a job would be told"),
         ("CONTAINER=docker", "CONTAINER=docker: expected none, apptainer or enroot"),
         ("CONTAINER=apptainer", "CONTAINER=apptainer needs IMAGE_TRAIN"),
         ("STEPKTO_HOME=/nowhere", "STEPKTO_HOME=/nowhere: expected this project's checkout"),
@@ -77,12 +80,98 @@ def test_a_site_file_may_talk(site: Path) -> None:
     assert read_site(site).gpus_per_node == 8
 
 
+MODULES = """module() { local loaded=$LOADEDMODULES:$1; [[ $2 == apptainer ]] || return 1; export LOADED=$loaded; }
+module load apptainer 2>/dev/null || true
+module load unknown 2>/dev/null || true
+"""
+
+
+def test_a_site_file_may_load_modules_as_the_documentation_says(site: Path, repository: Path, tmp_path: Path) -> None:
+    """They use unset variables, which under set -u end the shell whatever stands behind ``||``."""
+    site.write_text(MODULES + site.read_text())
+    assert read_site(site).gpus_per_node == 8
+    scripts = sorted((repository / "slurm").glob("*.sbatch"))
+    assert len(scripts) == 8
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("LOADEDMODULES", "SLURM_ARRAY_TASK_ID")
+    }
+    for script in scripts:
+        run = tmp_path / script.stem
+        program = run / "bin" / "srun"
+        program.parent.mkdir(parents=True)
+        program.write_text(f'#!/bin/bash\necho "$LOADED ${{@: -1}}" >>{run}/asked\n')
+        program.chmod(0o755)
+        done = subprocess.run(
+            ["bash", str(script), str(site), str(run), "1"], capture_output=True, text=True, check=False,
+            env={**environment, "PATH": f"{program.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+                 "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (run / "asked").read_text().startswith(":load ")
+    done = subprocess.run(
+        ["bash", "-c", PRINT_STEP + 'echo "$ABSENT"', "bash", str(site), "sample", "1", "x"], capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert "ABSENT: unbound variable" in done.stderr, "lib.sh is strict with itself"
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("10", 600), ("2:30", 150), ("08:00:00", 28800), ("1-6", 108000), ("1-0:30", 88200), ("2-01:00:09", 176409)],
-)
-def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int) -> None:
+    [("10", 600), ("2:30", 150), ("08:00:00", 28800), ("1-6", 108000), ("1-0:30", 88200), ("2-01:00:09", 176409),
+     *[(text, math.inf) for text in ("UNLIMITED", "infinite", "-1", "0", "00:00:00", "0-0")],
+     *[(text, None) for text in ("", "8h", "-2", "1:2:3:4", "1-", "UNLIMITED ")]],
+)  # fmt: skip
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: float | None) -> None:
     assert _seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ("TIME_TRAIN=8h", "TIME_TRAIN=8h: expected minutes, [days-]HH:MM:SS or UNLIMITED; correct it in the site file"),
+        ("STOP_LEAD=600", "TIME_SAMPLE=10 is not longer than STOP_LEAD=600 seconds: a job would be told"),
+        ("TIME_CPU=0:30", "TIME_CPU=0:30 is not longer than STOP_LEAD=30 seconds"),
+        ("TIME_CPU=UNLIMITED TIME_TRAIN=0 TIME_SAMPLE=-1 TIME_JUDGE=infinite", ""),
+        (
+            "SBATCH_EXTRA=(--qos=long --output=/scratch/log)",
+            "SBATCH_EXTRA: --output=/scratch/log: expected no flag that",
+        ),
+        ("SBATCH_EXTRA=(--out /scratch/log)", "SBATCH_EXTRA: --out: expected"),
+        ("SBATCH_EXTRA=(-o/scratch/log)", "SBATCH_EXTRA: -o/scratch/log: expected"),
+        ("SBATCH_EXTRA=(-e /scratch/log)", "SBATCH_EXTRA: -e: expected"),
+        ("SBATCH_EXTRA=(--error=x)", "SBATCH_EXTRA: --error=x: expected"),
+        ("SBATCH_EXTRA=(--open-mode=truncate)", "SBATCH_EXTRA: --open-mode=truncate: expected"),
+        ("SBATCH_EXTRA=(--exclusive --export=ALL --oversubscribe --exclude=n3 --comment=-o -A me)", ""),
+    ],
+)
+def test_limits_and_flags_are_judged_at_submission_alone(
+    site: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    added: str, said: str,
+) -> None:  # fmt: skip
+    """``status`` still shows a run whose stored site file would be refused today."""
+    with site.open("a") as file:
+        file.write(added + "\n")
+    words = [str(repository / "recipes" / "mini_cpu.yaml"), f"--set=output={tmp_path}"]
+    if said:
+        with pytest.raises(SystemExit) as stop:
+            main(["slurm", "submit", *words, f"--site={site}", "--dry-run"])
+        assert stop.value.code == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    else:
+        main(["slurm", "submit", *words, f"--site={site}", "--dry-run"])
+        assert "train_1=$(sbatch" in capsys.readouterr().out
+    run, squeue = tmp_path / "mini_cpu", tmp_path / "bin" / "squeue"
+    (run / "slurm").mkdir(parents=True)
+    shutil.copyfile(site, run / "slurm" / "site.sh")
+    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
+    (run / "slurm" / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/bash\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    main(["slurm", "status", str(run)])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "train_1" in line]
+    assert "not queued" in line
 
 
 def test_no_site_file(tmp_path: Path) -> None:
@@ -142,6 +231,12 @@ def test_flags(site: Path, repository: Path, tmp_path: Path) -> None:
         ),
         ("1", [], "train.parallel.ranks=16: expected the same number on each of 1 nodes, at most 8"),
         ("", ["sample.workers=5", "sample.tensor_parallel=2"], "expected at most 8 (GPUS_PER_NODE), got 10; lower"),
+        (
+            "",
+            ["judge.process={kind: monte_carlo, sample: {max_tokens: 9, workers: 3, tensor_parallel: 3}}"],
+            "judge.process.sample.workers x judge.process.sample.tensor_parallel: expected at most 8 (GPUS_PER_NODE), "
+            "got 9; lower judge.process.sample.workers: the judge's job has one node",
+        ),
     ],
 )
 def test_ranks_and_engines_that_do_not_fit(
@@ -159,6 +254,7 @@ JUDGES = {
     "equations": ("cpu only", None, False),
     "{kind: llm, base_url: 'http://127.0.0.1:8000/v1', model: m}": ("h100", 8, True),
     "{kind: llm, base_url: 'http://elsewhere:8000/v1', model: m}": ("cpu only", None, False),
+    "{kind: llm, base_url: 'http://elsewhere:8000/v1, http://127.0.0.1:8000/v1/', model: m}": ("h100", 8, True),
     "{kind: prm, base_url: 'http://127.0.0.1:8000/v1/', model: m, convention: qwen_math_prm}": ("h100", 8, True),
     "{kind: prm, model: m, convention: qwen_math_prm, workers: 2}": ("h100", 2, False),
     "{kind: monte_carlo, sample: {max_tokens: 9, workers: 2, tensor_parallel: 2}}": ("h100", 4, False),
@@ -190,6 +286,10 @@ def test_where_a_judge_runs(site: Path, repository: Path, tmp_path: Path, judge:
          "base_url: http://localhost:8000/v1: the judge job must start what listens there, and JUDGE_SERVER is empty"),
         ("JUDGE_SERVER=(vllm serve m)", "judge.process.base_url=http://localhost:8000/v1",
          "and JUDGE_URL is http://127.0.0.1:8000/v1; in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's"),
+        ("JUDGE_SERVER=()", "judge.process.base_url='http://node7:8000/v1,http://localhost:8000/v1'",
+         "base_url: http://localhost:8000/v1: the judge job must start what listens there, and JUDGE_SERVER is empty"),
+        ("JUDGE_SERVER=(vllm serve m)", "judge.process.base_url='http://127.0.0.1:8000/v1,http://127.0.0.1:8001/v1'",
+         "base_url: http://127.0.0.1:8001/v1: the judge job must start what listens there, and JUDGE_URL is http://127"),
         ("CONTAINER=enroot IMAGE_TRAIN=t IMAGE_SAMPLE=s MOUNTS=/scratch", "seed=0",
          "MOUNTS=/scratch: expected this folder (/"),
         ("CONTAINER=enroot IMAGE_TRAIN=t IMAGE_SAMPLE=s MOUNTS=$HERE:/elsewhere", "seed=0", "expected this folder (/"),
@@ -211,7 +311,21 @@ def test_what_a_job_would_not_find_is_told_at_submission(
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-PRINT_STEP = """set -euo pipefail
+@pytest.mark.parametrize(
+    "judge",
+    ["{kind: llm, base_url: 'http://localhost:8000/v1', model: m}",
+     "{kind: monte_carlo, sample: {max_tokens: 9, workers: 9}}"],
+)  # fmt: skip
+def test_imported_solutions_need_no_judge_on_the_site(site: Path, repository: Path, tmp_path: Path, judge: str) -> None:
+    """Their labels come with them: the chain has no judge job whose node could be wrong."""
+    path = repository / "recipes" / "gsm8k_offline_cpu.yaml"
+    recipe = load_recipe(path, [f"output={tmp_path}", f"judge={{split: line, process: {judge}}}"])
+    read = read_site(site)
+    check_site(recipe, read)
+    assert "judge_1" not in [step.name for step in chain(recipe, read)]
+
+
+PRINT_STEP = """set -eo pipefail
 SITE=$1; source "$SITE"; source "$STEPKTO_HOME/slurm/lib.sh"
 make_step "${@:2}"; printf '%s\n' "${STEP[@]}"
 """
@@ -244,6 +358,107 @@ def test_the_step_that_a_stage_runs_as(
     rest = words[7 + len(own) :]
     assert rest[:2] == ["bash", "-c"]
     assert rest[3:] == [str(site), "sample", "stepkto", "two words"]
+
+
+ACT = """set -eo pipefail
+SITE=$1 RUN=$2; source "$SITE"; source "$STEPKTO_HOME/slurm/lib.sh"
+begin judge_1
+"""
+STAND_INS = {  # of Slurm's commands: they note what they were asked
+    "srun": 'echo "srun $*" >>"$RUN/asked"; while [[ $1 != judge-server ]]; do shift; done; exec "${@:2}"',
+    "scontrol": 'echo "scontrol $*" >>"$RUN/asked"',
+}
+
+
+def act(site: Path, run: Path, script: str) -> tuple[int, str, list[str]]:
+    """Some bash in a job of the judge: its exit code, what its log has, and what Slurm was asked."""
+    for name, body in STAND_INS.items():
+        program = run / "bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/bash\n{body}\n")
+        program.chmod(0o755)
+    log, asked = run / "slurm" / "logs" / "judge_1.log", run / "asked"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    asked.unlink(missing_ok=True)
+    path = f"{run / 'bin'}:{os.environ['PATH']}"
+    environment = {"PATH": path, "RUN": str(run), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    with log.open("a") as file:
+        done = subprocess.run(
+            ["bash", "-c", ACT + script, "bash", str(site), str(run)], stdout=file, stderr=file,
+            timeout=60, check=False, env={**os.environ, **environment},
+        )  # fmt: skip
+    return done.returncode, log.read_text(), asked.read_text().splitlines() if asked.is_file() else []
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """A server that answers every question with one status."""
+
+    status = 404
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+
+
+@pytest.mark.parametrize("status", [200, 404, 503])
+def test_a_server_that_is_not_the_jobs_own_is_not_asked(site: Path, tmp_path: Path, status: int) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    handler = type("Handler", (Answer,), {"status": status})
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}/v1"
+        code, log, asked = act(
+            site, tmp_path, f"serve sample {url} $RUN/server.log judge-server sleep 60; echo asked\n"
+        )
+        other.shutdown()
+    assert code == 143
+    assert f"error: somebody else listens at {url} on n1 (status {status}) before the judge server is started" in log
+    assert "=== judge_1: failed (1 of 3), exit code 1\n" in log
+    assert "log of the judge server" not in log, "there is none"
+    assert asked == ["scontrol requeue 7"], "no server was started"
+    assert not (tmp_path / "server.log").exists()
+
+
+def test_the_jobs_own_server_is_started_where_nobody_listens(site: Path, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    [port] = free_ports(1)
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").write_text("{}")
+    server = f"judge-server {sys.executable} -m http.server {port} --bind 127.0.0.1 --directory {tmp_path}"
+    script = f"serve sample http://127.0.0.1:{port}/v1 $RUN/server.log {server}; echo asked; exit 0\n"
+    code, log, asked = act(site, tmp_path, f"http_proxy=http://127.0.0.1:9 {script}")
+    assert code == 0, log
+    assert log.endswith("\nasked\n")
+    assert len(asked) == 1
+    assert asked[0].startswith("srun --overlap ")
+    assert '"GET /v1/models HTTP/1.1" 200' in (tmp_path / "server.log").read_text()
+
+
+CANCELLED = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 ***"
+
+
+@pytest.mark.parametrize(
+    ("line", "ends"),
+    [
+        (CANCELLED, "=== judge_1: cancelled"),
+        ("slurmd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE to SIGNAL Terminated ***", "cancelled"),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO PREEMPTION ***", "queue"),
+        ("slurmstepd: error: *** JOB 77 ON n1 CANCELLED AT 2026-11-25T20:00:00 ***", "back into the queue"),
+        ("told to stop", "back into the queue"),
+    ],
+)
+def test_a_cancelled_job_is_not_put_back(site: Path, tmp_path: Path, line: str, ends: str) -> None:
+    code, log, asked = act(site, tmp_path, f"echo {shlex.quote(line)}; settle 143")
+    assert code == 143
+    assert log.splitlines()[-1].endswith(ends)
+    assert asked == ([] if "cancelled" in ends else ["scontrol requeue 7"])
+    # put back by hand, under the same number and in the same log, and then preempted
+    code, log, asked = act(site, tmp_path, "settle 143")
+    assert code == 143
+    assert log.splitlines()[-1] == "=== judge_1: back into the queue"
+    assert asked == ["scontrol requeue 7"]
 
 
 @pytest.mark.parametrize("name", REAL)
