@@ -39,6 +39,8 @@ SHORT_SILENCE_S = 25.0
 POLL_S = 0.5
 # What a file system without hard links answers; FUSE says EPERM, or ENOSYS in some kernels.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+# A file that another process removed or renamed; over NFS also one that it removed while it was read.
+_GONE = (errno.ENOENT, errno.ESTALE)
 _HELD, _FREE = ".held.", ".free."
 
 
@@ -111,34 +113,54 @@ def _slurm_says_over(owner: Owner) -> bool:
     return not states & {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
 
 
+@dataclass(frozen=True)
+class Held:
+    """A lock in another's hands, as one look found it. ``beat``: the heartbeat, its file's mtime in ns."""
+
+    path: Path
+    owner: Owner
+    beat: int
+
+    @property
+    def is_seen_here(self) -> bool:
+        """Does the owner run in this kernel, where its process can be looked up?"""
+        return bool(self.owner.kernel) and self.owner.kernel == _kernel()
+
+
+def _look(path: Path) -> Held | None:
+    """Who holds the lock ``path``; None when it was let go or taken over since the folder was listed.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        beat, text = path.stat().st_mtime_ns, path.read_text()
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise
+    try:
+        return Held(path, Owner(**json.loads(text)), beat)
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: expected the owner of a lock, got something else; remove {path.parent}") from None
+
+
 class Watch:
     """Remembers owners and when (on this process's own clock) their heartbeat last changed."""
 
     def __init__(self) -> None:
         self._seen: dict[Path, tuple[int, float, bool]] = {}
 
-    def is_dead(self, path: Path, owner: Owner) -> bool:
-        """Is the owner that wrote ``path`` dead? Ask again and again: silence is measured between the calls."""
-        if owner.kernel and owner.kernel == _kernel():
-            return _started(owner.pid) != owner.started
-        try:
-            beat = path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return False  # let go or taken over meanwhile: look again
+    def is_dead(self, held: Held) -> bool:
+        """Is the owner dead? Ask again and again: silence is measured between the calls."""
+        if held.is_seen_here:
+            return _started(held.owner.pid) != held.owner.started
         now = time.monotonic()
-        before, since, over = self._seen.get(path, (None, now, False))
-        if beat != before:
-            self._seen[path] = (beat, now, _slurm_says_over(owner))
+        before, since, over = self._seen.get(held.path, (None, now, False))
+        if held.beat != before:
+            self._seen[held.path] = (held.beat, now, _slurm_says_over(held.owner))
             return False
         return now - since > (SHORT_SILENCE_S if over else SILENCE_S)
-
-    def knows_alive(self, path: Path, owner: Owner, first_beat: int) -> bool:
-        """Has the owner shown life since ``first_beat``, or is its process seen here?"""
-        if owner.kernel and owner.kernel == _kernel():
-            return True
-        with contextlib.suppress(FileNotFoundError):
-            return path.stat().st_mtime_ns != first_beat
-        return False
 
 
 def _newest(folder: Path) -> Path | None:
@@ -152,13 +174,6 @@ def _newest(folder: Path) -> Path | None:
 
 def _number(path: Path) -> int:
     return int(path.name[len(_HELD) :])
-
-
-def read_owner(path: Path) -> Owner | None:
-    try:
-        return Owner(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 class Lock:
@@ -213,24 +228,18 @@ def _link(draft: Path, mine: Path) -> None:
         ) from None
 
 
-def try_lock(folder: Path, watch: Watch) -> Lock | Owner | None:
-    """Take the lock, or return its owner that is not known to be dead (None: just changing hands, try again).
+def try_lock(folder: Path, watch: Watch) -> Lock | Held | None:
+    """Take the lock, or tell who holds it and is not known to be dead (None: just changing hands, try again).
 
     Raises:
         UserError: the file system makes no hard links, or a damaged lock.
     """
-    if folder.is_file():
-        folder.unlink()  # versions before 0.2 kept an flock file there
     folder.mkdir(parents=True, exist_ok=True)
     newest = _newest(folder)
     if newest is not None and newest.name.startswith(_HELD):
-        owner = read_owner(newest)
-        if owner is None:
-            if newest.exists():
-                raise UserError(f"{newest}: expected the owner of a lock, got something else; remove {folder}")
-            return None
-        if not watch.is_dead(newest, owner):
-            return owner
+        held = _look(newest)
+        if held is None or not watch.is_dead(held):
+            return held
     number = _number(newest) + 1 if newest is not None else 1
     ours, mine = this_process(), folder / f"{_HELD}{number:06d}"
     draft = folder / f".draft.{ours.token}"
@@ -266,24 +275,22 @@ def exclusive_lock(
         UserError: a process that is alive holds it (unless ``wait``), or what ``try_lock`` raises.
     """
     watch, told = Watch(), False
-    first: tuple[str, int] | None = None
+    first: Held | None = None
     while True:
         got = try_lock(folder, watch)
         if isinstance(got, Lock):
             break
         if got is not None:
-            path = _newest(folder)
-            beat = path.stat().st_mtime_ns if path is not None and path.exists() else 0
-            if first is None or first[0] != got.token:
-                first = (got.token, beat)
-            if not wait and path is not None and watch.knows_alive(path, got, first[1]):
+            if first is None or first.owner != got.owner:
+                first = got
+            if not wait and (got.is_seen_here or got.beat != first.beat):
                 raise UserError(
-                    f"{what} is being written by another process ({got}): "
+                    f"{what} is being written by another process ({got.owner}): "
                     "wait for it or stop it, then run the command again"
                 )
             if note and not told:
                 told = True
-                note(f"{what} is held by {got}: " + ("waiting" if wait else "watching whether it is alive"))
+                note(f"{what} is held by {got.owner}: " + ("waiting" if wait else "watching whether it is alive"))
         time.sleep(POLL_S if got is not None else 0.05)
     try:
         yield got

@@ -199,6 +199,35 @@ def test_who_was_taken_for_dead_stops_and_must_not_count(tmp_path: Path, monkeyp
     assert [path.name for path in (tmp_path / "lock").iterdir()] == [".held.000002"], "the other's is left alone"
 
 
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])
+@pytest.mark.parametrize("step", ["stat", "read_text"])
+def test_a_lock_let_go_while_it_is_looked_at_is_only_changing_hands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
+) -> None:
+    """Its holder lets go after the folder was listed (over NFS a removed file that is being read answers ESTALE)."""
+    held = foreign(tmp_path / "lock", number=3)
+    real = getattr(Path, step)
+
+    def let_go(path: Path, **arguments: object) -> object:
+        if path == held and held in held.parent.iterdir():
+            held.rename(held.with_name(".free.000003"))
+            raise OSError(code, os.strerror(code))
+        return real(path, **arguments)
+
+    monkeypatch.setattr(Path, step, let_go)
+    assert try_lock(tmp_path / "lock", Watch()) is None
+    with exclusive_lock(tmp_path / "lock", "it") as taken:
+        assert taken.path.name == ".held.000004"
+
+
+def test_a_damaged_lock_is_named(tmp_path: Path) -> None:
+    held = foreign(tmp_path / "lock", number=3)
+    held.write_text("{")
+    with pytest.raises(UserError) as caught:
+        try_lock(tmp_path / "lock", Watch())
+    assert str(caught.value) == f"{held}: expected the owner of a lock, got something else; remove {held.parent}"
+
+
 def test_a_contender_that_slept_does_not_get_a_number_that_is_past(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
