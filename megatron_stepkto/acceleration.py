@@ -59,6 +59,11 @@ class Acceleration:
         """Tokens of a micro-batch, per rank, come in multiples of this many."""
         return _MULTIPLES[self.fp8.scaling] if self.fp8 else 1
 
+    @property
+    def rounds_by_history(self) -> bool:
+        """Whether a layer rounds by the largest values of earlier passes (delayed FP8 scaling)."""
+        return self.fp8 is not None and self.fp8.scaling == "delayed"
+
     def transformer_fields(self) -> dict[str, Any]:
         """Of megatron-core's TransformerConfig."""
         fields: dict[str, Any] = {

@@ -153,29 +153,17 @@ class MegatronScorer:
         return found
 
     def _load(self, device: torch.device) -> Any:
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.validation import StrictHandling
-
-        from megatron_stepkto.checkpoints.metadata import read_metadata
+        from megatron_stepkto.acceleration import PLAIN
         from megatron_stepkto.model import build_model_chunks, transformer_config
         from megatron_stepkto.recipe import Parallel
+        from megatron_stepkto.training.checkpointing import Checkpoints
 
         megatron = transformer_config(
             self._config, Parallel.model_validate({}), self._dtype, on_cpu=device.type == "cpu"
         )
         (policy,) = build_model_chunks(self._config, megatron)
         policy.eval().to(device, self._dtype)
-        read_metadata(self._folder)  # refuses a pickle that would run code, before Megatron's own loader reads it
-        state, missing, left_over = dist_checkpointing.load(
-            {"model": policy.sharded_state_dict()}, str(self._folder), strict=StrictHandling.RETURN_ALL
-        )
-        left_over = {key for key in left_over if not str(key).startswith("optimizer.")}
-        if missing or left_over:
-            raise UserError(
-                f"{self._folder}: not a checkpoint of this model; missing: {sorted(map(str, missing))}, "
-                f"left over: {sorted(map(str, left_over))}"
-            )
-        policy.load_state_dict(state["model"], strict=True)
+        Checkpoints([policy], [policy], None, self._dtype, PLAIN).load_weights(self._folder)
         return policy
 
 

@@ -96,6 +96,8 @@ def _optimizer_elements(megatron: Any, chunks: list[Any], dtype: torch.dtype) ->
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    from megatron_stepkto.training.main_weights import optimizer_parts
+
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     model = [
         DistributedDataParallel(megatron, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
@@ -106,7 +108,7 @@ def _optimizer_elements(megatron: Any, chunks: list[Any], dtype: torch.dtype) ->
     made: Any = get_megatron_optimizer(settings, model, use_gloo_process_groups=False)
     return sum(
         weight.numel()
-        for part in getattr(made, "chained_optimizers", [made])
+        for part in optimizer_parts(made)
         for group in part.optimizer.param_groups
         for weight in group["params"]
     )

@@ -91,7 +91,7 @@ class Trainer:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
         examples = [example for unit in self.units for example in unit]
-        self.engine.load_weights(self.job.initial)
+        self.engine.checkpoints.load_weights(self.job.initial)
         first = [solution_document(example) for example in examples[: self.settings.global_batch_size]]
         self.engine.calibrate(pack_units([[document] for document in first], self.engine.slot()))
         self._measure_gap(examples)
@@ -108,7 +108,7 @@ class Trainer:
             self._log_held_out(0)
         for update in range(done, len(self.updates)):
             self._update(update)
-            self.engine.finish_saving(wait=False)
+            self.engine.checkpoints.finish_saving(wait=False)
             finished = update + 1 == len(self.updates)
             due = (update + 1) % self.settings.checkpoint_every == 0
             if not finished and due and self.held_out:  # before the checkpoint: a resumed run keeps the rows up to it
@@ -127,7 +127,7 @@ class Trainer:
     def _show_gradients(self) -> None:
         """The other half of ``Engine.calibrate``: gradients of the first batch, which no update uses. With scales of 1
         the first update's own would be rounded to 0."""
-        if self.engine.rounds_by_history:
+        if self.engine.acceleration.rounds_by_history:
             points = reference_points(self.batch_kl, "none", self.engine.device)
             units = [unit_documents(self.units[i], self.references, False).documents for i in self.updates[0]]
             self._accumulate(units, points)
@@ -186,10 +186,10 @@ class Trainer:
         missing = [document for document in documents if document.key not in found]
         if missing:
             if self.job.reference is not None:
-                self.engine.load_weights(self.job.reference)
+                self.engine.checkpoints.load_weights(self.job.reference)
             found |= self._score_references(missing, found)
             if self.job.reference is not None:
-                self.engine.load_weights(self.job.initial)
+                self.engine.checkpoints.load_weights(self.job.initial)
         self.references = found
         if bad := sorted(key for key, values in found.items() if not values.isfinite().all()):
             raise UserError(
@@ -303,7 +303,7 @@ class Trainer:
 
     def _not_finite(self, update: int, what: str, records: str, blamed: Sequence[str]) -> NoReturn:
         """Raises UserError. The weights are still those of the last update."""
-        self.engine.finish_saving(wait=True)
+        self.engine.checkpoints.finish_saving(wait=True)
         saved = finished_checkpoints(self.job.checkpoints)
         more = " and maybe more" if len(blamed) >= MAX_BLAMED else ""
         names = f"{records} concerned: {', '.join(blamed[:MAX_BLAMED])}{more}"
@@ -393,7 +393,7 @@ class Trainer:
         if newest[0] is None:
             return 0
         done, directory = newest[0]
-        self.engine.load_state(directory)
+        self.engine.checkpoints.load_state(directory)
         state = json.loads((directory / "state.json").read_text())
         self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]
         before, now = (notes.get("acceleration") for notes in (state["notes"], self.notes))
@@ -410,7 +410,7 @@ class Trainer:
 
     def _checkpoint(self, update: int) -> None:
         """Save under a temporary name; the rename makes it count. Then drop all but the newest few."""
-        self.engine.finish_saving(wait=True)
+        self.engine.checkpoints.finish_saving(wait=True)
         final = self.job.checkpoints / f"update_{update:06d}"
         temporary = final.with_name(f".{final.name}.partial")
         if self.is_writer and temporary.exists():
@@ -426,9 +426,9 @@ class Trainer:
             dist.barrier()
 
         if self.settings.async_checkpoints and not self._stop:
-            self.engine.begin_saving_state(temporary, publish)
+            self.engine.checkpoints.begin_saving_state(temporary, publish)
         else:
-            self.engine.save_state(temporary)
+            self.engine.checkpoints.save_state(temporary)
             publish()
 
     def _log_ratios(self) -> None:
@@ -443,11 +443,11 @@ class Trainer:
 
     def _finish(self) -> None:
         self._log_ratios()
-        self.engine.finish_saving(wait=True)
+        self.engine.checkpoints.finish_saving(wait=True)
         temporary = self.job.final.with_name(".final.partial")
         if self.is_writer and temporary.exists():
             shutil.rmtree(temporary)
-        self.engine.save_weights(temporary)
+        self.engine.checkpoints.save_weights(temporary)
         if self.is_writer:
             copy_companions(self.job.initial / COMPANIONS, temporary / COMPANIONS)
             write_json(self.job.notes, self.notes)

@@ -15,6 +15,12 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 
+def optimizer_parts(optimizer: Any) -> Sequence[Any]:
+    """The optimizers that Megatron chains, one for weights of experts and one for the others; or the only one."""
+    parts: Sequence[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
+
+
 def load_main_weights(optimizer: Any, model: nn.Module, loaded: Mapping[str, Tensor]) -> None:
     """Set this rank's parts of the main weights from whole tensors, by the names of ``model``'s parameters."""
     weight: Any  # Megatron hangs main_param on it
@@ -51,5 +57,4 @@ def whole_main_weights(optimizer: Any, model: nn.Module, dtype: torch.dtype) -> 
 
 def _owner(optimizer: Any, weight: nn.Parameter) -> Any | None:
     """The optimizer that holds a part of this weight on this rank."""
-    parts: Sequence[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
-    return next((part for part in parts if weight in part.model_param_gbuf_map), None)
+    return next((part for part in optimizer_parts(optimizer) if weight in part.model_param_gbuf_map), None)

@@ -55,7 +55,7 @@ def save(engine: Engine, how: str, folder: Path) -> None:
     model = plain_model(engine)
     state = {"model": model.sharded_state_dict(prefix="module." if "prefix" in how else "", metadata=METADATA[how])}
     if how == "trainer":
-        engine._allocate_optimizer_state()
+        engine.checkpoints._allocate_optimizer_state()
         state |= {
             "optimizer": engine.optimizer.sharded_state_dict({"model": engine.policies[0].sharded_state_dict()}),
             "args": argparse.Namespace(num_layers=4),
@@ -84,7 +84,7 @@ def main() -> None:
     for source, how, folder in job["cases"]:
         config, _ = read_model_config(Path(source) / COMPANIONS)
         engine = Engine(config, settings, torch.device("cpu"))
-        engine.load_weights(Path(source))
+        engine.checkpoints.load_weights(Path(source))
         save(engine, how, Path(folder))
     dist.destroy_process_group()
 

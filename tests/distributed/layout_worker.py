@@ -27,7 +27,7 @@ from megatron_stepkto.training.rank import make_trainer
 
 def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Every weight by its checkpoint key, on rank 0; each element comes from exactly one rank."""
-    state = engine._weights()
+    state = engine.checkpoints.weights()
     apply_factories(state)
     pieces = [
         (value.key, tuple(value.global_shape), tuple(value.global_offset), value.data.detach().cpu())

@@ -47,9 +47,9 @@ def save_logits(model: Path, out: Path, parallel: recipe.Parallel, texts: list[l
     )  # fmt: skip
     config, _ = read_model_config(model / COMPANIONS)
     engine = Engine(config, settings, torch.device("cpu"), train=False)
-    engine.load_weights(model)
+    engine.checkpoints.load_weights(model)
     write_logits(engine, out, texts)
-    engine.save_weights(out.with_suffix(""))
+    engine.checkpoints.save_weights(out.with_suffix(""))
     dist.barrier()
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_stepkto.layers import RMSNorm
 from megatron_stepkto.processes import child_main
+from megatron_stepkto.training.checkpointing import Checkpoints
 from megatron_stepkto.training.engine import Engine, join_ranks
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.main_weights import load_main_weights, whole_main_weights
@@ -61,15 +62,15 @@ def check_state(engine: Engine, directory: Path) -> None:
     seen: list[Any] = []
     RMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)  # type: ignore[method-assign]
     RMSNorm.set_extra_state = lambda self, state: seen.append(state)  # type: ignore[method-assign]
-    Engine._fp8_weights = property(lambda self: True)  # type: ignore[assignment, method-assign]
+    Checkpoints._fp8_weights = property(lambda self: True)  # type: ignore[assignment, method-assign]
     (policy,) = engine.policies
     weights = dict(policy.named_parameters())
     mains = {n: w.main_param for n, w in weights.items() if getattr(w, "main_param", None) is not None}
     truth = {name: main.clone() for name, main in mains.items()}
-    engine.save_state(directory)
+    engine.checkpoints.save_state(directory)
     for weight in [*mains.values(), *weights.values()]:
         weight.data.fill_(7.0)
-    engine.load_state(directory)
+    engine.checkpoints.load_state(directory)
     for name, main in mains.items():
         assert torch.equal(main, truth[name]), name
     whole = whole_main_weights(engine.optimizer, policy, torch.bfloat16)
@@ -78,7 +79,7 @@ def check_state(engine: Engine, directory: Path) -> None:
     assert seen
     assert not any(state is None for state in seen), "this checkpoint holds the norms' extra states"
     seen.clear()
-    engine.load_weights(Path(sys.argv[1]).parent / "initial")
+    engine.checkpoints.load_weights(Path(sys.argv[1]).parent / "initial")
     assert seen
     assert all(state is None for state in seen), "a conversion holds none"
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron
+from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.cli import main
 from megatron_stepkto.comparing.compare import DEFAULT_TEXT, LIMITS, compare_scores, distribution, judge
 from megatron_stepkto.comparing.scorers import Scores
@@ -171,3 +176,45 @@ def test_inputs_to_correct(folders: dict[str, Path], tmp_path: Path, capsys: pyt
     text.write_text("One line.\n\nAnother line, of more words.\n")
     assert stepkto("compare-logprobs", bare, hf, "--text", text, "--tokenizer", hf) == 0
     assert "text 2" in capsys.readouterr().out
+
+
+# --- Megatron folders that are not what they say --------------------------------------------------------------
+
+
+def test_a_megatron_folder_of_another_shape_is_refused(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    megatron = copy(folders["megatron"], tmp_path / "megatron")
+    change_config(megatron / COMPANIONS, intermediate_size=32)
+    assert stepkto("compare-logprobs", folders["hf"], megatron) == 2
+    said = capsys.readouterr().err
+    assert f"{megatron}: not a checkpoint of this model: decoder.layers.mlp.linear_fc1.weight is (4, 192, 64)" in said
+    assert "expected (4, 64, 64); decoder.layers.mlp.linear_fc2.weight is (4, 64, 96), expected (4, 64, 32)" in said
+
+
+@pytest.mark.parametrize(("words", "status"), [(299, 0), (301, 2)])
+def test_a_megatron_folder_may_pad_the_vocabulary_but_not_lack_words(
+    folders: dict[str, Path], tmp_path: Path, words: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    megatron = copy(folders["megatron"], tmp_path / "megatron")
+    change_config(megatron / COMPANIONS, vocab_size=words)
+    (tmp_path / "text.txt").write_text("1 + 2 = 3, 2 + 3 = 5\n")  # none of its tokens is the last word
+    options = ("--tokenizer", folders["hf"], "--text", tmp_path / "text.txt")
+    assert stepkto("compare-logprobs", megatron, megatron, *options) == status
+    assert ("embedding.word_embeddings.weight is (300, 64)" in capsys.readouterr().err) == bool(status)
+
+
+@pytest.mark.parametrize("key", ["embedding.word_embeddings.weight", "decoder.layers.mlp.linear_fc1.weight"])
+def test_a_weight_that_would_be_unpickled_is_refused(
+    folders: dict[str, Path], tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's loader calls torch.load(weights_only=False) for an entry that is no tensor, whatever was asked for."""
+    megatron = copy(folders["megatron"], tmp_path / "megatron")
+    metadata = read_metadata(megatron)
+    metadata.state_dict_metadata[key] = BytesStorageMetadata()
+    storage: Any = {index: info for index, info in metadata.storage_data.items() if index.fqn != key}
+    (megatron / "__9_0.distcp").write_bytes(b"never read")
+    metadata.storage_data = storage | {MetadataIndex(key): _StorageInfo("__9_0.distcp", 0, 10)}
+    (megatron / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert stepkto("compare-logprobs", folders["hf"], megatron) == 2
+    assert f"{megatron}: not a checkpoint of this model: {key} is no tensor" in capsys.readouterr().err

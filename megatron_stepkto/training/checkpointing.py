@@ -1,0 +1,262 @@
+"""Checkpoints of a training in Megatron's ``torch_dist`` format: written at one layout, read at any.
+
+Weights alone (``load_weights``, ``save_weights``) are the folders that ``stepkto convert`` writes and reads; a state
+(``load_state``, ``save_state``) also holds the optimizer's, to go on with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_stepkto import cpu
+from megatron_stepkto.acceleration import Acceleration
+from megatron_stepkto.checkpoints.metadata import read_metadata
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.model import PolicyModel
+from megatron_stepkto.processes import die_with_parent
+from megatron_stepkto.training.main_weights import load_main_weights, optimizer_parts, whole_main_weights
+
+EXTRA = "_extra_state"
+
+
+class Checkpoints:
+    """Loads and saves one rank's share of a model and its optimizer. Every rank calls each method together.
+
+    Args:
+        policies: the model's virtual pipeline chunks.
+        chunks: the same, as wrapped for data parallelism.
+        optimizer: Megatron's; None for a model that does not train.
+        dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[PolicyModel],
+        chunks: Sequence[Any],
+        optimizer: Any,
+        dtype: torch.dtype,
+        acceleration: Acceleration,
+    ) -> None:
+        self._policies, self._chunks, self._optimizer = policies, chunks, optimizer
+        self._dtype, self._acceleration = dtype, acceleration
+        self._saves = AsyncCallsQueue()
+
+    def weights(self) -> dict[str, Any]:
+        """This rank's shards of the weights, as ``save_weights`` writes them."""
+        state = self._parameters()
+        self._put_main_weights(state)
+        return state
+
+    def _parameters(self) -> dict[str, Any]:
+        return {self._part(index): policy.sharded_state_dict() for index, policy in enumerate(self._policies)}
+
+    def _put_main_weights(self, state: dict[str, Any]) -> None:
+        """Into the places of FP8 weights, which are main weights rounded far more coarsely than bf16."""
+        if self._fp8_weights:
+            for index, policy in enumerate(self._policies):
+                for name, value in whole_main_weights(self._optimizer, policy, self._dtype).items():
+                    state[self._part(index)][name].data = value
+
+    @property
+    def _fp8_weights(self) -> bool:
+        return bool(self._optimizer and self._acceleration.fp8 and self._acceleration.fp8.weights)
+
+    def _state(self, *, loading: bool) -> dict[str, Any]:
+        state = self._parameters()
+        # Megatron knows a weight's optimizer state by the weight itself: main weights take its place only then.
+        optimizer = self._optimizer.sharded_state_dict(
+            state,
+            loading,
+            metadata={"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True},
+        )
+        self._put_main_weights(state)
+        return {**state, "optimizer": optimizer}
+
+    def load_weights(self, directory: Path) -> None:
+        """Load weights saved at any layout.
+
+        Raises:
+            UserError: a weight is missing or left over, or the folder is no safe checkpoint.
+        """
+        loaded = self._load(directory, self.weights())
+        if self._fp8_weights:
+            for index, policy in enumerate(self._policies):
+                load_main_weights(self._optimizer, policy, loaded[self._part(index)])
+            self._quantize_main_weights()
+        elif self._optimizer is not None:
+            self._optimizer.reload_model_params()
+
+    def _quantize_main_weights(self) -> None:
+        """The model's FP8 weights from the main weights, on every replica, as an update leaves them."""
+        for part in optimizer_parts(self._optimizer):
+            part._copy_main_params_to_model_params()
+        for chunk in self._chunks:
+            chunk.start_param_sync()
+
+    def load_state(self, directory: Path) -> None:
+        """Load weights and optimizer state saved by ``save_state``."""
+        distributed = self._chunks[0].ddp_config.use_distributed_optimizer
+        if distributed and megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+            self._allocate_optimizer_state()
+        loaded = self._load(directory, self._state(loading=True))
+        self._optimizer.load_state_dict(loaded["optimizer"])
+        if self._fp8_weights:
+            self._quantize_main_weights()
+        for part in optimizer_parts(self._optimizer):
+            for state in part.optimizer.state.values():
+                if "step" in state:  # Megatron gives all parameters one object: an update would count for each
+                    state["step"] = state["step"].clone()
+
+    def _allocate_optimizer_state(self) -> None:
+        """torch's AdamW has no state before its first update, and the distributed optimizer asserts that it has.
+
+        (Megatron allocates that of the fused ones, which keep no ``step`` per weight and refuse to save one.)
+        """
+        for part in optimizer_parts(self._optimizer):
+            for group in part.optimizer.param_groups:
+                for weight in group["params"]:
+                    state = part.optimizer.state[weight]
+                    if not state:
+                        state["step"] = torch.zeros((), dtype=torch.float32)
+                        state["exp_avg"] = torch.zeros_like(weight)
+                        state["exp_avg_sq"] = torch.zeros_like(weight)
+
+    def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+        # It refuses a pickle that would run code, before Megatron's own loader reads it.
+        known = read_metadata(directory).state_dict_metadata
+        if not (directory / "common.pt").is_file() and cpu.check_megatron_version().startswith("0.16."):
+            raise UserError(
+                f"{directory}: written by megatron-core 0.17 or newer (it has no common.pt), which 0.16 cannot read; "
+                "go on in the environment that wrote it (make megatron-019)"
+            )
+        if misfits := _misfits(state, known, self._policies[0].words):
+            raise UserError(f"{directory}: not a checkpoint of this model: " + "; ".join(misfits))
+        absent = _take_absent_extra_states(state, known)
+        if absent and "optimizer" in state and self._acceleration.rounds_by_history:
+            names = ", ".join(name for _, name in absent[:5])
+            raise UserError(
+                f"{directory}: holds no scales of delayed FP8 ({names}, ...): training would go on with others; go on "
+                "with the fp8 settings that it was saved with, or remove it to start from the checkpoint before"
+            )
+        # Megatron calls "missing" what the checkpoint holds and nobody asked for, and "unexpected" what it lacks.
+        loaded, unasked, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+        left_over = {key for key in map(str, unasked) if not key.startswith("optimizer.") and EXTRA not in key}
+        missing: list[list[str]] = [[]] * dist.get_world_size()  # each rank asks for its own part of the model
+        dist.all_gather_object(missing, sorted(map(str, lacking)))
+        all_missing = sorted({key for keys in missing for key in keys})
+        if all_missing or left_over:
+            raise UserError(
+                f"{directory}: not a checkpoint of this model; missing: {all_missing}, left over: {sorted(left_over)}"
+            )
+        for part, name in absent:
+            loaded[part][name] = None
+        for index, policy in enumerate(self._policies):
+            policy.load_state_dict(loaded[self._part(index)], strict=True)
+            _zero_vocab_padding(policy)
+        return dict(loaded)
+
+    def _part(self, index: int) -> str:
+        """Name of a chunk's weights in a checkpoint's state."""
+        return "model" if len(self._policies) == 1 else f"model{index}"
+
+    def save_weights(self, directory: Path) -> None:
+        self._save(self.weights(), directory)
+
+    def save_state(self, directory: Path) -> None:
+        self._save(self._state(loading=False), directory)
+
+    def begin_saving_state(self, directory: Path, finished: Callable[[], None]) -> None:
+        """As ``save_state``, by a forked process per rank that writes a snapshot while the training goes on.
+
+        ``finished`` runs on every rank, in a later ``finish_saving``, when all ranks have written.
+        """
+        self._make(directory)
+        # From 0.17 on Megatron asks for nvidia-resiliency-ext unless its own writer is named.
+        own_writer = {} if cpu.check_megatron_version().startswith("0.16.") else {"async_strategy": "mcore"}
+        request = dist_checkpointing.save(
+            self._state(loading=False), str(directory), ("torch_dist", 1), async_sharded_save=True, **own_writer
+        )
+        assert request is not None
+        request.add_finalize_fn(finished)
+        if request.async_fn is not None:
+            request = request._replace(async_fn=functools.partial(_tied, request.async_fn))
+        self._saves.schedule_async_request(request)
+
+    def finish_saving(self, *, wait: bool) -> None:
+        """Complete what ``begin_saving_state`` began: all of it, or what is written by now. Every rank calls it."""
+        self._saves.maybe_finalize_async_calls(blocking=wait)
+
+    def _make(self, directory: Path) -> None:
+        if dist.get_rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+
+    def _save(self, state: dict[str, Any], directory: Path) -> None:
+        self._make(directory)
+        dist_checkpointing.save(state, str(directory), ("torch_dist", 1))
+        dist.barrier()
+
+
+def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> list[str]:
+    """Weights that a checkpoint holds in another shape, or not as tensors: torch's loader would unpickle those."""
+    found = []
+    for value in nested_values({part: weights for part, weights in state.items() if part != "optimizer"}):
+        for asked in nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]:
+            if not isinstance(asked, ShardedTensor) or (entry := known.get(asked.key)) is None:
+                continue
+            if not isinstance(entry, TensorStorageMetadata):
+                found.append(f"{asked.key} is no tensor")
+                continue
+            shape, expected = tuple(entry.size), tuple(asked.global_shape)
+            # Embedding and head may be padded with rows here and there, each to a size of its own.
+            padded = asked.allow_shape_mismatch and shape[:1] >= (words,) and shape[1:] == expected[1:]
+            if shape != expected and not padded:
+                found.append(f"{asked.key} is {shape}, expected {expected}")
+    return sorted(set(found))
+
+
+def _take_absent_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Take out of ``state`` what Transformer Engine's modules keep beside their weights (scales of delayed FP8) and a
+    checkpoint lacks that other layers wrote, or a conversion; returns the (part, name) of each."""
+    absent = [
+        (part, name)
+        for part, weights in state.items()
+        if part != "optimizer"
+        for name, value in weights.items()
+        if isinstance(value, ShardedObject) and EXTRA in value.key and value.unique_key not in known
+    ]
+    for part, name in absent:
+        del state[part][name]
+    return absent
+
+
+def _tied(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """In a forked writer: it must not go on writing when its rank is killed, beside the one that runs again."""
+    die_with_parent()
+    write(*args, **kwargs)
+
+
+def _zero_vocab_padding(policy: PolicyModel) -> None:
+    """Rows that pad the vocabulary are in no checkpoint: give them one value, so that runs are reproducible."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    weights = []
+    if policy.pre_process:
+        weights.append(policy.embedding.word_embeddings.weight)
+    if policy.post_process and getattr(policy.output_layer, "weight", None) is not None:
+        weights.append(policy.output_layer.weight)
+    with torch.no_grad():
+        for weight in weights:
+            weight[max(0, policy.words - rank * weight.shape[0]) :] = 0
