@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_stepkto.errors import StageFailed, UserError
 from megatron_stepkto.progress import ProgressBar, Report, read_progress, say, warn
@@ -120,7 +121,8 @@ def run_children(
                 if signals.told:
                     # again and again: a child that still imports ignores it (see _LAUNCHER)
                     for child in left:
-                        child.process.send_signal(signal.SIGUSR1)
+                        # not send_signal, which reaps one that has just ended, and leaves its group behind
+                        os.kill(child.process.pid, signal.SIGUSR1)
                 shown.update()
                 if poll:
                     poll()
@@ -184,24 +186,31 @@ def _restart(title: str, stuck: _Running) -> _Running:
 
 def _start(child: Child, error_file: Path | None = None) -> _Running:
     """error_file: where the children of one call report; the first report is the cause, others follow from it."""
-    log = child.log
-    log.parent.mkdir(parents=True, exist_ok=True)
-    attempt = 1
-    while log.exists():
-        attempt += 1
-        log = child.log.with_name(f"{child.log.stem}-{attempt}{child.log.suffix}")
+    log, output = _open_log(child.log)
     if error_file is None:
         error_file = log.with_suffix(".error")
         error_file.unlink(missing_ok=True)
     parent = f"{os.getpid()}@{os.uname().nodename}"
     env = {**os.environ, **child.env, ERROR_FILE: str(error_file), LOG_FILE: str(log), PARENT: parent}
-    with log.open("ab") as output:
+    with output:
         process = subprocess.Popen(
             [sys.executable, "-S", "-c", _LAUNCHER, str(os.getpid()), *child.command],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
             start_new_session=True,  # a group that can be signalled whole, and that Ctrl-C does not reach
         )  # fmt: skip
     return _Running(child, process, log, error_file)
+
+
+def _open_log(wanted: Path) -> tuple[Path, BinaryIO]:
+    """The first of a.log, a-2.log, ... that is not there; made in the same step, as processes of other hosts may look
+    for one, too (elements of a Slurm array), and would take each other's errors for their own."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    log = wanted
+    for attempt in itertools.count(2):
+        with contextlib.suppress(FileExistsError):
+            return log, log.open("xb")
+        log = wanted.with_name(f"{wanted.stem}-{attempt}{wanted.suffix}")
+    raise AssertionError("unreachable")
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:
