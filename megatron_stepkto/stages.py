@@ -9,6 +9,7 @@ named, and work cut short continues where its own files allow.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import time
@@ -227,9 +228,9 @@ def _clear(directory: Path) -> None:
     Raises:
         UserError: another process is at a part of it.
     """
-    for claims in directory.rglob("claims"):
-        for claim in claims.iterdir():
-            with exclusive_lock(claim, str(directory)):
+    for parent, names, _ in os.walk(directory):
+        for claim in names if Path(parent).name == "claims" else ():
+            with exclusive_lock(Path(parent, claim), str(directory)):
                 pass
     for path in directory.iterdir():
         if path.name in (".lock", "logs", CACHE, MANIFEST, STARTED):

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from megatron_stepkto import recipe
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer, read_json, write_json
+from megatron_stepkto.files import atomic_writer, read_json, read_json_if_there, write_json
 from megatron_stepkto.processes import Child, run_children
 from megatron_stepkto.progress import ProgressFile, Report
 from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
@@ -69,18 +69,23 @@ class Drawing:
             UserError: the model does not fit the prompts or the machine, or the directory holds another job.
             StageFailed: a worker died; its log is named.
         """
-        if not self.job.is_merged:
-            _check(self.job)
-            _claim(self.job)
-            _draw_missing(self.job, self.title, self.logs)
+        try:
+            if not self.job.is_merged:
+                _check(self.job)
+                _claim(self.job)
+                _draw_missing(self.job, self.title, self.logs)
+        except (FileNotFoundError, FileExistsError):  # what mkdir, too, says of a folder that goes in this instant
+            if not self.job.is_merged:
+                raise
         if self.job.is_merged:  # by another process, while our workers' last reports made the folder anew
             shutil.rmtree(self.job.chunk_dir, ignore_errors=True)
 
     def finish(self) -> DrawResult:
         """Leave ``directory/<pass>.jsonl``, problems in order, samples in order; only when all is drawn."""
         job = self.job
-        speed = _speed(job)
-        if not job.is_merged:
+        speed: dict[str, Any] = {}
+        if not job.is_merged:  # once it is, any process may remove the chunks, and what stands beside them
+            speed = _speed(job)
             for pass_ in job.passes:
                 _merge(job, pass_, job.output(pass_))
         shutil.rmtree(job.chunk_dir, ignore_errors=True)
@@ -168,7 +173,8 @@ def _claim(job: Job) -> None:
     """Write the job for the workers; chunks of another job must not mix with these."""
     path = job.chunk_dir / "job.json"
     ours = job.model_dump(mode="json")
-    if path.is_file() and _identity(read_json(path)) != _identity(ours):
+    begun = read_json_if_there(path)
+    if begun is not None and _identity(begun) != _identity(ours):
         raise UserError(
             f"{job.chunk_dir} holds unfinished samples of another model, prompts, seed or settings; "
             "restore the recipe, or delete the folder to draw anew"

@@ -50,7 +50,10 @@ class Chunk:
 
 
 class Job(_Frozen):
-    """All passes from one model. The same job gives the same samples on any number of workers."""
+    """All passes from one model. The same job gives the same samples on any number of workers.
+
+    used_by: a file that is made of the samples; when it is there they may be gone. None: they stay.
+    """
 
     model: Path
     model_name: str
@@ -59,6 +62,7 @@ class Job(_Frozen):
     settings: recipe.Sampling
     seed: int
     directory: Path
+    used_by: Path | None = None
 
     @property
     def chunk_dir(self) -> Path:
@@ -90,7 +94,9 @@ class Job(_Frozen):
 
     @property
     def is_merged(self) -> bool:
-        return all(self.output(pass_).is_file() for pass_ in self.passes)
+        # The order counts: the outputs go after the other file is there.
+        merged = all(self.output(pass_).is_file() for pass_ in self.passes)
+        return merged or (self.used_by is not None and self.used_by.is_file())
 
     def is_drawn(self, chunk: Chunk) -> bool:
         return (self.chunk_dir / chunk.file_name).is_file() or self.is_merged

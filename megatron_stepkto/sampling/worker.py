@@ -63,7 +63,7 @@ class Worker:
                     continue
                 if engine is None:  # not before: a worker that finds nothing to do loads no model
                     engine = self._open(tokenizer)
-                self._draw(chunk, engine, tokenizer)
+                self._draw(chunk, claim, engine, tokenizer)
             finally:
                 claim.release()
 
@@ -85,7 +85,7 @@ class Worker:
         self._start_seconds = time.monotonic() - begun
         return engine
 
-    def _draw(self, chunk: Chunk, engine: Engine, tokenizer: Any) -> None:
+    def _draw(self, chunk: Chunk, claim: Lock, engine: Engine, tokenizer: Any) -> None:
         requests = chunk_requests(self._job, chunk)
         begun = time.monotonic()
         self._pulse(busy=True, solutions=0, now=True)
@@ -98,13 +98,15 @@ class Worker:
         self._seconds += time.monotonic() - begun
         self._drawn_tokens += sum(len(completion.token_ids) for completion in completions)
         samples = chunk_samples(self._job, chunk, requests, completions, tokenizer, self._vocab_size)
-        write_records(self._job.chunk_dir / chunk.file_name, samples)
+        claim.check()  # with --force another process may have removed it, to draw with other settings
         speed = {
             "tokens": self._drawn_tokens,
             "generate_seconds": self._seconds,
             "start_seconds": self._start_seconds,
         }
         write_json(self._job.speed_path(self._name), speed)
+        # The last act: once all chunks are there, another process may merge them and remove the folder.
+        write_records(self._job.chunk_dir / chunk.file_name, samples)
 
     def _pulse(self, *, busy: bool, solutions: int, note: str = "", now: bool = False) -> None:
         if now or time.monotonic() - self._last_pulse >= PULSE_EVERY_S:
