@@ -21,7 +21,6 @@ import contextlib
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -200,9 +199,10 @@ class Lock:
             except OSError:
                 continue  # the file server does not answer: the next beat tells
             if not self._over.is_set():
-                # Somebody took us for dead (this host hung for minutes). Two writers are worse than none.
+                # Somebody took us for dead (this host hung for minutes). Two writers are worse than none: at once, and
+                # with all children (see processes), for on SIGTERM a training would save once more.
                 print(f"error: {self.path} was taken over by another process: stopping", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
+                os._exit(143)  # as one that was told to stop: a batch system puts it back
             return
 
     @property

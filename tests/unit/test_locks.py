@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import pytest
 from megatron_stepkto import locks
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.locks import Lock, Watch, exclusive_lock, this_process, try_lock
+from tests.unit.test_processes import assert_ends, wait_for
 
 LIMIT_S = 300.0  # of real processes on a busy machine
 COUNTER = """
@@ -190,40 +190,71 @@ def test_an_earlier_attempt_of_our_own_job_is_over(
 
 def test_who_was_taken_for_dead_stops_and_must_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "HEARTBEAT_S", 0.1)
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        got = try_lock(tmp_path / "lock", Watch())
-        assert isinstance(got, Lock)
+    stopped = threading.Event()
+    monkeypatch.setattr(locks.os, "_exit", lambda code: stopped.set())
+    got = try_lock(tmp_path / "lock", Watch())
+    assert isinstance(got, Lock)
+    got.check()
+    got.path.unlink()
+    foreign(tmp_path / "lock", number=2)
+    with pytest.raises(UserError, match="another process took over"):
         got.check()
-        got.path.unlink()
-        foreign(tmp_path / "lock", number=2)
-        with pytest.raises(UserError, match="another process took over"):
-            got.check()
-        assert told.wait(LIMIT_S)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert stopped.wait(LIMIT_S)
     got.release()
     assert [path.name for path in (tmp_path / "lock").iterdir()] == [".held.000002"], "the other's is left alone"
+
+
+TAKEN_OVER = """
+import sys
+from pathlib import Path
+from megatron_stepkto import locks
+from megatron_stepkto.processes import Child, run_children
+locks.HEARTBEAT_S = 0.1
+child = Child([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1], "child.log"))
+with locks.exclusive_lock(Path(sys.argv[1], "lock"), "it"):
+    run_children([child], title="training", unit="updates", saves=True)
+"""
+SAVES = """
+import os, signal, time
+from pathlib import Path
+signal.signal(signal.SIGUSR1, lambda *_: Path("saved").touch())
+signal.signal(signal.SIGTERM, lambda *_: Path("saved").touch())
+Path("draft").write_text(str(os.getpid()))
+Path("draft").rename("started")
+while not Path("saved").exists():
+    time.sleep(0.01)
+"""
+
+
+def test_who_was_taken_for_dead_does_not_save_once_more(tmp_path: Path) -> None:
+    """Its ranks would write a checkpoint into the folder in which those of the new owner write theirs."""
+    command = [sys.executable, "-c", TAKEN_OVER, str(tmp_path), SAVES]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "started")
+    [held] = (tmp_path / "lock").glob(".held.*")
+    foreign(tmp_path / "lock", number=2)
+    held.unlink()
+    said = process.communicate(timeout=LIMIT_S)[1]
+    assert process.returncode == 143
+    assert f"error: {held} was taken over by another process: stopping" in said
+    assert_ends(int((tmp_path / "started").read_text()))
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_number_of_a_folder_that_was_made_anew_is_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run was removed and begun anew while this process worked: both hold number 1, of different folders."""
     monkeypatch.setattr(locks, "HEARTBEAT_S", 0.05)
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        got = try_lock(tmp_path / "lock", Watch())
-        assert isinstance(got, Lock)
-        shutil.rmtree(tmp_path / "lock")
-        held = foreign(tmp_path / "lock", number=1)
-        os.utime(held, (7, 7))
-        with pytest.raises(UserError, match="another process took over, as this one seemed dead, or the folder was"):
-            got.check()
-        assert told.wait(LIMIT_S)
-        got.release()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    stopped = threading.Event()
+    monkeypatch.setattr(locks.os, "_exit", lambda code: stopped.set())
+    got = try_lock(tmp_path / "lock", Watch())
+    assert isinstance(got, Lock)
+    shutil.rmtree(tmp_path / "lock")
+    held = foreign(tmp_path / "lock", number=1)
+    os.utime(held, (7, 7))
+    with pytest.raises(UserError, match="another process took over, as this one seemed dead, or the folder was"):
+        got.check()
+    assert stopped.wait(LIMIT_S)
+    got.release()
     assert held.stat().st_mtime == 7, "the other's heart does not beat by us"
     assert [path.name for path in (tmp_path / "lock").iterdir()] == [".held.000001"], "nor is it let go"
 
@@ -242,7 +273,7 @@ def test_a_lock_that_went_with_what_it_guards_stops_nobody(tmp_path: Path, monke
     got = try_lock(tmp_path / "chunks" / "claims" / "c", Watch())
     assert isinstance(got, Lock)
     shutil.rmtree(tmp_path / "chunks")
-    for _ in range(5):  # a look and what follows from it, several times: SIGTERM would end this process
+    for _ in range(5):  # a look and what follows from it, several times: it would end this process
         assert looked.acquire(timeout=LIMIT_S)
     with pytest.raises(UserError, match="or the folder was removed"):
         got.check()
