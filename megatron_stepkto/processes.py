@@ -299,13 +299,16 @@ class _Signals:
             raise SystemExit(STOPPED)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """From now on the kernel kills this process when its parent dies (Linux); exits if it is dead already.
 
     Besides the parent (which may be torchrun's agent) the process that called ``run_children`` is looked at.
+
+    Args:
+        parent: its number, where it is known.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getppid()
+    parent = parent or os.getppid()
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL)):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     number, _, node = os.environ.get(PARENT, "").partition("@")
@@ -314,14 +317,26 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def tie_forks() -> None:
+    """Whatever this process forks dies with it, and so on: Megatron forks processes that write a checkpoint. Left by a
+    killed rank, they would hold its memory and write on, into the files of the one that runs again."""
+    parent = os.getpid()
+
+    def tie() -> None:
+        nonlocal parent
+        die_with_parent(parent)
+        parent = os.getpid()
+
+    os.register_at_fork(after_in_child=tie)
+
+
 def _alive(pid: int) -> bool:
+    """A zombie is dead, however long nobody reaps it."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
         return False
-    except PermissionError:
-        pass
-    return True
+    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def child_main(function: Callable[[], None]) -> None:

@@ -37,7 +37,6 @@ from megatron_stepkto.context_parallel import join, own_part
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.model import PolicyModel, build_model_chunks, transformer_config
 from megatron_stepkto.planning.times import forward_flops
-from megatron_stepkto.processes import die_with_parent
 from megatron_stepkto.training.documents import Document, MicroBatch, Slot
 from megatron_stepkto.training.main_weights import load_main_weights, whole_main_weights
 
@@ -492,8 +491,6 @@ class Engine:
         )
         assert request is not None
         request.add_finalize_fn(finished)
-        if request.async_fn is not None:
-            request = request._replace(async_fn=functools.partial(_tied, request.async_fn))
         self._saves.schedule_async_request(request)
 
     def finish_saving(self, *, wait: bool) -> None:
@@ -528,12 +525,6 @@ def _take_absent_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -
     for part, name in absent:
         del state[part][name]
     return absent
-
-
-def _tied(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """In a forked writer: it must not go on writing when its rank is killed, beside the one that runs again."""
-    die_with_parent()
-    write(*args, **kwargs)
 
 
 def _zero_vocab_padding(policy: PolicyModel) -> None:

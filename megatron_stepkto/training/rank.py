@@ -16,7 +16,7 @@ from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
-from megatron_stepkto.processes import child_main, die_with_parent
+from megatron_stepkto.processes import child_main, die_with_parent, tie_forks
 from megatron_stepkto.records import TrainExample, read_records
 from megatron_stepkto.training.engine import Engine, choose_device, join_ranks, lay_out
 from megatron_stepkto.training.job import Job
@@ -106,4 +106,5 @@ def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int
 if __name__ == "__mp_main__":
     die_with_parent()
 if __name__ == "__main__":
+    tie_forks()
     child_main(main)

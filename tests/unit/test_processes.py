@@ -37,7 +37,7 @@ def is_running(pid: int) -> bool:
     """A zombie is dead: who should reap it is the machine's init, which a container may lack."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter when it goes between the opening and the reading
         return False
     return status.rpartition(")")[2].split()[0] not in "ZX"
 
@@ -177,6 +177,52 @@ def test_killed_parent_leaves_no_orphan(tmp_path: Path, number: signal.Signals) 
     assert process.wait(WAIT_S) == (-9 if number == signal.SIGKILL else 128 + 15)
     for pid in pids:
         assert_ends(pid)
+
+
+def test_forks_of_a_killed_process_die_and_theirs(tmp_path: Path) -> None:
+    """As Megatron forks writers of a checkpoint, in a rank or in a writer beside the training."""
+    script = (
+        "import os, time; from megatron_stepkto.processes import tie_forks; tie_forks()\n"
+        "for name in ('child', 'grandchild'):\n"
+        "    if os.fork(): time.sleep(600)\n"
+        "    open(f'{name}.draft', 'w').write(str(os.getpid())); os.rename(f'{name}.draft', name)\n"
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    pids = [int(wait_for(tmp_path / name)) for name in ("child", "grandchild")]
+    process.kill()
+    process.wait()
+    for pid in pids:
+        assert_ends(pid)
+
+
+def test_a_fork_whose_parent_is_already_gone_ends(tmp_path: Path) -> None:
+    script = (
+        "import os, time; from megatron_stepkto import processes\n"
+        "tie = processes.die_with_parent\n"
+        "def late(parent):\n"
+        "    open('draft', 'w').write(str(os.getpid())); os.rename('draft', 'pid')\n"
+        "    while os.getppid() == parent: time.sleep(0.01)\n"
+        "    tie(parent)\n"
+        "processes.die_with_parent = late\n"
+        "processes.tie_forks()\n"
+        "os.fork(); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    pid = int(wait_for(tmp_path / "pid"))
+    process.kill()
+    process.wait()
+    assert_ends(pid)
+
+
+def test_a_launcher_that_nobody_has_reaped_yet_is_dead() -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    script = "from megatron_stepkto.processes import die_with_parent; die_with_parent(); print('lives')"
+    env = {**os.environ, processes.PARENT: f"{launcher.pid}@{os.uname().nodename}"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, timeout=WAIT_S, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+    launcher.wait()
 
 
 def test_progress_of_several_children_is_summed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
