@@ -42,13 +42,13 @@ def test_the_tools_are_the_same_code(models: dict[str, Path], tmp_path: Path, re
         ("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back"),
     ):
         command = [sys.executable, str(repository / "tools" / tool), str(source), str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=repository)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=repository)
         assert done.returncode == 0, done.stderr
         assert "39 tensors, all finite" in done.stderr
-        again = subprocess.run([*command, "--verify"], capture_output=True, text=True, timeout=120, cwd=repository)
+        again = subprocess.run([*command, "--verify"], capture_output=True, text=True, timeout=300, cwd=repository)
         assert "hold the same model, bit by bit" in again.stderr
     wrong = [sys.executable, str(repository / "tools" / "megatron_to_hf.py"), str(models["bf16"]), str(tmp_path / "x")]
-    done = subprocess.run(wrong, capture_output=True, text=True, timeout=120, cwd=repository)
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=300, cwd=repository)
     assert done.returncode == 2
     assert "expected a Megatron torch_dist checkpoint" in done.stderr
     assert "Traceback" not in done.stderr

@@ -408,7 +408,7 @@ def act(site: Path, run: Path, script: str) -> tuple[int, str, list[str]]:
     with log.open("a") as file:
         done = subprocess.run(
             ["bash", "-c", ACT + script, "bash", str(site), str(run)], stdout=file, stderr=file,
-            timeout=60, check=False, env={**os.environ, **environment},
+            timeout=300, check=False, env={**os.environ, **environment},
         )  # fmt: skip
     return done.returncode, log.read_text(), asked.read_text().splitlines() if asked.is_file() else []
 
