@@ -86,15 +86,14 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def flush_folder(folder: Path) -> None:
-    """Write all that is below to disk: a folder that is made whole by a rename must be so after a power cut, too."""
-    for parent, _, names in os.walk(folder):
-        for path in (*(Path(parent, name) for name in names), Path(parent)):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+def flush(path: Path) -> None:
+    """Write a file, or a folder with all in it, to disk: what a rename makes count must be whole after a power cut."""
+    for each in (path, *path.rglob("*")):
+        handle = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def sha256_of(path: Path) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_stepkto import files
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import find_files, flush_folder, read_json, read_json_if_there, write_json
+from megatron_stepkto.files import find_files, flush, read_json, read_json_if_there, write_json
 from megatron_stepkto.report.collect import collect
 from megatron_stepkto.slurm.chain import Step
 from megatron_stepkto.slurm.commands import _progress
@@ -89,11 +89,14 @@ def test_json_that_may_be_absent(tmp_path: Path) -> None:
         read_json_if_there(path)
 
 
-def test_a_folder_is_flushed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_or_a_whole_folder_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "deep/b"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     flushed: list[str] = []
     monkeypatch.setattr(files.os, "fsync", lambda handle: flushed.append(os.readlink(f"/proc/self/fd/{handle}")))
-    flush_folder(tmp_path)
+    flush(tmp_path)
     assert sorted(flushed) == [str(tmp_path / name) for name in ("", "a", "deep", "deep/b")]
+    flushed.clear()
+    flush(tmp_path / "a")
+    assert flushed == [str(tmp_path / "a")]
