@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from megatron_stepkto import recipe
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer, read_json, read_json_if_there, write_json
+from megatron_stepkto.files import atomic_writer, read_json, write_json
 from megatron_stepkto.processes import Child, run_children
 from megatron_stepkto.progress import ProgressFile, Report
 from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
@@ -171,23 +171,12 @@ def _check(job: Job) -> None:
 
 def _claim(job: Job) -> None:
     """Write the job for the workers; chunks of another job must not mix with these."""
-    path = job.chunk_dir / "job.json"
-    ours = job.model_dump(mode="json")
-    begun = read_json_if_there(path)
-    if begun is not None and _identity(begun) != _identity(ours):
+    if job.owns_chunks() is False:
         raise UserError(
             f"{job.chunk_dir} holds unfinished samples of another model, prompts, seed or settings; "
             "restore the recipe, or delete the folder to draw anew"
         )
-    write_json(path, ours)
-
-
-def _identity(job: dict[str, Any]) -> dict[str, Any]:
-    """What the samples depend on: not who draws them nor where the folders stand."""
-    # the passes carry the temperatures
-    others = ("workers", "temperature", "top_p", "stall_timeout_s")
-    settings = {k: v for k, v in job["settings"].items() if k not in others}
-    return {key: job[key] for key in ("model_name", "passes", "prompts", "seed")} | {"settings": settings}
+    write_json(job.path, job.model_dump(mode="json"))
 
 
 def _draw_missing(job: Job, title: str, logs: Path) -> None:

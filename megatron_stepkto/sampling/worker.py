@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json, stable_hash, write_json
 from megatron_stepkto.locks import Lock, Watch, try_lock
 from megatron_stepkto.processes import child_main
@@ -63,7 +64,7 @@ class Worker:
                     continue
                 if engine is None:  # not before: a worker that finds nothing to do loads no model
                     engine = self._open(tokenizer)
-                self._draw(chunk, claim, engine, tokenizer)
+                self._draw(chunk, engine, tokenizer)
             finally:
                 claim.release()
 
@@ -85,7 +86,7 @@ class Worker:
         self._start_seconds = time.monotonic() - begun
         return engine
 
-    def _draw(self, chunk: Chunk, claim: Lock, engine: Engine, tokenizer: Any) -> None:
+    def _draw(self, chunk: Chunk, engine: Engine, tokenizer: Any) -> None:
         requests = chunk_requests(self._job, chunk)
         begun = time.monotonic()
         self._pulse(busy=True, solutions=0, now=True)
@@ -98,7 +99,11 @@ class Worker:
         self._seconds += time.monotonic() - begun
         self._drawn_tokens += sum(len(completion.token_ids) for completion in completions)
         samples = chunk_samples(self._job, chunk, requests, completions, tokenizer, self._vocab_size)
-        claim.check()  # with --force another process may have removed it, to draw with other settings
+        if not self._job.owns_chunks():  # a chunk of these settings would be taken for one of the others
+            raise UserError(
+                f"{self._job.chunk_dir}: another process removed what was drawn, to draw with other settings "
+                "(--force); these solutions are not wanted any more: stopping"
+            )
         speed = {
             "tokens": self._drawn_tokens,
             "generate_seconds": self._seconds,

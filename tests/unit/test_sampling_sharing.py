@@ -44,6 +44,7 @@ def work(job: Job, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None
             return [Completion([7, 2], "stop", None) for _ in requests]
 
     monkeypatch.setattr(worker, "open_engine", lambda *_: Engine())
+    draw._claim(job)
     Worker(job, "w").run()
 
 
@@ -71,13 +72,27 @@ def test_all_is_merged_and_removed_as_soon_as_the_last_chunk_is_there(
     assert len((job.directory / "samples.jsonl").read_text().splitlines()) == 2
 
 
-def test_what_was_begun_before_another_forced_other_settings_does_not_count(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("begun", [False, True], ids=["removed", "begun anew"])
+def test_what_is_drawn_when_another_forced_other_settings_does_not_count(
+    job: Job, monkeypatch: pytest.MonkeyPatch, begun: bool
 ) -> None:
-    """A chunk of the old settings under a name of the new ones would be taken for one of theirs."""
-    with pytest.raises(UserError, match="or the folder was removed; stopping"):
-        work(job, monkeypatch, meanwhile=lambda: shutil.rmtree(job.chunk_dir))
-    assert not job.chunk_dir.exists()
+    """It looked at the claims when this worker had none, between two chunks. A chunk of the old settings under the
+    name of one of the new would be taken for that."""
+    write, written = worker.write_records, []
+
+    def write_then_forced(path: Path, samples: Any) -> int:
+        written.append(path)
+        count = write(path, samples)
+        shutil.rmtree(job.chunk_dir)
+        if begun:
+            draw._claim(job.model_copy(update={"seed": 4}))
+        return count
+
+    monkeypatch.setattr(worker, "write_records", write_then_forced)
+    with pytest.raises(UserError, match="another process removed what was drawn, to draw with other settings"):
+        work(job, monkeypatch)
+    assert len(written) == 1
+    assert not list(job.chunk_dir.glob("samples-*"))
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
