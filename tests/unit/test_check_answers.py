@@ -58,7 +58,7 @@ def test_answers_come_as_lines_come_in() -> None:
         process.stdin.flush()
         assert json.loads(process.stdout.readline())["verdict"] == ("right" if gold == "2" else "wrong")
     process.stdin.close()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
 
 
 def test_no_file_and_no_line(tmp_path: Path) -> None:
