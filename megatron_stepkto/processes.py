@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import json
 import os
 import signal
@@ -205,12 +204,13 @@ def _open_log(wanted: Path) -> tuple[Path, BinaryIO]:
     """The first of a.log, a-2.log, ... that is not there; made in the same step, as processes of other hosts may look
     for one, too (elements of a Slurm array), and would take each other's errors for their own."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    log = wanted
-    for attempt in itertools.count(2):
-        with contextlib.suppress(FileExistsError):
+    log, attempt = wanted, 1
+    while True:
+        try:
             return log, log.open("xb")
-        log = wanted.with_name(f"{wanted.stem}-{attempt}{wanted.suffix}")
-    raise AssertionError("unreachable")
+        except FileExistsError:
+            attempt += 1
+            log = wanted.with_name(f"{wanted.stem}-{attempt}{wanted.suffix}")
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:
