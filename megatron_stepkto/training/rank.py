@@ -24,6 +24,7 @@ from megatron_stepkto.training.loop import Trainer
 
 
 def main() -> None:
+    tie_forks()
     parser = argparse.ArgumentParser()
     parser.add_argument("job", type=Path)
     job = Job.model_validate(read_json(parser.parse_args().job))
@@ -106,5 +107,4 @@ def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int
 if __name__ == "__mp_main__":
     die_with_parent()
 if __name__ == "__main__":
-    tie_forks()
     child_main(main)

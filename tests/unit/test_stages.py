@@ -286,7 +286,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
         assert work.calls == 0
     finally:
         holder.kill()  # dies without cleaning up: the kernel frees the lock
-        holder.communicate(timeout=20)
+        holder.communicate(timeout=300)
     run_stage(stage, work)
     assert work.calls == 1
 
