@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -48,12 +49,51 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or not JSON (with its line).
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file, found none") from None
+    return _parse(path, text)
+
+
+def _parse(path: Path, text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path}:{line}: expected JSON, got text that does not parse ({error})") from None
+
+
+def read_json_if_there(path: Path) -> Any:
+    """``read_json``, or None where there is no file: one look, for another process may remove it between two."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return _parse(path, text)
+
+
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Files below ``folder`` whose name fits, oldest first.
+
+    A run that is under way makes and removes folders: what goes meanwhile is left out (``rglob`` and ``stat`` raise).
+    """
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in fnmatch.filter(names, pattern):
+            path = Path(parent, name)
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found)]
+
+
+def flush(path: Path) -> None:
+    """Write a file, or a folder with all in it, to disk: what a rename makes count must be whole after a power cut."""
+    for each in (path, *path.rglob("*")):
+        handle = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def sha256_of(path: Path) -> str:

@@ -21,7 +21,6 @@ import contextlib
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -163,13 +162,17 @@ class Watch:
         return now - since > (SHORT_SILENCE_S if over else SILENCE_S)
 
 
-def _newest(folder: Path) -> Path | None:
+def _numbered(folder: Path) -> list[Path]:
+    """The files that count; none where the folder is gone."""
     try:
-        found = [path for path in folder.iterdir() if path.name.startswith((_HELD, _FREE))]
+        return [path for path in folder.iterdir() if path.name.startswith((_HELD, _FREE))]
     except FileNotFoundError:
-        return None
+        return []
+
+
+def _newest(folder: Path) -> Path | None:
     # Of one number the freed one counts: who makes it again, having slept while it was held and freed, steps back.
-    return max(found, key=lambda path: (_number(path), path.name.startswith(_FREE)), default=None)
+    return max(_numbered(folder), key=lambda path: (_number(path), path.name.startswith(_FREE)), default=None)
 
 
 def _number(path: Path) -> int:
@@ -188,36 +191,68 @@ class Lock:
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT_S):
             try:
-                os.utime(self.path)
-            except FileNotFoundError:
-                if self._over.is_set():
-                    return
-                # Somebody took us for dead (this host hung for minutes). Two writers are worse than none.
-                print(f"error: {self.path} was taken over by another process: stopping", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+                if self.is_ours:
+                    os.utime(self.path)
+                    continue
+                if not self.path.parent.exists():
+                    continue  # it went with what it guards (chunks that were merged): nobody writes beside us
             except OSError:
                 continue  # the file server does not answer: the next beat tells
+            if not self._over.is_set():
+                # Somebody took us for dead (this host hung for minutes). Two writers are worse than none: at once, and
+                # with all children (see processes), for on SIGTERM a training would save once more.
+                print(f"error: {self.path} was taken over by another process: stopping", file=sys.stderr, flush=True)
+                os._exit(143)  # as one that was told to stop: a batch system puts it back
+            return
 
     @property
     def is_ours(self) -> bool:
-        return self.path.exists()
+        """By its content: where the folder was removed and made anew, our number may be another's."""
+        held = _look(self.path)
+        return held is not None and held.owner == self.owner
 
     def check(self) -> None:
-        """Raises UserError when another process took the lock over: what this one made must not count."""
+        """Raises UserError when the lock is lost: what this process made must not count."""
         if not self.is_ours:
-            raise UserError(f"{self.path.parent.parent}: another process took over, as this one seemed dead; stopping")
+            raise UserError(
+                f"{self.path.parent.parent}: another process took over, as this one seemed dead, or the folder was "
+                "removed; stopping"
+            )
 
     def release(self) -> None:
         """Let go; the number stays behind, freed."""
         self._over.set()
         with contextlib.suppress(FileNotFoundError):
-            self.path.rename(self.path.with_name(self.path.name.replace(_HELD, _FREE)))
+            if self.is_ours:
+                self.path.rename(self.path.with_name(self.path.name.replace(_HELD, _FREE)))
+
+
+def _make(folder: Path) -> bool:
+    """Make the folder of a lock; False where it goes in this instant, with what it guards."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError):
+        if folder.is_file():
+            raise
+        return False
+    return True
+
+
+def _write_draft(draft: Path, owner: Owner) -> None:
+    """On the disk before the link: a node that is lost must not leave an empty file that everybody trips over."""
+    with draft.open("w") as file:
+        json.dump(asdict(owner), file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _link(draft: Path, mine: Path) -> None:
     try:
         os.link(draft, mine)
+    except FileExistsError:
+        # NFS: the answer may get lost, and the request that is sent again finds the link that the first one made.
+        if draft.stat().st_nlink == 1:
+            raise
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
@@ -234,7 +269,8 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Held | None:
     Raises:
         UserError: the file system makes no hard links, or a damaged lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not _make(folder):
+        return None
     newest = _newest(folder)
     if newest is not None and newest.name.startswith(_HELD):
         held = _look(newest)
@@ -244,7 +280,7 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Held | None:
     ours, mine = this_process(), folder / f"{_HELD}{number:06d}"
     draft = folder / f".draft.{ours.token}"
     try:
-        draft.write_text(json.dumps(asdict(ours)))
+        _write_draft(draft, ours)
         _link(draft, mine)
     except (FileExistsError, FileNotFoundError):  # taken, or the folder went with what it guards
         return None
@@ -255,8 +291,8 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Held | None:
     if _newest(folder) != mine or (newest is not None and not newest.exists()):
         mine.unlink(missing_ok=True)
         return None
-    for path in folder.iterdir():
-        if path.name.startswith((_HELD, _FREE)) and _number(path) < number:
+    for path in _numbered(folder):
+        if _number(path) < number:
             path.unlink(missing_ok=True)
     return Lock(mine, ours)
 

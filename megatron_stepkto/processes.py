@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_stepkto.errors import StageFailed, UserError
 from megatron_stepkto.progress import ProgressBar, Report, read_progress, say, warn
@@ -120,7 +120,8 @@ def run_children(
                 if signals.told:
                     # again and again: a child that still imports ignores it (see _LAUNCHER)
                     for child in left:
-                        child.process.send_signal(signal.SIGUSR1)
+                        # not send_signal, which reaps one that has just ended, and leaves its group behind
+                        os.kill(child.process.pid, signal.SIGUSR1)
                 shown.update()
                 if poll:
                     poll()
@@ -184,24 +185,32 @@ def _restart(title: str, stuck: _Running) -> _Running:
 
 def _start(child: Child, error_file: Path | None = None) -> _Running:
     """error_file: where the children of one call report; the first report is the cause, others follow from it."""
-    log = child.log
-    log.parent.mkdir(parents=True, exist_ok=True)
-    attempt = 1
-    while log.exists():
-        attempt += 1
-        log = child.log.with_name(f"{child.log.stem}-{attempt}{child.log.suffix}")
+    log, output = _open_log(child.log)
     if error_file is None:
         error_file = log.with_suffix(".error")
         error_file.unlink(missing_ok=True)
     parent = f"{os.getpid()}@{os.uname().nodename}"
     env = {**os.environ, **child.env, ERROR_FILE: str(error_file), LOG_FILE: str(log), PARENT: parent}
-    with log.open("ab") as output:
+    with output:
         process = subprocess.Popen(
             [sys.executable, "-S", "-c", _LAUNCHER, str(os.getpid()), *child.command],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
             start_new_session=True,  # a group that can be signalled whole, and that Ctrl-C does not reach
         )  # fmt: skip
     return _Running(child, process, log, error_file)
+
+
+def _open_log(wanted: Path) -> tuple[Path, BinaryIO]:
+    """The first of a.log, a-2.log, ... that is not there; made in the same step, as processes of other hosts may look
+    for one, too (elements of a Slurm array), and would take each other's errors for their own."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    log, attempt = wanted, 1
+    while True:
+        try:
+            return log, log.open("xb")
+        except FileExistsError:
+            attempt += 1
+            log = wanted.with_name(f"{wanted.stem}-{attempt}{wanted.suffix}")
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:
@@ -290,13 +299,16 @@ class _Signals:
             raise SystemExit(STOPPED)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """From now on the kernel kills this process when its parent dies (Linux); exits if it is dead already.
 
     Besides the parent (which may be torchrun's agent) the process that called ``run_children`` is looked at.
+
+    Args:
+        parent: its number, where it is known.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getppid()
+    parent = parent or os.getppid()
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL)):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     number, _, node = os.environ.get(PARENT, "").partition("@")
@@ -305,14 +317,26 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def tie_forks() -> None:
+    """Whatever this process forks dies with it, and so on: Megatron forks processes that write a checkpoint. Left by a
+    killed rank, they would hold its memory and write on, into the files of the one that runs again."""
+    parent = os.getpid()
+
+    def tie() -> None:
+        nonlocal parent
+        die_with_parent(parent)
+        parent = os.getpid()
+
+    os.register_at_fork(after_in_child=tie)
+
+
 def _alive(pid: int) -> bool:
+    """A zombie is dead, however long nobody reaps it."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
         return False
-    except PermissionError:
-        pass
-    return True
+    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def child_main(function: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import atomic_writer
+from megatron_stepkto.locks import exclusive_lock
 
 Label = Literal[0, 1] | None
 # strict: neither "5" nor true is a token
@@ -257,19 +258,21 @@ def set_aside(quarantine: Path, source: Path, rejected: Sequence[dict[str, Any]]
     Raises:
         UserError: the quarantine is a file of something else.
     """
-    kept = []
-    for line in quarantine.read_text(encoding="utf-8").splitlines() if quarantine.is_file() else []:
-        try:
-            row = json.loads(line)
-            same = row["file"] == str(source) and set(row) == set(rejected[0])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(
-                f"{quarantine}: expected a quarantine of earlier runs, got other text; name a new file"
-            ) from None
-        kept += [] if same else [line]
-    with atomic_writer(quarantine) as out:
-        out.writelines(line + "\n" for line in kept)
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
+    # Another run may set rows aside into the same file: read and written by one at a time, or it would lose some.
+    with exclusive_lock(quarantine.with_name(f".{quarantine.name}.lock"), str(quarantine), wait=True):
+        kept = []
+        for line in quarantine.read_bytes().splitlines() if quarantine.is_file() else []:
+            try:
+                row = json.loads(line)
+                same = row["file"] == str(source) and set(row) == set(rejected[0])
+            except (ValueError, TypeError, KeyError):
+                raise UserError(
+                    f"{quarantine}: expected a quarantine of earlier runs, got other text; name a new file"
+                ) from None
+            kept += [] if same else [line + b"\n"]
+        with atomic_writer(quarantine, "wb") as out:
+            out.writelines(kept)
+            out.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rejected)
 
 
 def read_records(path: Path, model: type[R], *, quarantine: Path | None = None) -> Iterator[R]:

@@ -9,6 +9,7 @@ named, and work cut short continues where its own files allow.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json, sha256_of, stable_hash, write_json
+from megatron_stepkto.files import flush, read_json, sha256_of, stable_hash, write_json
 from megatron_stepkto.locks import Lock, exclusive_lock
 from megatron_stepkto.progress import say
 
@@ -200,6 +201,8 @@ def _finish(
     result = work()
     if result is None:
         return {}
+    for path in result.outputs:
+        flush(path)
     outputs = {
         str(path.relative_to(stage.directory)): {"sha256": sha256_of(path), "bytes": _size(path)}
         for path in result.outputs
@@ -227,9 +230,9 @@ def _clear(directory: Path) -> None:
     Raises:
         UserError: another process is at a part of it.
     """
-    for claims in directory.rglob("claims"):
-        for claim in claims.iterdir():
-            with exclusive_lock(claim, str(directory)):
+    for parent, names, _ in os.walk(directory):
+        for claim in names if Path(parent).name == "claims" else ():
+            with exclusive_lock(Path(parent, claim), str(directory)):
                 pass
     for path in directory.iterdir():
         if path.name in (".lock", "logs", CACHE, MANIFEST, STARTED):

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.evaluation.table import results_table
-from megatron_stepkto.files import read_json
+from megatron_stepkto.files import find_files, read_json_if_there
 from megatron_stepkto.progress import read_progress
 from megatron_stepkto.stages import MANIFEST, STARTED
 
@@ -19,12 +19,12 @@ def status_text(run: Path) -> str:
     Raises:
         UserError: the folder is no run.
     """
-    started = sorted(run.rglob(STARTED), key=lambda path: path.stat().st_mtime)
+    started = find_files(run, STARTED)
     if not started:
         raise UserError(f"{run}: expected a run's folder (such as runs/mini_cpu), found no stage in it")
     lines = [_line(run, path.parent) for path in started]
-    rows = [read_json(path) for path in sorted(run.glob("evaluate/M*/metrics.json"), key=_number)]
-    if rows:
+    measured = (read_json_if_there(path) for path in sorted(run.glob("evaluate/M*/metrics.json"), key=_number))
+    if rows := [row for row in measured if row is not None]:
         lines += ["", results_table({"method": "this run", "iterations": rows})]
     return "\n".join(lines)
 
@@ -35,13 +35,13 @@ def _number(path: Path) -> int:
 
 def _line(run: Path, directory: Path) -> str:
     name = str(directory.relative_to(run))
-    if (directory / MANIFEST).is_file():
-        manifest = read_json(directory / MANIFEST)
+    if (manifest := read_json_if_there(directory / MANIFEST)) is not None:
         took = datetime.timedelta(seconds=round(manifest["seconds"]))
         return f"done     {name:<28} {took}  {_counts(manifest['counts'])}"
-    reports = [report for path in sorted(directory.rglob("progress*.json")) if (report := read_progress(path))]
+    found = sorted(find_files(directory, "progress.json"))
+    reports = [report for path in found if (report := read_progress(path))]
     shown = ", ".join(f"{report[0]}/{report[1]} {report[2]}".strip() for report in reports)
-    logs = sorted(directory.glob("logs/*.log"), key=lambda path: path.stat().st_mtime)
+    logs = find_files(directory / "logs", "*.log")
     return f"begun    {name:<28} {shown}" + (f"  log: {logs[-1]}" if logs else "")
 
 

@@ -6,6 +6,8 @@ set -u # not while the site file is sourced
 MAX_FAILURES=3
 MAX_RESTARTS=100 # preemptions and time limits; more than that is no progress
 
+: "${TOLD:=0}" # 1: told to stop; from the first line of a *.sbatch on
+
 # begin STAGE: note the attempt. An array element counts for itself.
 begin() {
     STAGE=$1
@@ -22,7 +24,6 @@ begin() {
 STEP_PID=  # srun of the step under way
 SERVER_PID= # srun of a server beside it
 SERVER_LOG=
-TOLD=0
 tell_step() {
     echo "=== $PART: told to stop, $(date)"
     TOLD=1

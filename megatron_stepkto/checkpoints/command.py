@@ -101,9 +101,9 @@ def _convert(source: Path, target: Path, direction: str, force: bool, workers: i
     _check_replaceable(target)
     began = time.monotonic()
     if direction == HF_TO_MEGATRON:
-        done = hf_to_megatron(source, target, workers=workers)
+        done = hf_to_megatron(source, target, workers=workers, replace=force)
     else:
-        done = megatron_to_hf(source, target, workers=workers)
+        done = megatron_to_hf(source, target, workers=workers, replace=force)
     seconds = time.monotonic() - began
     say(
         f"{target}: {done.num_tensors} tensors, all finite, {done.weight_bytes / 1e9:.3g} GB "

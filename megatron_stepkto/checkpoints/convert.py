@@ -266,12 +266,18 @@ def tensor_checksums(side: Side, workers: int | None, title: str) -> dict[str, i
 
 
 def hf_to_megatron(
-    source: Path, target: Path, dtype: torch.dtype | None = None, workers: int | None = None
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    workers: int | None = None,
+    *,
+    replace: bool = True,
 ) -> Converted:
     """Convert a Hugging Face folder to a torch_dist checkpoint; ``target`` appears whole or not at all.
 
     Args:
         dtype: cast to this training dtype (None: keep, bit for bit).
+        replace: see ``whole_folder``.
     Raises:
         UserError: an unknown architecture, a damaged file, or a missing, left-over, misshapen or non-finite weight
             (all named).
@@ -289,7 +295,7 @@ def hf_to_megatron(
     ]
     weight_bytes = sum(chunk.file.num_bytes for chunk in chunks)
     framing = 4096 * (len(chunks) + 16 + sum(len(content) // 4096 + 1 for content in companions.values()))
-    with whole_folder(target, weight_bytes + framing) as folder:
+    with whole_folder(target, weight_bytes + framing, replace=replace) as folder:
         writer = CheckpointWriter(folder, chunks)
         not_finite = set[str]()
         with Files() as files:
@@ -336,7 +342,7 @@ def hf_to_megatron(
     return Converted(weight_bytes, len(tensors))
 
 
-def megatron_to_hf(source: Path, target: Path, workers: int | None = None) -> Converted:
+def megatron_to_hf(source: Path, target: Path, workers: int | None = None, *, replace: bool = True) -> Converted:
     """Convert a torch_dist checkpoint (ours, or the trainer's at any layout) to a Hugging Face folder.
 
     Raises:
@@ -351,7 +357,7 @@ def megatron_to_hf(source: Path, target: Path, workers: int | None = None) -> Co
     ]
     weight_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in tensors)
     small = 2**20 + 512 * len(tensors) + sum(map(len, companions.values()))
-    with whole_folder(target, weight_bytes + small) as folder:
+    with whole_folder(target, weight_bytes + small, replace=replace) as folder:
         writer = HFWriter(folder, tensors)
         not_finite = set[str]()
         with Files() as files:

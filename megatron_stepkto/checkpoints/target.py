@@ -15,7 +15,7 @@ from megatron_stepkto.progress import say
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, num_bytes: int) -> Iterator[Path]:
+def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Iterator[Path]:
     """Yield an empty folder beside ``target``; on a clean exit it becomes ``target``, replacing what was there.
 
     An error or Ctrl-C removes it, unless another process took this one for dead and began it anew; after a hard kill
@@ -26,12 +26,15 @@ def whole_folder(target: Path, num_bytes: int) -> Iterator[Path]:
 
     Args:
         num_bytes: that will be written; less free space is refused at once.
+        replace: False: refuse a ``target`` that is there, also one that came while the caller looked at its input.
 
     Raises:
-        UserError: another process writes to ``target``, or the disk lacks space.
+        UserError: another process writes to ``target`` or has just done so, or the disk lacks space.
     """
     partial, old, lock = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old", "lock"))
     with exclusive_lock(lock, str(target), note=say) as held:
+        if target.exists() and not replace:
+            raise UserError(f"{target}: already there: another process has just written it; run the command again")
         try:
             partial.mkdir(exist_ok=True)
             _empty(partial)

@@ -45,6 +45,7 @@ def evaluation_drawing(
         settings=sampling.model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
         seed=SEED,
         directory=directory / "drawn",
+        used_by=directory / "metrics.json",
     )
     return Drawing(job, f"{name}: solving {evaluation.split} problems", directory / "logs")
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json
+from megatron_stepkto.files import find_files, read_json_if_there
 from megatron_stepkto.records import Problem, describe, read_records
 from megatron_stepkto.report.curves import Training, read_training
 from megatron_stepkto.report.judge import AgreementRow, agreement, calibration
@@ -124,8 +124,9 @@ def collect(run_dir: Path) -> Report:
             f"{run_dir}: expected the folder of a run (summary.json, M0, iteration_1 or evaluate), found "
             "none of them; give a folder below runs/, or start the run with stepkto run"
         )
-    finished = (run_dir / "summary.json").is_file()
-    summary = _validate(run_dir / "summary.json", Summary) if finished else _partial_summary(run_dir)
+    summary = _validate_if_there(run_dir / "summary.json", Summary)
+    finished = summary is not None
+    summary = summary or _partial_summary(run_dir)
     method = summary.method or "this run"
     begun_methods = sorted(folder.name for folder in (run_dir / "methods").glob("*") if folder.is_dir())
     names = dict.fromkeys(name for name in [*summary.methods, *begun_methods] if name in begun_methods)
@@ -168,9 +169,10 @@ def _numbered(folder: Path, prefix: str) -> list[Path]:
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def _validate(path: Path, model: type[Model]) -> Model:
+def _validate_if_there(path: Path, model: type[Model]) -> Model | None:
+    content = read_json_if_there(path)
     try:
-        return model.model_validate(read_json(path))
+        return None if content is None else model.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error)}; remove it and run the recipe again") from None
 
@@ -179,22 +181,21 @@ def _partial_summary(run_dir: Path) -> Summary:
     """What ``summary.json`` would hold so far, from the stages that are finished."""
     methods = {path.name: _rows(path) for path in sorted((run_dir / "methods").glob("*"))}
     stages = []
-    for path in run_dir.glob("**/manifest.json"):
-        manifest = read_json(path)
-        name = str(path.parent.relative_to(run_dir))
-        stages.append((path.stat().st_mtime, StageRow.model_validate({**manifest, "name": name})))
-    stages.sort(key=lambda item: item[0])
+    for path in find_files(run_dir, "manifest.json"):
+        if (manifest := read_json_if_there(path)) is not None:
+            name = str(path.parent.relative_to(run_dir))
+            stages.append(StageRow.model_validate({**manifest, "name": name}))
     return Summary(
         recipe=run_dir.resolve().name,
         iterations=_rows(run_dir),
         methods={name: rows for name, rows in methods.items() if rows},
-        stages=[stage for _, stage in stages],
+        stages=stages,
     )
 
 
 def _rows(folder: Path) -> list[EvaluationRow]:
-    files = [path / "metrics.json" for path in _numbered(folder / "evaluate", "M")]
-    return [_validate(path, EvaluationRow) for path in files if path.is_file()]
+    found = (_validate_if_there(path / "metrics.json", EvaluationRow) for path in _numbered(folder / "evaluate", "M"))
+    return [row for row in found if row is not None]
 
 
 def _trainings(folder: Path) -> list[Training]:

@@ -69,18 +69,23 @@ class Drawing:
             UserError: the model does not fit the prompts or the machine, or the directory holds another job.
             StageFailed: a worker died; its log is named.
         """
-        if not self.job.is_merged:
-            _check(self.job)
-            _claim(self.job)
-            _draw_missing(self.job, self.title, self.logs)
+        try:
+            if not self.job.is_merged:
+                _check(self.job)
+                _claim(self.job)
+                _draw_missing(self.job, self.title, self.logs)
+        except (FileNotFoundError, FileExistsError):  # what mkdir, too, says of a folder that goes in this instant
+            if not self.job.is_merged:
+                raise
         if self.job.is_merged:  # by another process, while our workers' last reports made the folder anew
             shutil.rmtree(self.job.chunk_dir, ignore_errors=True)
 
     def finish(self) -> DrawResult:
         """Leave ``directory/<pass>.jsonl``, problems in order, samples in order; only when all is drawn."""
         job = self.job
-        speed = _speed(job)
-        if not job.is_merged:
+        speed: dict[str, Any] = {}
+        if not job.is_merged:  # once it is, any process may remove the chunks, and what stands beside them
+            speed = _speed(job)
             for pass_ in job.passes:
                 _merge(job, pass_, job.output(pass_))
         shutil.rmtree(job.chunk_dir, ignore_errors=True)
@@ -166,22 +171,12 @@ def _check(job: Job) -> None:
 
 def _claim(job: Job) -> None:
     """Write the job for the workers; chunks of another job must not mix with these."""
-    path = job.chunk_dir / "job.json"
-    ours = job.model_dump(mode="json")
-    if path.is_file() and _identity(read_json(path)) != _identity(ours):
+    if job.owns_chunks() is False:
         raise UserError(
             f"{job.chunk_dir} holds unfinished samples of another model, prompts, seed or settings; "
             "restore the recipe, or delete the folder to draw anew"
         )
-    write_json(path, ours)
-
-
-def _identity(job: dict[str, Any]) -> dict[str, Any]:
-    """What the samples depend on: not who draws them nor where the folders stand."""
-    # the passes carry the temperatures
-    others = ("workers", "temperature", "top_p", "stall_timeout_s")
-    settings = {k: v for k, v in job["settings"].items() if k not in others}
-    return {key: job[key] for key in ("model_name", "passes", "prompts", "seed")} | {"settings": settings}
+    write_json(job.path, job.model_dump(mode="json"))
 
 
 def _draw_missing(job: Job, title: str, logs: Path) -> None:

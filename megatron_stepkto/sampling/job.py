@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_stepkto import recipe
-from megatron_stepkto.files import stable_hash
+from megatron_stepkto.files import read_json_if_there, stable_hash
 
 
 class _Frozen(BaseModel):
@@ -50,7 +51,10 @@ class Chunk:
 
 
 class Job(_Frozen):
-    """All passes from one model. The same job gives the same samples on any number of workers."""
+    """All passes from one model. The same job gives the same samples on any number of workers.
+
+    used_by: a file that is made of the samples; when it is there they may be gone. None: they stay.
+    """
 
     model: Path
     model_name: str
@@ -59,6 +63,7 @@ class Job(_Frozen):
     settings: recipe.Sampling
     seed: int
     directory: Path
+    used_by: Path | None = None
 
     @property
     def chunk_dir(self) -> Path:
@@ -90,7 +95,9 @@ class Job(_Frozen):
 
     @property
     def is_merged(self) -> bool:
-        return all(self.output(pass_).is_file() for pass_ in self.passes)
+        # The order counts: the outputs go after the other file is there.
+        merged = all(self.output(pass_).is_file() for pass_ in self.passes)
+        return merged or (self.used_by is not None and self.used_by.is_file())
 
     def is_drawn(self, chunk: Chunk) -> bool:
         return (self.chunk_dir / chunk.file_name).is_file() or self.is_merged
@@ -104,6 +111,16 @@ class Job(_Frozen):
         # The order counts: when chunks are gone because another process merged them, the outputs are there by now.
         left = [chunk for chunk in self.chunks() if chunk.file_name not in found]
         return [] if left and self.is_merged else left
+
+    @property
+    def path(self) -> Path:
+        """The job itself, beside the chunks that are drawn for it."""
+        return self.chunk_dir / "job.json"
+
+    def owns_chunks(self) -> bool | None:
+        """Are the chunks in the folder those of this job? None: nobody has begun there."""
+        begun = read_json_if_there(self.path)
+        return None if begun is None else _identity(begun) == _identity(self.model_dump(mode="json"))
 
     def claim_path(self, chunk: Chunk) -> Path:
         """Folder of the lock that whoever draws the chunk holds."""
@@ -128,6 +145,14 @@ class Job(_Frozen):
     def speed_path(self, worker: str) -> Path:
         """Where a worker leaves {tokens, generate_seconds, start_seconds} after every chunk."""
         return self.chunk_dir / f"speed-{worker}.json"
+
+
+def _identity(job: dict[str, Any]) -> dict[str, Any]:
+    """What the samples depend on: not who draws them nor where the folders stand."""
+    # the passes carry the temperatures
+    others = ("workers", "temperature", "top_p", "stall_timeout_s")
+    settings = {k: v for k, v in job["settings"].items() if k not in others}
+    return {key: job[key] for key in ("model_name", "passes", "prompts", "seed")} | {"settings": settings}
 
 
 class Pulse(_Frozen):

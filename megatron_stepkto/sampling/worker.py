@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json, stable_hash, write_json
 from megatron_stepkto.locks import Lock, Watch, try_lock
 from megatron_stepkto.processes import child_main
@@ -98,13 +99,19 @@ class Worker:
         self._seconds += time.monotonic() - begun
         self._drawn_tokens += sum(len(completion.token_ids) for completion in completions)
         samples = chunk_samples(self._job, chunk, requests, completions, tokenizer, self._vocab_size)
-        write_records(self._job.chunk_dir / chunk.file_name, samples)
+        if not self._job.owns_chunks():  # a chunk of these settings would be taken for one of the others
+            raise UserError(
+                f"{self._job.chunk_dir}: another process removed what was drawn, to draw with other settings "
+                "(--force); these solutions are not wanted any more: stopping"
+            )
         speed = {
             "tokens": self._drawn_tokens,
             "generate_seconds": self._seconds,
             "start_seconds": self._start_seconds,
         }
         write_json(self._job.speed_path(self._name), speed)
+        # The last act: once all chunks are there, another process may merge them and remove the folder.
+        write_records(self._job.chunk_dir / chunk.file_name, samples)
 
     def _pulse(self, *, busy: bool, solutions: int, note: str = "", now: bool = False) -> None:
         if now or time.monotonic() - self._last_pulse >= PULSE_EVERY_S:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer, read_json, write_json
+from megatron_stepkto.files import atomic_writer, find_files, read_json_if_there, write_json
 from megatron_stepkto.locks import exclusive_lock
 from megatron_stepkto.pipeline import Run, check_fits
 from megatron_stepkto.progress import read_progress, say
@@ -42,7 +42,8 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
     with exclusive_lock(folder(run) / ".lock", f"the record of {run}'s jobs", wait=True, note=say):
         queued = settled_jobs(run)
         _write_recipe(recipe, run, queued)
-        shutil.copyfile(site_file, folder(run) / "site.sh")
+        with atomic_writer(folder(run) / "site.sh", "wb") as file:  # jobs of an earlier submission read it just now
+            file.write(site_file.read_bytes())
         (folder(run) / "logs").mkdir(exist_ok=True)
         return _submit_missing(steps, recipe, site, queued)
 
@@ -141,7 +142,7 @@ def _record_path(run: Path) -> Path:
 
 
 def _read_record(run: Path) -> dict[str, Any]:
-    return dict(read_json(_record_path(run))) if _record_path(run).is_file() else {}
+    return dict(read_json_if_there(_record_path(run)) or {})
 
 
 def _forget_failures(run: Path, name: str) -> None:
@@ -189,7 +190,7 @@ def _state(run: Path, recipe: Recipe, step: Step, mine: list[Queued]) -> tuple[s
         return "done", ""
     if mine_stopped:
         path = mine_stopped[0]
-        return "stopped", f"{path.read_text().strip()}; log: {log_path(run, path.name.removesuffix('.stopped'))}"
+        return "stopped", f"{_text(path).strip()}; log: {log_path(run, path.name.removesuffix('.stopped'))}"
     if not mine:
         return "not queued", "stepkto slurm submit continues the run"
     states = sorted({job.state for job in mine})
@@ -202,7 +203,14 @@ def _state(run: Path, recipe: Recipe, step: Step, mine: list[Queued]) -> tuple[s
 def _count(run: Path, kind: str, name: str) -> int:
     """Attempts or failures; of an array those of all elements."""
     files = [*(folder(run) / kind).glob(name), *(folder(run) / kind).glob(f"{name}.*")]
-    return sum(len(path.read_text().splitlines()) for path in files if path.suffix != ".stopped")
+    return sum(len(_text(path).splitlines()) for path in files if path.suffix != ".stopped")
+
+
+def _text(path: Path) -> str:
+    """Nothing where a submission has just removed it."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text()
+    return ""
 
 
 def _progress(step: Step) -> str:
@@ -211,8 +219,8 @@ def _progress(step: Step) -> str:
     directory = next((d for d in step.directories if (d / STARTED).is_file() and not (d / MANIFEST).is_file()), None)
     if directory is None:
         return ""
-    reports = [report for path in directory.rglob("progress.json") if (report := read_progress(path))]
-    return f"{reports[0].done}/{reports[0].total} {reports[0].note}"[:40] if reports else "begun"
+    reports = [report for path in find_files(directory, "progress.json") if (report := read_progress(path))]
+    return f"{reports[-1].done}/{reports[-1].total} {reports[-1].note}"[:40] if reports else "begun"
 
 
 # --- cancel ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Weights alone (``load_weights``, ``save_weights``) are the folders that ``stepkt
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from megatron_stepkto.acceleration import Acceleration
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.model import PolicyModel
-from megatron_stepkto.processes import die_with_parent
 from megatron_stepkto.training.main_weights import load_main_weights, optimizer_parts, whole_main_weights
 
 EXTRA = "_extra_state"
@@ -191,8 +189,6 @@ class Checkpoints:
         )
         assert request is not None
         request.add_finalize_fn(finished)
-        if request.async_fn is not None:
-            request = request._replace(async_fn=functools.partial(_tied, request.async_fn))
         self._saves.schedule_async_request(request)
 
     def finish_saving(self, *, wait: bool) -> None:
@@ -241,12 +237,6 @@ def _take_absent_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -
     for part, name in absent:
         del state[part][name]
     return absent
-
-
-def _tied(write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """In a forked writer: it must not go on writing when its rank is killed, beside the one that runs again."""
-    die_with_parent()
-    write(*args, **kwargs)
 
 
 def _zero_vocab_padding(policy: PolicyModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -56,6 +57,18 @@ class Job(BaseModel):
     @property
     def final(self) -> Path:
         return self.directory / "final"
+
+
+def drop_checkpoint(directory: Path) -> None:
+    """What makes it count goes first: what a kill leaves of it must not be gone on from."""
+    (directory / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(directory)
+
+
+def half_checkpoints(directory: Path) -> list[Path]:
+    """What a kill left: half written, or half dropped. Each may be as large as a whole one."""
+    whole = {path for _, path in finished_checkpoints(directory)}
+    return [*directory.glob(".update_*.partial"), *(set(directory.glob("update_*")) - whole)]
 
 
 def finished_checkpoints(directory: Path) -> list[tuple[int, Path]]:

@@ -20,14 +20,14 @@ from megatron_stepkto.checkpoints.convert import COMPANIONS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.data.batching import plan_updates
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import stable_hash, write_json
+from megatron_stepkto.files import flush, stable_hash, write_json
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.processes import STOPPED
 from megatron_stepkto.progress import ProgressFile
 from megatron_stepkto.records import LogRatios, TrainExample, write_records
 from megatron_stepkto.training.documents import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.training.engine import Engine
-from megatron_stepkto.training.job import Job, finished_checkpoints
+from megatron_stepkto.training.job import Job, drop_checkpoint, finished_checkpoints, half_checkpoints
 from megatron_stepkto.training.metrics import KTO_LIKE, REWARD_SUMS, held_out_metrics_of, metrics_of
 from megatron_stepkto.training.objectives import (
     SUMS,
@@ -386,6 +386,9 @@ class Trainer:
 
     def _resume(self) -> int:
         """Continue at the newest checkpoint; returns the number of updates that are done."""
+        if self.is_writer:
+            for left in half_checkpoints(self.job.checkpoints):
+                drop_checkpoint(left)
         # As rank 0 sees the folder: another node's cache may lack the newest, and ranks at different updates would
         # add up gradients of different batches without an error.
         newest: list[tuple[int, Path] | None] = [next(reversed(finished_checkpoints(self.job.checkpoints)), None)]
@@ -413,16 +416,15 @@ class Trainer:
         self.engine.checkpoints.finish_saving(wait=True)
         final = self.job.checkpoints / f"update_{update:06d}"
         temporary = final.with_name(f".{final.name}.partial")
-        if self.is_writer and temporary.exists():
-            shutil.rmtree(temporary)
         state = {"batch_kl": self.batch_kl, "right_history": self.right_history, "notes": copy.deepcopy(self.notes)}
 
         def publish() -> None:
             if self.is_writer:
+                flush(temporary)  # Megatron leaves its small files, without which none loads, in the cache
                 write_json(temporary / "state.json", state)
                 temporary.rename(final)
                 for _, old in finished_checkpoints(self.job.checkpoints)[: -self.settings.keep_checkpoints]:
-                    shutil.rmtree(old)
+                    drop_checkpoint(old)
             dist.barrier()
 
         if self.settings.async_checkpoints and not self._stop:
@@ -451,6 +453,7 @@ class Trainer:
         if self.is_writer:
             copy_companions(self.job.initial / COMPANIONS, temporary / COMPANIONS)
             write_json(self.job.notes, self.notes)
+            flush(temporary)
             temporary.rename(self.job.final)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_stepkto.errors import UserError
@@ -21,13 +21,17 @@ POLL_S = 0.3
 
 @dataclass(frozen=True)
 class Nodes:
-    """``number`` of ``count`` nodes; where rank 0 listens; ``attempt``: the same on all nodes, another each time."""
+    """``number`` of ``count`` nodes; where rank 0 listens; ``attempt``: the same on all nodes, another each time.
+
+    reserved: keeps others off the port for as long as this object lives.
+    """
 
     number: int = 0
     count: int = 1
     address: str = "127.0.0.1"
     port: int = 0
     attempt: str = ""
+    reserved: socket.socket | None = field(default=None, repr=False, compare=False)
 
     def ranks_here(self, ranks: int) -> int:
         if ranks % self.count:
@@ -64,7 +68,8 @@ def this_node() -> Nodes:
             f"on {count} nodes: each starts its node's ranks by itself"
         )
     if count == 1:
-        return Nodes(port=_free_port())
+        reserved = _reserve_port()
+        return Nodes(port=reserved.getsockname()[1], reserved=reserved)
     try:
         return Nodes(
             number=int(os.environ["SLURM_NODEID"]),
@@ -78,10 +83,14 @@ def this_node() -> Nodes:
         raise UserError(f"{error.args[0]} is not set: several nodes need it; see slurm/train.sbatch") from None
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def _reserve_port() -> socket.socket:
+    """A socket that holds a free port without listening. A port that is only looked for is somebody else's by the time
+    that rank 0 has imported torch. With SO_REUSEADDR, which torch sets too, rank 0 may listen on it beside the holder,
+    and the kernel gives it to nobody else."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
 
 
 def _word(directory: Path, nodes: Nodes) -> Path:

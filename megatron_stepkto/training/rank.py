@@ -16,7 +16,7 @@ from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import read_json
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
-from megatron_stepkto.processes import child_main, die_with_parent
+from megatron_stepkto.processes import child_main, die_with_parent, tie_forks
 from megatron_stepkto.records import TrainExample, read_records
 from megatron_stepkto.training.engine import Engine, choose_device, join_ranks, lay_out
 from megatron_stepkto.training.job import Job
@@ -24,6 +24,7 @@ from megatron_stepkto.training.loop import Trainer
 
 
 def main() -> None:
+    tie_forks()
     parser = argparse.ArgumentParser()
     parser.add_argument("job", type=Path)
     job = Job.model_validate(read_json(parser.parse_args().job))

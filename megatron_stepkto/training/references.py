@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from megatron_stepkto.files import atomic_writer
 from megatron_stepkto.training.documents import Document, MicroBatch, pack_units
 
 if TYPE_CHECKING:
@@ -63,16 +64,15 @@ def per_token(batch: MicroBatch, token_log_probs: Tensor) -> list[Tensor]:
 def save_references(path: Path, references: dict[str, Tensor], fingerprint: str) -> None:
     """Write atomically; ``fingerprint`` says of which data and model they are."""
     keys = sorted(references)
-    temporary = path.with_suffix(".tmp")
-    save_file(
+    content = save(
         {
             "values": torch.cat([references[key] for key in keys]),
             "sizes": torch.tensor([references[key].numel() for key in keys]),
         },
-        temporary,
         metadata={"keys": "\0".join(keys), "fingerprint": fingerprint},
     )
-    temporary.replace(path)
+    with atomic_writer(path, "wb") as file:
+        file.write(content)
 
 
 def load_references(path: Path, fingerprint: str) -> dict[str, Tensor]:

@@ -51,8 +51,7 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
         job.progress.unlink(missing_ok=True)
         if saved := finished_checkpoints(job.checkpoints):
             say(f"{stage.title}: going on after update {saved[-1][0]}, from {saved[-1][1]}")
-        if nodes is None or nodes.count == 1:
-            nodes = this_node()  # only now: the weights may have taken minutes, and somebody the port
+        nodes = nodes or this_node()
         children = _ranks(directory, settings, nodes)
         tell_others(directory, nodes, start=True)
         run_children(children, title=stage.title, unit="updates", progress=[job.progress], saves=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class Tracker:
         """A row with its ``update``; a group of values (``held_out``) becomes names with its own prefix."""
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # as durable as the checkpoint that follows: a resumed run writes no row again
         values = dict(_flat(row))
         if self._board:
             for name, value in values.items():

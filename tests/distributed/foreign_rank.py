@@ -76,8 +76,8 @@ def save(engine: Engine, how: str, folder: Path) -> None:
 def main() -> None:
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     parallel = recipe.Parallel.model_validate(job["layout"])
-    join_ranks(parallel, torch.device("cpu"), timeout_s=100)
-    lay_out(parallel, timeout_s=100)
+    join_ranks(parallel, torch.device("cpu"), timeout_s=300)
+    lay_out(parallel, timeout_s=300)
     settings = recipe.Training.model_validate(
         {"optimizer": {"lr": 0.1}, "parallel": job["layout"], "global_batch_size": 1, "device": "cpu"}
     )

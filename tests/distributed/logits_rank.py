@@ -81,8 +81,8 @@ def write_logits(engine: Engine, out: Path, texts: list[list[int]]) -> None:
 def main() -> None:
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     layouts = [recipe.Parallel.model_validate(layout) for layout in job["layouts"]]
-    join_ranks(layouts[0], torch.device("cpu"), timeout_s=100)
-    lay_out(layouts[0], timeout_s=100)
+    join_ranks(layouts[0], torch.device("cpu"), timeout_s=300)
+    lay_out(layouts[0], timeout_s=300)
     for model, out, number in job["cases"]:
         save_logits(Path(model), Path(out), layouts[number], job["texts"])
     dist.destroy_process_group()

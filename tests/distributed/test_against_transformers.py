@@ -59,7 +59,7 @@ def settings(**changes: Any) -> recipe.Training:
         "optimizer": {"lr": LR, "clip_grad": CLIP, "beta2": 0.98, "weight_decay": DECAY},
         "loss": {"beta_outcome": BETA_OUTCOME, "beta_step": BETA_STEP,
                  "undesirable_weight_step": LAMBDA_UNDESIRABLE_STEP},
-        "global_batch_size": 8, "micro_batch_tokens": 300, "max_updates": 3, "device": "cpu", "timeout_s": 60,
+        "global_batch_size": 8, "micro_batch_tokens": 300, "max_updates": 3, "device": "cpu", "timeout_s": 300,
         "log": {"tensorboard": False, "entropy": True}, **changes,
     })  # fmt: skip
 

@@ -60,7 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             settings = recipe.Training.model_validate({
                 "parallel": parallel, "optimizer": {"lr": 3e-3}, "max_updates": 3, "global_batch_size": 8,
                 "loss": {"beta_outcome": 0.2, "beta_step": 0.5}, "micro_batch_tokens": 200, "device": "cpu",
-                "timeout_s": 60, **more,
+                "timeout_s": 300, **more,
             })  # fmt: skip
             initial = directory / "initial"
             hf_to_megatron(write_model(directory / "hf", family), initial, getattr(torch, settings.dtype))

@@ -65,7 +65,7 @@ def examples_with_poison(*where: int) -> list[TrainExample]:
 def settings(**changes: Any) -> recipe.Training:
     return recipe.Training.model_validate({
         "parallel": PARALLEL, "optimizer": {"lr": 1e-3}, "global_batch_size": 16, "micro_batch_tokens": 90,
-        "device": "cpu", "timeout_s": 60, **changes,
+        "device": "cpu", "timeout_s": 300, **changes,
     })  # fmt: skip
 
 

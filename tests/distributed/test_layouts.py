@@ -70,7 +70,7 @@ from tests.model_folders import write_model
 
 pytestmark = pytest.mark.distributed
 
-TIME_LIMIT_S = 240
+TIME_LIMIT_S = 900  # on a busy machine
 SEED = 3
 LINEAR = {"lr": 0.3, "eps": 0.1, "clip_grad": 0.5, "weight_decay": 0.01}
 USUAL = {"lr": 2e-3, "clip_grad": 0.5, "weight_decay": 0.01}
@@ -108,7 +108,7 @@ class Row:
             "loss": {"beta_outcome": 0.2, "beta_step": 0.5, "undesirable_weight_step": 0.7, "balance": "auto"},
             "global_batch_size": self.batch, "micro_batch_tokens": self.micro_batch_tokens,
             "pad_documents_to": 64 if self.padded else 1, "recompute": self.recompute, "reference": "initial",
-            "max_updates": 3, "device": "cpu", "timeout_s": 60, "log": {"tensorboard": False, "entropy": True},
+            "max_updates": 3, "device": "cpu", "timeout_s": 300, "log": {"tensorboard": False, "entropy": True},
         })  # fmt: skip
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.end_to_end
 def stepkto(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "megatron_stepkto", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False, cwd=cwd, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=300, check=False, cwd=cwd, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_places_that_cannot_be_written(mini: Path, repository: Path, tmp_path: P
     for tool in ("hf_to_megatron.py", "megatron_to_hf.py"):
         done = subprocess.run(
             [sys.executable, str(repository / "tools" / tool), str(repository / "recipes" / "mini_cpu_m0"), "mine"],
-            capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+            capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
         )  # fmt: skip
         refused(done, "mine: already there")
     assert (tmp_path / "mine" / "precious").read_text() == "x"

@@ -131,7 +131,7 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
         time.sleep(draw.uniform(0, 0.5))
         interrupt = signal.SIGINT if attempt % 4 == 3 else signal.SIGKILL
         process.send_signal(interrupt)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
         if target.exists():  # it had just finished
             assert verify(source, target) == []
             shutil.rmtree(target)
@@ -143,7 +143,7 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
                 assert left_behind or not partial.exists()
         assert {path.name for path in tmp_path.iterdir()} <= {"hf", ".megatron.partial", ".megatron.lock"}
     assert killed_inside >= 3
-    assert convert(source, target).wait(timeout=120) == 0
+    assert convert(source, target).wait(timeout=300) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [".megatron.lock", "hf", "megatron"]
     assert verify(source, target) == []
 
@@ -152,7 +152,7 @@ def test_two_at_a_time_into_one_folder(tmp_path: Path) -> None:
     source, target = tmp_path / "hf", tmp_path / "megatron"
     write_big_llama(source, layers=4)
     both = [convert(source, target) for _ in range(2)]
-    said = [process.communicate(timeout=120)[1].decode() for process in both]
+    said = [process.communicate(timeout=300)[1].decode() for process in both]
     codes = [process.returncode for process in both]
     assert 0 in codes
     assert set(codes) <= {0, 2}

@@ -23,7 +23,7 @@ from megatron_stepkto.stages import Result, Stage, run_stage
 from tests.builders import write_llama
 
 pytestmark = pytest.mark.end_to_end
-TIME_LIMIT_S = 120
+TIME_LIMIT_S = 600  # on a busy machine
 CHUNKS = 10
 
 
@@ -115,7 +115,7 @@ def test_elements_that_end_together_agree(alone: Path, model: Path, tmp_path: Pa
 
 def test_an_engine_without_progress_is_started_again(alone: Path, model: Path, tmp_path: Path) -> None:
     """A stopped process is the purest stuck engine: alive, silent, deaf to SIGTERM."""
-    process = start(model, tmp_path, stall_timeout_s=12)
+    process = start(model, tmp_path, stall_timeout_s=30)  # an engine starts within that, also on a busy machine
     wait_for_chunks(tmp_path, 3)
     [worker] = psutil.Process(process.pid).children(recursive=True)
     os.kill(worker.pid, signal.SIGSTOP)

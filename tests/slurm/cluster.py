@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+BUSY = 4.0
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 
 
@@ -136,6 +137,8 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP
         return done.stdout
 
     def wait(self, seen: Callable[[], object], limit_s: float, what: str) -> None:
+        """limit_s: of a machine with nothing else to do; a busy one is given several times as long."""
+        limit_s *= BUSY
         deadline = time.monotonic() + limit_s
         while True:
             for name, process in self._processes.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_stepkto.files import read_json
 from tests.slurm.cluster import Cluster
 
-LIMIT_S = 420
+LIMIT_S = 1200  # of processes on this machine, which may be busy
 SETTINGS = {
     "iterations": 1, "problems.per_iteration": 16, "sample.num_samples": 4, "sample.chunk_problems": 1,
     "sample.workers": 1, "sample.backend": "transformers", "train.global_batch_size": 1,

@@ -29,7 +29,7 @@ exec {python_bin}/python -m megatron_stepkto doctor {repository}/recipes/mini_cp
     }  # fmt: skip
     done = subprocess.run(
         ["srun", "--nodes=2", "--ntasks-per-node=1", "unshare", "--mount", "bash", str(script)],
-        capture_output=True, text=True, timeout=120, check=False, env=environment, cwd=output,
+        capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=output,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     return sorted(set(done.stdout.splitlines()))

@@ -239,7 +239,7 @@ def test_doubled_submission_and_cancelling_only_ones_own(
     assert "in the queue with another recipe (different: seed)" in " ".join(refused.stderr.split())
     # one job goes lost: it and what waits for it are made again, the rest is kept
     cluster.ask("scancel", numbers[0][3])
-    time.sleep(1)
+    cluster.wait(lambda: numbers[0][3] not in mine(), 30, "end of that job")
     third = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
     how = {line.split()[1]: line.split()[2] for line in third.splitlines()}
     assert [name for name, word in how.items() if word == "in"] == ["prepare", "sample_1", "judge_1"]

@@ -87,7 +87,7 @@ def test_every_published_gold_answer_is_found(data_dir: Path) -> None:
 
 
 def test_a_hostile_text_takes_linear_time() -> None:
-    begun = time.monotonic()
+    begun = time.process_time()  # not the clock: the machine may be busy
     extract_answer("\\boxed{" * 30_000)
     extract_answer("{" * 100_000 + "\\boxed{1}" + "}" * 100_000)
     extract_answer("answer " * 30_000)
@@ -100,4 +100,4 @@ def test_a_hostile_text_takes_linear_time() -> None:
         "1," * 4500,
     ):
         normalise(text)
-    assert time.monotonic() - begun < 3
+    assert time.process_time() - begun < 3

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_stepkto.checkpoints import convert
 from megatron_stepkto.checkpoints.manifest import damaged_files, read_manifest
 from megatron_stepkto.checkpoints.stream import Files
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
@@ -42,13 +43,13 @@ def test_the_tools_are_the_same_code(models: dict[str, Path], tmp_path: Path, re
         ("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back"),
     ):
         command = [sys.executable, str(repository / "tools" / tool), str(source), str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=repository)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=repository)
         assert done.returncode == 0, done.stderr
         assert "39 tensors, all finite" in done.stderr
-        again = subprocess.run([*command, "--verify"], capture_output=True, text=True, timeout=120, cwd=repository)
+        again = subprocess.run([*command, "--verify"], capture_output=True, text=True, timeout=300, cwd=repository)
         assert "hold the same model, bit by bit" in again.stderr
     wrong = [sys.executable, str(repository / "tools" / "megatron_to_hf.py"), str(models["bf16"]), str(tmp_path / "x")]
-    done = subprocess.run(wrong, capture_output=True, text=True, timeout=120, cwd=repository)
+    done = subprocess.run(wrong, capture_output=True, text=True, timeout=300, cwd=repository)
     assert done.returncode == 2
     assert "expected a Megatron torch_dist checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
@@ -79,6 +80,24 @@ def test_a_finished_target_is_left_alone_and_any_other_is_refused(
     (foreign / "thesis.txt").write_text("mine")
     assert stepkto("convert", source, foreign) == 2
     assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+def test_a_target_that_comes_while_the_source_is_looked_at_is_not_replaced(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two commands name one folder by mistake; the second looked before the first was done, and has no --force."""
+    target, real = tmp_path / "megatron", convert.HFSide
+
+    def slowly(source: Path, **options: bool) -> convert.HFSide:
+        monkeypatch.setattr(convert, "HFSide", real)
+        convert.hf_to_megatron(models["untied"], target)
+        return real(source, **options)
+
+    monkeypatch.setattr(convert, "HFSide", slowly)
+    assert stepkto("convert", models["tied"], target) == 2
+    assert f"{target}: already there: another process has just written it" in " ".join(capsys.readouterr().err.split())
+    assert verify(models["untied"], target) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".megatron.lock", "megatron"]
 
 
 def test_places_that_would_lose_something(

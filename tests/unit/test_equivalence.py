@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from megatron_stepkto.judging import exact
 from megatron_stepkto.judging.answers import extract_answer, stated_answer
 from megatron_stepkto.judging.equivalence import EquivalenceChecker
+from tests.unit.test_processes import assert_ends
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,4 @@ def test_workers_die_with_their_parent() -> None:
     worker = int(parent.stdout.readline())
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists() and "\nState:\tZ" not in Path(f"/proc/{worker}/status").read_text():
-        assert time.monotonic() < deadline, "the worker outlived its parent"
-        time.sleep(0.05)
+    assert_ends(worker)

@@ -103,13 +103,13 @@ def test_evaluate_a_folder(tmp_path: Path, repository: Path) -> None:
     assert again.stdout == done.stdout
     same = subprocess.run(
         [sys.executable, "-m", "megatron_stepkto", "compare-evaluations", str(output), f"{output}/results"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert "+0.0 [+0.0, +0.0]" in same.stdout
-    wrong = subprocess.run([*command, "--set", "judge.proces=none"], capture_output=True, text=True, timeout=60)
+    wrong = subprocess.run([*command, "--set", "judge.proces=none"], capture_output=True, text=True, timeout=300)
     assert wrong.returncode == 2
     assert "did you mean process?" in wrong.stderr
     data.write_text(data.read_text().replace("has", "had"))
-    other = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    other = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert other.returncode == 2
     assert "holds an evaluation of other problems" in other.stderr

@@ -86,7 +86,7 @@ def keys(path: Path) -> list[str]:
 
 def wait_for_no_worker_of(folder: Path) -> None:
     """Workers end with their input; each names the folder on its command line."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         left = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):

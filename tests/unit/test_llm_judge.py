@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import accumulate
@@ -57,7 +58,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def judge(url: str, cache: Path, **changes: Any) -> LLMJudge:
-    options = {"kind": "llm", "base_url": url, "model": "judge", "retries": 5, "timeout_s": 5.0, **changes}
+    options = {"kind": "llm", "base_url": url, "model": "judge", "retries": 5, "timeout_s": 60.0, **changes}
     return LLMJudge(Settings.model_validate(options), cache / "verdicts.jsonl")
 
 
@@ -131,7 +132,7 @@ BAD = {
     "broken JSON": chat('{"step_1": {"verd'), "no JSON": Reply("<html>"), "no choices": Reply({"error": "?"}),
     "cut off": chat("{", "length"), "another word": chat({"step_1": {"verdict": "maybe"}}),
     "a step too few": chat({}), "a step too many": chat({f"step_{n}": {"verdict": "right"} for n in range(1, 9)}),
-    "dropped": Reply(drop=True), "silence": Reply("late", hang_s=0.6),
+    "dropped": Reply(drop=True), "silence": Reply("late", hang_s=2.0),
 }  # fmt: skip
 
 
@@ -144,13 +145,18 @@ def test_what_a_retry_can_mend(tmp_path: Path, fault: str) -> None:
         seen[body["seed"]] += 1
         return BAD[fault] if seen[body["seed"]] == 1 else honest(body)
 
+    silent = fault == "silence"
     with ScriptedServer(script) as server:
-        asked = judge(server.url, tmp_path, timeout_s=0.3, concurrency=3)
+        asked = judge(server.url, tmp_path, timeout_s=1.0 if silent else 60.0, concurrency=3)
         assert labels(asked.judge(SOLUTIONS[:6])) == ALL_RIGHT[:6]
-    assert len(server.requests) == 12
     counts = asked.counts()["judge"]
     assert counts["answered"] == 6
-    assert sum(counts.values()) - sum(counts[n] for n in ("answered", "prompt_tokens", "completion_tokens")) == 6
+    failed = sum(counts.values()) - sum(counts[n] for n in ("answered", "prompt_tokens", "completion_tokens"))
+    if silent:  # on a busy machine an honest answer may be late, too
+        assert failed == counts["time_outs"] >= 6
+    else:
+        assert failed == 6
+        assert len(server.requests) == 12
 
 
 def test_retry_after_is_honoured(tmp_path: Path) -> None:
@@ -325,8 +331,12 @@ def test_a_comment_may_hold_control_characters() -> None:
 def test_killed_in_the_middle_no_paid_answer_is_asked_again(tmp_path: Path) -> None:
     """kill -9 while requests are under way: at most those under way are asked twice."""
 
+    killed = threading.Event()
+
     def slow(body: dict[str, Any], number: int) -> Reply:
         time.sleep(0.02 * random.random())
+        if number >= 150:
+            killed.wait()
         return honest(body)
 
     with ScriptedServer(slow) as server:
@@ -336,15 +346,13 @@ def test_killed_in_the_middle_no_paid_answer_is_asked_again(tmp_path: Path) -> N
             ".judge([solution(n, ['good', 'bad']) for n in range(300)])"
         )
         child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
-        deadline = time.monotonic() + 60
-        while len(server.requests) < 150 and time.monotonic() < deadline:
-            assert child.poll() is None, "it ended before it could be killed"
+        deadline = time.monotonic() + 300
+        while len(server.requests) <= 150:
+            assert child.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
             time.sleep(0.005)
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
-        time.sleep(0.1)
-        before = len(server.requests)
-        assert before < 550, "nothing was left to ask"
+        killed.set()
         many = [solution(n, ["good", "bad"]) for n in range(300)]
         assert labels(judge(server.url, tmp_path, votes=2, concurrency=8).judge(many)) == [[1, 0]] * 300
         assert 600 <= len(server.requests) <= 600 + 8

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,7 +18,9 @@ import pytest
 from megatron_stepkto import locks
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.locks import Lock, Watch, exclusive_lock, this_process, try_lock
+from tests.unit.test_processes import assert_ends, wait_for
 
+LIMIT_S = 300.0  # of real processes on a busy machine
 COUNTER = """
 import sys, os
 from pathlib import Path
@@ -50,35 +51,32 @@ def foreign(folder: Path, number: int = 1, **changes: object) -> Path:
     return path
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(locks, "SILENCE_S", 1.5)
-    monkeypatch.setattr(locks, "SHORT_SILENCE_S", 0.2)
-    monkeypatch.setattr(locks, "POLL_S", 0.05)
-    yield
+class Clock:
+    """Stands in for ``time`` in the module: it goes on when somebody sleeps, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
 
 
 @pytest.fixture
-def beating(tmp_path: Path) -> Iterator[threading.Event]:
-    """Touches tmp_path/lock/.held.000001 until set."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(0.1):
-            os.utime(tmp_path / "lock" / ".held.000001")
-
-    foreign(tmp_path / "lock")
-    thread = threading.Thread(target=beat)
-    thread.start()
-    yield over
-    over.set()
-    thread.join()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(locks, "time", clock)
+    return clock
 
 
 def test_no_two_processes_hold_it(tmp_path: Path) -> None:
     (tmp_path / "counter").write_text("0")
     running = [subprocess.Popen([sys.executable, "-c", COUNTER, str(tmp_path), "40"]) for _ in range(4)]
-    assert [process.wait(60) for process in running] == [0] * 4
+    assert [process.wait(LIMIT_S) for process in running] == [0] * 4
     assert (tmp_path / "counter").read_text() == "160"
     (left,) = (tmp_path / "lock").iterdir()
     assert left.name.startswith(".free."), "nothing is left behind but the newest number"
@@ -104,18 +102,17 @@ def test_a_contender_that_slept_while_the_folder_was_removed_steps_back(
     assert [path.name for path in folder.iterdir()] == [".held.000001"]
 
 
-def test_a_killed_owner_of_this_machine_is_dead_at_once(tmp_path: Path) -> None:
+def test_a_killed_owner_of_this_machine_is_dead_at_once(tmp_path: Path, clock: Clock) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "lock")], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(UserError, match=rf"being written by another process \(process {holder.pid} on "):
         exclusive_lock(tmp_path / "lock", "it").__enter__()
     holder.kill()
-    holder.communicate(timeout=20)
-    begun = time.monotonic()
+    holder.communicate(timeout=LIMIT_S)
     with exclusive_lock(tmp_path / "lock", "it") as held:
         assert held.path.name == ".held.000002"
-    assert time.monotonic() - begun < 5
+    assert clock.now == 0, "nothing was waited for"
     assert [path.name for path in (tmp_path / "lock").iterdir()] == [".free.000002"]
 
 
@@ -127,34 +124,48 @@ def test_a_pid_that_is_used_again_is_another_process(tmp_path: Path) -> None:
         assert held.path.name == ".held.000005"
 
 
-@pytest.mark.usefixtures("impatient")
-def test_silence_of_another_host_is_death_and_a_beat_is_life(tmp_path: Path, beating: threading.Event) -> None:
+def test_silence_of_another_host_is_death_and_a_beat_is_life(tmp_path: Path, clock: Clock) -> None:
+    path = foreign(tmp_path / "lock")
+    clock.meanwhile = lambda: os.utime(path, (0, clock.now // locks.HEARTBEAT_S))
     with pytest.raises(UserError, match=r"process .* on elsewhere"):
         exclusive_lock(tmp_path / "lock", "it").__enter__()
-    beating.set()
-    begun = time.monotonic()
+    clock.meanwhile = lambda: None
+    begun = clock.now
     with exclusive_lock(tmp_path / "lock", "it") as held:
         assert held.path.name == ".held.000002"
-        assert 1.5 <= time.monotonic() - begun < 6
+        assert locks.SILENCE_S < clock.now - begun <= locks.SILENCE_S + 2 * locks.POLL_S
 
 
-@pytest.mark.usefixtures("impatient")
-def test_the_clock_of_the_other_host_does_not_matter(tmp_path: Path) -> None:
+def test_who_waits_waits_for_the_living(tmp_path: Path, clock: Clock) -> None:
+    path = foreign(tmp_path / "lock")
+
+    def beat_then_let_go() -> None:
+        if clock.now < 1000:
+            os.utime(path, (0, clock.now // locks.HEARTBEAT_S))
+        elif path.exists():
+            path.rename(path.with_name(".free.000001"))
+
+    clock.meanwhile = beat_then_let_go
+    with exclusive_lock(tmp_path / "lock", "it", wait=True) as held:
+        assert held.path.name == ".held.000002"
+        assert 1000 <= clock.now < 1002
+
+
+def test_the_clock_of_the_other_host_does_not_matter(tmp_path: Path, clock: Clock) -> None:
     """A heartbeat from the far future or past is only a number that changes or does not."""
     for stamp in (0, 4_000_000_000):
         path = foreign(tmp_path / str(stamp))
         os.utime(path, (stamp, stamp))
-        begun = time.monotonic()
+        begun = clock.now
         with exclusive_lock(tmp_path / str(stamp), "it"):
-            assert 1.5 <= time.monotonic() - begun < 6
+            assert locks.SILENCE_S < clock.now - begun <= locks.SILENCE_S + 2 * locks.POLL_S
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("answer", "quick"), [("", True), ("COMPLETED", True), ("RUNNING", False), ("COMPLETING", False)]
 )
 def test_slurm_is_asked_about_the_owners_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, quick: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, answer: str, quick: bool
 ) -> None:
     squeue = tmp_path / "bin" / "squeue"
     squeue.parent.mkdir()
@@ -162,41 +173,150 @@ def test_slurm_is_asked_about_the_owners_job(
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
     foreign(tmp_path / "lock", slurm_job="17")
-    begun = time.monotonic()
     with exclusive_lock(tmp_path / "lock", "it"):
-        assert (time.monotonic() - begun < 1.4) == quick
+        limit = locks.SHORT_SILENCE_S if quick else locks.SILENCE_S
+        assert limit < clock.now <= limit + 2 * locks.POLL_S
 
 
-@pytest.mark.usefixtures("impatient")
-def test_an_earlier_attempt_of_our_own_job_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_attempt_of_our_own_job_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     foreign(tmp_path / "lock", slurm_job="17", slurm_attempt=1)
-    begun = time.monotonic()
     with exclusive_lock(tmp_path / "lock", "it"):
-        assert time.monotonic() - begun < 1.4
+        assert locks.SHORT_SILENCE_S < clock.now <= locks.SHORT_SILENCE_S + 2 * locks.POLL_S
 
 
 def test_who_was_taken_for_dead_stops_and_must_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "HEARTBEAT_S", 0.1)
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        got = try_lock(tmp_path / "lock", Watch())
-        assert isinstance(got, Lock)
+    stopped = threading.Event()
+    monkeypatch.setattr(locks.os, "_exit", lambda code: stopped.set())
+    got = try_lock(tmp_path / "lock", Watch())
+    assert isinstance(got, Lock)
+    got.check()
+    got.path.unlink()
+    foreign(tmp_path / "lock", number=2)
+    with pytest.raises(UserError, match="another process took over"):
         got.check()
-        got.path.unlink()
-        foreign(tmp_path / "lock", number=2)
-        with pytest.raises(UserError, match="another process took over"):
-            got.check()
-        deadline = time.monotonic() + 10
-        while not told.is_set() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert told.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert stopped.wait(LIMIT_S)
     got.release()
     assert [path.name for path in (tmp_path / "lock").iterdir()] == [".held.000002"], "the other's is left alone"
+
+
+TAKEN_OVER = """
+import sys
+from pathlib import Path
+from megatron_stepkto import locks
+from megatron_stepkto.processes import Child, run_children
+locks.HEARTBEAT_S = 0.1
+child = Child([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1], "child.log"))
+with locks.exclusive_lock(Path(sys.argv[1], "lock"), "it"):
+    run_children([child], title="training", unit="updates", saves=True)
+"""
+SAVES = """
+import os, signal, time
+from pathlib import Path
+signal.signal(signal.SIGUSR1, lambda *_: Path("saved").touch())
+signal.signal(signal.SIGTERM, lambda *_: Path("saved").touch())
+Path("draft").write_text(str(os.getpid()))
+Path("draft").rename("started")
+while not Path("saved").exists():
+    time.sleep(0.01)
+"""
+
+
+def test_who_was_taken_for_dead_does_not_save_once_more(tmp_path: Path) -> None:
+    """Its ranks would write a checkpoint into the folder in which those of the new owner write theirs."""
+    command = [sys.executable, "-c", TAKEN_OVER, str(tmp_path), SAVES]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "started")
+    [held] = (tmp_path / "lock").glob(".held.*")
+    foreign(tmp_path / "lock", number=2)
+    held.unlink()
+    said = process.communicate(timeout=LIMIT_S)[1]
+    assert process.returncode == 143
+    assert f"error: {held} was taken over by another process: stopping" in said
+    assert_ends(int((tmp_path / "started").read_text()))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_number_of_a_folder_that_was_made_anew_is_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run was removed and begun anew while this process worked: both hold number 1, of different folders."""
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.05)
+    stopped = threading.Event()
+    monkeypatch.setattr(locks.os, "_exit", lambda code: stopped.set())
+    got = try_lock(tmp_path / "lock", Watch())
+    assert isinstance(got, Lock)
+    shutil.rmtree(tmp_path / "lock")
+    held = foreign(tmp_path / "lock", number=1)
+    os.utime(held, (7, 7))
+    with pytest.raises(UserError, match="another process took over, as this one seemed dead, or the folder was"):
+        got.check()
+    assert stopped.wait(LIMIT_S)
+    got.release()
+    assert held.stat().st_mtime == 7, "the other's heart does not beat by us"
+    assert [path.name for path in (tmp_path / "lock").iterdir()] == [".held.000001"], "nor is it let go"
+
+
+def test_a_lock_that_went_with_what_it_guards_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its chunk is written, another process merges all and removes the claims, and the heart beats once more."""
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.01)
+    looked = threading.Semaphore(0)
+    look = locks._look
+
+    def counted(path: Path) -> object:
+        looked.release()
+        return look(path)
+
+    monkeypatch.setattr(locks, "_look", counted)
+    got = try_lock(tmp_path / "chunks" / "claims" / "c", Watch())
+    assert isinstance(got, Lock)
+    shutil.rmtree(tmp_path / "chunks")
+    for _ in range(5):  # a look and what follows from it, several times: it would end this process
+        assert looked.acquire(timeout=LIMIT_S)
+    with pytest.raises(UserError, match="or the folder was removed"):
+        got.check()
+    got.release()
+
+
+def test_a_folder_that_goes_while_its_lock_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pathlib says then: of the folder that it found it raises FileExistsError, of a lost parent the other."""
+    for error in (FileExistsError, FileNotFoundError):
+
+        def gone(self: Path, error: type[OSError] = error, **_: object) -> None:
+            raise error(str(self))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "mkdir", gone)
+            assert try_lock(tmp_path / "lock", Watch()) is None
+    (tmp_path / "lock").write_text("a file")
+    with pytest.raises(FileExistsError):
+        try_lock(tmp_path / "lock", Watch())
+
+
+def test_a_link_whose_answer_was_lost_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS sends a request again when no answer comes, and the second finds what the first one made."""
+    link = os.link
+
+    def twice(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(str(target))
+
+    monkeypatch.setattr(locks.os, "link", twice)
+    with exclusive_lock(tmp_path / "lock", "it") as held:
+        held.check()
+    assert [path.name for path in (tmp_path / "lock").iterdir()] == [".free.000001"]
+
+
+def test_who_owns_it_is_on_the_disk_before_the_lock_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut an empty file would stop every later run."""
+    done: list[str] = []
+    fsync, link = os.fsync, os.link
+    monkeypatch.setattr(locks.os, "fsync", lambda handle: (done.append("flushed"), fsync(handle)))
+    monkeypatch.setattr(locks.os, "link", lambda *paths: (done.append("linked"), link(*paths)))
+    with exclusive_lock(tmp_path / "lock", "it"):
+        assert done == ["flushed", "linked"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])

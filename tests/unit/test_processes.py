@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from megatron_stepkto import processes
 from megatron_stepkto.errors import StageFailed, UserError
 from megatron_stepkto.processes import Child, run_children
 
-WAIT_S = 20.0
+WAIT_S = 120.0  # on a busy machine
 
 
 def python(script: str, log: Path, env: dict[str, str] | None = None) -> Child:
@@ -34,7 +37,7 @@ def is_running(pid: int) -> bool:
     """A zombie is dead: who should reap it is the machine's init, which a container may lack."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter when it goes between the opening and the reading
         return False
     return status.rpartition(")")[2].split()[0] not in "ZX"
 
@@ -55,6 +58,21 @@ def test_all_end_well_and_each_attempt_has_its_own_log(tmp_path: Path) -> None:
     run_children(children[:1], title="test", unit="units")
     logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
     assert logs == {"a.log": "one red\n", "b.log": "two\n", "a-2.log": "one red\n"}
+
+
+def test_who_starts_children_at_once_has_logs_of_his_own(tmp_path: Path) -> None:
+    """As elements of a Slurm array: of one log, and the report of errors beside it, each would read the other's."""
+    together = threading.Barrier(8)
+
+    def open_log(_: int) -> Path:
+        together.wait()
+        path, file = processes._open_log(tmp_path / "logs" / "worker-0.log")
+        file.close()
+        return path
+
+    with ThreadPoolExecutor(8) as pool:
+        logs = list(pool.map(open_log, range(8)))
+    assert {path.name for path in logs} == {"worker-0.log", *(f"worker-0-{n}.log" for n in range(2, 9))}
 
 
 def test_failure_names_the_log_shows_its_end_and_stops_the_others(tmp_path: Path) -> None:
@@ -161,6 +179,52 @@ def test_killed_parent_leaves_no_orphan(tmp_path: Path, number: signal.Signals) 
         assert_ends(pid)
 
 
+def test_forks_of_a_killed_process_die_and_theirs(tmp_path: Path) -> None:
+    """As Megatron forks writers of a checkpoint, in a rank or in a writer beside the training."""
+    script = (
+        "import os, time; from megatron_stepkto.processes import tie_forks; tie_forks()\n"
+        "for name in ('child', 'grandchild'):\n"
+        "    if os.fork(): time.sleep(600)\n"
+        "    open(f'{name}.draft', 'w').write(str(os.getpid())); os.rename(f'{name}.draft', name)\n"
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    pids = [int(wait_for(tmp_path / name)) for name in ("child", "grandchild")]
+    process.kill()
+    process.wait()
+    for pid in pids:
+        assert_ends(pid)
+
+
+def test_a_fork_whose_parent_is_already_gone_ends(tmp_path: Path) -> None:
+    script = (
+        "import os, time; from megatron_stepkto import processes\n"
+        "tie = processes.die_with_parent\n"
+        "def late(parent):\n"
+        "    open('draft', 'w').write(str(os.getpid())); os.rename('draft', 'pid')\n"
+        "    while os.getppid() == parent: time.sleep(0.01)\n"
+        "    tie(parent)\n"
+        "processes.die_with_parent = late\n"
+        "processes.tie_forks()\n"
+        "os.fork(); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    pid = int(wait_for(tmp_path / "pid"))
+    process.kill()
+    process.wait()
+    assert_ends(pid)
+
+
+def test_a_launcher_that_nobody_has_reaped_yet_is_dead() -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    script = "from megatron_stepkto.processes import die_with_parent; die_with_parent(); print('lives')"
+    env = {**os.environ, processes.PARENT: f"{launcher.pid}@{os.uname().nodename}"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, timeout=WAIT_S, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+    launcher.wait()
+
+
 def test_progress_of_several_children_is_summed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "0.json", tmp_path / "1.json"]
     scripts = [
@@ -240,6 +304,30 @@ def test_children_that_save_are_asked_and_waited_for(tmp_path: Path, number: sig
         assert Path(name + ".saved").read_text() == "saved"
 
 
+def test_what_a_child_leaves_goes_also_where_it_ends_when_it_is_asked_to_save(tmp_path: Path) -> None:
+    """It ends between two looks of the parent, in which it is asked: its group must be ended before it is reaped."""
+    pids, told = tmp_path / "pids", tmp_path / "told"
+    script = (
+        "import os, subprocess, sys, time\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{left.pid}}\\n')\n"
+        f"while not os.path.exists({str(told)!r}): time.sleep(0.05)\n"
+        "sys.exit(143)"
+    )
+
+    def stalled() -> bool:
+        if pids.exists() and pids.read_text().endswith("\n") and not told.exists():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            told.touch()
+            assert_ends(int(pids.read_text().split()[0]))
+        return False
+
+    child = Child([sys.executable, "-c", script], tmp_path / "a.log", {}, stalled)
+    with pytest.raises(SystemExit, match="143"):
+        run_children([child], title="test", unit="units", saves=True)
+    assert_ends(int(pids.read_text().split()[1]))
+
+
 def test_a_real_failure_while_stopping_is_a_failure(tmp_path: Path) -> None:
     child = (
         "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(9))\n"
@@ -265,7 +353,10 @@ def test_a_real_failure_while_stopping_is_a_failure(tmp_path: Path) -> None:
 def test_a_request_to_end_counts_where_the_children_were_done_before_they_heard_it(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    child = f"import time; open({str(tmp_path / 'up')!r}, 'w').write('x'); time.sleep(1)"
+    child = (
+        f"import os, time; open({str(tmp_path / 'up')!r}, 'w').write('x')\n"
+        f"while not os.path.exists({str(tmp_path / 'told')!r}): time.sleep(0.05)"
+    )
     parent = (
         "import sys; from pathlib import Path; from megatron_stepkto.processes import Child, run_children\n"
         "from megatron_stepkto.cli import guarded\n"
@@ -275,6 +366,7 @@ def test_a_request_to_end_counts_where_the_children_were_done_before_they_heard_
     process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "up")
     process.send_signal(number)
+    (tmp_path / "told").touch()  # the child ends after the signal was sent, however late that is
     said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == code, said
     assert ("done, and stopped" in said) == bool(code)

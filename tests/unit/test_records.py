@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megatron_stepkto.records import (
     TrainExample,
     TrainStep,
     read_records,
+    set_aside,
     write_records,
 )
 
@@ -196,6 +199,20 @@ def test_quarantine_adds_to_what_is_there(tmp_path: Path) -> None:
         list(read_records(path, Problem, quarantine=aside))
     listed = [json.loads(line) for line in aside.read_text().splitlines()]
     assert [(Path(row["file"]).name, row["line"]) for row in listed] == [("other.jsonl", 1), ("rows.jsonl", 2)]
+
+
+def test_several_runs_may_set_rows_aside_into_one_file(tmp_path: Path) -> None:
+    """Each reads what is there and writes it again with its own. Text may hold what str.splitlines takes for an end."""
+    aside, together = tmp_path / "bad.jsonl", threading.Barrier(6)
+
+    def run(number: int) -> None:
+        together.wait()
+        set_aside(aside, Path(f"{number}.jsonl"), [{"file": f"{number}.jsonl", "row": "a\u2028b"}])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(run, range(6)))
+    rows = [json.loads(line) for line in aside.read_bytes().splitlines()]
+    assert sorted(row["file"] for row in rows) == [f"{number}.jsonl" for number in range(6)]
 
 
 def test_a_quarantine_that_is_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -115,6 +115,29 @@ def test_a_site_file_may_load_modules_as_the_documentation_says(site: Path, repo
     assert "ABSENT: unbound variable" in done.stderr, "lib.sh is strict with itself"
 
 
+def test_told_to_stop_while_modules_are_loaded(site: Path, repository: Path, tmp_path: Path) -> None:
+    """The signal that a limit is near may come at once: it must not end a job that would be put back a second later."""
+    site.write_text("kill -USR1 $$\n" + site.read_text())
+    for script in sorted((repository / "slurm").glob("*.sbatch")):
+        run = tmp_path / script.stem
+        (run / "bin").mkdir(parents=True)
+        for name in ("srun", "scontrol"):
+            (run / "bin" / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{run}/asked\n')
+            (run / "bin" / name).chmod(0o755)
+        (run / "slurm" / "logs").mkdir(parents=True)
+        for part in (script.stem, f"{script.stem}_1"):
+            (run / "slurm" / "logs" / f"{part}.log").touch()
+        done = subprocess.run(
+            ["bash", str(script), str(site), str(run), "1"], capture_output=True, text=True, check=False,
+            env={**os.environ, "PATH": f"{run / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+                 "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"},
+        )  # fmt: skip
+        assert done.returncode == 143, done.stderr
+        assert "interrupted; what is done is kept" in done.stdout
+        assert (run / "asked").read_text().splitlines()[-1] == "scontrol requeue 7"
+        assert "srun" not in (run / "asked").read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("10", 600), ("2:30", 150), ("08:00:00", 28800), ("1-6", 108000), ("1-0:30", 88200), ("2-01:00:09", 176409),
@@ -385,7 +408,7 @@ def act(site: Path, run: Path, script: str) -> tuple[int, str, list[str]]:
     with log.open("a") as file:
         done = subprocess.run(
             ["bash", "-c", ACT + script, "bash", str(site), str(run)], stdout=file, stderr=file,
-            timeout=60, check=False, env={**os.environ, **environment},
+            timeout=300, check=False, env={**os.environ, **environment},
         )  # fmt: skip
     return done.returncode, log.read_text(), asked.read_text().splitlines() if asked.is_file() else []
 

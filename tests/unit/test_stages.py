@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,28 @@ def test_an_output_that_was_promised_but_not_made_is_not_finished(tmp_path: Path
     assert not stage.manifest_path.exists()
 
 
+def test_outputs_are_on_the_disk_before_the_manifest_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other libraries write (a tokenizer, first weights) is in the cache: a power cut would leave it empty."""
+    stage = make(tmp_path)
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def work() -> Result:
+        (stage.directory / "model").mkdir()
+        (stage.directory / "model" / "w.bin").write_text("w")
+        flushed.clear()
+        return Result([Work(stage)().outputs[0], stage.directory / "model"])
+
+    monkeypatch.setattr(os, "fsync", note)
+    run_stage(stage, work)
+    assert flushed[:-1] == ["out.txt", "model", "w.bin"]
+    assert flushed[-1].startswith(".manifest.json")
+
+
 def test_a_lost_output_is_noticed(tmp_path: Path) -> None:
     stage = make(tmp_path)
     work = Work(stage)
@@ -263,7 +286,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
         assert work.calls == 0
     finally:
         holder.kill()  # dies without cleaning up: the kernel frees the lock
-        holder.communicate(timeout=20)
+        holder.communicate(timeout=300)
     run_stage(stage, work)
     assert work.calls == 1
 

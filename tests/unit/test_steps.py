@@ -283,11 +283,11 @@ def test_work_grows_with_the_length_only(bpe: Any, byte: int) -> None:
     """4,096 tokens, also of bytes that never become a character: a bounded number of decodings per token."""
     token_ids = [byte_tokens(bpe)[byte]] * 4096
     counting = CountingTokenizer(bpe)
-    begun = time.monotonic()
+    begun = time.process_time()  # not the clock: the machine may be busy
     text = bpe.decode(token_ids)
     check_cover(step_spans(text, token_ids, counting, "line"), text, 4096)
     assert counting.decoded_tokens < 40 * 4096
-    assert time.monotonic() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 def test_a_special_token_may_be_the_tag(bpe: Any) -> None:
