@@ -190,6 +190,7 @@ def install() -> None:
     patch_expert_router()
     _patch_rope()
     patch_distributed_optimizer_load()
+    patch_distributed_optimizer_save()
     _installed = True
 
 
@@ -281,3 +282,38 @@ def patch_distributed_optimizer_load() -> None:
         return original(self, model_param, tensors)
 
     setattr(optimizer, name, set_states)
+
+
+def patch_distributed_optimizer_save() -> None:
+    """Megatron gathers a buffer's main weights and moments without the padding behind its buckets, and cuts weights out
+    at places that count it: those behind a padded bucket would be saved, and resumed, with their neighbours' numbers
+    (on GPUs too). The embedding has a bucket of its own where it is tied across pipeline stages. Put the padding back.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    name = "get_parameter_state_dp_zero"
+    if not hasattr(optimizer, name):
+        raise RuntimeError(f"{optimizer!r} has no {name} to replace")
+    original = getattr(optimizer, name)
+
+    def get_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(self, *args, **kwargs)
+        for number, buffer in enumerate(self.buffers if state else ()):
+            for tensors in state[number].values():
+                for key, value in tensors.items():
+                    if torch.is_tensor(value):
+                        tensors[key] = _with_bucket_padding(value, buffer.buckets)
+        return state
+
+    setattr(optimizer, name, get_state)
+
+
+def _with_bucket_padding(values: torch.Tensor, buckets: Any) -> torch.Tensor:
+    """[numbers of all buckets] -> each at its bucket's place in the buffer; as it is where nothing lies between."""
+    length = buckets[-1].offset + buckets[-1].numel_unpadded
+    if length == len(values):
+        return values
+    parts = values.split([bucket.numel_unpadded for bucket in buckets])
+    padded = values.new_zeros(length)
+    for bucket, part in zip(buckets, parts, strict=True):
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = part
+    return padded

@@ -27,7 +27,7 @@ RIGHT, WRONG, UNJUDGED = 1, 0, -1
 class Solutions:
     """Log-ratios and labels of N solutions with S steps in all.
 
-    step_log_ratio: [S] float32, with gradient: log-ratio of each step
+    step_log_ratio: [S] float64, with gradient: log-ratio of each step
     step_solution:  [S] int64, the solution (0..N-1) that each step belongs to
     step_label:     [S] int64, RIGHT, WRONG or UNJUDGED
     outcome_label:  [N] int64, RIGHT, WRONG or UNJUDGED
@@ -39,7 +39,7 @@ class Solutions:
     outcome_label: Tensor
 
     def log_ratio(self) -> Tensor:
-        """[N] float32: log-ratio of each whole solution (all steps, judged or not)."""
+        """[N] float64: log-ratio of each whole solution (all steps, judged or not)."""
         zeros = self.step_log_ratio.new_zeros(self.outcome_label.shape[0])
         return zeros.index_add(0, self.step_solution, self.step_log_ratio)
 
@@ -63,7 +63,7 @@ class StepKTOSettings:
 
 @dataclass(frozen=True)
 class ReferencePoints:
-    """z_o and z_s: scalars, float32, detached, not negative."""
+    """z_o and z_s: scalars, float64, detached, not negative."""
 
     outcome: Tensor
     step: Tensor
@@ -84,11 +84,11 @@ def kto_loss(log_ratio: Tensor, label: Tensor, reference_point: Tensor, level: L
         v(r, z, 1) = lambda_D * sigmoid(beta * (r - z));  v(r, z, 0) = lambda_U * sigmoid(beta * (z - r))
 
     Args:
-        log_ratio: [n] float32.
+        log_ratio: [n] float64.
         label: [n] int64.
-        reference_point: scalar float32; no gradient flows into it.
+        reference_point: scalar float64; no gradient flows into it.
     Returns:
-        [n] float32.
+        [n] float64.
     """
     # Labels 1, 0, -1 index (wrong, right, unjudged); made in log_ratio's own precision.
     sign = log_ratio.new_tensor([-1.0, 1.0, 0.0])[label]
@@ -128,8 +128,8 @@ class PooledMean:
     count: Tensor
 
     def mean(self) -> Tensor:
-        """Float32 scalar; 0 when nothing was counted."""
-        return (self.total / self.count.clamp(min=1.0)).to(torch.float32)
+        """Float64 scalar; 0 when nothing was counted."""
+        return self.total / self.count.clamp(min=1.0)
 
 
 def pool_reference(batch: Solutions) -> tuple[PooledMean, PooledMean]:
@@ -138,9 +138,9 @@ def pool_reference(batch: Solutions) -> tuple[PooledMean, PooledMean]:
     Steps that nobody judged (the answer line, text after the first error) are left out of z_s because it is
     the reference point of judged steps.
     """
-    solution = batch.log_ratio().detach().double()
+    solution = batch.log_ratio().detach()
     judged = batch.step_label != UNJUDGED
-    steps = batch.step_log_ratio.detach().double()[judged]
+    steps = batch.step_log_ratio.detach()[judged]
     return (
         PooledMean(solution.sum(), solution.new_tensor(float(solution.numel()))),
         PooledMean(steps.sum(), steps.new_tensor(float(steps.numel()))),
@@ -153,7 +153,7 @@ def clamp_reference(outcome: PooledMean, step: PooledMean) -> ReferencePoints:
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> LossSum:
-    """-log sigmoid(beta * (r_chosen - r_rejected)), summed over pairs (DPO, eq. 7). chosen, rejected: [P] float32."""
+    """-log sigmoid(beta * (r_chosen - r_rejected)), summed over pairs (DPO, eq. 7). chosen, rejected: [P] float64."""
     return LossSum(-logsigmoid(beta * (chosen - rejected)).sum(), chosen.shape[0])
 
 

@@ -235,12 +235,13 @@ def _mark_tensor_parallel(chunk: PolicyModel) -> None:
 
 
 def _mark_experts(chunk: PolicyModel, parallel: TransformerConfig) -> None:
-    """Have the gradients of replicated experts summed over the tensor-parallel ranks too.
+    """Mark replicated experts as Megatron marks only those that it splits over ranks (expert parallel size above 1).
 
-    Each of these ranks sends other tokens to its copy of the experts. Megatron sums over them only where it splits
-    experts over ranks (expert parallel size above 1): else the copies would drift apart, with no error.
+    Their gradients are then summed over the tensor-parallel ranks too. Each of these sends other tokens to its copy:
+    else the copies would drift apart, with no error. And experts have an optimizer of their own at every layout, so
+    that a checkpoint of one is read at another.
     """
-    if parallel.expert_model_parallel_size == 1 and parallel.tensor_model_parallel_size > 1:
+    if parallel.expert_model_parallel_size == 1:
         for module in chunk.modules():
             if isinstance(module, SequentialMLP):
                 for weight in module.parameters():

@@ -370,6 +370,12 @@ class Training(Section):
         return math.lcm(self.pad_documents_to, 2 * self.parallel.context if self.parallel.context > 1 else 1)
 
     @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.method == "kto" and self.loss.outcome_weight == 0:
+            raise ValueError("method: kto with loss.outcome_weight = 0 has no term left: nothing would train")
+        return self
+
+    @model_validator(mode="after")
     def _check_acceleration(self) -> Self:
         if self.transformer_engine == "required" and self.dtype == "float32":
             raise ValueError(

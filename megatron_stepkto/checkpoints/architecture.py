@@ -26,6 +26,14 @@ class Experts:
     ffn_size: int
     renormalize: bool
 
+    def __post_init__(self) -> None:
+        if self.per_token == 1 and self.renormalize:
+            raise UserError(
+                "config.json: num_experts_per_tok = 1 is not supported where the experts' weights are made to sum to "
+                "1: Megatron-Core's router refuses it (the weight is always 1 and the router cannot learn); expected "
+                "2 or more, or norm_topk_prob = false"
+            )
+
 
 @dataclass(frozen=True)
 class ModelConfig:

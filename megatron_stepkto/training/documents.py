@@ -20,7 +20,7 @@ class Document:
     """A prompt with a response to score.
 
     key: what names it in logs and in the reference file.
-    reference: [S] float32 reference log-prob per step, once known.
+    reference: [S] float64 reference log-prob per step, once known.
     """
 
     key: str
@@ -52,7 +52,7 @@ class MicroBatch:
 
     tokens, position_ids: [1, T] int64. rows, targets: [R] int64, the position whose hidden state predicts a
     response token, and that token. token_step: [R] int64, its step. step_document: [S]. step_label: [S].
-    outcome: [D]. reference: [S] float32 (zeros where unknown).
+    outcome: [D]. reference: [S] float64 (zeros where unknown).
     """
 
     tokens: Tensor
@@ -69,9 +69,13 @@ class MicroBatch:
     num_padding: int
 
     def step_sums(self, token_log_probs: Tensor) -> Tensor:
-        """[S] float32: log-prob of each step from [R] token log-probs."""
-        zeros = token_log_probs.new_zeros(self.step_document.shape[0])
-        return zeros.index_add(0, self.token_step, token_log_probs)
+        """[S] float64: log-prob of each step from [R] token log-probs.
+
+        A log-ratio of about a nat is the difference of two such sums of thousands: float32, added token by token,
+        would be wrong by 0.01 nats at 8,000 tokens.
+        """
+        zeros = token_log_probs.new_zeros(self.step_document.shape[0], dtype=torch.float64)
+        return zeros.index_add(0, self.token_step, token_log_probs.double())
 
 
 def make_micro_batch(
@@ -91,7 +95,7 @@ def make_micro_batch(
     token_step: list[int] = []
     step_document: list[int] = []
     step_label: list[int] = []
-    references: list[Tensor] = []
+    references = [torch.zeros(0, dtype=torch.float64)]  # the dtype, also of no document
     num_padding = 0
     for number, document in enumerate(documents):
         first = len(tokens) + len(document.prompt)
@@ -139,7 +143,7 @@ def make_micro_batch(
         integers(step_document),
         integers(step_label),
         integers([UNJUDGED if d.outcome is None else d.outcome for d in documents]),
-        torch.cat(references).to(device) if references else torch.zeros(0, device=device),
+        torch.cat(references).to(device),
         tuple(documents),
         num_padding + padding,
     )

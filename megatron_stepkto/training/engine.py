@@ -69,6 +69,7 @@ def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float
         cpu.check_megatron_version()
         cpu.patch_expert_router()
         cpu.patch_distributed_optimizer_load()  # torch's AdamW is also the GPU's without Transformer Engine and Apex
+        cpu.patch_distributed_optimizer_save()
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))
     if dist.get_world_size() != parallel.ranks:

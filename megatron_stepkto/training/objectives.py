@@ -107,7 +107,7 @@ def reward_sums(batch: MicroBatch, token_log_probs: Tensor) -> dict[str, Tensor]
     ):
         for name, label in (("right", RIGHT), ("wrong", WRONG)):
             chosen = labels == label
-            sums[f"log_ratio_{name}{suffix}"] = values[chosen].double().sum()
+            sums[f"log_ratio_{name}{suffix}"] = values[chosen].sum()
             sums[f"num_{name}{suffix}"] = chosen.sum().double()
         agrees = (values > 0) & (labels == RIGHT) | (values < 0) & (labels == WRONG)
         sums[f"signs_right{suffix}"] = agrees.sum().double()
@@ -184,9 +184,7 @@ class Preference:
         if self.nll_weight is None:
             loss = dpo_loss(chosen, rejected, self.beta)
             return replace(loss, parts={"loss_dpo": loss.total.detach(), **won})
-        lengths = torch.tensor(
-            [len(d.response) for d in batch.documents[0::2]], dtype=torch.float32, device=log_ratio.device
-        )
+        lengths = log_ratio.new_tensor([len(d.response) for d in batch.documents[0::2]])
         step_log_prob = batch.step_sums(token_log_probs)
         log_prob = log_ratio.new_zeros(len(batch.documents)).index_add(0, batch.step_document, step_log_prob)
         loss = irpo_loss(chosen, rejected, log_prob[0::2], lengths, self.beta, self.nll_weight)

@@ -29,7 +29,7 @@ def score_documents(
     what: Callable[[MicroBatch, Tensor], list[Tensor]],
     after_part: Callable[[dict[str, Tensor]], None] = lambda _: None,
 ) -> dict[str, Tensor]:
-    """``what`` per document ([n] float32 each) under the engine's weights; every rank gets all of them.
+    """``what`` per document ([n] each) under the engine's weights; every rank gets all of them.
 
     ``after_part`` is called on every rank with what has been found so far, each ``REPORT_EVERY`` documents.
     """

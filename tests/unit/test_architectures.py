@@ -213,6 +213,15 @@ def test_dense_layers_between_expert_layers(key: str, value: Any) -> None:
     )
 
 
+def test_one_expert_per_token() -> None:
+    """Its weight is its probability, or always 1: then Megatron-Core's router fails when the model is built."""
+    for name, changes in (("MixtralForCausalLM", {}), ("Qwen3MoeForCausalLM", {"norm_topk_prob": True})):
+        said = refusal(lambda name=name, changes=changes: read(name, num_experts_per_tok=1, **changes))
+        assert "num_experts_per_tok = 1 is not supported" in said
+    plain = read("Qwen3MoeForCausalLM", num_experts_per_tok=1, norm_topk_prob=False)
+    assert plain.experts == Experts(128, 1, 768, renormalize=False)
+
+
 def test_layouts_of_experts() -> None:
     dense, mixture = read("LlamaForCausalLM"), read("MixtralForCausalLM")
 

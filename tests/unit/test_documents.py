@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from megatron_stepkto.training.documents import (
     pack_units,
     solution_document,
 )
+from megatron_stepkto.training.objectives import solutions_of
 
 DEVICE = torch.device("cpu")
 
@@ -80,7 +83,7 @@ def test_two_documents_by_hand() -> None:
         made.step_label.dtype,
         made.outcome.dtype,
     } == {torch.int64}
-    assert made.reference.dtype == torch.float32
+    assert made.reference.dtype == torch.float64
 
 
 def test_bounds_of_attention() -> None:
@@ -158,6 +161,19 @@ def test_step_sums_by_hand() -> None:
     (sums * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum().backward()
     assert log_probs.grad is not None
     assert log_probs.grad.tolist() == [1.0, 1.0, 2.0, 2.0, 3.0, 5.0, 5.0]
+
+
+def test_a_long_solution_keeps_its_log_ratio() -> None:
+    """8,000 tokens of -1 nat each, in one step. float32, added token by token, is wrong by 0.009 nats."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.empty(8000).exponential_(generator=generator).neg()
+    policy = base + 0.01 * torch.randn(8000, generator=generator)
+    document = Document("long", [1], [2] * 8000, steps((0, 8000, 1)), 1)
+    blank = make_micro_batch([document], 1, DEVICE)
+    made = make_micro_batch([replace(document, reference=blank.step_sums(base))], 1, DEVICE)
+    solutions = solutions_of(made, policy)
+    expected = math.fsum(policy.tolist()) - math.fsum(base.tolist())
+    assert solutions.log_ratio().item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_kl_document_is_this_prompt_with_the_other_solution() -> None:
