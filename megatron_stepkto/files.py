@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import json
@@ -87,13 +88,21 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def flush(path: Path) -> None:
-    """Write a file, or a folder with all in it, to disk: what a rename makes count must be whole after a power cut."""
+    """Write a file, or a folder's list of names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems (FUSE, SMB) cannot, of a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def flush_tree(path: Path) -> None:
+    """A file, or a folder with all in it: what a rename makes count must be whole after a power cut."""
     for each in (path, *path.rglob("*")):
-        handle = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(each)
 
 
 def sha256_of(path: Path) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import flush, read_json, sha256_of, stable_hash, write_json
+from megatron_stepkto.files import flush_tree, read_json, sha256_of, stable_hash, write_json
 from megatron_stepkto.locks import Lock, exclusive_lock
 from megatron_stepkto.progress import say
 
@@ -202,7 +202,7 @@ def _finish(
     if result is None:
         return {}
     for path in result.outputs:
-        flush(path)
+        flush_tree(path)
     outputs = {
         str(path.relative_to(stage.directory)): {"sha256": sha256_of(path), "bytes": _size(path)}
         for path in result.outputs

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_stepkto.errors import UserError
+from megatron_stepkto.files import flush
 from megatron_stepkto.locks import Lock, exclusive_lock
 from megatron_stepkto.progress import say
 
@@ -41,13 +41,13 @@ def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Itera
             _check_space(partial, num_bytes)
             yield partial
             for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-                _flush(folder)
+                flush(folder)
             held.check()
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 target.rename(old)
             partial.rename(target)
-            _flush(target.parent)
+            flush(target.parent)
         except OSError as error:
             _remove_if_ours(partial, held)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -83,11 +83,3 @@ def _check_space(folder: Path, num_bytes: int) -> None:
             f"{folder.parent}: {num_bytes / 1e9:.2f} GB will be written, {free / 1e9:.2f} GB are free; "
             "free some space or choose another disk"
         )
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

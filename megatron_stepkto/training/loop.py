@@ -20,7 +20,7 @@ from megatron_stepkto.checkpoints.convert import COMPANIONS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.data.batching import plan_updates
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import flush, stable_hash, write_json
+from megatron_stepkto.files import flush_tree, stable_hash, write_json
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.processes import STOPPED
 from megatron_stepkto.progress import ProgressFile
@@ -420,7 +420,7 @@ class Trainer:
 
         def publish() -> None:
             if self.is_writer:
-                flush(temporary)  # Megatron leaves its small files, without which none loads, in the cache
+                flush_tree(temporary)  # Megatron leaves its small files, without which none loads, in the cache
                 write_json(temporary / "state.json", state)
                 temporary.rename(final)
                 for _, old in finished_checkpoints(self.job.checkpoints)[: -self.settings.keep_checkpoints]:
@@ -453,7 +453,7 @@ class Trainer:
         if self.is_writer:
             copy_companions(self.job.initial / COMPANIONS, temporary / COMPANIONS)
             write_json(self.job.notes, self.notes)
-            flush(temporary)
+            flush_tree(temporary)
             temporary.rename(self.job.final)
 
 

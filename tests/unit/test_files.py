@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_stepkto import files
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import find_files, flush, read_json, read_json_if_there, write_json
+from megatron_stepkto.files import find_files, flush, flush_tree, read_json, read_json_if_there, write_json
 from megatron_stepkto.report.collect import collect
 from megatron_stepkto.slurm.chain import Step
 from megatron_stepkto.slurm.commands import _progress
@@ -95,8 +96,20 @@ def test_a_file_or_a_whole_folder_is_flushed(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).write_text(name)
     flushed: list[str] = []
     monkeypatch.setattr(files.os, "fsync", lambda handle: flushed.append(os.readlink(f"/proc/self/fd/{handle}")))
-    flush(tmp_path)
+    flush_tree(tmp_path)
     assert sorted(flushed) == [str(tmp_path / name) for name in ("", "a", "deep", "deep/b")]
     flushed.clear()
-    flush(tmp_path / "a")
+    flush_tree(tmp_path / "a")
     assert flushed == [str(tmp_path / "a")]
+
+
+def test_a_file_system_that_cannot_flush_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("1")
+
+    def fail(handle: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    flush(tmp_path)
+    with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+        flush(tmp_path / "a")
