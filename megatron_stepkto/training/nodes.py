@@ -7,7 +7,9 @@ its word and start their node's ranks.
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import socket
 import time
 from dataclasses import dataclass
@@ -79,9 +81,17 @@ def this_node() -> Nodes:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port where nobody listens. Rank 0 will, but only seconds later: so none of those that the kernel hands out
+    meanwhile to whoever asks for any (from 32768 on)."""
+    while True:
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", secrets.choice(range(20000, 32768))))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return int(listener.getsockname()[1])
 
 
 def _word(directory: Path, nodes: Nodes) -> Path:
