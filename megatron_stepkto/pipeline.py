@@ -388,12 +388,15 @@ STAGES: dict[str, Callable[[Run, int], object]] = {
 
 def prepare(run: Run) -> None:
     """What comes before the first iteration: M0, checked against the layout, and the evaluation's problems."""
+    from megatron_stepkto.checkpoints.convert import HFSide
+
     if run.makes_m0:
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
         _import_stage(run)
     if run.makes_m0:
         warm_up.make_m0(run)
+    HFSide(run.model(0), one_dtype=False)  # weights that training could not read are named before hours of sampling
     check_fits(run.model(0), run.recipe)
     if run.recipe.evaluate:
         evaluation_problems_stage(run)

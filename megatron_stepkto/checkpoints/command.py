@@ -18,7 +18,7 @@ from megatron_stepkto.checkpoints.convert import (
     megatron_to_hf,
 )
 from megatron_stepkto.checkpoints.dry_run import dry_run
-from megatron_stepkto.checkpoints.huggingface import CHAT_TEMPLATES, WEIGHT_SUFFIXES, is_companion
+from megatron_stepkto.checkpoints.huggingface import ADAPTER, CHAT_TEMPLATES, WEIGHT_SUFFIXES, is_companion
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.stored_names import TRACKER
 from megatron_stepkto.checkpoints.verify import is_finished, verify
@@ -46,7 +46,7 @@ def direction_of(source: Path) -> str:
     """Raises UserError for a folder that is neither a Hugging Face model nor a Megatron checkpoint."""
     if (source / ".metadata").is_file():
         return MEGATRON_TO_HF
-    if (source / "config.json").is_file():
+    if (source / "config.json").is_file() or (source / ADAPTER).is_file():
         return HF_TO_MEGATRON
     raise UserError(
         f"{source}: expected a Hugging Face folder (with config.json) or a Megatron torch_dist checkpoint (with "
