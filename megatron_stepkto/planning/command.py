@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -245,7 +246,8 @@ def _check(case: Scenario, plan: Plan) -> list[Any]:
     from megatron_stepkto.planning.shards import check_plan
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron-Core names every accelerator that it does without
+        warnings.simplefilter("ignore")  # Megatron-Core names every accelerator that it does without,
+        logging.getLogger("megatron").setLevel(logging.ERROR)  # and our MLP for each shard
         checks = check_plan(case.config, case.entries, plan.settings.parallel, torch.bfloat16)
     wrong = [check for check in checks if not check.agrees]
     if wrong:
