@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument(
         "format", help="prm800k, math-shepherd, math-aps, processbench, ... (an unknown one lists all)"
     )
-    imports.add_argument("file", type=Path)
+    imports.add_argument("file", type=Path, help="as its authors publish it (docs/data.md)")
     imports.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder of the model to be trained")
     imports.add_argument("--output", type=Path, required=True, help="folder for problems.jsonl and judged.jsonl")
     imports.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and go on")

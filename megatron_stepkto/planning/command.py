@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument("--cluster", choices=sorted(PRESETS), default="h100", help="data-sheet values (default h100)")
     cluster.add_argument("--gpus", type=positive, help="all GPUs (default: the recipe's train.parallel.ranks)")
     cluster.add_argument("--gpus-per-node", type=positive, help="default 8")
-    cluster.add_argument("--gpu-memory", type=positive_number, metavar="GB")
+    cluster.add_argument("--gpu-memory", type=positive_number, metavar="GB", help="of one GPU")
     cluster.add_argument(
         "--node-bandwidth", type=positive_number, metavar="GB/S", help="of a GPU inside its node, one direction"
     )
