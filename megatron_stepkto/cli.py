@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_stepkto import __version__
+from megatron_stepkto.arguments import not_negative, positive, positive_number
 from megatron_stepkto.comparing.command import add_comparison_command
-from megatron_stepkto.conversion_options import add_conversion_options
+from megatron_stepkto.conversion_options import LAYOUT, add_conversion_options
 from megatron_stepkto.errors import StageFailed, UserError
 from megatron_stepkto.judging import command as judging
 from megatron_stepkto.planning import command as planning
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = _recipe_command(commands, "run", _run, "run a whole recipe; continue it where it stopped")
-    run.add_argument("--iterations", type=_positive, help="instead of the recipe's number")
+    run.add_argument("--iterations", type=positive, help="instead of the recipe's number")
     run.add_argument(
         "--compare",
         type=_methods,
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
     ):
         stage = _recipe_command(commands, name, _stage, text)
-        stage.add_argument("--iteration", type=_positive, required=name != "convert", metavar="T")
+        stage.add_argument("--iteration", type=positive, required=name != "convert", metavar="T", help="from 1 on")
         stage.add_argument("--method", choices=METHODS, help="a compared method; default: the recipe's own")
         if name == "train":
             stage.add_argument(
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "evaluate", _evaluate,
         "measure M_T of a recipe (a YAML file), or any Hugging Face folder, on held-out problems",
     )  # fmt: skip
-    evaluate.add_argument("--iteration", type=_not_negative, metavar="T", help="of a recipe: 0 is M0")
+    evaluate.add_argument("--iteration", type=not_negative, metavar="T", help="of a recipe: 0 is M0")
     evaluate.add_argument("--method", choices=METHODS, help="of a recipe")
     evaluate.add_argument(
         "--data", action="append", default=[], metavar="SET",
@@ -123,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("second", type=Path, metavar="B")
     compare.add_argument("--json", action="store_true", help="numbers instead of a table")
     compare.set_defaults(command=_compare)
-    _recipe_command(commands, "doctor", _doctor, "is this machine (or each node, by srun) fit for the recipe?")
+    doctor = commands.add_parser("doctor", help="is this machine (or each node, by srun) fit for the recipe?")
+    _add_recipe(doctor)
+    doctor.set_defaults(command=_doctor)
     _recipe_command(commands, "prepare", _prepare, "check the layout, make M0, choose all problems: no GPU needed")
     _recipe_command(commands, "warm-up", _warm_up, "make M0 from random weights (section warm_up)")
 
@@ -146,15 +149,15 @@ def _parser() -> argparse.ArgumentParser:
         "check-answers", help="say of pairs of answers whether they are equal, as the judge does"
     )
     check.add_argument("file", metavar="FILE", help="JSON lines of gold, pred and optionally expected; - reads stdin")
-    check.add_argument("--workers", type=_positive, default=2, help="processes for what needs computer algebra")
-    check.add_argument("--cpu-seconds", type=float, default=3.0, help="limit of one pair; past it: undecided")
+    check.add_argument("--workers", type=positive, default=2, help="processes for what needs computer algebra")
+    check.add_argument("--cpu-seconds", type=positive_number, default=3.0, help="limit of one pair; past it: undecided")
     check.set_defaults(command=_check_answers)
     _slurm_commands(commands)
     imports = commands.add_parser("import", help="turn a public step-label file into our records")
     imports.add_argument(
         "format", help="prm800k, math-shepherd, math-aps, processbench, ... (an unknown one lists all)"
     )
-    imports.add_argument("file", type=Path)
+    imports.add_argument("file", type=Path, help="as its authors publish it (docs/data.md)")
     imports.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder of the model to be trained")
     imports.add_argument("--output", type=Path, required=True, help="folder for problems.jsonl and judged.jsonl")
     imports.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and go on")
@@ -166,9 +169,8 @@ def _slurm_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser
     slurm = commands.add_parser("slurm", help="a run as a chain of Slurm jobs (docs/cluster.md)")
     verbs = slurm.add_subparsers(title="commands", required=True, metavar="COMMAND")
     submit = verbs.add_parser("submit", help="submit what is not done and not in the queue")
-    submit.add_argument("recipe", type=Path, metavar="RECIPE")
-    submit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
-    submit.add_argument("--iterations", type=_positive, help="instead of the recipe's number")
+    _add_recipe(submit)
+    submit.add_argument("--iterations", type=positive, help="instead of the recipe's number")
     submit.add_argument(
         "--site", type=Path, default=Path(os.environ.get("STEPKTO_SITE", "slurm/site.sh")), metavar="FILE",
         help="your cluster's settings, a copy of slurm/site.example.sh (default: $STEPKTO_SITE or slurm/site.sh)",
@@ -184,14 +186,18 @@ def _slurm_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser
         verb.set_defaults(command=command)
 
 
-def _recipe_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, command: Command, text: str
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text)
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as recipes/mini_cpu.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key; repeatable"
     )
+
+
+def _recipe_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, command: Command, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    _add_recipe(parser)
     parser.add_argument("--force", action="store_true", help="redo stages whose settings or inputs changed")
     parser.add_argument("--from-scratch", action="store_true", help="make M0 by warm_up, though initial_model is given")
     parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad input rows aside there and go on")
@@ -200,20 +206,6 @@ def _recipe_command(
     )
     parser.set_defaults(command=command)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
-    return value
 
 
 def _methods(text: str) -> list[Method]:
@@ -280,22 +272,31 @@ def _convert(arguments: argparse.Namespace) -> None:
     if arguments.iteration is not None:
         if arguments.output is not None:
             raise UserError("convert RECIPE --iteration T takes no OUT; convert IN OUT takes no --iteration")
+        _refuse(arguments, ("verify", "workers", "dry_run", *LAYOUT), "convert IN OUT")
         _stage(arguments)
         return
     if arguments.recipe.suffix in (".yaml", ".yml"):
         raise UserError(f"convert {arguments.recipe}: --iteration T is missing")
+    _refuse(arguments, ("set", "method", "from_scratch", "quarantine", "allow_overlap"), "convert RECIPE --iteration T")
     from megatron_stepkto.checkpoints.command import run_conversion
 
     arguments.source = arguments.recipe
     run_conversion(arguments)
 
 
+def _refuse(arguments: argparse.Namespace, options: Sequence[str], go_with: str) -> None:
+    """One command, two uses: an option of the other one is not passed over in silence."""
+    if given := [f"--{name.replace('_', '-')}" for name in options if getattr(arguments, name)]:
+        raise UserError(f"{', '.join(given)}: expected with `{go_with}` only; leave it out")
+
+
 def _evaluate_folder(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.evaluation.command import evaluate_folder, rows_by_data
     from megatron_stepkto.evaluation.table import results_table
 
-    if arguments.iteration is not None or arguments.method or arguments.from_scratch:
-        raise UserError(f"{arguments.recipe} is a folder: --iteration, --method and --from-scratch go with a recipe")
+    if arguments.iteration is not None:
+        raise UserError(f"{arguments.recipe} is a folder: --iteration goes with a recipe")
+    _refuse(arguments, ("method", "from_scratch", "allow_overlap"), "evaluate RECIPE --iteration T")
     if arguments.output is None:
         raise UserError("--output DIR is missing: where solutions and metrics go")
     row = evaluate_folder(

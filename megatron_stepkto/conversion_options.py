@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_stepkto.arguments import positive
+
 EPILOG = """\
 The conversion moves bytes: no weight changes, none is held in memory (about 0.2 GB for a model of any size).
 The output appears whole or not at all. It holds conversion.json: size and CRC-32 of every file and tensor.
@@ -12,20 +14,22 @@ Config, generation config, tokenizer and chat template travel along; code does n
 exit code 0: done (and equal, with --verify); 1: --verify found differences; 2: input to correct (all faults named)
 """
 
+LAYOUT = ("tensor", "pipeline", "expert", "virtual_pipeline")
+
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     """All but the two folders and --force."""
     parser.add_argument(
         "--verify", action="store_true", help="compare both folders bit by bit, after converting if OUT is not there"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core, at most 8)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: one per core, at most 8)")
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="from IN's config.json alone: print the mapping and the bytes per rank of a layout; write nothing",
     )
     layout = parser.add_argument_group("layout for --dry-run")
-    layout.add_argument("--tensor", type=int, default=1, metavar="TP", help="tensor parallel size")
-    layout.add_argument("--pipeline", type=int, default=1, metavar="PP", help="pipeline parallel size")
-    layout.add_argument("--expert", type=int, default=1, metavar="EP", help="expert parallel size")
-    layout.add_argument("--virtual-pipeline", type=int, metavar="VP", help="model chunks per pipeline stage")
+    layout.add_argument("--tensor", type=positive, metavar="TP", help="tensor parallel size (default 1)")
+    layout.add_argument("--pipeline", type=positive, metavar="PP", help="pipeline parallel size (default 1)")
+    layout.add_argument("--expert", type=positive, metavar="EP", help="expert parallel size (default 1)")
+    layout.add_argument("--virtual-pipeline", type=positive, metavar="VP", help="model chunks per pipeline stage")

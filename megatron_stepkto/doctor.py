@@ -114,16 +114,21 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     from megatron_stepkto.checkpoints.convert import read_model_config
     from megatron_stepkto.planning.parameters import model_parameters
 
-    if recipe.initial_model is None or not recipe.initial_model.is_dir():
+    model = recipe.given_model()
+    if model is None:
         return 0
-    parameters = model_parameters(read_model_config(recipe.initial_model)[1])
+    parameters = model_parameters(read_model_config(model)[1])
     weight, state = (2, 14) if recipe.train.dtype == "bfloat16" else (4, 12)
     inputs = 2 if recipe.train.reference == "initial" else 1
     return parameters * (inputs * weight + (recipe.train.keep_checkpoints + 1) * state + recipe.iterations * 2 * weight)
 
 
 def _space(recipe: Recipe) -> list[str]:
-    needed = checkpoint_bytes(recipe)
+    """Is the model there, and room for what training makes of it?"""
+    try:
+        needed = checkpoint_bytes(recipe)
+    except UserError as error:  # no such model, or none that trains
+        return [str(error)]
     place = next((p for p in (recipe.run_dir, *recipe.run_dir.parents) if p.is_dir()), None)
     if place is None:
         return []
@@ -171,7 +176,8 @@ def _versions(on_gpu: bool) -> dict[str, str]:
         import torch
 
         found["cuda of torch"] = str(torch.version.cuda)
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        if torch.distributed.is_nccl_available():  # not in the CPU build of torch, where `_gpus` found no GPU
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
 

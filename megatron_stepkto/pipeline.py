@@ -18,7 +18,6 @@ import yaml
 from megatron_stepkto import recipe as recipes
 from megatron_stepkto import warm_up
 from megatron_stepkto.data.dataset import build_dataset
-from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import atomic_writer, read_json, stable_hash, write_json
 from megatron_stepkto.locks import exclusive_lock
 from megatron_stepkto.problems import check_training_problems, write_problems
@@ -67,19 +66,10 @@ class Run:
 
     def model(self, t: int) -> Path:
         """Hugging Face folder of M_t."""
-        if t == 0:
-            return self.base / "M0" / "convert" / "model" if self.makes_m0 else self._initial_model()
-        return self.iteration(t) / "convert" / "model"
-
-    def _initial_model(self) -> Path:
-        path = self.recipe.initial_model
-        assert path is not None
-        if not path.is_dir():
-            raise UserError(
-                f"initial_model: expected a Hugging Face folder, found none at {path}; set it in the recipe, "
-                "or remove it and give warm_up"
-            )
-        return path
+        if t > 0:
+            return self.iteration(t) / "convert" / "model"
+        given = None if self.from_scratch else self.recipe.given_model()
+        return given or self.base / "M0" / "convert" / "model"
 
     def name(self, t: int) -> str:
         return f"M{t}"
@@ -398,12 +388,15 @@ STAGES: dict[str, Callable[[Run, int], object]] = {
 
 def prepare(run: Run) -> None:
     """What comes before the first iteration: M0, checked against the layout, and the evaluation's problems."""
+    from megatron_stepkto.checkpoints.convert import HFSide
+
     if run.makes_m0:
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
         _import_stage(run)
     if run.makes_m0:
         warm_up.make_m0(run)
+    HFSide(run.model(0), one_dtype=False)  # weights that training could not read are named before hours of sampling
     check_fits(run.model(0), run.recipe)
     if run.recipe.evaluate:
         evaluation_problems_stage(run)

@@ -35,7 +35,9 @@ class ProgressBar:
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self._began = self._last_line = time.monotonic()
-        self._done, self._first_done = 0, None  # type: int, int | None
+        self._done = 0
+        self._first: tuple[float, int] | None = None  # when and at what the measurement of speed began
+        self._moves = False
         self._note = ""
         self._rich: Progress | None = None
 
@@ -57,8 +59,11 @@ class ProgressBar:
         return self
 
     def update(self, done: int, note: str = "") -> None:
-        if self._first_done is None:
-            self._first_done = done  # work that an earlier attempt did: it says nothing about the speed of this one
+        # Neither the work that an earlier attempt did nor the time that processes took to start says anything about
+        # the speed of this one: it is measured from the first advance on.
+        if self._first is None or (not self._moves and done > self._first[1]):
+            self._moves = self._first is not None
+            self._first = (time.monotonic(), done)
         self._done, self._note = done, note
         if self._rich:
             self._rich.update(self._task, completed=done, total=self.total, note=note)
@@ -68,14 +73,15 @@ class ProgressBar:
     def _line(self) -> None:
         now = time.monotonic()
         self._last_line = now
-        elapsed, gained = now - self._began, self._done - (self._first_done or 0)
+        began, first = self._first or (now, 0)
+        gained = self._done - first
         left = (
-            f", about {elapsed * (self.total - self._done) / gained:.0f} s left"
+            f", about {(now - began) * (self.total - self._done) / gained:.0f} s left"
             if gained > 0 and self._done < self.total
             else ""
         )
         note = f"  {self._note}" if self._note else ""
-        say(f"{self.title}: {self._done}/{self.total} {self.unit}, {elapsed:.0f} s{left}{note}")
+        say(f"{self.title}: {self._done}/{self.total} {self.unit}, {now - self._began:.0f} s{left}{note}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -44,7 +44,7 @@ RecipePath = Annotated[Path, AfterValidator(_resolve)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Import(Section):
@@ -195,7 +195,7 @@ class RewardModel(Section):
     """A learned judge of whole solutions, for problems without an answer to check (judging/reward_model.py)."""
 
     reward_model: RecipePath = Field(description="Hugging Face folder, sequence classification with one label")
-    threshold: float = Field(allow_inf_nan=False, description="logit above which a solution is right")
+    threshold: float = Field(description="logit above which a solution is right")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     workers: int = Field(1, ge=1, description="processes, each with the model")
     batch_tokens: int = Field(16384, ge=1, description="tokens in one forward pass")
@@ -266,14 +266,14 @@ class Parallel(Section):
 
 
 class Optimizer(Section):
-    lr: float = Field(gt=0, allow_inf_nan=False)
+    lr: float = Field(gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_updates: int = Field(0, ge=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0, description="of AdamW; on matrices and embeddings, not on norms and biases")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.98, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="added to the root of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     clip_grad: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
 
 
@@ -475,6 +475,19 @@ class Recipe(Section):
     @property
     def run_dir(self) -> Path:
         return self.output / self.name
+
+    def given_model(self) -> Path | None:
+        """The folder initial_model; None: warm_up makes M0.
+
+        Raises:
+            UserError: there is no such folder.
+        """
+        if self.initial_model is not None and not self.initial_model.is_dir():
+            raise UserError(
+                f"{self.place('initial_model')}: initial_model: expected a Hugging Face folder, found none at "
+                f"{self.initial_model}; set it in the recipe, or remove it and give warm_up"
+            )
+        return self.initial_model
 
     def place(self, key: str) -> str:
         """file:line (or --set) of a dotted key, or of the nearest section around it: for errors found later."""

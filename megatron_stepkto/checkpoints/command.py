@@ -18,11 +18,11 @@ from megatron_stepkto.checkpoints.convert import (
     megatron_to_hf,
 )
 from megatron_stepkto.checkpoints.dry_run import dry_run
-from megatron_stepkto.checkpoints.huggingface import CHAT_TEMPLATES, WEIGHT_SUFFIXES, is_companion
+from megatron_stepkto.checkpoints.huggingface import ADAPTER, CHAT_TEMPLATES, WEIGHT_SUFFIXES, is_companion
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.stored_names import TRACKER
 from megatron_stepkto.checkpoints.verify import is_finished, verify
-from megatron_stepkto.conversion_options import EPILOG, add_conversion_options
+from megatron_stepkto.conversion_options import EPILOG, LAYOUT, add_conversion_options
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.progress import console, say
 from megatron_stepkto.recipe import Parallel
@@ -46,7 +46,7 @@ def direction_of(source: Path) -> str:
     """Raises UserError for a folder that is neither a Hugging Face model nor a Megatron checkpoint."""
     if (source / ".metadata").is_file():
         return MEGATRON_TO_HF
-    if (source / "config.json").is_file():
+    if (source / "config.json").is_file() or (source / ADAPTER).is_file():
         return HF_TO_MEGATRON
     raise UserError(
         f"{source}: expected a Hugging Face folder (with config.json) or a Megatron torch_dist checkpoint (with "
@@ -58,11 +58,14 @@ def run_conversion(arguments: argparse.Namespace, direction: str | None = None) 
     """Raises UserError; exits with 1 when --verify finds differences."""
     source, target = arguments.source, arguments.output
     workers = arguments.workers
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: expected 1 or more")
     if arguments.dry_run:
         sys.stdout.write(dry_run(source, _layout(arguments)))
         return
+    if given := [f"--{name.replace('_', '-')}" for name in LAYOUT if getattr(arguments, name)]:
+        raise UserError(
+            f"{', '.join(given)}: expected with --dry-run only; a Megatron folder holds whole tensors and loads at any "
+            "layout, so leave it out"
+        )
     if target is None:
         raise UserError("OUT is missing: say where the converted checkpoint shall be written")
     direction = direction or direction_of(source)
@@ -73,19 +76,16 @@ def run_conversion(arguments: argparse.Namespace, direction: str | None = None) 
 
 
 def _layout(arguments: argparse.Namespace) -> Parallel:
-    sizes = {"--tensor": arguments.tensor, "--pipeline": arguments.pipeline, "--expert": arguments.expert}
-    for option, size in (sizes | {"--virtual-pipeline": arguments.virtual_pipeline or 2}).items():
-        if size < 1:
-            raise UserError(f"{option} {size}: expected 1 or more")
-    if arguments.virtual_pipeline and arguments.pipeline == 1:
-        raise UserError("--virtual-pipeline needs --pipeline 2 or more")
+    tensor, pipeline, expert = arguments.tensor or 1, arguments.pipeline or 1, arguments.expert or 1
+    if arguments.virtual_pipeline and min(arguments.virtual_pipeline, pipeline) == 1:
+        raise UserError("--virtual-pipeline: expected 2 or more, with --pipeline 2 or more")
     return Parallel(
-        ranks=arguments.tensor * arguments.pipeline * arguments.expert,
-        tensor=arguments.tensor,
-        pipeline=arguments.pipeline,
-        expert=arguments.expert,
+        ranks=tensor * pipeline * expert,
+        tensor=tensor,
+        pipeline=pipeline,
+        expert=expert,
         virtual_pipeline=arguments.virtual_pipeline,
-        sequence=arguments.tensor > 1,
+        sequence=tensor > 1,
     )
 
 

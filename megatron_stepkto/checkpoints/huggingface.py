@@ -18,6 +18,7 @@ from megatron_stepkto.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 # Files that travel with a model: config, generation config, tokenizer, chat template. No code.
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -95,17 +96,17 @@ class HFCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        if (directory / ADAPTER).is_file():  # often without a config.json
+            raise UserError(
+                f"{directory}: holds an adapter ({ADAPTER}), which would be left out; merge it into the "
+                f"model (peft's merge_and_unload), or remove {ADAPTER} to take the model without it"
+            )
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory}: expected a Hugging Face model folder (with config.json), found none")
         self.weights = self._locate()
 
     def _locate(self) -> dict[str, StoredWeight]:
         index = self.directory / INDEX
-        if (self.directory / "adapter_config.json").is_file():
-            raise UserError(
-                f"{self.directory}: holds an adapter (adapter_config.json), which would be left out; merge it into the "
-                "model (peft's merge_and_unload), or remove adapter_config.json to convert the model without it"
-            )
         if not index.is_file():
             if (self.directory / SINGLE).is_file():
                 return read_header(self.directory / SINGLE)

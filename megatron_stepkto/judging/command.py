@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_stepkto import recipe
+from megatron_stepkto.arguments import positive
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.importing.formats import FORMATS
 from megatron_stepkto.progress import say
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for judge_eval.json and unfinished work")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: judge....=...")
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder that tokenises the solutions (monte_carlo)")
-    parser.add_argument("--limit", type=int, help="the first so many solutions of each file")
+    parser.add_argument("--limit", type=positive, help="the first so many solutions of each file")
     parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and go on")
 
 

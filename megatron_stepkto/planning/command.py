@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
+from megatron_stepkto.arguments import positive, positive_number
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
 from megatron_stepkto.recipe import METHODS, Parallel, Recipe, Training, load_recipe
@@ -33,20 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a Hugging Face folder or config.json, or a recipe (YAML)")
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--cluster", choices=sorted(PRESETS), default="h100", help="data-sheet values (default h100)")
-    cluster.add_argument("--gpus", type=_positive, help="all GPUs (default: the recipe's train.parallel.ranks)")
-    cluster.add_argument("--gpus-per-node", type=_positive)
-    cluster.add_argument("--gpu-memory", type=float, metavar="GB")
-    cluster.add_argument("--node-bandwidth", type=float, metavar="GB/S", help="of a GPU inside its node, one direction")
-    cluster.add_argument("--network-bandwidth", type=float, metavar="GB/S", help="per GPU between nodes, one direction")
-    cluster.add_argument("--peak", type=float, metavar="TFLOP/S", help="dense bf16")
+    cluster.add_argument("--gpus", type=positive, help="all GPUs (default: the recipe's train.parallel.ranks)")
+    cluster.add_argument("--gpus-per-node", type=positive, help="default 8")
+    cluster.add_argument("--gpu-memory", type=positive_number, metavar="GB", help="of one GPU")
+    cluster.add_argument(
+        "--node-bandwidth", type=positive_number, metavar="GB/S", help="of a GPU inside its node, one direction"
+    )
+    cluster.add_argument(
+        "--network-bandwidth", type=positive_number, metavar="GB/S", help="per GPU between nodes, one direction"
+    )
+    cluster.add_argument("--peak", type=positive_number, metavar="TFLOP/S", help="dense bf16")
     work = parser.add_argument_group("work (a recipe's own values where it has them)")
-    work.add_argument("--longest", type=_positive, metavar="TOKENS", help=f"longest document (default {LONGEST})")
-    work.add_argument("--tokens", type=_positive, help="mean tokens of prompt and response (default: longest / 4)")
-    work.add_argument("--response-tokens", type=_positive, help="mean tokens of a response (default: 85%% of --tokens)")
-    work.add_argument("--examples", type=_positive, help=f"per iteration (default {EXAMPLES:,})")
-    work.add_argument("--global-batch", type=_positive, help=f"examples per update (default {GLOBAL_BATCH})")
+    work.add_argument("--longest", type=positive, metavar="TOKENS", help=f"longest document (default {LONGEST})")
+    work.add_argument("--tokens", type=positive, help="mean tokens of prompt and response (default: longest / 4)")
+    work.add_argument("--response-tokens", type=positive, help="mean tokens of a response (default: 85%% of --tokens)")
+    work.add_argument("--examples", type=positive, help=f"per iteration (default {EXAMPLES:,})")
+    work.add_argument("--global-batch", type=positive, help=f"examples per update (default {GLOBAL_BATCH})")
     work.add_argument("--method", choices=METHODS, help="default step_kto")
-    parser.add_argument("--mfu", type=float, help="share of the peak that arithmetic alone reaches (default 0.40)")
+    parser.add_argument(
+        "--mfu", type=positive_number, help="share of the peak that arithmetic alone reaches (default 0.40)"
+    )
     parser.add_argument(
         "--layout",
         metavar="KEY=VALUE,...",
@@ -57,15 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="build the first layout's true shards on the meta device and compare the parameter counts",
     )
-    parser.add_argument("--top", type=_positive, default=6, help="proposals to show (default 6)")
+    parser.add_argument("--top", type=positive, default=6, help="proposals to show (default 6)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -116,9 +117,6 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
         "bf16_tflops": arguments.peak,
     }
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
-    for key, value in given.items():
-        if value <= 0:
-            raise UserError(f"{key} = {value}: expected more than 0")
     cluster = replace(PRESETS[arguments.cluster], **given)
     base = train or Training.model_validate({"optimizer": {"lr": 1e-6}, "global_batch_size": GLOBAL_BATCH})
     base = base.model_copy(
@@ -154,9 +152,10 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
 
 def _model_folder(model: Path, recipe: Recipe | None) -> Path:
     if recipe is not None:
-        if recipe.initial_model is None:
+        given = recipe.given_model()
+        if given is None:
             raise UserError(f"{model}: has no initial_model, whose config.json a plan reads; give the model's folder")
-        return recipe.initial_model
+        return given
     return model.parent if model.name == "config.json" else model
 
 
@@ -173,7 +172,10 @@ def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
         key, separator, value = assignment.partition("=")
         if not separator:
             raise UserError(f"--layout {assignment}: expected KEY=VALUE, such as tensor=8")
-        keys[key.strip()] = yaml.safe_load(value)
+        try:
+            keys[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--layout {assignment}: expected a number, true or false behind =") from None
     beside = ("recompute", "micro_batch_tokens", "dtype")  # keys of train itself
     outside: dict[str, Any] = {name: keys.pop(name) for name in beside if name in keys}
     try:
@@ -244,7 +246,8 @@ def _check(case: Scenario, plan: Plan) -> list[Any]:
     from megatron_stepkto.planning.shards import check_plan
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron-Core names every accelerator that it does without
+        warnings.simplefilter("ignore")  # Megatron-Core names every accelerator that it does without,
+        logging.getLogger("megatron").setLevel(logging.ERROR)  # and our MLP for each shard
         checks = check_plan(case.config, case.entries, plan.settings.parallel, torch.bfloat16)
     wrong = [check for check in checks if not check.agrees]
     if wrong:

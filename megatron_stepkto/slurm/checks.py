@@ -23,14 +23,21 @@ def check_site(recipe: Recipe, site: Site) -> None:
     """Do the jobs of a recipe find on this site what they need?
 
     Raises:
-        UserError: time limits or flags that sbatch or the jobs cannot do with, ranks or engines that do not fit on a
-            node, a path that no container sees, a server that nobody starts.
+        UserError: an input that is not there, time limits or flags that sbatch or the jobs cannot do with, ranks or
+            engines that do not fit on a node, a path that no container sees, a server that nobody starts.
     """
+    _check_inputs(recipe)
     _check_limits(site)
     _check_flags(site)
     _check_nodes(recipe, site)
     _check_mounts(recipe, site)
     _check_server(recipe, site)
+
+
+def _check_inputs(recipe: Recipe) -> None:
+    for key, path in _paths(recipe.model_dump(exclude={"output"})):
+        if not path.exists():
+            raise UserError(f"{recipe.place(key)}: {key}: {path} is not there; set the path, or put the file there")
 
 
 def _check_limits(site: Site) -> None:

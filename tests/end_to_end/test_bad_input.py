@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,12 @@ def test_recipe_faults(mini: Path, tmp_path: Path) -> None:
 
 def test_model_faults(mini: Path, tmp_path: Path) -> None:
     refused(stepkto("run", mini, "--set", "initial_model=nowhere", cwd=tmp_path), "initial_model", "nowhere")
+    pickled = shutil.copytree(mini.parent / "mini_cpu_m0", tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    refused(stepkto("run", mini, "--set", f"initial_model={pickled}", cwd=tmp_path), "expected model.safetensors or")
+    (pickled / "config.json").rename(pickled / "adapter_config.json")
+    refused(stepkto("run", mini, "--set", f"initial_model={pickled}", cwd=tmp_path), "holds an adapter")
+    refused(stepkto("convert", pickled, "converted", cwd=tmp_path), "holds an adapter")
     other = write_llama(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))

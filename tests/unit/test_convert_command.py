@@ -289,6 +289,14 @@ def test_code_of_the_models_author_is_named_and_left_behind(
         (["{tied}", "{new}", "--iteration", "1"], "takes no --iteration"),
         (["{new}", "{new}2"], "expected a Hugging Face folder"),
         (["{tied}", "{new}", "--workers", "0"], "expected 1 or more"),
+        (["{tied}", "{new}", "--workers", "many"], "expected a whole number, got 'many'"),
+        (
+            ["{tied}", "{new}", "--tensor", "2", "--virtual-pipeline", "2"],
+            "--tensor, --virtual-pipeline: expected with",
+        ),
+        (["{tied}", "{new}", "--set", "a=b", "--method", "kto"], "--set, --method: expected with `convert RECIPE"),
+        (["{tied}", "--dry-run", "--pipeline", "2", "--virtual-pipeline", "1"], "--virtual-pipeline: expected 2 or"),
+        (["recipe.yaml", "--iteration", "1", "--verify"], "--verify: expected with `convert IN OUT` only"),
     ],
 )
 def test_wrong_arguments(

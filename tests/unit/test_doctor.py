@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_stepkto import doctor
 from megatron_stepkto.files import write_json
@@ -117,6 +118,18 @@ def report(node: str, clock: float = 0.0, **versions: str) -> dict[str, object]:
         "clock_s": clock,
         "versions": {"torch": "2.13.0", "python": "3.11.2", **versions},
     }
+
+
+def test_a_recipe_for_gpus_where_torch_has_no_nccl(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU build of torch, and no model either: both are named."""
+    monkeypatch.setenv("STEPKTO_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    recipe = load_recipe(repository / "recipes" / "llama3.1_8b_8xh100.yaml", [f"output={tmp_path}"])
+    faults = " ".join(doctor.doctor(recipe))
+    assert "torch sees 0 GPUs, the layout needs 8" in faults
+    assert f"initial_model: expected a Hugging Face folder, found none at {tmp_path}/models/Llama" in faults
 
 
 def test_nodes_that_disagree() -> None:

@@ -233,6 +233,30 @@ def test_refusals_name_the_key(configs: Path, capsys: pytest.CaptureFixture[str]
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpus", "many"], "--gpus: expected a whole number, got 'many'"),
+        (["--gpus", "0"], "--gpus: expected 1 or more, got 0"),
+        (["--gpus", "8", "--gpu-memory", "nan"], "--gpu-memory: expected a number above 0, got nan"),
+        (["--gpus", "8", "--peak", "inf"], "--peak: expected a number above 0, got inf"),
+        (["--gpus", "8", "--layout", "tensor=["], "--layout tensor=[: expected a number, true or false behind ="),
+    ],
+)
+def test_numbers_that_are_none(
+    configs: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert said in refusal(capsys, configs / "llama3.1_8b", *arguments)
+
+
+def test_a_recipe_whose_model_is_not_there(
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPKTO_MODELS", "/nowhere")
+    said = refusal(capsys, repository / "recipes" / "llama3.1_8b_8xh100.yaml")
+    assert "llama3.1_8b_8xh100.yaml:11: initial_model: expected a Hugging Face folder, found none at /nowhere" in said
+
+
 def test_a_recipe_brings_its_own_work(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, repository / "recipes" / "mini_cpu.yaml", "--method", "rft")
     assert found["cluster"]["gpus"] == 2

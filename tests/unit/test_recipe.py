@@ -306,6 +306,7 @@ def test_an_override_can_begin_a_section(tmp_path: Path) -> None:
         ("seed=2024-02-30", "--set seed=2024-02-30"),
         ("sample.num_sampels=4", "unknown key sample.num_sampels; did you mean num_samples?"),
         ("sample.num_samples=0", "sample.num_samples: Input should be greater than or equal to 1, got 0"),
+        ("train.loss.beta_step=.inf", "train.loss.beta_step: Input should be a finite number, got inf"),
         ("train.parallel.ranks=3", "ranks (3) must be a multiple of tensor x pipeline x context (2 x 1 x 1)"),
     ],
 )

@@ -313,6 +313,10 @@ def test_where_a_judge_runs(site: Path, repository: Path, tmp_path: Path, judge:
          "base_url: http://localhost:8000/v1: the judge job must start what listens there, and JUDGE_SERVER is empty"),
         ("JUDGE_SERVER=(vllm serve m)", "judge.process.base_url='http://127.0.0.1:8000/v1,http://127.0.0.1:8001/v1'",
          "base_url: http://127.0.0.1:8001/v1: the judge job must start what listens there, and JUDGE_URL is http://127"),
+        ("JUDGE_SERVER=()", "initial_model=nowhere",
+         "error: --set initial_model=nowhere: initial_model: expected a Hugging Face folder, found none at /"),
+        ("JUDGE_SERVER=()", "problems.apart_from=[nowhere.jsonl]",
+         "error: --set problems.apart_from=[nowhere.jsonl]: problems.apart_from: /"),
         ("CONTAINER=enroot IMAGE_TRAIN=t IMAGE_SAMPLE=s MOUNTS=/scratch", "seed=0",
          "MOUNTS=/scratch: expected this folder (/"),
         ("CONTAINER=enroot IMAGE_TRAIN=t IMAGE_SAMPLE=s MOUNTS=$HERE:/elsewhere", "seed=0", "expected this folder (/"),
@@ -501,6 +505,9 @@ def test_recipes_for_real_models(
         recipe.initial_model.name, "qwen2.5_math_7b"
     )
     shutil.copytree(repository / "recipes" / "configs" / known, recipe.initial_model)
+    (tmp_path / "math").mkdir()
+    for file in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "math" / file).touch()
     main(["slurm", "submit", str(repository / "recipes" / f"{name}.yaml"), f"--site={site}", "--dry-run"])
     script = capsys.readouterr().out
     commands = script.splitlines()
