@@ -19,7 +19,8 @@ from megatron_stepkto.errors import StageFailed, UserError
 from megatron_stepkto.judging import command as judging
 from megatron_stepkto.planning import command as planning
 from megatron_stepkto.progress import console, say
-from megatron_stepkto.recipe import METHODS, Method, Recipe, load_recipe
+from megatron_stepkto.recipe import METHODS, Method, Recipe
+from megatron_stepkto.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from megatron_stepkto.pipeline import Run

@@ -13,7 +13,7 @@ from megatron_stepkto.files import read_json
 from megatron_stepkto.judging.process import judging_key
 from megatron_stepkto.progress import say
 from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.recipe import model_evaluation
+from megatron_stepkto.recipe_file import model_evaluation
 from megatron_stepkto.records import Problem, read_records, write_records
 from megatron_stepkto.stages import Result, Stage, run_stage
 

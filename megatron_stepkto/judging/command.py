@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_stepkto import recipe
+from megatron_stepkto import recipe, recipe_file
 from megatron_stepkto.arguments import positive
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.importing.formats import FORMATS
@@ -51,7 +51,7 @@ def _judging(name: str, overrides: list[str]) -> recipe.Judging:
     """The steps are those that people judged, so a rule's name needs no section."""
     path = Path(name)
     if path.is_file():
-        return recipe.load_judging(path, overrides)
+        return recipe_file.load_judging(path, overrides)
     rules = get_args(recipe.RuleJudge.model_fields["kind"].annotation)
     if name not in rules:
         raise UserError(f"judge-eval: {name} is no file and no rule; expected a YAML file or one of {', '.join(rules)}")

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from megatron_stepkto.arguments import positive, positive_number
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
-from megatron_stepkto.recipe import METHODS, Parallel, Recipe, Training, load_recipe
+from megatron_stepkto.recipe import METHODS, Parallel, Recipe, Training
+from megatron_stepkto.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from megatron_stepkto.planning.search import Plan

@@ -14,7 +14,8 @@ import torch
 
 from megatron_stepkto import doctor
 from megatron_stepkto.files import write_json
-from megatron_stepkto.recipe import Recipe, load_recipe
+from megatron_stepkto.recipe import Recipe
+from megatron_stepkto.recipe_file import load_recipe
 from megatron_stepkto.training.nodes import Nodes
 
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_stepkto import recipe
+from megatron_stepkto import recipe, recipe_file
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.importing.formats import FORMATS, importer_of
 from megatron_stepkto.importing.solution import ImportedSolution, problem_id_of, same_answer
@@ -409,7 +409,7 @@ def test_run_import_writes_both_files(data_dir: Path, tokenizer_dir: Path, tmp_p
 
 
 def test_recipe_of_real_text_reads_its_files(data_dir: Path, repository: Path) -> None:
-    loaded = recipe.load_recipe(repository / "recipes" / "gsm8k_offline_cpu.yaml")
+    loaded = recipe_file.load_recipe(repository / "recipes" / "gsm8k_offline_cpu.yaml")
     if not all(item.path.is_file() for item in loaded.problems.imports):
         pytest.skip("the recipe looks for the data beside the checkout; set STEPKTO_TEST_DATA to move it")
     counts = read_imports(loaded.problems.imports).counts

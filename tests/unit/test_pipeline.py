@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto import recipe
+from megatron_stepkto import recipe, recipe_file
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.pipeline import check_fits, compared_rows, dataset_key, training_key
 from megatron_stepkto.recipe import Loss, Optimizer, Parallel, Training
@@ -51,7 +51,7 @@ def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_pat
 
     def with_layout(ranks: int, tensor: int, pipeline: int) -> recipe.Recipe:
         layout = f"train.parallel={{ranks: {ranks}, tensor: {tensor}, pipeline: {pipeline}}}"
-        return recipe.load_recipe(repository / "recipes" / "mini_cpu.yaml", [layout])
+        return recipe_file.load_recipe(repository / "recipes" / "mini_cpu.yaml", [layout])
 
     check_fits(model, with_layout(4, 2, 2))
     with pytest.raises(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_stepkto.cli import _parser
-from megatron_stepkto.recipe import METHODS, Loss, load_recipe
+from megatron_stepkto.recipe import METHODS, Loss
+from megatron_stepkto.recipe_file import load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import yaml
 from megatron_stepkto.cli import main
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.files import write_json
-from megatron_stepkto.recipe import load_recipe
+from megatron_stepkto.recipe_file import load_recipe
 from megatron_stepkto.slurm.chain import chain, command
 from megatron_stepkto.slurm.checks import _seconds, check_site
 from megatron_stepkto.slurm.queue import comment

@@ -1,0 +1,214 @@
+"""Reading a recipe: one YAML file that is one complete run.
+
+An unknown key, a wrong type or a value out of range is an error that names file and line, and for a misspelt key the
+nearest one. ``--set section.key=value`` overrides a key. ``${NAME}`` and ``${NAME:-default}`` read the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_stepkto.errors import UserError
+from megatron_stepkto.recipe import Judging, ModelEvaluation, ProcessJudge, Recipe, nearest_place
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(value: Any, places: dict[tuple[str | int, ...], str], prefix: tuple[str | int, ...] = ()) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, places, (*prefix, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, places, (*prefix, index)) for index, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name, default)
+        if found is None:
+            where = nearest_place(prefix, places)
+            raise UserError(f"{where}: environment variable {name} is not set and has no default; set it")
+        return found
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _lines(node: yaml.Node, prefix: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
+    """Line (1-based) of every key path of a YAML document."""
+    found: dict[tuple[str | int, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, key.value)
+            if path in found:
+                raise UserError(
+                    f"line {key.start_mark.line + 1}: key {'.'.join(map(str, path))} stands twice; keep one"
+                )
+            found[path] = key.start_mark.line + 1
+            found.update(_lines(value, path))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            found[(*prefix, index)] = value.start_mark.line + 1
+            found.update(_lines(value, (*prefix, index)))
+    return found
+
+
+def _section_keys(location: tuple[str | int, ...]) -> list[str]:
+    """Keys that are allowed beside ``location``, which names the kind of a section that has several."""
+    model: Any = Recipe
+    several: list[Any] = []
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        if several:
+            model = next(m for m in several if part in get_args(m.model_fields["kind"].annotation))
+            several = []
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not models:
+            return []
+        model, several = models[0], models if len(models) > 1 else []
+    return sorted(model.model_fields)
+
+
+def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """pydantic names the kind of a section that has several: judge.process.llm.model."""
+    kinds = {
+        kind
+        for judge in get_args(get_args(ProcessJudge)[0])
+        for kind in get_args(judge.model_fields["kind"].annotation)
+    }
+    tagged = location[:2] == ("judge", "process") and len(location) > 2 and location[2] in kinds
+    return location[:2] + location[3:] if tagged else location
+
+
+def _explain(error: ValidationError, places: dict[tuple[str | int, ...], str]) -> str:
+    messages = []
+    for item in error.errors():
+        location = _without_tags(item["loc"])
+        place = nearest_place(location, places)
+        dotted = ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            allowed = _section_keys(item["loc"])
+            near = difflib.get_close_matches(str(location[-1]), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(allowed)}"
+            messages.append(f"{place}: unknown key {dotted}; {hint}")
+        elif item["type"] == "missing":
+            messages.append(f"{place}: key {dotted} is missing; add it")
+        else:
+            got = item["input"]
+            shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+            message = item["msg"].removeprefix("Value error, ")
+            messages.append(f"{place}: {dotted + ': ' if dotted else ''}{message}{shown}")
+    return "\n".join(messages)
+
+
+def _override(tree: dict[str, Any], assignment: str) -> None:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {assignment}: expected section.key=value")
+    *parents, last = key.split(".")
+    for part in parents:
+        if not isinstance(tree.setdefault(part, {}), dict):
+            raise UserError(f"--set {assignment}: {part} is a value, not a section")
+        tree = tree[part]
+    try:
+        tree[last] = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # a bare ValueError comes from a date that does not exist
+        raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
+
+
+def model_evaluation(name: str, num_problems: int, chat: bool, overrides: list[str]) -> ModelEvaluation:
+    """The settings of an evaluation without a recipe: defaults, and ``--set section.key=value``.
+
+    Raises:
+        UserError: an unknown key or a value that does not fit.
+    """
+    tree: dict[str, Any] = {
+        "name": name,
+        "prompt": {"template": "boxed", "chat": chat},
+        "sample": {"max_tokens": 2048, "gap_problems": 0},
+        "judge": {"split": "blank_line", "process": "none"},
+        "evaluate": {"num_problems": num_problems},
+    }
+    places: dict[tuple[str | int, ...], str] = {(): "--set"}
+    for assignment in overrides:
+        _override(tree, assignment)
+        places[tuple(assignment.partition("=")[0].split("."))] = f"--set {assignment}"
+    try:
+        return ModelEvaluation.model_validate(tree, context={"folder": Path()})
+    except ValidationError as error:
+        raise UserError(_explain(error, places)) from None
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and check a recipe.
+
+    Raises:
+        UserError: one line per fault, each with file:line and what to do.
+    """
+    tree, places = _read_tree(path, overrides)
+    try:
+        recipe = Recipe.model_validate(tree, context={"folder": path.parent})
+    except ValidationError as error:
+        raise UserError(_explain(error, places)) from None
+    recipe._places = places
+    return recipe
+
+
+class _JudgeAlone(BaseModel):
+    judge: Judging
+
+
+def load_judging(path: Path, overrides: list[str] | None = None) -> Judging:
+    """The section judge of a recipe, or of a file that holds nothing else.
+
+    Raises:
+        UserError: as ``load_recipe``, for that section.
+    """
+    tree, places = _read_tree(path, overrides)
+    try:
+        return _JudgeAlone.model_validate(tree, context={"folder": path.parent}).judge
+    except ValidationError as error:
+        raise UserError(_explain(error, places)) from None
+
+
+def _read_tree(path: Path, overrides: list[str] | None) -> tuple[dict[str, Any], dict[tuple[str | int, ...], str]]:
+    """The keys of a YAML file, overridden, and the place of each."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+        raise UserError(f"{path}: expected a recipe (a YAML file), found none; see recipes/") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{path}:{line}: not YAML: character {error.character!r}: {error.reason}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a bare ValueError comes from a date that does not exist
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict) or node is None:
+        raise UserError(f"{path}:1: expected a mapping of recipe keys, got {type(tree).__name__}")
+    try:
+        places = {(): f"{path}:1", **{key: f"{path}:{line}" for key, line in _lines(node).items()}}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}:1: a section holds itself through a YAML alias; write it out") from None
+    tree = _expand(tree, places)
+    for assignment in overrides or []:
+        _override(tree, assignment)
+        key = tuple(assignment.partition("=")[0].split("."))
+        places = {k: v for k, v in places.items() if k[: len(key)] != key}  # a whole section may be replaced
+        places[key] = f"--set {assignment}"
+    return tree, places
