@@ -66,7 +66,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatc
         write_checkpoint(folder, "0.distcp", "common.pt", "metadata.json")
 
     trainer: Any = object.__new__(Trainer)
-    trainer.engine = SimpleNamespace(finish_saving=lambda *, wait: None, save_state=save)
+    trainer.engine = SimpleNamespace(checkpoints=SimpleNamespace(finish_saving=lambda *, wait: None, save_state=save))
     trainer.job = SimpleNamespace(checkpoints=tmp_path / "checkpoints")
     trainer.settings = SimpleNamespace(keep_checkpoints=1, async_checkpoints=False)
     trainer.is_writer, trainer.batch_kl, trainer.right_history, trainer.notes = True, {}, [], {}
