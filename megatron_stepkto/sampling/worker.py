@@ -99,6 +99,8 @@ class Worker:
         self._seconds += time.monotonic() - begun
         self._drawn_tokens += sum(len(completion.token_ids) for completion in completions)
         samples = chunk_samples(self._job, chunk, requests, completions, tokenizer, self._vocab_size)
+        if self._job.is_merged:
+            return  # this host hung for minutes: another process drew the chunk, too, and merged and removed all
         if not self._job.owns_chunks():  # a chunk of these settings would be taken for one of the others
             raise UserError(
                 f"{self._job.chunk_dir}: another process removed what was drawn, to draw with other settings "

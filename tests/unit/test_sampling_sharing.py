@@ -96,6 +96,23 @@ def test_what_is_drawn_when_another_forced_other_settings_does_not_count(
     assert not list(job.chunk_dir.glob("samples-*"))
 
 
+def test_who_hung_until_others_had_drawn_and_merged_all_ends_well(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2 would end a chain of Slurm jobs."""
+    write = worker.write_records
+
+    def others() -> None:
+        for chunk in job.missing():
+            requests = worker.chunk_requests(job, chunk)
+            drawn = [Completion([7, 2], "stop", None) for _ in requests]
+            write(job.chunk_dir / chunk.file_name, worker.chunk_samples(job, chunk, requests, drawn, tokenizer, None))
+        merge(job)
+
+    tokenizer = worker.load_tokenizer(job.model)
+    work(job, monkeypatch, others)
+    assert [path.name for path in job.directory.iterdir()] == ["samples.jsonl"]
+    assert len((job.directory / "samples.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
 def test_merged_between_the_look_and_the_claim(job: Job, monkeypatch: pytest.MonkeyPatch, error: type[OSError]) -> None:
     work(job, monkeypatch)
