@@ -30,7 +30,7 @@ OPEN_FILES = 4096
 LOCKED_MEMORY = 64 << 20  # bytes; InfiniBand pins its buffers
 MAX_SKEW_S = 5.0  # between a node's clock and the file server's: make, logs and lock files are read by their times
 IDLE_BYTES = 1 << 30  # of a GPU's memory; a display or MPS takes less
-MEET_S = 30.0
+MEET_S = 45.0  # NFS may show a folder as it was for 30 s (acdirmin)
 ALL_REDUCE_S = 40.0
 ALL_REDUCE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
