@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -209,8 +210,10 @@ def _block_spec(
     if config.experts:
         # The local spec would save this norm as part of a linear_fc1 that is not there; take Transformer Engine's name.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    elif isinstance(spec.submodules.mlp, ModuleSpec):  # 0.19 gives a function that makes the MLP: its own one runs
-        spec.submodules.mlp.module = GatedMLP
+    elif isinstance(mlp := spec.submodules.mlp, functools.partial):  # 0.19: of the function that makes one
+        spec.submodules.mlp = functools.partial(GatedMLP.as_mlp_submodule, **mlp.keywords)
+    else:
+        mlp.module = GatedMLP
     layers = [spec] * num_layers
     if scored:
         layers[-1] = dataclasses.replace(spec, module=ScoredLayer)

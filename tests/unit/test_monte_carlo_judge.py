@@ -56,6 +56,8 @@ def solutions(model: Path, count: int) -> list[Solution]:
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def test_rollouts_of_the_shipped_model(backend: str, repository: Path, tmp_path: Path) -> None:
     """M0 of the demo solves about half: from right prefixes rollouts reach the answer more often than from wrong."""
+    if backend == "vllm":
+        pytest.importorskip("vllm", reason="the environment of Megatron-Core 0.19 has none")
     model = repository / "recipes" / "mini_cpu_m0"
     given = solutions(model, 12)
     place = Workplace(tmp_path, model, seed=3)
