@@ -8,6 +8,7 @@ import pytest
 
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from tests.builders import write_llama
+from tests.slurm.cluster import write_site
 from tests.unit.checkpoint_folders import LLAMA3, change_weights
 
 
@@ -25,3 +26,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     change_weights(made["bf16"], lambda weights: weights.update({n: t.bfloat16() for n, t in weights.items()}))
     hf_to_megatron(made["tied"], base / "megatron")
     return {**made, "megatron": base / "megatron"}
+
+
+@pytest.fixture
+def site(tmp_path: Path, repository: Path) -> Path:
+    """A site file of a cluster that is not there."""
+    return write_site(
+        tmp_path / "site.sh", repository, Path("/nowhere"), GPUS_PER_NODE="8", CPUS_PER_NODE="96", TRAIN_NODES="",
+        GPU_PARTITION="h100", CPU_PARTITION="'cpu only'", SAMPLE_ELEMENTS="3",
+    )  # fmt: skip

@@ -73,6 +73,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set where a process that lost its lock would end itself, at one of its heartbeats, which are quick here."""
+    stopped = threading.Event()
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(locks.os, "_exit", lambda code: stopped.set())
+    return stopped
+
+
 def test_no_two_processes_hold_it(tmp_path: Path) -> None:
     (tmp_path / "counter").write_text("0")
     running = [subprocess.Popen([sys.executable, "-c", COUNTER, str(tmp_path), "40"]) for _ in range(4)]
@@ -188,10 +197,7 @@ def test_an_earlier_attempt_of_our_own_job_is_over(
         assert locks.SHORT_SILENCE_S < clock.now <= locks.SHORT_SILENCE_S + 2 * locks.POLL_S
 
 
-def test_who_was_taken_for_dead_stops_and_must_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.1)
-    stopped = threading.Event()
-    monkeypatch.setattr(locks.os, "_exit", lambda code: stopped.set())
+def test_who_was_taken_for_dead_stops_and_must_not_count(tmp_path: Path, stopped: threading.Event) -> None:
     got = try_lock(tmp_path / "lock", Watch())
     assert isinstance(got, Lock)
     got.check()
@@ -241,11 +247,8 @@ def test_who_was_taken_for_dead_does_not_save_once_more(tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_number_of_a_folder_that_was_made_anew_is_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_a_folder_that_was_made_anew_is_anothers(tmp_path: Path, stopped: threading.Event) -> None:
     """The run was removed and begun anew while this process worked: both hold number 1, of different folders."""
-    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.05)
-    stopped = threading.Event()
-    monkeypatch.setattr(locks.os, "_exit", lambda code: stopped.set())
     got = try_lock(tmp_path / "lock", Watch())
     assert isinstance(got, Lock)
     shutil.rmtree(tmp_path / "lock")
