@@ -17,9 +17,9 @@ import statistics
 import time
 from pathlib import Path
 
-from megatron_stepkto.judging import exact, units
-from megatron_stepkto.judging.answers import extract_answer, normalise, stated_answer
-from megatron_stepkto.judging.equivalence import EquivalenceChecker
+from megatron_stepkto.answers import exact, units
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
+from megatron_stepkto.answers.text import extract_answer, normalise, stated_answer
 
 PASSES = 5
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.judging.answers import extract_answer
 from megatron_stepkto.records import Problem, read_rows
 
 HUB = "hub:"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_stepkto.judging.answers import normalise
-from megatron_stepkto.judging.equivalence import EquivalenceChecker
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
+from megatron_stepkto.answers.text import normalise
 from megatron_stepkto.records import JudgedSample
 
 Same = Callable[[str, str], bool]  # are two extracted answers equal?

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.evaluation.majority import answer_comparison
 from megatron_stepkto.evaluation.metrics import evaluation_row, problem_results
 from megatron_stepkto.files import read_json, write_json
-from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe import ModelEvaluation, Recipe
 from megatron_stepkto.records import JudgedSample, Problem, read_records, write_records

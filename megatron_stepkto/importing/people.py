@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import AliasChoices, Field, model_validator
 
+from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.importing.solution import (
     ImportedRow,
     Layout,
@@ -17,7 +18,6 @@ from megatron_stepkto.importing.solution import (
     until_first_error,
     without_blanks,
 )
-from megatron_stepkto.judging.answers import extract_answer
 from megatron_stepkto.records import Label
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.importing.solution import (
     ImportedRow,
     ImportedSolution,
@@ -20,7 +21,6 @@ from megatron_stepkto.importing.solution import (
     same_answer,
     solution,
 )
-from megatron_stepkto.judging.answers import extract_answer
 from megatron_stepkto.records import Label
 from megatron_stepkto.splitting import split_text
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from megatron_stepkto.judging.answers import normalise
+from megatron_stepkto.answers.text import normalise
 from megatron_stepkto.records import Label, Record
 
 

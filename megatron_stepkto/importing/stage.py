@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto import recipe
+from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.importing.formats import importer_of
 from megatron_stepkto.importing.solution import ImportedSolution, same_answer
-from megatron_stepkto.judging.answers import extract_answer
 from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
 from megatron_stepkto.records import Judge, JudgedSample, Label, Problem, Step, read_rows, write_records

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_stepkto.answers.equivalence import EquivalenceChecker, Verdict
+from megatron_stepkto.answers.text import stated_answer
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.judging.answers import stated_answer
-from megatron_stepkto.judging.equivalence import EquivalenceChecker, Verdict
 from megatron_stepkto.progress import say
 
 BATCH = 256  # lines decided together: output comes this late at most

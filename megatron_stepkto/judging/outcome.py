@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_stepkto.judging.answers import extract_answer
-from megatron_stepkto.judging.equivalence import EquivalenceChecker
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
+from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.records import Label
 
 

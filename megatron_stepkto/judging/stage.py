@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
+from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.judging.answers import extract_answer
-from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.judging.outcome import Outcome, judge_outcomes
 from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
 from megatron_stepkto.judging.process.cache import AnswerCache

@@ -19,14 +19,7 @@ from megatron_stepkto.locks import Lock, Watch, try_lock
 from megatron_stepkto.processes import child_main
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.records import Sample, Sampler, write_records
-from megatron_stepkto.sampling.engines import (
-    Completion,
-    Engine,
-    Request,
-    check_completion,
-    end_token_ids,
-    open_engine,
-)
+from megatron_stepkto.sampling.engines import Completion, Engine, Request, check_completion, end_token_ids, open_engine
 from megatron_stepkto.sampling.job import Chunk, Job, Pulse
 
 PULSE_EVERY_S = 0.3

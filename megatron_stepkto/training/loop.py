@@ -37,13 +37,7 @@ from megatron_stepkto.training.objectives import (
     reward_sums,
     unit_documents,
 )
-from megatron_stepkto.training.references import (
-    load_references,
-    per_step,
-    per_token,
-    save_references,
-    score_documents,
-)
+from megatron_stepkto.training.references import load_references, per_step, per_token, save_references, score_documents
 from megatron_stepkto.training.schedule import learning_rate
 from megatron_stepkto.training.tracking import Tracker
 from megatron_stepkto.training.watch import WINDOW, falling_below_zero

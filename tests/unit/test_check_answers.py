@@ -113,7 +113,7 @@ def test_memory_is_bounded() -> None:
     """A worker may not hold more than 1 GiB: to ask for more is an error inside it, not of the machine."""
     code = (
         "import sys\n"
-        "from megatron_stepkto.judging import math_verify_worker as worker\n"
+        "from megatron_stepkto.answers import math_verify_worker as worker\n"
         "take = lambda answer: bytearray(int(answer) if answer.isdigit() else 1)\n"
         "worker.compare = lambda gold, answer: ('right', 'ok' if take(answer) else '')\n"
         "worker.main()\n"

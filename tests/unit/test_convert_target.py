@@ -15,13 +15,7 @@ from safetensors.torch import load_file
 from megatron_stepkto.checkpoints import target as target_folder
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.errors import UserError
-from tests.unit.checkpoint_folders import (
-    DATA_FILE,
-    assert_same_bits,
-    change_weights,
-    copy,
-    forward_refusal,
-)
+from tests.unit.checkpoint_folders import DATA_FILE, assert_same_bits, change_weights, copy, forward_refusal
 
 
 def test_an_old_target_stays_until_the_new_one_is_whole(models: dict[str, Path], tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_stepkto import recipe
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.judging.process.cache import AnswerCache
 from megatron_stepkto.judging.reward_model import OutcomeRewardModel
 from megatron_stepkto.judging.stage import judge_file

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_stepkto import recipe
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.errors import UserError
-from megatron_stepkto.judging.equivalence import EquivalenceChecker
 from megatron_stepkto.judging.outcome import judge_outcomes
 from megatron_stepkto.judging.process.build import Workplace
 from megatron_stepkto.judging.process.cache import AnswerCache, content_key

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.judging.answers import extract_answer, normalise
+from megatron_stepkto.answers.text import extract_answer, normalise
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from megatron_stepkto.judging.answers import plain_text, split_unit
+from megatron_stepkto.answers.text import plain_text, split_unit
 
 # names of a unit -> its kind and its size in that kind's base unit; "pound" is money and mass: it is in no table
 _TABLE: dict[str, dict[str, str]] = {

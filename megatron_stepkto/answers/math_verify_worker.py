@@ -6,7 +6,7 @@ machine into wrong labels. Here a timer of the process's own CPU time (ITIMER_PR
 its signal ends the process, also inside C code: how hard a pair is does not depend on what else the machine
 does. The parent reads the signal as a time-out.
 
-Usage: python -m megatron_stepkto.judging.math_verify_worker PARENT_PID CPU_SECONDS
+Usage: python -m megatron_stepkto.answers.math_verify_worker PARENT_PID CPU_SECONDS
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_stepkto.judging.answers import unwrap
+from megatron_stepkto.answers.text import unwrap
 
 PR_SET_PDEATHSIG = 1
 MEMORY_BYTES = 1 << 30

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from megatron_stepkto.answers import exact
 from megatron_stepkto.errors import StageFailed
-from megatron_stepkto.judging import exact
 from megatron_stepkto.judging.process.cache import AnswerCache, content_key
 from megatron_stepkto.records import Label
 
@@ -58,7 +58,7 @@ class _Worker:
     def __init__(self, cpu_seconds: float) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_stepkto.judging.math_verify_worker", str(os.getpid()), str(cpu_seconds)],
+            [sys.executable, "-m", "megatron_stepkto.answers.math_verify_worker", str(os.getpid()), str(cpu_seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

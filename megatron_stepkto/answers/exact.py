@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from megatron_stepkto.judging.answers import normalise
-from megatron_stepkto.judging.choices import bare_choice, named_choice
-from megatron_stepkto.judging.units import unit_of
+from megatron_stepkto.answers.choices import bare_choice, named_choice
+from megatron_stepkto.answers.text import normalise
+from megatron_stepkto.answers.units import unit_of
 
 MAX_DIGITS = 1000  # longer numbers cost more than they tell
 MAX_ANSWER_CHARS = 10_000  # what is longer is compared as text

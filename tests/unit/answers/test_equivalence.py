@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.judging import exact
-from megatron_stepkto.judging.answers import extract_answer, stated_answer
-from megatron_stepkto.judging.equivalence import EquivalenceChecker
+from megatron_stepkto.answers import exact
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
+from megatron_stepkto.answers.text import extract_answer, stated_answer
 from tests.unit.test_processes import assert_ends
 
 
@@ -232,7 +232,7 @@ def test_a_time_out_is_undecided_and_the_next_pair_is_decided() -> None:
 
 PARENT = """
 import sys
-from megatron_stepkto.judging.equivalence import EquivalenceChecker
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
 checker = EquivalenceChecker(1, 60.0)
 checker.check_many([("x+1", "1+x")])
 print(checker._workers[0]._process.pid, flush=True)
