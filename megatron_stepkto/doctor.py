@@ -111,8 +111,8 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     iteration trains: the input in Megatron's format (and the reference, if it is another model), keep_checkpoints
     and one being written. Left by each iteration: the trained weights in both formats.
     """
+    from megatron_stepkto.architectures.sharding import model_parameters
     from megatron_stepkto.checkpoints.convert import read_model_config
-    from megatron_stepkto.planning.parameters import model_parameters
 
     model = recipe.given_model()
     if model is None:

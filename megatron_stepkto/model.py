@@ -37,12 +37,12 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_stepkto.acceleration import PLAIN, Acceleration
-from megatron_stepkto.checkpoints.architecture import ModelConfig
+from megatron_stepkto.architectures.layout import check_layout
+from megatron_stepkto.architectures.model_config import ModelConfig
+from megatron_stepkto.architectures.sharding import padded_vocab_size
 from megatron_stepkto.context_parallel import ContextParallelAttention
 from megatron_stepkto.layers import GatedMLP, PackedAttention, RMSNorm, ScoredLayer
 from megatron_stepkto.logprobs import linear_log_probs, linear_log_probs_and_entropy
-from megatron_stepkto.planning.layout import check_layout
-from megatron_stepkto.planning.parameters import padded_vocab_size
 from megatron_stepkto.recipe import Parallel
 
 

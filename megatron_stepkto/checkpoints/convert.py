@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_stepkto.checkpoints.architecture import ModelConfig, find_architecture
+from megatron_stepkto.architectures.families import find_architecture
+from megatron_stepkto.architectures.mapping import Entry
+from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.huggingface import DTYPES, HFCheckpoint, HFWriter, read_companions
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.manifest import Manifest, read_manifest
-from megatron_stepkto.checkpoints.mapping import Entry
 from megatron_stepkto.checkpoints.slices import Slice, extra_state_keys, slices
 from megatron_stepkto.checkpoints.stored_names import find_layout, find_weights
 from megatron_stepkto.checkpoints.stream import (

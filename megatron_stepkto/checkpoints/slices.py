@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_stepkto.checkpoints.architecture import ModelConfig
-from megatron_stepkto.checkpoints.mapping import LAYERS, Entry, Run
+from megatron_stepkto.architectures.mapping import LAYERS, Entry, Run
+from megatron_stepkto.architectures.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_stepkto.checkpoints.mapping import LAYERS, Entry
+from megatron_stepkto.architectures.mapping import LAYERS, Entry
 from megatron_stepkto.checkpoints.slices import Slice
 from megatron_stepkto.errors import UserError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_stepkto.checkpoints.architecture import ModelConfig
+from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.recipe import Parallel
 
 

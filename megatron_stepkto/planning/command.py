@@ -194,7 +194,7 @@ def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
 
 def _judge(case: Scenario, settings: Training, recipe: Recipe | None) -> Plan:
     """The plan of a given layout. Raises UserError when it is impossible."""
-    from megatron_stepkto.planning.layout import check_layout
+    from megatron_stepkto.architectures.layout import check_layout
     from megatron_stepkto.planning.search import make_plan, ways_out
 
     place = recipe.place if recipe else None

@@ -10,7 +10,13 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig
+from megatron_stepkto.architectures.model_config import Entry, ModelConfig
+from megatron_stepkto.architectures.sharding import (
+    data_parallel_size,
+    optimizer_shard,
+    padded_vocab_size,
+    stage_parameters,
+)
 from megatron_stepkto.errors import UserError
 from megatron_stepkto.logprobs import tokens_at_a_time
 from megatron_stepkto.planning.activations import (
@@ -22,12 +28,6 @@ from megatron_stepkto.planning.activations import (
     saved_per_layer,
     widest,
     working_bytes,
-)
-from megatron_stepkto.planning.parameters import (
-    data_parallel_size,
-    optimizer_shard,
-    padded_vocab_size,
-    stage_parameters,
 )
 from megatron_stepkto.recipe import Parallel, Training
 

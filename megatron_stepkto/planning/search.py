@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_stepkto.checkpoints.architecture import ModelConfig
+from megatron_stepkto.architectures.layout import expert_choices, layout_faults, tensor_choices
+from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.planning.cluster import Cluster
-from megatron_stepkto.planning.layout import expert_choices, layout_faults, tensor_choices
 from megatron_stepkto.planning.memory import StageMemory, advice, stage_memory
 from megatron_stepkto.planning.times import Scenario, Times, estimate_times
 from megatron_stepkto.recipe import Parallel, Training

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_stepkto import cpu
-from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig
-from megatron_stepkto.planning.parameters import optimizer_shard, stage_parameters
+from megatron_stepkto.architectures.model_config import Entry, ModelConfig
+from megatron_stepkto.architectures.sharding import optimizer_shard, stage_parameters
 from megatron_stepkto.recipe import Parallel
 
 

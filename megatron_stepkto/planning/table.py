@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from megatron_stepkto.planning.parameters import data_parallel_size, model_parameters
+from megatron_stepkto.architectures.sharding import data_parallel_size, model_parameters
 from megatron_stepkto.planning.search import Plan, recipe_keys
 from megatron_stepkto.planning.times import Scenario
 

@@ -11,10 +11,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_stepkto.checkpoints.architecture import Entry, ModelConfig
+from megatron_stepkto.architectures.flops import forward_flops
+from megatron_stepkto.architectures.model_config import Entry, ModelConfig
+from megatron_stepkto.architectures.sharding import data_parallel_size, model_parameters
 from megatron_stepkto.planning.cluster import Cluster
 from megatron_stepkto.planning.memory import state_bytes
-from megatron_stepkto.planning.parameters import data_parallel_size, model_parameters
 from megatron_stepkto.recipe import Training
 
 
@@ -94,20 +95,6 @@ class Times:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def forward_flops(config: ModelConfig, tokens: float, response_tokens: float, length: float) -> tuple[float, float]:
-    """(of one layer, of the head) of a forward pass over ``tokens`` in documents of ``length`` tokens.
-
-    Causal attention sees half the pairs: 2 x 2 x length / 2 x (heads x head size) per token.
-    """
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    projections = config.hidden_size * (2 * queries + 2 * keys)
-    mlp = 3 * config.hidden_size * config.ffn_size
-    if config.experts:  # those that a token goes to, and the router
-        mlp = config.hidden_size * (3 * config.experts.ffn_size * config.experts.per_token + config.experts.number)
-    layer = tokens * (2 * (projections + mlp) + 2 * length * queries)
-    return layer, response_tokens * 2 * config.hidden_size * config.vocab_size
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_stepkto.architectures.llama import read_config
+from megatron_stepkto.architectures.mapping import gate_up, qkv, same
 from megatron_stepkto.checkpoints import huggingface
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
-from megatron_stepkto.checkpoints.llama import read_config
-from megatron_stepkto.checkpoints.mapping import gate_up, qkv, same
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.errors import UserError

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_stepkto import cpu
-from megatron_stepkto.checkpoints.architecture import Experts, ModelConfig
-from megatron_stepkto.checkpoints.llama import read_config
+from megatron_stepkto.architectures.llama import read_config
+from megatron_stepkto.architectures.model_config import Experts, ModelConfig
 from megatron_stepkto.planning.activations import CPU, Layout, head_saved_bytes, layers_in_flight, saved_per_layer
 from megatron_stepkto.planning.shards import fake_rank
 from megatron_stepkto.recipe import Parallel

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megatron_stepkto.checkpoints.architecture import Architecture, ModelConfig
-from megatron_stepkto.checkpoints.decoder import check_window, decoder_entries, read_decoder
-from megatron_stepkto.checkpoints.mapping import Entry, Run
+from megatron_stepkto.architectures.decoder import check_window, decoder_entries, read_decoder
+from megatron_stepkto.architectures.mapping import Entry, Run
+from megatron_stepkto.architectures.model_config import Architecture, ModelConfig
 from megatron_stepkto.errors import UserError
 
 

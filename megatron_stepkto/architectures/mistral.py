@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_stepkto.checkpoints.architecture import Architecture, Experts, ModelConfig
-from megatron_stepkto.checkpoints.decoder import (
+from megatron_stepkto.architectures.decoder import (
     attention_entries,
     check_sizes,
     check_window,
@@ -15,7 +14,8 @@ from megatron_stepkto.checkpoints.decoder import (
     expert_entries,
     read_decoder,
 )
-from megatron_stepkto.checkpoints.mapping import Entry
+from megatron_stepkto.architectures.mapping import Entry
+from megatron_stepkto.architectures.model_config import Architecture, Experts, ModelConfig
 
 _WINDOW = {"sliding_window", "layer_types"}
 

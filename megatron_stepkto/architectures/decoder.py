@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_stepkto.checkpoints.architecture import ModelConfig
-from megatron_stepkto.checkpoints.mapping import LAYERS, Entry, gate_up, qkv, same
-from megatron_stepkto.checkpoints.rope import check_number, read_rope
+from megatron_stepkto.architectures.mapping import LAYERS, Entry, gate_up, qkv, same
+from megatron_stepkto.architectures.model_config import ModelConfig
+from megatron_stepkto.architectures.rope import check_number, read_rope
 from megatron_stepkto.errors import UserError
 
 SIZES = (

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_stepkto.checkpoints.mapping import Entry
-from megatron_stepkto.checkpoints.rope import Rope
+from megatron_stepkto.architectures.mapping import Entry
+from megatron_stepkto.architectures.rope import Rope
 from megatron_stepkto.errors import UserError
 
 
@@ -69,18 +69,3 @@ class Architecture:
     names: tuple[str, ...]
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     entries: Callable[[ModelConfig], list[Entry]]
-
-
-def find_architecture(hf_config: Mapping[str, Any], where: str) -> Architecture:
-    """Raises UserError when config.json names an architecture without a declaration."""
-    from megatron_stepkto.checkpoints import ARCHITECTURES
-
-    named = hf_config.get("architectures") or [None]
-    for architecture in ARCHITECTURES:
-        if named[0] in architecture.names:
-            return architecture
-    known = ", ".join(name for architecture in ARCHITECTURES for name in architecture.names)
-    raise UserError(
-        f"{where}: expected architectures to be one of {known}, got {named[0]}; "
-        "an architecture is one declaration in megatron_stepkto/checkpoints/ (see docs/architectures.md)"
-    )

@@ -10,7 +10,7 @@ from megatron_stepkto.errors import UserError
 from megatron_stepkto.recipe import Parallel
 
 if TYPE_CHECKING:
-    from megatron_stepkto.checkpoints.architecture import ModelConfig
+    from megatron_stepkto.architectures.model_config import ModelConfig
 
 SECTION = "train.parallel"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_stepkto.checkpoints.architecture import ModelConfig
-from megatron_stepkto.checkpoints.mapping import Entry
+from megatron_stepkto.architectures.mapping import Entry
+from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.recipe import Parallel
 
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_stepkto.checkpoints.architecture import Architecture, ModelConfig
-from megatron_stepkto.checkpoints.decoder import decoder_entries, read_decoder
+from megatron_stepkto.architectures.decoder import decoder_entries, read_decoder
+from megatron_stepkto.architectures.model_config import Architecture, ModelConfig
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_stepkto import checkpoints
-from megatron_stepkto.checkpoints.architecture import Experts, ModelConfig, find_architecture
+from megatron_stepkto.architectures import families as checkpoints
+from megatron_stepkto.architectures.families import find_architecture
+from megatron_stepkto.architectures.layout import layout_faults
+from megatron_stepkto.architectures.model_config import Experts, ModelConfig
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
-from megatron_stepkto.planning.layout import layout_faults
 from megatron_stepkto.recipe import Parallel
 from tests.model_folders import FAMILIES, LLAMA3_ROPE, YARN_ROPE, write_model
 from tests.unit.checkpoint_folders import assert_same_bits, refusal
@@ -258,7 +259,7 @@ def test_the_stacks_of_experts(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "architectures.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
