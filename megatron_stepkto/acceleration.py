@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_stepkto import recipe
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 # Compute capability of the first chips that can do it, and the Transformer Engine release that brought it
 # (TransformerEngine/transformer_engine/pytorch/fp8.py; megatron.core.fp8_utils.get_fp8_recipe).

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_stepkto import __version__
 from megatron_stepkto.arguments import not_negative, positive, positive_number
+from megatron_stepkto.base.errors import StageFailed, UserError
+from megatron_stepkto.base.progress import console, say
 from megatron_stepkto.comparing.command import add_comparison_command
 from megatron_stepkto.conversion_options import LAYOUT, add_conversion_options
-from megatron_stepkto.errors import StageFailed, UserError
 from megatron_stepkto.judging import command as judging
 from megatron_stepkto.planning import command as planning
-from megatron_stepkto.progress import console, say
 from megatron_stepkto.recipe import METHODS, Method, Recipe
 from megatron_stepkto.recipe_file import load_recipe
 

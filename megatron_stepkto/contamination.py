@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 NGRAM = 13  # words, as in the GPT-3 report (Brown et al. 2020, appendix C)
 _WORD = re.compile(r"\w+")

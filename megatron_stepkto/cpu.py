@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 # Tested versions of Megatron-Core, and the Python that each was tested on (0.17 and later need 3.12).
 SUPPORTED_MEGATRON = {"0.16": "3.11", "0.19": "3.12"}

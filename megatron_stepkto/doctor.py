@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto.errors import StageFailed, UserError
-from megatron_stepkto.files import read_json, write_json
-from megatron_stepkto.processes import Child, child_main, run_children
-from megatron_stepkto.progress import say
+from megatron_stepkto.base.errors import StageFailed, UserError
+from megatron_stepkto.base.files import read_json, write_json
+from megatron_stepkto.base.nodes import Nodes, this_node
+from megatron_stepkto.base.processes import Child, child_main, run_children
+from megatron_stepkto.base.progress import say
+from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.recipe import Recipe
-from megatron_stepkto.stages import package_versions
-from megatron_stepkto.training.nodes import Nodes, this_node
 
 OPEN_FILES = 4096
 LOCKED_MEMORY = 64 << 20  # bytes; InfiniBand pins its buffers

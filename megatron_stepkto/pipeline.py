@@ -17,12 +17,12 @@ import yaml
 
 from megatron_stepkto import recipe as recipes
 from megatron_stepkto import warm_up
+from megatron_stepkto.base.files import atomic_writer, read_json, stable_hash, write_json
+from megatron_stepkto.base.locks import exclusive_lock
+from megatron_stepkto.base.progress import say
+from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
 from megatron_stepkto.data.dataset import build_dataset
-from megatron_stepkto.files import atomic_writer, read_json, stable_hash, write_json
-from megatron_stepkto.locks import exclusive_lock
 from megatron_stepkto.problems import check_training_problems, write_problems
-from megatron_stepkto.progress import say
-from megatron_stepkto.stages import Result, Stage, input_hash, run_stage
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def dataset_key(settings: recipes.Dataset, method: recipes.Method) -> dict[str, 
 
 def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
     """weights_only: the part that needs no GPU, and leaves the rest to a later call."""
-    from megatron_stepkto.training.nodes import tell_others, this_node
+    from megatron_stepkto.base.nodes import tell_others, this_node
     from megatron_stepkto.training.stage import help_train, prepare_weights, train
 
     directory = run.iteration(t) / "train"

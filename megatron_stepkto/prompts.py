@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto import recipe
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.templates import TEMPLATES
 
 METHODS = ("step_kto", "kto", "dpo", "irpo", "rft")

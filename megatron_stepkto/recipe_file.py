@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe import Judging, ModelEvaluation, ProcessJudge, Recipe, nearest_place
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal, get_args
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 SplitRule = Literal["line", "blank_line", "step_number", "step_heading", "sentence", "tag"]
 SPLIT_RULES: tuple[str, ...] = get_args(SplitRule)

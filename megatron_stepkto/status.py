@@ -6,11 +6,11 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import find_files, read_json_if_there
+from megatron_stepkto.base.progress import read_progress
+from megatron_stepkto.base.stage import MANIFEST, STARTED
 from megatron_stepkto.evaluation.table import results_table
-from megatron_stepkto.files import find_files, read_json_if_there
-from megatron_stepkto.progress import read_progress
-from megatron_stepkto.stages import MANIFEST, STARTED
 
 
 def status_text(run: Path) -> str:

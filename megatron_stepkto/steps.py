@@ -6,8 +6,8 @@ import bisect
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.records import Step
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Step
 from megatron_stepkto.splitting import SplitRule, spans_of_cuts, split_text
 
 REPLACEMENT = "\ufffd"  # what decoding puts where bytes are no (whole) character

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_stepkto import recipe
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import stable_hash
+from megatron_stepkto.base.records import TrainExample, TrainStep, write_records
+from megatron_stepkto.base.stage import Result, Stage
 from megatron_stepkto.chained_arithmetic.student import corpus
 from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.data.dataset import build_dataset
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import stable_hash
 from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
-from megatron_stepkto.records import TrainExample, TrainStep, write_records
-from megatron_stepkto.stages import Result, Stage
 
 if TYPE_CHECKING:
     from megatron_stepkto.pipeline import Run

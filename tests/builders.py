@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_stepkto.records import KLPartner, TrainExample, TrainStep, write_records
+from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep, write_records
 
 VOCABULARY = 99
 

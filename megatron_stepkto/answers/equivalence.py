@@ -25,9 +25,9 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from megatron_stepkto.answers import exact
-from megatron_stepkto.errors import StageFailed
-from megatron_stepkto.judging.process.cache import AnswerCache, content_key
-from megatron_stepkto.records import Label
+from megatron_stepkto.base.cache import AnswerCache, content_key
+from megatron_stepkto.base.errors import StageFailed
+from megatron_stepkto.base.records import Label
 
 START_TIMEOUT_S = 180.0  # a cold start on a loaded machine
 NET, MIN_NET_S = 60, 60.0  # wall-clock seconds per CPU second, and at least, after which a worker counts as stuck

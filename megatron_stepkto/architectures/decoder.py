@@ -8,7 +8,7 @@ from typing import Any
 from megatron_stepkto.architectures.mapping import LAYERS, Entry, gate_up, qkv, same
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.architectures.rope import check_number, read_rope
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 SIZES = (
     "num_hidden_layers",

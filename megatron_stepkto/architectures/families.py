@@ -8,7 +8,7 @@ from megatron_stepkto.architectures.mistral import MISTRAL, MIXTRAL
 from megatron_stepkto.architectures.model_config import Architecture
 from megatron_stepkto.architectures.phi import PHI3
 from megatron_stepkto.architectures.qwen import QWEN2, QWEN3, QWEN3_MOE
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, MIXTRAL, PHI3, QWEN2, QWEN3, QWEN3_MOE)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_stepkto.architectures.mapping import Entry
 from megatron_stepkto.architectures.rope import Rope
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 
 @dataclass(frozen=True)

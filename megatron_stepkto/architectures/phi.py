@@ -9,7 +9,7 @@ from typing import Any
 from megatron_stepkto.architectures.decoder import check_window, decoder_entries, read_decoder
 from megatron_stepkto.architectures.mapping import Entry, Run
 from megatron_stepkto.architectures.model_config import Architecture, ModelConfig
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 
 def read_phi3(hf: Mapping[str, Any]) -> ModelConfig:

@@ -16,7 +16,7 @@ from megatron_stepkto.architectures.decoder import (
 )
 from megatron_stepkto.architectures.mapping import Entry
 from megatron_stepkto.architectures.model_config import Architecture, Experts, ModelConfig
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 _WINDOW = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 
 class Scaling(Protocol):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from megatron_stepkto.base.records import Label
 from megatron_stepkto.chained_arithmetic.problems import Chain, parse
-from megatron_stepkto.records import Label
 
 ANSWER = "Answer: "
 _STEP = re.compile(r"(\w+) has (\d{1,4}) ([-+*]) (\d{1,4}) = (\d{1,4})\.\n?", re.ASCII)

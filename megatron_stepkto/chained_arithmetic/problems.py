@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.records import Problem
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Problem
 
 NAMES = ("Tom", "Sue", "Ann", "Bob", "Kim", "Max", "Eva", "Leo", "Mia", "Dan")
 THINGS = ("apples", "books", "coins", "pens", "cards", "shells")

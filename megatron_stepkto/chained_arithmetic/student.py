@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 
+from megatron_stepkto.base.records import Problem
 from megatron_stepkto.chained_arithmetic.problems import (
     Chain,
     Link,
@@ -21,7 +22,6 @@ from megatron_stepkto.chained_arithmetic.problems import (
     generate,
     parse,
 )
-from megatron_stepkto.records import Problem
 
 MIN_FLAW_RATE, MAX_FLAW_RATE = 0.1, 0.8
 SILENT_REPAIR = {"+": 0.6, "-": 0.4, "*": 0.35}  # chance that the next line starts from the right value

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import console, say
 from megatron_stepkto.checkpoints.convert import (
     COMPANIONS,
     HF_TO_MEGATRON,
@@ -23,8 +25,6 @@ from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.stored_names import TRACKER
 from megatron_stepkto.checkpoints.verify import is_finished, verify
 from megatron_stepkto.conversion_options import EPILOG, LAYOUT, add_conversion_options
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.progress import console, say
 from megatron_stepkto.recipe import Parallel
 
 

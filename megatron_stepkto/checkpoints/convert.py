@@ -13,6 +13,10 @@ import torch
 from megatron_stepkto.architectures.families import find_architecture
 from megatron_stepkto.architectures.mapping import Entry
 from megatron_stepkto.architectures.model_config import ModelConfig
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json, write_json
+from megatron_stepkto.base.progress import warn
+from megatron_stepkto.base.whole_folder import whole_folder
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.huggingface import DTYPES, HFCheckpoint, HFWriter, read_companions
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
@@ -31,11 +35,7 @@ from megatron_stepkto.checkpoints.stream import (
     move,
     split_rows,
 )
-from megatron_stepkto.checkpoints.target import whole_folder
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader, CheckpointWriter, cut_slice
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json, write_json
-from megatron_stepkto.progress import warn
 
 # Inside a Megatron folder: the Hugging Face config and tokenizer files, so that the way back needs nothing else.
 COMPANIONS = "huggingface"

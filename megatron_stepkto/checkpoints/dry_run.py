@@ -10,10 +10,10 @@ import torch
 
 from megatron_stepkto.architectures.layout import expert_choices, layout_faults
 from megatron_stepkto.architectures.sharding import model_parameters, stage_layers, stage_parameters
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.checkpoints.slices import Slice, slices
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json
 from megatron_stepkto.recipe import Parallel
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.stream import Bytes, Files
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

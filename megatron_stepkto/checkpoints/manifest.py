@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json
 from megatron_stepkto.checkpoints.checksums import checksum
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json
 
 NAME = "conversion.json"
 _FORMAT = 1

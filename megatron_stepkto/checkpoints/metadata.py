@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED = {

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_stepkto.architectures.mapping import LAYERS, Entry
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.slices import Slice
-from megatron_stepkto.errors import UserError
 
 Index = tuple[int, ...]
 Shapes = Mapping[str, tuple[int, ...]]

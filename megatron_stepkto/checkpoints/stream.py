@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_stepkto.progress import ProgressBar
+from megatron_stepkto.base.progress import ProgressBar
 
 # Small enough to stay in a core's cache between reading, checking and writing.
 PIECE_BYTES = 2**19

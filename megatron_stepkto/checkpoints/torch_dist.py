@@ -31,11 +31,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.stream import Bytes, Files, split_rows
 from megatron_stepkto.checkpoints.tensor_file import StoredTensor, TensorFile, TensorFileError, locate_tensor
-from megatron_stepkto.errors import UserError
 
 FILE_BYTES = 4 * 2**30
 CHUNK_BYTES = 2**29

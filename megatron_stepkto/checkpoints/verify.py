@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import (
     COMPANIONS,
     HF_TO_MEGATRON,
@@ -20,7 +21,6 @@ from megatron_stepkto.checkpoints.convert import (
 )
 from megatron_stepkto.checkpoints.manifest import NAME, damaged_files, missing_or_resized, read_manifest
 from megatron_stepkto.checkpoints.stream import Buffers, Files, Moved, Piece, default_workers, move
-from megatron_stepkto.errors import UserError
 
 
 @dataclass

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.progress import ProgressBar
 
 HEAD_ROWS = 512  # tokens whose logits exist at one time: 512 x 128,256 words are 0.26 GB
 SERVER_TIMEOUT_S = 600
@@ -131,7 +131,7 @@ class MegatronScorer:
         self.max_tokens, self.words = self._config.max_positions, self._config.vocab_size
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
-        from megatron_stepkto.records import TrainStep
+        from megatron_stepkto.base.records import TrainStep
         from megatron_stepkto.training.documents import Document, make_micro_batch
         from megatron_stepkto.training.engine import choose_device
 

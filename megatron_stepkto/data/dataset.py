@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto import recipe
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import stable_hash
-from megatron_stepkto.records import JudgedSample, KLPartner, TrainExample, TrainStep, read_records, write_records
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import stable_hash
+from megatron_stepkto.base.records import JudgedSample, KLPartner, TrainExample, TrainStep, read_records, write_records
 
 USES_KL = ("step_kto", "kto")
 USES_PAIRS = ("dpo", "irpo")

@@ -13,11 +13,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.records import read_records
 from megatron_stepkto.evaluation.metrics import ProblemResult
 from megatron_stepkto.evaluation.statistics import Interval, bootstrap_interval, mcnemar_exact
-from megatron_stepkto.files import read_json
-from megatron_stepkto.records import read_records
 
 Pairs = Sequence[tuple[ProblemResult, ProblemResult]]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.answers.text import extract_answer
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.records import Problem, read_rows
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Problem, read_rows
 
 HUB = "hub:"
 # short names behind "hub:" -> repository, configuration, split

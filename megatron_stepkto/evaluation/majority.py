@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.answers.text import normalise
-from megatron_stepkto.records import JudgedSample
+from megatron_stepkto.base.records import JudgedSample
 
 Same = Callable[[str, str], bool]  # are two extracted answers equal?
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import JudgedSample, Label, Problem, Record
 from megatron_stepkto.evaluation.majority import Same, majority_is_right
 from megatron_stepkto.evaluation.statistics import Share, bootstrap_mean, clustered_share, pass_at_k, plain_share
-from megatron_stepkto.records import JudgedSample, Label, Problem, Record
 
 GROUPS = ("data", "subject", "level")  # keys of a problem by which an evaluation is also counted
 

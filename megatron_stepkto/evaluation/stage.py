@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json, write_json
+from megatron_stepkto.base.records import JudgedSample, Problem, read_records, write_records
 from megatron_stepkto.evaluation.majority import answer_comparison
 from megatron_stepkto.evaluation.metrics import evaluation_row, problem_results
-from megatron_stepkto.files import read_json, write_json
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe import ModelEvaluation, Recipe
-from megatron_stepkto.records import JudgedSample, Problem, read_records, write_records
 from megatron_stepkto.sampling.draw import Drawing, Pass, read_prompts
 from megatron_stepkto.sampling.job import Job
 

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.importing.people import parse_bigbench_mistake, parse_mrben, parse_processbench
 from megatron_stepkto.importing.prm800k import parse_prm800k
 from megatron_stepkto.importing.rollouts import parse_gsm8k_solutions, parse_math_shepherd, parse_omegaprm

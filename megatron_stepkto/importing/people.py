@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import AliasChoices, Field, model_validator
 
 from megatron_stepkto.answers.text import extract_answer
+from megatron_stepkto.base.records import Label
 from megatron_stepkto.importing.solution import (
     ImportedRow,
     Layout,
@@ -18,7 +19,6 @@ from megatron_stepkto.importing.solution import (
     until_first_error,
     without_blanks,
 )
-from megatron_stepkto.records import Label
 
 
 class _FirstErrorLayout(Layout):

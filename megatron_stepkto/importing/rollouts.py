@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from megatron_stepkto.answers.text import extract_answer
+from megatron_stepkto.base.records import Label
 from megatron_stepkto.importing.solution import (
     ImportedRow,
     ImportedSolution,
@@ -21,7 +22,6 @@ from megatron_stepkto.importing.solution import (
     same_answer,
     solution,
 )
-from megatron_stepkto.records import Label
 from megatron_stepkto.splitting import split_text
 
 STEP_MARKER = "ки"  # Math-Shepherd's end of a step

@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from megatron_stepkto.answers.text import normalise
-from megatron_stepkto.records import Label, Record
+from megatron_stepkto.base.records import Label, Record
 
 
 class ImportedSolution(Record):

@@ -11,12 +11,12 @@ from typing import Any
 
 from megatron_stepkto import recipe
 from megatron_stepkto.answers.text import extract_answer
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import ProgressBar
+from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, Step, read_rows, write_records
 from megatron_stepkto.importing.formats import importer_of
 from megatron_stepkto.importing.solution import ImportedSolution, same_answer
-from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
-from megatron_stepkto.records import Judge, JudgedSample, Label, Problem, Step, read_rows, write_records
 
 STATES: dict[Label, str] = {1: "right", 0: "wrong", None: "unjudged"}
 GOLD_SOURCES = frozenset({"bigbench_mistake", "gsm8k_solutions", "mrben", "omegaprm", "prm800k"})

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer, write_json
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import atomic_writer, write_json
 
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 SPECIALS = (PAD, BEGIN, END)

@@ -14,8 +14,8 @@ from typing import Any, TextIO
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker, Verdict
 from megatron_stepkto.answers.text import stated_answer
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.progress import say
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import say
 
 BATCH = 256  # lines decided together: output comes this late at most
 READ_BYTES = 1 << 20

@@ -9,9 +9,9 @@ from typing import get_args
 
 from megatron_stepkto import recipe, recipe_file
 from megatron_stepkto.arguments import positive
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import say
 from megatron_stepkto.importing.formats import FORMATS
-from megatron_stepkto.progress import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

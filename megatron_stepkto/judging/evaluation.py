@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto import recipe
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json, sha256_of, write_json
+from megatron_stepkto.base.locks import exclusive_lock
+from megatron_stepkto.base.records import Label, Problem, Step
+from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.evaluation.statistics import Share, clustered_share, plain_share
-from megatron_stepkto.files import read_json, sha256_of, write_json
 from megatron_stepkto.importing.solution import ImportedSolution
 from megatron_stepkto.importing.stage import GOLD_SOURCES, judged_samples, read_imports
 from megatron_stepkto.judging.process import Solution, Workplace, cut_after_first_error, judging_key, process_judge
-from megatron_stepkto.locks import exclusive_lock
 from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.records import Label, Problem, Step
-from megatron_stepkto.stages import package_versions
 
 RESAMPLES = 2000
 REPORT = "judge_eval.json"

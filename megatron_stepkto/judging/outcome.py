@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.answers.text import extract_answer
-from megatron_stepkto.records import Label
+from megatron_stepkto.base.records import Label
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_stepkto.errors import StageFailed, UserError
-from megatron_stepkto.files import sha256_of
-from megatron_stepkto.judging.process.cache import AnswerCache, content_key
-from megatron_stepkto.progress import ProgressBar
+from megatron_stepkto.base.cache import AnswerCache, content_key
+from megatron_stepkto.base.errors import StageFailed, UserError
+from megatron_stepkto.base.files import sha256_of
+from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.steps import step_spans
 

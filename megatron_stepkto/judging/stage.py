@@ -9,16 +9,25 @@ from typing import Any
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.answers.text import extract_answer
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.cache import AnswerCache
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import ProgressBar
+from megatron_stepkto.base.records import (
+    Judge,
+    JudgedSample,
+    Problem,
+    Sample,
+    Step,
+    read_records,
+    set_aside,
+    write_records,
+)
 from megatron_stepkto.judging.outcome import Outcome, judge_outcomes
 from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
-from megatron_stepkto.judging.process.cache import AnswerCache
 from megatron_stepkto.judging.reward_model import OutcomeRewardModel
 from megatron_stepkto.judging.row_tasks import run_task, tokenizer_hash
-from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging
-from megatron_stepkto.records import Judge, JudgedSample, Problem, Sample, Step, read_records, set_aside, write_records
 
 COUNTS = (
     "samples", "right", "wrong", "undecided", "unparsed", "truncated",

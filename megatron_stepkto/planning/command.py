@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_stepkto.arguments import positive, positive_number
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
 from megatron_stepkto.recipe import METHODS, Parallel, Recipe, Training
 from megatron_stepkto.recipe_file import load_recipe
@@ -214,7 +214,7 @@ def _judge(case: Scenario, settings: Training, recipe: Recipe | None) -> Plan:
 
 def _warn_about_recipe(case: Scenario, recipe: Recipe) -> None:
     """A recipe's own layout is judged too, when it is for as many GPUs and bf16."""
-    from megatron_stepkto.progress import warn
+    from megatron_stepkto.base.progress import warn
 
     if recipe.train.dtype != "bfloat16" or recipe.train.parallel.ranks != case.cluster.gpus:
         return

@@ -17,7 +17,7 @@ from megatron_stepkto.architectures.sharding import (
     padded_vocab_size,
     stage_parameters,
 )
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.logprobs import tokens_at_a_time
 from megatron_stepkto.planning.activations import (
     CPU,

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import find_files, read_json_if_there
-from megatron_stepkto.records import Problem, describe, read_records
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import find_files, read_json_if_there
+from megatron_stepkto.base.records import Problem, describe, read_records
 from megatron_stepkto.report.curves import Training, read_training
 from megatron_stepkto.report.judge import AgreementRow, agreement, calibration
 from megatron_stepkto.report.solutions import (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json
-from megatron_stepkto.records import describe
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.records import describe
 
 MAX_POINTS = 400  # per training: more than a chart has pixels for
 COUNTS = ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "tokens")

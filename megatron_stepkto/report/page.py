@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from megatron_stepkto.files import atomic_writer
+from megatron_stepkto.base.files import atomic_writer
 from megatron_stepkto.report.collect import EvaluationRow, Interval, Report, collect
 
 FOLDER = Path(__file__).parent

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto.records import JudgedSample, Label, LogRatios, Problem, read_records
+from megatron_stepkto.base.records import JudgedSample, Label, LogRatios, Problem, read_records
 
 MAX_POSITIONS = 10  # later steps are pooled: few solutions have them
 # Of embedded solutions, for held-out problems and for training problems: the page stays below 6 MB.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json
 from megatron_stepkto.sampling.job import Job
 
 Report = Callable[[int, int], None]  # called with the requests finished and the tokens generated since the last call

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.sampling.engines import Completion, Report, Request
 from megatron_stepkto.sampling.job import Job
 

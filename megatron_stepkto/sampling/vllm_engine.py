@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json
 from megatron_stepkto.sampling.engines import Completion, Report, Request
 from megatron_stepkto.sampling.job import Job
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json, stable_hash, write_json
-from megatron_stepkto.locks import Lock, Watch, try_lock
-from megatron_stepkto.processes import child_main
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json, stable_hash, write_json
+from megatron_stepkto.base.locks import Lock, Watch, try_lock
+from megatron_stepkto.base.processes import child_main
+from megatron_stepkto.base.records import Sample, Sampler, write_records
 from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.records import Sample, Sampler, write_records
 from megatron_stepkto.sampling.engines import Completion, Engine, Request, check_completion, end_token_ids, open_engine
 from megatron_stepkto.sampling.job import Chunk, Job, Pulse
 

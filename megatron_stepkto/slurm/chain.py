@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_stepkto.files import read_json
+from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.stage import MANIFEST
 from megatron_stepkto.pipeline import Run
 from megatron_stepkto.recipe import LLMJudge, MonteCarloJudge, PRMJudge, Recipe
 from megatron_stepkto.slurm.queue import comment
 from megatron_stepkto.slurm.site import Site
-from megatron_stepkto.stages import MANIFEST
 
 
 @dataclass(frozen=True)

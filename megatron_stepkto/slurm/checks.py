@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe import MonteCarloJudge, Recipe
 from megatron_stepkto.slurm.chain import has_server, server_urls, train_nodes
 from megatron_stepkto.slurm.site import Site

@@ -10,18 +10,18 @@ from typing import Any
 
 import yaml
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer, find_files, read_json_if_there, write_json
-from megatron_stepkto.locks import exclusive_lock
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import atomic_writer, find_files, read_json_if_there, write_json
+from megatron_stepkto.base.locks import exclusive_lock
+from megatron_stepkto.base.progress import read_progress, say
+from megatron_stepkto.base.stage import MANIFEST, STARTED
 from megatron_stepkto.pipeline import Run, check_fits
-from megatron_stepkto.progress import read_progress, say
 from megatron_stepkto.recipe import Recipe
 from megatron_stepkto.recipe_file import load_recipe
 from megatron_stepkto.slurm.chain import Step, chain, command, folder, is_finished, log_path
 from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.queue import Queued, ask, queued_jobs, settled_jobs
 from megatron_stepkto.slurm.site import Site, read_site
-from megatron_stepkto.stages import MANIFEST, STARTED
 
 
 def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:

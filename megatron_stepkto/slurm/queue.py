@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.progress import say
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import say
 
 TIMEOUT_S = 60
 ENDING_S = 120.0  # a job that was told to stop saves first

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 
 @dataclass(frozen=True)

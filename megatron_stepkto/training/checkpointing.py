@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_stepkto import cpu
 from megatron_stepkto.acceleration import Acceleration
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.metadata import read_metadata
-from megatron_stepkto.errors import UserError
 from megatron_stepkto.model import PolicyModel
 from megatron_stepkto.training.main_weights import load_main_weights, optimizer_parts, whole_main_weights
 

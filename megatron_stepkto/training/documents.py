@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from megatron_stepkto.data.batching import pack, share_out
+from megatron_stepkto.base.packing import pack, share_out
+from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.losses import UNJUDGED
 from megatron_stepkto.model import PackedDocuments
-from megatron_stepkto.records import KLPartner, TrainExample, TrainStep
 
 
 @dataclass(frozen=True)

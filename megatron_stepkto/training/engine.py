@@ -28,8 +28,8 @@ from megatron_stepkto import cpu, onednn, recipe
 from megatron_stepkto.acceleration import PLAIN, Acceleration
 from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import ModelConfig
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.context_parallel import join, own_part
-from megatron_stepkto.errors import UserError
 from megatron_stepkto.model import build_model_chunks, transformer_config
 from megatron_stepkto.training.checkpointing import Checkpoints
 from megatron_stepkto.training.documents import Document, MicroBatch, Slot

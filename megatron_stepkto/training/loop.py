@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import flush_tree, stable_hash, write_json
+from megatron_stepkto.base.packing import plan_updates
+from megatron_stepkto.base.processes import STOPPED
+from megatron_stepkto.base.progress import ProgressFile
+from megatron_stepkto.base.records import LogRatios, TrainExample, write_records
 from megatron_stepkto.checkpoints.convert import COMPANIONS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
-from megatron_stepkto.data.batching import plan_updates
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import flush_tree, stable_hash, write_json
 from megatron_stepkto.losses import ReferencePoints
-from megatron_stepkto.processes import STOPPED
-from megatron_stepkto.progress import ProgressFile
-from megatron_stepkto.records import LogRatios, TrainExample, write_records
 from megatron_stepkto.training.documents import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.training.engine import Engine
 from megatron_stepkto.training.job import Job, drop_checkpoint, finished_checkpoints, half_checkpoints

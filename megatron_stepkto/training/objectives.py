@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_stepkto import recipe
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.losses import (
     RIGHT,
     WRONG,
@@ -28,7 +29,6 @@ from megatron_stepkto.losses import (
     pool_reference,
     step_kto_loss,
 )
-from megatron_stepkto.records import TrainExample
 from megatron_stepkto.training.documents import Document, MicroBatch, kl_document, solution_document
 
 # Sums of one micro-batch, pooled over micro-batches and ranks before anything is divided.

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from megatron_stepkto.files import atomic_writer
+from megatron_stepkto.base.files import atomic_writer
 from megatron_stepkto.training.documents import Document, MicroBatch, pack_units
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto import recipe
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import atomic_writer
 
 AXES = ("update", "num_updates")
 

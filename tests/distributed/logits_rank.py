@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_stepkto import recipe
+from megatron_stepkto.base.processes import child_main, die_with_parent
+from megatron_stepkto.base.records import TrainStep
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
-from megatron_stepkto.processes import child_main, die_with_parent
-from megatron_stepkto.records import TrainStep
 from megatron_stepkto.training.documents import Document, MicroBatch, make_micro_batch
 from megatron_stepkto.training.engine import Engine, join_ranks, lay_out
 

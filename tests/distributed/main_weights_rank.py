@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_stepkto.base.processes import child_main
 from megatron_stepkto.layers import RMSNorm
-from megatron_stepkto.processes import child_main
 from megatron_stepkto.training.checkpointing import Checkpoints
 from megatron_stepkto.training.engine import Engine, join_ranks
 from megatron_stepkto.training.job import Job

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megatron_stepkto import onednn, recipe
+from megatron_stepkto.base.packing import plan_updates
+from megatron_stepkto.base.records import TrainExample, TrainStep
+from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.checkpoints.convert import megatron_to_hf
-from megatron_stepkto.data.batching import plan_updates
-from megatron_stepkto.records import TrainExample, TrainStep
-from megatron_stepkto.stages import Stage
 from megatron_stepkto.training.stage import train
 from tests.builders import random_examples, write_examples, write_llama
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
-from megatron_stepkto.processes import Child, run_children
 from tests.model_folders import FAMILIES, write_model
 from tests.unit.checkpoint_folders import assert_same_bits
 

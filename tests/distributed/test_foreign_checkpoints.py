@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
-from megatron_stepkto.processes import Child, run_children
 from tests.model_folders import write_model
 from tests.unit.checkpoint_folders import assert_same_bits, refusal
 

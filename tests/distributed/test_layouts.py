@@ -58,11 +58,11 @@ import pytest
 import torch
 
 from megatron_stepkto import recipe
+from megatron_stepkto.base.packing import plan_updates
+from megatron_stepkto.base.processes import Child, run_children
+from megatron_stepkto.base.records import KLPartner, TrainExample
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
-from megatron_stepkto.data.batching import plan_updates
-from megatron_stepkto.processes import Child, run_children
-from megatron_stepkto.records import KLPartner, TrainExample
 from megatron_stepkto.training.documents import Slot, kl_document, pack_units, solution_document
 from megatron_stepkto.training.job import Job
 from tests.builders import VOCABULARY, random_examples, write_examples, write_llama

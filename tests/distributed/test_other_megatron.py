@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
-from megatron_stepkto.errors import UserError
 from tests.builders import random_examples, write_examples, write_llama
 from tests.distributed.test_resume import run, run_until
 

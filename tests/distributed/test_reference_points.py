@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from megatron_stepkto import recipe
-from megatron_stepkto.files import stable_hash
-from megatron_stepkto.records import KLPartner, TrainExample, TrainStep
-from megatron_stepkto.stages import Stage
+from megatron_stepkto.base.files import stable_hash
+from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
+from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.training.documents import kl_document, solution_document
 from megatron_stepkto.training.references import save_references
 from megatron_stepkto.training.stage import train

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.locks import exclusive_lock
+from megatron_stepkto.base.locks import exclusive_lock
 from tests.builders import write_llama
 
 pytestmark = pytest.mark.end_to_end

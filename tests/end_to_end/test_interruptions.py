@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_stepkto.files import sha256_of
+from megatron_stepkto.base.files import sha256_of
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.vllm, pytest.mark.distributed]
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.judging.process.llm import LLMJudge
 from megatron_stepkto.recipe import LLMJudge as LLMSettings
 from megatron_stepkto.sampling.vllm_engine import vllm_environment

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto.files import write_json
-from megatron_stepkto.records import Judge, JudgedSample, Label, LogRatios, Problem, Step, write_records
+from megatron_stepkto.base.files import write_json
+from megatron_stepkto.base.records import Judge, JudgedSample, Label, LogRatios, Problem, Step, write_records
 from megatron_stepkto.report import write_report
 
 pytestmark = pytest.mark.browser

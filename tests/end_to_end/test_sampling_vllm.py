@@ -17,10 +17,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from megatron_stepkto.base.records import Sample, read_records
 from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Sampling
-from megatron_stepkto.records import Sample, read_records
 from megatron_stepkto.sampling.draw import DrawResult, Pass, PromptRow, draw
 
 pytestmark = [

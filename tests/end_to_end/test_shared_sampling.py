@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.files import read_json
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Sampling
 from megatron_stepkto.sampling.draw import Drawing, Pass, PromptRow
 from megatron_stepkto.sampling.job import Job
-from megatron_stepkto.stages import Result, Stage, run_stage
 from tests.builders import write_llama
 
 pytestmark = pytest.mark.end_to_end

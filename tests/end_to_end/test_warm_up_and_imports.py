@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto.records import JudgedSample, TrainExample, read_records
+from megatron_stepkto.base.records import JudgedSample, TrainExample, read_records
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed]
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto.processes import child_main, die_with_parent
+from megatron_stepkto.base.processes import child_main, die_with_parent
 from megatron_stepkto.sampling.vllm_engine import vllm_environment
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.checkpoints.convert import megatron_to_hf
-from megatron_stepkto.records import TrainExample
 from tests.builders import random_examples
 from tests.gpu.conftest import Run
 

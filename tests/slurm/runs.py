@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megatron_stepkto.files import read_json
+from megatron_stepkto.base.files import read_json
 from tests.slurm.cluster import Cluster
 
 LIMIT_S = 1200  # of processes on this machine, which may be busy

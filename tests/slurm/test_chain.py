@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto.files import sha256_of
+from megatron_stepkto.base.files import sha256_of
 from tests.slurm.cluster import Cluster, stepkto, write_site
 
 pytestmark = [pytest.mark.slurm, pytest.mark.vllm, pytest.mark.distributed]

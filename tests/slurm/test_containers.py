@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_stepkto.files import read_json
+from megatron_stepkto.base.files import read_json
 from tests.end_to_end.test_judges_vllm import COMPACT, SERVER_ENV, server_command, write_chat_model
 from tests.slurm.cluster import Cluster, free_ports, stepkto, write_site
 from tests.slurm.runs import arguments, copy_without, lines, number, state, updates_saved

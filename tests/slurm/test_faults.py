@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_stepkto.files import sha256_of
+from megatron_stepkto.base.files import sha256_of
 from tests.slurm.cluster import Cluster, stepkto, write_site
 from tests.slurm.runs import LIMIT_S, arguments, copy_without, lines, number, state, updates_saved
 

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
-from megatron_stepkto.errors import UserError
 
 LLAMA3 = {
     "rope_type": "llama3",

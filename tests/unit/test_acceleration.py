@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_stepkto.acceleration import Acceleration, Found, Machine, choose, describe, find_machine
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.model import _heads_without_apex
 from megatron_stepkto.recipe import FP8, Training
 

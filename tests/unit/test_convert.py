@@ -16,11 +16,11 @@ from torch import Tensor
 
 from megatron_stepkto.architectures.llama import read_config
 from megatron_stepkto.architectures.mapping import gate_up, qkv, same
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints import huggingface
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
-from megatron_stepkto.errors import UserError
 from tests.unit.checkpoint_folders import LLAMA3, Chunk, assert_same_bits, copy, write_chunks
 
 # --- there and back ------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.huggingface import INDEX
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.stream import all_finite
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
-from megatron_stepkto.errors import UserError
 from tests.unit.checkpoint_folders import (
     DATA_FILE,
     GATE,

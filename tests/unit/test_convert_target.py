@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_stepkto.checkpoints import target as target_folder
+from megatron_stepkto.base import whole_folder as target_folder
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
-from megatron_stepkto.errors import UserError
 from tests.unit.checkpoint_folders import DATA_FILE, assert_same_bits, change_weights, copy, forward_refusal
 
 

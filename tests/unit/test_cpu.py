@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_stepkto import cpu
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="for machines without a GPU: what install() does lasts as long as the process"

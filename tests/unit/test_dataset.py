@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import JudgedSample, TrainExample, read_records, write_records
 from megatron_stepkto.data.dataset import build_dataset, select
-from megatron_stepkto.errors import UserError
 from megatron_stepkto.recipe import METHODS, Dataset
-from megatron_stepkto.records import JudgedSample, TrainExample, read_records, write_records
 
 
 def sample(

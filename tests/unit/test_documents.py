@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_stepkto import cpu
-from megatron_stepkto.records import KLPartner, TrainExample, TrainStep
+from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 
 # Before Megatron-Core is imported, as in a run; not beside a GPU, whose tests may share this process.
 if not torch.cuda.is_available():

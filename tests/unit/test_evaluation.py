@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, Step
 from megatron_stepkto.evaluation.majority import answer_comparison, majority_is_right
 from megatron_stepkto.evaluation.metrics import evaluation_row
 from megatron_stepkto.evaluation.statistics import clustered_share, plain_share, wilson_interval
 from megatron_stepkto.evaluation.table import results_table
-from megatron_stepkto.records import Judge, JudgedSample, Label, Problem, Step
 
 JUDGE = Judge(outcome="answer", process="none")
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import write_json
+from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.evaluation.compare import compare_evaluations, comparison_table
 from megatron_stepkto.evaluation.metrics import ProblemResult, evaluation_row, problem_results
 from megatron_stepkto.evaluation.statistics import bootstrap_mean, mcnemar_exact, pass_at_k
-from megatron_stepkto.files import write_json
-from megatron_stepkto.records import Problem, write_records
 from tests.unit.test_evaluation import judged, never
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli import main
-from megatron_stepkto.errors import UserError
 from megatron_stepkto.judging.evaluation import Judged, f1, judge_eval, score
 from megatron_stepkto.recipe import Import, Judging
 from tests.scripted_server import Reply, ScriptedServer, chat

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from megatron_stepkto.base.cache import AnswerCache
+from megatron_stepkto.base.records import JudgedSample, Sample, read_records, write_records
 from megatron_stepkto.chained_arithmetic.problems import generate
 from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.judging.process.cache import AnswerCache
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging
-from megatron_stepkto.records import JudgedSample, Sample, read_records, write_records
 
 SAMPLES, CHUNKS = 2000, 32  # 64 samples each, the last one 16
 # the stage, which kills itself in the middle of line N of the cache called NAME
 STAGE = """
 import os, signal, sys
 from pathlib import Path
-from megatron_stepkto.judging.process.cache import AnswerCache
+from megatron_stepkto.base.cache import AnswerCache
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe import Judging
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.cache import AnswerCache
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Label, Problem, Step
 from megatron_stepkto.judging.process import client as clients
-from megatron_stepkto.judging.process.cache import AnswerCache
 from megatron_stepkto.judging.process.interface import Solution, Verdict, cut_after_first_error, majority
 from megatron_stepkto.judging.process.llm import LLMJudge, PromptTemplate, answer_schema, read_votes
 from megatron_stepkto.recipe import LLMJudge as Settings
-from megatron_stepkto.records import Label, Problem, Step
 from tests.scripted_server import Reply, ScriptedServer, chat
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_stepkto import cpu, recipe
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.records import TrainExample
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import TrainExample
 from tests.builders import random_examples
 
 cpu.install()  # objectives.py works on micro-batches, which import Megatron

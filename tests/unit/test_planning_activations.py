@@ -14,10 +14,10 @@ import torch
 from megatron_stepkto import cpu
 from megatron_stepkto.architectures.llama import read_config
 from megatron_stepkto.architectures.model_config import Experts, ModelConfig
+from megatron_stepkto.base.records import TrainStep
 from megatron_stepkto.planning.activations import CPU, Layout, head_saved_bytes, layers_in_flight, saved_per_layer
 from megatron_stepkto.planning.shards import fake_rank
 from megatron_stepkto.recipe import Parallel
-from megatron_stepkto.records import TrainStep
 from megatron_stepkto.training.documents import Document, MicroBatch, make_micro_batch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the CPU's kernels")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Problem, read_records
 from megatron_stepkto.problems import check_training_problems, take_turns, write_problems
 from megatron_stepkto.recipe import Problems
-from megatron_stepkto.records import Problem, read_records
 
 
 def problems(count: int) -> list[Problem]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe import Recipe
 from megatron_stepkto.recipe_file import load_recipe
 from tests.conftest import REPOSITORY

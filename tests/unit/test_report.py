@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import write_json
-from megatron_stepkto.records import Judge, JudgedSample, Label, LogRatios, Problem, Step, write_records
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import write_json
+from megatron_stepkto.base.records import Judge, JudgedSample, Label, LogRatios, Problem, Step, write_records
 from megatron_stepkto.report import write_report
 from megatron_stepkto.report.collect import collect
 from megatron_stepkto.report.curves import read_training, thin

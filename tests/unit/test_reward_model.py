@@ -11,13 +11,13 @@ import torch
 
 from megatron_stepkto import recipe
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.judging.process.cache import AnswerCache
+from megatron_stepkto.base.cache import AnswerCache
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.judging.reward_model import OutcomeRewardModel
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging
-from megatron_stepkto.records import Problem, write_records
 from tests.unit.test_judging_stage import LUCKY, PROBLEM, RIGHT, WRONG, Folder
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"

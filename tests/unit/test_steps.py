@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.splitting import SPLIT_RULES
 from megatron_stepkto.steps import step_spans, token_starts
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_stepkto import recipe
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.training.metrics import metrics_of
 from megatron_stepkto.training.tracking import Tracker, check_trackers
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto import files
+from megatron_stepkto.base import files
 from megatron_stepkto.training import job, loop
 from megatron_stepkto.training.job import drop_checkpoint, finished_checkpoints, half_checkpoints
 from megatron_stepkto.training.loop import Trainer

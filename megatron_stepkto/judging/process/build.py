@@ -53,7 +53,7 @@ _HOW = {"base_url", "api_key_env", "timeout_s", "retries", "concurrency", "worke
 
 def judging_key(settings: recipe.Judging) -> dict[str, Any]:
     """What of the section decides the labels; a prompt or a model counts by content, not by where it stands."""
-    from megatron_stepkto.files import sha256_of
+    from megatron_stepkto.base.files import sha256_of
 
     key = settings.model_dump(mode="json", exclude={"workers"})
     process = {name: value for name, value in key["process"].items() if name not in _HOW}

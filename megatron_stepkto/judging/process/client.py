@@ -22,8 +22,8 @@ from typing import Any, Self, TypeVar
 
 import aiohttp
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.progress import warn
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import warn
 
 T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0

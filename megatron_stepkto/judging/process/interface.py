@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.records import Label, Problem, Step
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Label, Problem, Step
 
 
 @dataclass(frozen=True)

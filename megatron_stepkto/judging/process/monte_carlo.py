@@ -11,14 +11,14 @@ from typing import Any
 
 from megatron_stepkto import recipe
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.cache import AnswerCache, content_key
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import ProgressBar
+from megatron_stepkto.base.records import Label, Sample, read_records
 from megatron_stepkto.judging.outcome import judge_outcomes
 from megatron_stepkto.judging.process.build import Workplace
-from megatron_stepkto.judging.process.cache import AnswerCache, content_key
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
-from megatron_stepkto.progress import ProgressBar
 from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.records import Label, Sample, read_records
 from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
 
 HOW_DRAWN = {"workers", "stall_timeout_s"}  # keys that do not decide what is drawn

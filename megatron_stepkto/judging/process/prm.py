@@ -17,15 +17,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from megatron_stepkto import recipe
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json, write_json
-from megatron_stepkto.judging.process.cache import AnswerCache, content_key
+from megatron_stepkto.base.cache import AnswerCache, content_key
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json, write_json
+from megatron_stepkto.base.processes import Child, run_children
+from megatron_stepkto.base.progress import ProgressBar, Report
+from megatron_stepkto.base.records import Label
 from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
-from megatron_stepkto.processes import Child, run_children
-from megatron_stepkto.progress import ProgressBar, Report
 from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.records import Label
 
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 QWEN_TAG, SHEPHERD_TAG = "<extra_0>", "ки"

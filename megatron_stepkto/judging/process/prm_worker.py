@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json, write_json
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json, write_json
+from megatron_stepkto.base.processes import child_main
 from megatron_stepkto.judging.process.prm import ROWS_PER_CHUNK, PRMJob, PRMRow
-from megatron_stepkto.processes import child_main
 
 HEAD = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
 

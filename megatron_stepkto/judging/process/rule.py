@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Label
 from megatron_stepkto.chained_arithmetic.judge import label_steps
-from megatron_stepkto.errors import UserError
 from megatron_stepkto.judging.equations import check_equations
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
-from megatron_stepkto.records import Label
 
 
 class RuleJudge:

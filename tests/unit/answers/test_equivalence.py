@@ -16,7 +16,7 @@ import pytest
 from megatron_stepkto.answers import exact
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.answers.text import extract_answer, stated_answer
-from tests.unit.test_processes import assert_ends
+from tests.unit.base.test_processes import assert_ends
 
 
 @pytest.fixture(scope="module")

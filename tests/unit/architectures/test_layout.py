@@ -9,8 +9,8 @@ import pytest
 
 from megatron_stepkto.architectures.layout import check_layout, layout_faults, tensor_choices
 from megatron_stepkto.architectures.model_config import ModelConfig
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import read_model_config
-from megatron_stepkto.errors import UserError
 from megatron_stepkto.recipe import Parallel
 from megatron_stepkto.recipe_file import load_recipe
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer
-from megatron_stepkto.records import (
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import atomic_writer
+from megatron_stepkto.base.records import (
     JudgedSample,
     KLPartner,
     Problem,

@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import flush
-from megatron_stepkto.locks import Lock, exclusive_lock
-from megatron_stepkto.progress import say
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import flush
+from megatron_stepkto.base.locks import Lock, exclusive_lock
+from megatron_stepkto.base.progress import say
 
 
 @contextlib.contextmanager

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import flush_tree, read_json, sha256_of, stable_hash, write_json
-from megatron_stepkto.locks import Lock, exclusive_lock
-from megatron_stepkto.progress import say
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import flush_tree, read_json, sha256_of, stable_hash, write_json
+from megatron_stepkto.base.locks import Lock, exclusive_lock
+from megatron_stepkto.base.progress import say
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto import processes
-from megatron_stepkto.errors import StageFailed, UserError
-from megatron_stepkto.processes import Child, run_children
+from megatron_stepkto.base import processes
+from megatron_stepkto.base.errors import StageFailed, UserError
+from megatron_stepkto.base.processes import Child, run_children
 
 WAIT_S = 120.0  # on a busy machine
 
@@ -98,8 +98,8 @@ def test_a_signal_is_named(tmp_path: Path) -> None:
 
 def test_user_error_of_a_child_reaches_the_parent(tmp_path: Path) -> None:
     script = (
-        "from megatron_stepkto.errors import UserError\n"
-        "from megatron_stepkto.processes import child_main\n"
+        "from megatron_stepkto.base.errors import UserError\n"
+        "from megatron_stepkto.base.processes import child_main\n"
         "def main(): raise UserError('row 7: expected a fish')\n"
         "child_main(main)"
     )
@@ -110,7 +110,7 @@ def test_user_error_of_a_child_reaches_the_parent(tmp_path: Path) -> None:
 
 def test_traceback_behind_a_noisy_launcher_is_shown(tmp_path: Path) -> None:
     """As under torchrun: the process that ends prints pages of its own after the rank's traceback."""
-    rank = "from megatron_stepkto.processes import child_main\ndef main(): return [][5]\nchild_main(main)"
+    rank = "from megatron_stepkto.base.processes import child_main\ndef main(): return [][5]\nchild_main(main)"
     launcher = (
         f"import subprocess, sys; code = subprocess.call([sys.executable, '-c', {rank!r}]); "
         "print('noise\\n' * 100); sys.exit(code)"
@@ -134,7 +134,7 @@ def test_grandchildren_go_with_a_failed_child(tmp_path: Path) -> None:
 def test_exception_in_the_parent_stops_a_child_that_ignores_sigterm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_stepkto.processes.GRACE_S", 0.5)
+    monkeypatch.setattr("megatron_stepkto.base.processes.GRACE_S", 0.5)
     pid_file = tmp_path / "pid"
     script = (
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -158,7 +158,7 @@ def test_killed_parent_leaves_no_orphan(tmp_path: Path, number: signal.Signals) 
     """
     child_pid, grandchild_pid = tmp_path / "child", tmp_path / "grandchild"
     grandchild = (
-        "import os, time; from megatron_stepkto.processes import die_with_parent; die_with_parent()\n"
+        "import os, time; from megatron_stepkto.base.processes import die_with_parent; die_with_parent()\n"
         f"open({str(grandchild_pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     )
     child = (
@@ -166,7 +166,7 @@ def test_killed_parent_leaves_no_orphan(tmp_path: Path, number: signal.Signals) 
         f"subprocess.run([sys.executable, '-c', {grandchild!r}], start_new_session=True)"
     )
     parent = (
-        "import sys; from pathlib import Path; from megatron_stepkto.processes import Child, run_children\n"
+        "import sys; from pathlib import Path; from megatron_stepkto.base.processes import Child, run_children\n"
         f"child = Child([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'a.log')!r}))\n"
         "run_children([child], title='test', unit='units')"
     )
@@ -182,7 +182,7 @@ def test_killed_parent_leaves_no_orphan(tmp_path: Path, number: signal.Signals) 
 def test_forks_of_a_killed_process_die_and_theirs(tmp_path: Path) -> None:
     """As Megatron forks writers of a checkpoint, in a rank or in a writer beside the training."""
     script = (
-        "import os, time; from megatron_stepkto.processes import tie_forks; tie_forks()\n"
+        "import os, time; from megatron_stepkto.base.processes import tie_forks; tie_forks()\n"
         "for name in ('child', 'grandchild'):\n"
         "    if os.fork(): time.sleep(600)\n"
         "    open(f'{name}.draft', 'w').write(str(os.getpid())); os.rename(f'{name}.draft', name)\n"
@@ -198,7 +198,7 @@ def test_forks_of_a_killed_process_die_and_theirs(tmp_path: Path) -> None:
 
 def test_a_fork_whose_parent_is_already_gone_ends(tmp_path: Path) -> None:
     script = (
-        "import os, time; from megatron_stepkto import processes\n"
+        "import os, time; from megatron_stepkto.base import processes\n"
         "tie = processes.die_with_parent\n"
         "def late(parent):\n"
         "    open('draft', 'w').write(str(os.getpid())); os.rename('draft', 'pid')\n"
@@ -218,7 +218,7 @@ def test_a_fork_whose_parent_is_already_gone_ends(tmp_path: Path) -> None:
 def test_a_launcher_that_nobody_has_reaped_yet_is_dead() -> None:
     launcher = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
-    script = "from megatron_stepkto.processes import die_with_parent; die_with_parent(); print('lives')"
+    script = "from megatron_stepkto.base.processes import die_with_parent; die_with_parent(); print('lives')"
     env = {**os.environ, processes.PARENT: f"{launcher.pid}@{os.uname().nodename}"}
     done = subprocess.run([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, timeout=WAIT_S, check=False)
     assert (done.returncode, done.stdout) == (1, b"")
@@ -228,7 +228,7 @@ def test_a_launcher_that_nobody_has_reaped_yet_is_dead() -> None:
 def test_progress_of_several_children_is_summed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "0.json", tmp_path / "1.json"]
     scripts = [
-        "from pathlib import Path; from megatron_stepkto.progress import ProgressFile\n"
+        "from pathlib import Path; from megatron_stepkto.base.progress import ProgressFile\n"
         f"ProgressFile(Path({str(path)!r})).report({done}, 10, {note!r}, last=True)"
         for path, done, note in zip(files, (10, 7), ("fast", ""), strict=True)
     ]
@@ -289,7 +289,7 @@ def test_children_that_save_are_asked_and_waited_for(tmp_path: Path, number: sig
     )
     names = [str(tmp_path / "quick"), str(tmp_path / "slow")]
     parent = (
-        "import sys; from pathlib import Path; from megatron_stepkto.processes import Child, run_children\n"
+        "import sys; from pathlib import Path; from megatron_stepkto.base.processes import Child, run_children\n"
         f"children = [Child([sys.executable, '-c', {child!r}, name], Path(name + '.log')) for name in {names!r}]\n"
         "run_children(children, title='test', unit='units', saves=True)"
     )
@@ -334,7 +334,7 @@ def test_a_real_failure_while_stopping_is_a_failure(tmp_path: Path) -> None:
         "open(sys.argv[1], 'w').write('x'); signal.pause()"
     )
     parent = (
-        "import sys; from pathlib import Path; from megatron_stepkto.processes import Child, run_children\n"
+        "import sys; from pathlib import Path; from megatron_stepkto.base.processes import Child, run_children\n"
         f"command = [sys.executable, '-c', {child!r}, {str(tmp_path / 'up')!r}]\n"
         f"child = Child(command, Path({str(tmp_path / 'a.log')!r}))\n"
         "run_children([child], title='test', unit='units', saves=True)"
@@ -358,7 +358,7 @@ def test_a_request_to_end_counts_where_the_children_were_done_before_they_heard_
         f"while not os.path.exists({str(tmp_path / 'told')!r}): time.sleep(0.05)"
     )
     parent = (
-        "import sys; from pathlib import Path; from megatron_stepkto.processes import Child, run_children\n"
+        "import sys; from pathlib import Path; from megatron_stepkto.base.processes import Child, run_children\n"
         "from megatron_stepkto.cli import guarded\n"
         f"child = Child([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'a.log')!r}))\n"
         "guarded(lambda: run_children([child], title='test', unit='units', saves=True))"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_stepkto import progress
-from megatron_stepkto.progress import ProgressBar
+from megatron_stepkto.base import progress
+from megatron_stepkto.base.progress import ProgressBar
 
 
 def test_the_estimate_leaves_out_earlier_work_and_the_start(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from megatron_stepkto.files import stable_hash
+from megatron_stepkto.base.files import stable_hash
 
 
 def plan_updates(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import atomic_writer
-from megatron_stepkto.locks import exclusive_lock
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import atomic_writer
+from megatron_stepkto.base.locks import exclusive_lock
 
 Label = Literal[0, 1] | None
 # strict: neither "5" nor true is a token

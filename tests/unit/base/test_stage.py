@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto import stages
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.stages import Result, Stage, input_hash, run_stage
+from megatron_stepkto.base import stage as stages
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
 
 
 class Work:
@@ -260,7 +260,7 @@ def test_a_forced_clearing_cut_short_never_passes_for_work_of_the_new_key(
 HOLDER = """
 import sys
 from pathlib import Path
-from megatron_stepkto.locks import exclusive_lock
+from megatron_stepkto.base.locks import exclusive_lock
 with exclusive_lock(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     sys.stdin.read()

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from megatron_stepkto.training.nodes import this_node
+from megatron_stepkto.base.nodes import this_node
 
 
 def test_the_port_is_kept_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:

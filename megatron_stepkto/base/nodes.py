@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import read_json, write_json
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json, write_json
 
 POLL_S = 0.3
 

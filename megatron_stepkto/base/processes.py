@@ -23,8 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from megatron_stepkto.errors import StageFailed, UserError
-from megatron_stepkto.progress import ProgressBar, Report, read_progress, say, warn
+from megatron_stepkto.base.errors import StageFailed, UserError
+from megatron_stepkto.base.progress import ProgressBar, Report, read_progress, say, warn
 
 POLL_EVERY_S = 0.3
 GRACE_S = 10.0  # between SIGTERM and SIGKILL

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto import files
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.files import find_files, flush, flush_tree, read_json, read_json_if_there, write_json
+from megatron_stepkto.base import files
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import find_files, flush, flush_tree, read_json, read_json_if_there, write_json
 from megatron_stepkto.report.collect import collect
 from megatron_stepkto.slurm.chain import Step
 from megatron_stepkto.slurm.commands import _progress

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto import locks
-from megatron_stepkto.errors import UserError
-from megatron_stepkto.locks import Lock, Watch, exclusive_lock, this_process, try_lock
-from tests.unit.test_processes import assert_ends, wait_for
+from megatron_stepkto.base import locks
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.locks import Lock, Watch, exclusive_lock, this_process, try_lock
+from tests.unit.base.test_processes import assert_ends, wait_for
 
 LIMIT_S = 300.0  # of real processes on a busy machine
 COUNTER = """
 import sys, os
 from pathlib import Path
-from megatron_stepkto.locks import exclusive_lock
+from megatron_stepkto.base.locks import exclusive_lock
 folder, times = Path(sys.argv[1]), int(sys.argv[2])
 for _ in range(times):
     with exclusive_lock(folder / "lock", "it", wait=True):
@@ -35,7 +35,7 @@ for _ in range(times):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from megatron_stepkto.locks import exclusive_lock
+from megatron_stepkto.base.locks import exclusive_lock
 with exclusive_lock(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     time.sleep(600)
@@ -213,8 +213,8 @@ def test_who_was_taken_for_dead_stops_and_must_not_count(tmp_path: Path, stopped
 TAKEN_OVER = """
 import sys
 from pathlib import Path
-from megatron_stepkto import locks
-from megatron_stepkto.processes import Child, run_children
+from megatron_stepkto.base import locks
+from megatron_stepkto.base.processes import Child, run_children
 locks.HEARTBEAT_S = 0.1
 child = Child([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1], "child.log"))
 with locks.exclusive_lock(Path(sys.argv[1], "lock"), "it"):

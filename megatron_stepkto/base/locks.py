@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 HEARTBEAT_S = 10.0
 SILENCE_S = 90.0  # nine heartbeats: a stalled file server must not pass for a dead owner

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_stepkto.data.batching import pack, plan_updates, share_out
+from megatron_stepkto.base.packing import pack, plan_updates, share_out
 
 
 @pytest.mark.parametrize(("units", "batch", "epochs"), [(10, 4, 3), (8, 4, 2), (3, 8, 2), (1, 1, 5), (257, 64, 1)])

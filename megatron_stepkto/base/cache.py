@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_stepkto.errors import UserError
+from megatron_stepkto.base.errors import UserError
 
 
 def content_key(*parts: Any) -> str:

@@ -1,0 +1,1 @@
+"""What every other package may use: files, locks, processes, records, stages."""
