@@ -1,4 +1,4 @@
-from megatron_stepkto.cli import main
+from megatron_stepkto.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -162,7 +162,7 @@ def test_a_request_to_stop_saves_and_ends(number: signal.Signals, tmp_path: Path
     call = f"run(Path({str(tmp_path / 'run')!r}), {parallel}, **{changes})"
     code = (
         "from pathlib import Path; from tests.distributed.test_resume import run; "
-        f"from megatron_stepkto.cli import guarded; guarded(lambda: {call})"
+        f"from megatron_stepkto.cli.guard import guarded; guarded(lambda: {call})"
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     with (tmp_path / "screen").open("wb") as screen:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.cli import _parser
+from megatron_stepkto.cli.main import _parser
 from megatron_stepkto.recipe import METHODS, Loss
 from megatron_stepkto.recipe_file import load_recipe
 

@@ -359,7 +359,7 @@ def test_a_request_to_end_counts_where_the_children_were_done_before_they_heard_
     )
     parent = (
         "import sys; from pathlib import Path; from megatron_stepkto.base.processes import Child, run_children\n"
-        "from megatron_stepkto.cli import guarded\n"
+        "from megatron_stepkto.cli.guard import guarded\n"
         f"child = Child([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'a.log')!r}))\n"
         "guarded(lambda: run_children([child], title='test', unit='units', saves=True))"
     )

@@ -24,13 +24,13 @@ from megatron_stepkto.checkpoints.huggingface import ADAPTER, CHAT_TEMPLATES, WE
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.stored_names import TRACKER
 from megatron_stepkto.checkpoints.verify import is_finished, verify
-from megatron_stepkto.conversion_options import EPILOG, LAYOUT, add_conversion_options
+from megatron_stepkto.cli.conversion_options import EPILOG, LAYOUT, add_conversion_options
 from megatron_stepkto.recipe import Parallel
 
 
 def tool(direction: str, description: str | None) -> None:
     """``tools/hf_to_megatron.py`` and ``tools/megatron_to_hf.py``."""
-    from megatron_stepkto.cli import guarded
+    from megatron_stepkto.cli.guard import guarded
 
     parser = argparse.ArgumentParser(
         description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -17,7 +17,7 @@ from megatron_stepkto.checkpoints.manifest import damaged_files, read_manifest
 from megatron_stepkto.checkpoints.stream import Files
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.checkpoints.verify import verify
-from megatron_stepkto.cli import main
+from megatron_stepkto.cli.main import main
 from tests.unit.checkpoint_folders import DATA_FILE, GATE, assert_same_bits, change_config, change_weights, copy
 
 

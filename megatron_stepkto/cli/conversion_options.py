@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_stepkto.arguments import positive
+from megatron_stepkto.cli.arguments import positive
 
 EPILOG = """\
 The conversion moves bytes: no weight changes, none is held in memory (about 0.2 GB for a model of any size).

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_stepkto import recipe, recipe_file
-from megatron_stepkto.arguments import positive
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import say
+from megatron_stepkto.cli.arguments import positive
 from megatron_stepkto.importing.formats import FORMATS
 
 

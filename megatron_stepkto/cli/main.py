@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_stepkto import __version__
-from megatron_stepkto.arguments import not_negative, positive, positive_number
-from megatron_stepkto.base.errors import StageFailed, UserError
-from megatron_stepkto.base.progress import console, say
-from megatron_stepkto.comparing.command import add_comparison_command
-from megatron_stepkto.conversion_options import LAYOUT, add_conversion_options
-from megatron_stepkto.judging import command as judging
-from megatron_stepkto.planning import command as planning
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.progress import say
+from megatron_stepkto.cli import judge_eval as judging
+from megatron_stepkto.cli import plan as planning
+from megatron_stepkto.cli.arguments import not_negative, positive, positive_number
+from megatron_stepkto.cli.compare import add_comparison_command
+from megatron_stepkto.cli.conversion_options import LAYOUT, add_conversion_options
+from megatron_stepkto.cli.guard import guarded
 from megatron_stepkto.recipe import METHODS, Method, Recipe
 from megatron_stepkto.recipe_file import load_recipe
 
@@ -33,39 +32,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     command: Command = arguments.command
     guarded(lambda: command(arguments))
-
-
-def guarded(work: Callable[[], None]) -> None:
-    """Do the work of a command; whatever ends it early becomes one message and an exit code."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _interrupt)
-    try:
-        work()
-    except UserError as error:
-        _fail(f"error: {error}", 2)
-    except StageFailed as error:
-        _fail(f"failed: {error}", 1)
-    except KeyboardInterrupt as stop:
-        _fail("interrupted: finished work is kept; run the same command again to go on", 143 if stop.args else 130)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: nobody reads any more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(0) from None
-        # a fault of the machine may pass, and a batch system tries again; a wrong path does not
-        code = 1 if error.errno in _MACHINE_FAULTS else 2
-        _fail(f"error: {error.filename or ''}: {error.strerror or error}", code)
-
-
-_MACHINE_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EREMOTEIO)
-
-
-def _interrupt(number: int, _: object) -> None:
-    raise KeyboardInterrupt(number)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    console.print(message, style="red", markup=False)
-    raise SystemExit(code) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -279,7 +245,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     if arguments.recipe.suffix in (".yaml", ".yml"):
         raise UserError(f"convert {arguments.recipe}: --iteration T is missing")
     _refuse(arguments, ("set", "method", "from_scratch", "quarantine", "allow_overlap"), "convert RECIPE --iteration T")
-    from megatron_stepkto.checkpoints.command import run_conversion
+    from megatron_stepkto.cli.convert import run_conversion
 
     arguments.source = arguments.recipe
     run_conversion(arguments)
@@ -380,7 +346,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _check_answers(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.judging.check_answers import check_answers
+    from megatron_stepkto.cli.check_answers import check_answers
 
     if not check_answers(arguments.file, arguments.workers, arguments.cpu_seconds, sys.stdout):
         raise SystemExit(2)

@@ -15,7 +15,7 @@ from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.layout import layout_faults
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import read_model_config
-from megatron_stepkto.cli import main
+from megatron_stepkto.cli.main import main
 from megatron_stepkto.planning.activations import CUDA, Layout, layer_bytes
 from megatron_stepkto.planning.cluster import PRESETS
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity, stage_memory

@@ -50,7 +50,7 @@ def add_comparison_command(commands: argparse._SubParsersAction[argparse.Argumen
 
 
 def tool() -> None:
-    from megatron_stepkto.cli import guarded
+    from megatron_stepkto.cli.guard import guarded
 
     parser = argparse.ArgumentParser(description=DESCRIPTION)
     add_comparison_options(parser)

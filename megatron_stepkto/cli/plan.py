@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_stepkto.arguments import positive, positive_number
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.cli.arguments import positive, positive_number
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
 from megatron_stepkto.recipe import METHODS, Parallel, Recipe, Training
 from megatron_stepkto.recipe_file import load_recipe

@@ -1,0 +1,49 @@
+"""From errors and signals to one message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_stepkto.base.errors import StageFailed, UserError
+from megatron_stepkto.base.progress import console
+
+if TYPE_CHECKING:
+    pass
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Do the work of a command; whatever ends it early becomes one message and an exit code."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _interrupt)
+    try:
+        work()
+    except UserError as error:
+        _fail(f"error: {error}", 2)
+    except StageFailed as error:
+        _fail(f"failed: {error}", 1)
+    except KeyboardInterrupt as stop:
+        _fail("interrupted: finished work is kept; run the same command again to go on", 143 if stop.args else 130)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: nobody reads any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        # a fault of the machine may pass, and a batch system tries again; a wrong path does not
+        code = 1 if error.errno in _MACHINE_FAULTS else 2
+        _fail(f"error: {error.filename or ''}: {error.strerror or error}", code)
+
+
+_MACHINE_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EREMOTEIO)
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console.print(message, style="red", markup=False)
+    raise SystemExit(code) from None
