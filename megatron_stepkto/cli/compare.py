@@ -32,7 +32,7 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
 def run_comparison(arguments: argparse.Namespace) -> None:
     """Exits with 1 when the two differ."""
     from megatron_stepkto.base.files import write_json
-    from megatron_stepkto.comparing.compare import compare
+    from megatron_stepkto.evaluation.logprobs import compare
 
     found = compare(arguments.first, arguments.second, arguments.text, arguments.tokenizer, arguments.dtype)
     sys.stdout.write(found.text())

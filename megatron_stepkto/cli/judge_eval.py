@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.judging.evaluation import REPORT, judge_eval, report_table
+    from megatron_stepkto.evaluation.judges import REPORT, judge_eval, report_table
 
     files = [_import(text) for text in arguments.files]
     report = judge_eval(

@@ -258,7 +258,7 @@ def _refuse(arguments: argparse.Namespace, options: Sequence[str], go_with: str)
 
 
 def _evaluate_folder(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.evaluation.command import evaluate_folder, rows_by_data
+    from megatron_stepkto.evaluation.folder import evaluate_folder, rows_by_data
     from megatron_stepkto.evaluation.table import results_table
 
     if arguments.iteration is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
-from megatron_stepkto.comparing.compare import DEFAULT_TEXT
+from megatron_stepkto.evaluation.logprobs import DEFAULT_TEXT
 from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
 from megatron_stepkto.sampling.vllm_engine import vllm_environment
 from tests.builders import write_llama

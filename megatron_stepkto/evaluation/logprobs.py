@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import warn
 from megatron_stepkto.checkpoints.convert import COMPANIONS
-from megatron_stepkto.comparing.scorers import Scores, open_scorer
+from megatron_stepkto.evaluation.scorers import Scores, open_scorer
 from megatron_stepkto.prompts import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,7 +16,7 @@ from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.evaluation.compare import compare_evaluations, comparison_table
 from megatron_stepkto.evaluation.metrics import ProblemResult, evaluation_row, problem_results
 from megatron_stepkto.evaluation.statistics import bootstrap_mean, mcnemar_exact, pass_at_k
-from tests.unit.test_evaluation import judged, never
+from tests.unit.evaluation.test_measuring import judged, never
 
 
 def test_pass_at_k_counts_subsets() -> None:
