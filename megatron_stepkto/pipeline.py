@@ -210,7 +210,7 @@ def judge_stage(run: Run, t: int) -> None:
 
 def _import_stage(run: Run) -> None:
     """Solutions judged elsewhere stand in for sampling and judging; all of them are tokenised once, here."""
-    from megatron_stepkto.importing.stage import import_all
+    from megatron_stepkto.judging.imported import import_all
 
     directory = run.sampled_at(1) / "judge"
     sources = run.recipe.problems.imports

@@ -28,8 +28,8 @@ def _settings(run: Run) -> recipe.WarmUp:
 
 def tokenizer_stage(run: Run) -> None:
     """M0/tokenizer: the miniature task's word tokenizer, or a byte-level BPE trained on the imported texts."""
-    from megatron_stepkto.importing.stage import read_imports
     from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
+    from megatron_stepkto.judging.imported import read_imports
 
     warm_up = _settings(run)
     directory = run.base / "M0" / "tokenizer"

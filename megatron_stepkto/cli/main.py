@@ -371,7 +371,7 @@ def _slurm_cancel(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.importing.stage import run_import
+    from megatron_stepkto.judging.imported import run_import
     from megatron_stepkto.recipe import Prompt
 
     counts = run_import(

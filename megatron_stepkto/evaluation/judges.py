@@ -26,7 +26,7 @@ from megatron_stepkto.base.records import Label, Problem, Step
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.evaluation.statistics import Share, clustered_share, plain_share
 from megatron_stepkto.importing.solution import ImportedSolution
-from megatron_stepkto.importing.stage import GOLD_SOURCES, judged_samples, read_imports
+from megatron_stepkto.judging.imported import GOLD_SOURCES, judged_samples, read_imports
 from megatron_stepkto.judging.process import Solution, Workplace, cut_after_first_error, judging_key, process_judge
 from megatron_stepkto.prompts import load_tokenizer
 

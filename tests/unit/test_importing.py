@@ -16,8 +16,8 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, Problem, read_records, read_rows
 from megatron_stepkto.importing.formats import FORMATS, importer_of
 from megatron_stepkto.importing.solution import ImportedSolution, problem_id_of, same_answer
-from megatron_stepkto.importing.stage import import_all, judged_samples, read_imports, run_import
 from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
+from megatron_stepkto.judging.imported import import_all, judged_samples, read_imports, run_import
 
 FILES = {
     "steps/processbench_gsm8k.jsonl": "processbench",

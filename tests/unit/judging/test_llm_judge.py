@@ -341,11 +341,11 @@ def test_killed_in_the_middle_no_paid_answer_is_asked_again(tmp_path: Path) -> N
 
     with ScriptedServer(slow) as server:
         script = (
-            "import sys; from pathlib import Path; from tests.unit.test_llm_judge import judge, solution\n"
+            "import sys; from pathlib import Path; from tests.unit.judging.test_llm_judge import judge, solution\n"
             f"judge({server.url!r}, Path({str(tmp_path)!r}), votes=2, concurrency=8)"
             ".judge([solution(n, ['good', 'bad']) for n in range(300)])"
         )
-        child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+        child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[3])
         deadline = time.monotonic() + 300
         while len(server.requests) <= 150:
             assert child.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"

@@ -18,7 +18,7 @@ from megatron_stepkto.judging.reward_model import OutcomeRewardModel
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging
-from tests.unit.test_judging_stage import LUCKY, PROBLEM, RIGHT, WRONG, Folder
+from tests.unit.judging.test_stage import LUCKY, PROBLEM, RIGHT, WRONG, Folder
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
