@@ -14,7 +14,7 @@ from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.base.cache import AnswerCache
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, write_records
-from megatron_stepkto.judging.reward_model import OutcomeRewardModel
+from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging

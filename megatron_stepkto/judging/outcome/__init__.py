@@ -1,0 +1,1 @@
+"""Judges of a solution's final answer: answer equivalence, or a reward model."""
