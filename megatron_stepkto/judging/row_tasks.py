@@ -44,7 +44,7 @@ def _splitter(options: dict[str, Any]) -> RowFunction:
 
 def _labeller(options: dict[str, Any]) -> RowFunction:
     """[problem, text, [start, end] of each step] to the label of each step."""
-    from megatron_stepkto.judging.process.rule import RULES
+    from megatron_stepkto.judging.process.rules import RULES
 
     rule = RULES[options["rule"]]
     return lambda row: rule(*row)

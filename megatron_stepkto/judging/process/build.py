@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_stepkto import recipe
-from megatron_stepkto.judging.process.interface import ProcessJudge
+from megatron_stepkto.judging.process.interface import ProcessJudge, Workplace
 from megatron_stepkto.judging.process.rule import RuleJudge
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Where a judge keeps its unfinished work, and what it may need from around it.
-
-    ``directory/cache`` holds answers keyed by what was asked: it outlives a change of the recipe.
-    ``model`` is the Hugging Face folder of the model that sampled.
-    """
-
-    directory: Path
-    model: Path | None = None
-    seed: int = 0
-    workers: int = 2  # processes that split, apply rules, decide answer equivalence
-    timeout_s: float = 5.0
 
 
 def process_judge(settings: recipe.ProcessJudge, place: Workplace) -> ProcessJudge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_stepkto.base.errors import UserError
@@ -84,3 +85,18 @@ def cut_after_first_error(verdicts: Sequence[Verdict]) -> list[Verdict]:
         kept.append(Verdict(None, verdict.votes, verdict.score) if wrong else verdict)
         wrong = wrong or verdict.label == 0
     return kept
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a judge keeps its unfinished work, and what it may need from around it.
+
+    ``directory/cache`` holds answers keyed by what was asked: it outlives a change of the recipe.
+    ``model`` is the Hugging Face folder of the model that sampled.
+    """
+
+    directory: Path
+    model: Path | None = None
+    seed: int = 0
+    workers: int = 2  # processes that split, apply rules, decide answer equivalence
+    timeout_s: float = 5.0

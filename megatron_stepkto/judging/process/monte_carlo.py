@@ -16,8 +16,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import Label, Sample, read_records
 from megatron_stepkto.judging.outcome.answer import judge_outcomes
-from megatron_stepkto.judging.process.build import Workplace
-from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
+from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
 

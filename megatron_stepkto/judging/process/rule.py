@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.records import Label
-from megatron_stepkto.chained_arithmetic.judge import label_steps
-from megatron_stepkto.judging.equations import check_equations
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
 
 
@@ -30,32 +27,3 @@ class RuleJudge:
 
     def counts(self) -> dict[str, Any]:
         return {}
-
-
-Spans = Sequence[Sequence[int]]  # first character of each step, and the one behind its last
-
-
-def _chained_arithmetic(problem: str, text: str, spans: Spans) -> list[Label]:
-    """The exact rule of the built-in miniature task."""
-    return label_steps(problem, text, [(start, end) for start, end in spans])
-
-
-def _equations(problem: str, text: str, spans: Spans) -> list[Label]:
-    """Right iff the step holds a checkable equation and all it holds are true; None where it holds none."""
-    labels: list[Label] = []
-    for start, end in spans:
-        verdicts = check_equations(text[start:end])
-        labels.append((1 if all(verdicts) else 0) if verdicts else None)
-    return labels
-
-
-def _none(problem: str, text: str, spans: Spans) -> list[Label]:
-    """Judges no step: what is left is plain KTO."""
-    return [None] * len(spans)
-
-
-RULES: dict[str, Callable[[str, str, Spans], list[Label]]] = {
-    "chained_arithmetic": _chained_arithmetic,
-    "equations": _equations,
-    "none": _none,
-}

@@ -1,0 +1,37 @@
+"""The rules that label the steps of one solution without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron_stepkto.base.records import Label
+from megatron_stepkto.chained_arithmetic.judge import label_steps
+from megatron_stepkto.judging.equations import check_equations
+
+Spans = Sequence[Sequence[int]]  # first character of each step, and the one behind its last
+
+
+def _chained_arithmetic(problem: str, text: str, spans: Spans) -> list[Label]:
+    """The exact rule of the built-in miniature task."""
+    return label_steps(problem, text, [(start, end) for start, end in spans])
+
+
+def _equations(problem: str, text: str, spans: Spans) -> list[Label]:
+    """Right iff the step holds a checkable equation and all it holds are true; None where it holds none."""
+    labels: list[Label] = []
+    for start, end in spans:
+        verdicts = check_equations(text[start:end])
+        labels.append((1 if all(verdicts) else 0) if verdicts else None)
+    return labels
+
+
+def _none(problem: str, text: str, spans: Spans) -> list[Label]:
+    """Judges no step: what is left is plain KTO."""
+    return [None] * len(spans)
+
+
+RULES: dict[str, Callable[[str, str, Spans], list[Label]]] = {
+    "chained_arithmetic": _chained_arithmetic,
+    "equations": _equations,
+    "none": _none,
+}
