@@ -29,14 +29,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_stepkto import recipe
-from megatron_stepkto.acceleration import choose, describe, find_machine
 from megatron_stepkto.architectures.families import ARCHITECTURES
 from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.losses import ReferencePoints
-from megatron_stepkto.training.documents import kl_document, pack_units, solution_document
-from megatron_stepkto.training.engine import Engine, choose_device, join_ranks, lay_out
+from megatron_stepkto.megatron.acceleration import choose, describe, find_machine
+from megatron_stepkto.megatron.batch import kl_document, pack_units, solution_document
+from megatron_stepkto.megatron.engine import Engine, choose_device, join_ranks, lay_out
 from megatron_stepkto.training.objectives import kl_sums, make_objective, unit_documents
 from megatron_stepkto.training.references import per_step
 

@@ -18,7 +18,7 @@ from megatron_stepkto import recipe
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep, write_records
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
-from megatron_stepkto.training.engine import choose_device, join_ranks
+from megatron_stepkto.megatron.engine import choose_device, join_ranks
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.loop import Trainer
 from megatron_stepkto.training.rank import make_trainer

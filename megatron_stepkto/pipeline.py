@@ -367,9 +367,9 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
 def check_fits(model: Path, recipe: recipes.Recipe) -> None:
     """Raises UserError, before hours of sampling, for a model that cannot be trained in this layout, or a Megatron-Core
     that this package is not tested with."""
-    from megatron_stepkto import cpu
     from megatron_stepkto.architectures.layout import check_layout
     from megatron_stepkto.checkpoints.convert import read_model_config
+    from megatron_stepkto.megatron import patches as cpu
 
     cpu.check_megatron_version()
     check_layout(read_model_config(model)[0], recipe.train.parallel, recipe.place)

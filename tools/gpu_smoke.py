@@ -122,7 +122,7 @@ KERNELS = """
 import torch
 if {device!r} == "cuda" and not torch.cuda.is_available():
     raise SystemExit(f"torch {{torch.__version__}} sees no GPU: its build is for CUDA {{torch.version.cuda}}")
-from megatron_stepkto.acceleration import choose, describe, find_machine
+from megatron_stepkto.megatron.acceleration import choose, describe, find_machine
 from megatron_stepkto.recipe import Training
 device = torch.device({device!r})
 machine = find_machine(device)

@@ -244,7 +244,7 @@ def _nothing_fits(case: Scenario, base: Training, longest: int) -> str:
 def _check(case: Scenario, plan: Plan) -> list[Any]:
     import torch
 
-    from megatron_stepkto.planning.shards import check_plan
+    from megatron_stepkto.megatron.dry_run import check_plan
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-Core names every accelerator that it does without,

@@ -132,8 +132,8 @@ class MegatronScorer:
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
         from megatron_stepkto.base.records import TrainStep
-        from megatron_stepkto.training.documents import Document, make_micro_batch
-        from megatron_stepkto.training.engine import choose_device
+        from megatron_stepkto.megatron.batch import Document, make_micro_batch
+        from megatron_stepkto.megatron.engine import choose_device
 
         device = choose_device("auto")
         found = []
@@ -153,10 +153,10 @@ class MegatronScorer:
         return found
 
     def _load(self, device: torch.device) -> Any:
-        from megatron_stepkto.acceleration import PLAIN
-        from megatron_stepkto.model import build_model_chunks, transformer_config
+        from megatron_stepkto.megatron.acceleration import PLAIN
+        from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
+        from megatron_stepkto.megatron.state import Checkpoints
         from megatron_stepkto.recipe import Parallel
-        from megatron_stepkto.training.checkpointing import Checkpoints
 
         megatron = transformer_config(
             self._config, Parallel.model_validate({}), self._dtype, on_cpu=device.type == "cpu"
@@ -173,9 +173,9 @@ def _one_rank(device: torch.device) -> Iterator[None]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_stepkto import cpu
+    from megatron_stepkto.megatron import patches as cpu
+    from megatron_stepkto.megatron.engine import lay_out
     from megatron_stepkto.recipe import Parallel
-    from megatron_stepkto.training.engine import lay_out
 
     if device.type == "cpu":
         cpu.install()

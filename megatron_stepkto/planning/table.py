@@ -13,7 +13,7 @@ from megatron_stepkto.planning.search import Plan, recipe_keys
 from megatron_stepkto.planning.times import Scenario
 
 if TYPE_CHECKING:
-    from megatron_stepkto.planning.shards import Check
+    from megatron_stepkto.megatron.dry_run import Check
 
 
 def report(model: Path, case: Scenario, plans: Sequence[Plan], checks: Sequence[Check] | None) -> str:

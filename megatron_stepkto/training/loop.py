@@ -25,8 +25,8 @@ from megatron_stepkto.base.records import LogRatios, TrainExample, write_records
 from megatron_stepkto.checkpoints.convert import COMPANIONS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
-from megatron_stepkto.training.documents import Document, MicroBatch, kl_document, pack_units, solution_document
-from megatron_stepkto.training.engine import Engine
+from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, pack_units, solution_document
+from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.training.job import Job, drop_checkpoint, finished_checkpoints, half_checkpoints
 from megatron_stepkto.training.metrics import KTO_LIKE, REWARD_SUMS, held_out_metrics_of, metrics_of
 from megatron_stepkto.training.objectives import (

@@ -29,7 +29,7 @@ from megatron_stepkto.losses import (
     pool_reference,
     step_kto_loss,
 )
-from megatron_stepkto.training.documents import Document, MicroBatch, kl_document, solution_document
+from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, solution_document
 
 # Sums of one micro-batch, pooled over micro-batches and ranks before anything is divided.
 SUMS = (

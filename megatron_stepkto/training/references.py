@@ -13,10 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_stepkto.base.files import atomic_writer
-from megatron_stepkto.training.documents import Document, MicroBatch, pack_units
+from megatron_stepkto.megatron.batch import Document, MicroBatch, pack_units
 
 if TYPE_CHECKING:
-    from megatron_stepkto.training.engine import Engine
+    from megatron_stepkto.megatron.engine import Engine
 
 # Documents scored between two progress reports. A pass that was cut short goes on at such a boundary, so that its
 # documents are packed as they would have been.

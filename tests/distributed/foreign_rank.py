@@ -18,8 +18,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron_stepkto import recipe
 from megatron_stepkto.base.processes import child_main, die_with_parent
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
-from megatron_stepkto.model import padded_vocab_size, transformer_config
-from megatron_stepkto.training.engine import Engine, join_ranks, lay_out
+from megatron_stepkto.megatron.engine import Engine, join_ranks, lay_out
+from megatron_stepkto.megatron.model import padded_vocab_size, transformer_config
 
 METADATA: dict[str, dict[str, Any]] = {
     "stacked": {},

@@ -11,14 +11,14 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_stepkto import cpu
 from megatron_stepkto.architectures.llama import read_config
 from megatron_stepkto.architectures.model_config import Experts, ModelConfig
 from megatron_stepkto.base.records import TrainStep
+from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.megatron.batch import Document, MicroBatch, make_micro_batch
+from megatron_stepkto.megatron.dry_run import fake_rank
 from megatron_stepkto.planning.activations import CPU, Layout, head_saved_bytes, layers_in_flight, saved_per_layer
-from megatron_stepkto.planning.shards import fake_rank
 from megatron_stepkto.recipe import Parallel
-from megatron_stepkto.training.documents import Document, MicroBatch, make_micro_batch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the CPU's kernels")
 
@@ -51,7 +51,7 @@ def kept_bytes(config: ModelConfig, parallel: Parallel, batch: MicroBatch, dtype
     """Bytes of all storages that autograd keeps from a forward pass and the head, each counted once."""
     from megatron.core import tensor_parallel
 
-    from megatron_stepkto.model import build_model_chunks, transformer_config
+    from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 
     cpu.install()
     kept: dict[int, int] = {}

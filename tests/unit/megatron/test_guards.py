@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto import cpu
+from megatron_stepkto.megatron import patches as cpu
 
 # Before Megatron-Core is imported, as in a run; not beside a GPU, whose tests may share this process.
 if not torch.cuda.is_available():
     cpu.install()
 
 from benchmarks.gpu_train import SHAPES
-from megatron_stepkto.acceleration import PLAIN, Acceleration
-from megatron_stepkto.layers import PackedAttention, RMSNorm
-from megatron_stepkto.model import _block_spec, transformer_config
+from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
+from megatron_stepkto.megatron.layers import PackedAttention, RMSNorm
+from megatron_stepkto.megatron.model import _block_spec, transformer_config
 from megatron_stepkto.recipe import Parallel
 from tools import gpu_smoke
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MODEL = SHAPES["tiny"].config(4)
 
 

@@ -20,12 +20,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_stepkto import cpu
-from megatron_stepkto.acceleration import Acceleration
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.metadata import read_metadata
-from megatron_stepkto.model import PolicyModel
-from megatron_stepkto.training.main_weights import load_main_weights, optimizer_parts, whole_main_weights
+from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.megatron.acceleration import Acceleration
+from megatron_stepkto.megatron.main_weights import load_main_weights, optimizer_parts, whole_main_weights
+from megatron_stepkto.megatron.model import PolicyModel
 
 EXTRA = "_extra_state"
 

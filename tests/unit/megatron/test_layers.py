@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_stepkto import cpu
+from megatron_stepkto.megatron import patches as cpu
 
 # Before Megatron-Core is imported, as in a run; not beside a GPU, whose tests may share this process.
 if not torch.cuda.is_available():
     cpu.install()
 
-from megatron_stepkto import layers
+from megatron_stepkto.megatron import layers
 
 BOUNDS = (0, 1, 8, 40, 43)
 

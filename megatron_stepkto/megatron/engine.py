@@ -24,16 +24,18 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_stepkto import cpu, onednn, recipe
-from megatron_stepkto.acceleration import PLAIN, Acceleration
+from megatron_stepkto import recipe
 from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.context_parallel import join, own_part
-from megatron_stepkto.model import build_model_chunks, transformer_config
-from megatron_stepkto.training.checkpointing import Checkpoints
-from megatron_stepkto.training.documents import Document, MicroBatch, Slot
-from megatron_stepkto.training.main_weights import optimizer_parts
+from megatron_stepkto.megatron import onednn
+from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
+from megatron_stepkto.megatron.batch import Document, MicroBatch, Slot
+from megatron_stepkto.megatron.context_parallel import join, own_part
+from megatron_stepkto.megatron.main_weights import optimizer_parts
+from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
+from megatron_stepkto.megatron.state import Checkpoints
 
 CALIBRATION_PASSES = 3
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto import cpu
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.megatron import patches as cpu
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="for machines without a GPU: what install() does lasts as long as the process"
@@ -184,7 +184,7 @@ def test_cuda_outside_megatron_still_fails_without_a_gpu() -> None:
 SNAPSHOT = """
 import importlib
 import torch
-from megatron_stepkto import cpu
+from megatron_stepkto.megatron import patches as cpu
 
 for name in cpu.PATCHED_MODULES:  # importing Megatron may change torch; that is not ours
     importlib.import_module("megatron.core." + name)

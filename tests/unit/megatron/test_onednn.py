@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_stepkto import onednn
+from megatron_stepkto.megatron import onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -117,7 +117,7 @@ def test_many_shapes_take_no_memory_and_give_the_same_bits_again() -> None:
     """300 shapes: with oneDNN's own cache size they would keep some 300 MB. In a process that has not used it."""
     program = """
 import resource, torch
-from megatron_stepkto import onednn
+from megatron_stepkto.megatron import onednn
 torch.set_num_threads(1)
 onednn.use_for_matrix_products()
 a, b = torch.randn(1000, 256), torch.randn(256, 1536)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_stepkto.base.packing import pack, share_out
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.losses import UNJUDGED
-from megatron_stepkto.model import PackedDocuments
+from megatron_stepkto.megatron.packed import PackedDocuments
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_stepkto import cpu
 from megatron_stepkto.architectures.model_config import Entry, ModelConfig
 from megatron_stepkto.architectures.sharding import optimizer_shard, stage_parameters
+from megatron_stepkto.megatron import patches as cpu
 from megatron_stepkto.recipe import Parallel
 
 
@@ -79,7 +79,7 @@ def build_shard(
     optimizer: bool = False,
 ) -> Shard:
     """Build what one rank would build, and count it."""
-    from megatron_stepkto.model import build_model_chunks, transformer_config
+    from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 
     rank = global_rank(parallel, tensor_rank, stage, data_rank)
     with fake_rank(parallel, rank), cpu.on_meta_device():
@@ -96,7 +96,7 @@ def _optimizer_elements(megatron: Any, chunks: list[Any], dtype: torch.dtype) ->
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    from megatron_stepkto.training.main_weights import optimizer_parts
+    from megatron_stepkto.megatron.main_weights import optimizer_parts
 
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     model = [

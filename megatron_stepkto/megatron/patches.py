@@ -229,7 +229,7 @@ def _patch_experts() -> None:
 
 def _patch_rope() -> None:
     """Megatron's own RoPE makes cosine and sine again in every layer, twice: fill the slot of its fused kernel."""
-    from megatron_stepkto.layers import rotate_packed
+    from megatron_stepkto.megatron.layers import rotate_packed
 
     rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
     _replace(rope, "fused_apply_rotary_pos_emb_thd", rotate_packed)

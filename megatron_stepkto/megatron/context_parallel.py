@@ -18,12 +18,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_stepkto.layers import PackedAttention
+from megatron_stepkto.megatron.layers import PackedAttention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megatron_stepkto.training.documents import MicroBatch
+    from megatron_stepkto.megatron.batch import MicroBatch
 
 
 def held_positions(bounds: Sequence[int], rank: int, ranks: int) -> Tensor:

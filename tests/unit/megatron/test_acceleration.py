@@ -13,9 +13,9 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_stepkto.acceleration import Acceleration, Found, Machine, choose, describe, find_machine
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.model import _heads_without_apex
+from megatron_stepkto.megatron.acceleration import Acceleration, Found, Machine, choose, describe, find_machine
+from megatron_stepkto.megatron.model import _heads_without_apex
 from megatron_stepkto.recipe import FP8, Training
 
 TE, APEX, ABSENT = Found("2.13.0"), Found("0.1"), Found(None, "not installed")

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_stepkto import cpu
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
+from megatron_stepkto.megatron import patches as cpu
 
 # Before Megatron-Core is imported, as in a run; not beside a GPU, whose tests may share this process.
 if not torch.cuda.is_available():
     cpu.install()
 
-from megatron_stepkto.training.documents import (
+from megatron_stepkto.megatron.batch import (
     Document,
     MicroBatch,
     Slot,

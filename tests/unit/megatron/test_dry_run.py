@@ -9,7 +9,7 @@ import torch
 
 from megatron_stepkto.architectures.sharding import model_parameters, optimizer_shard, stage_parameters
 from megatron_stepkto.checkpoints.convert import read_model_config
-from megatron_stepkto.planning.shards import build_shard, check_plan
+from megatron_stepkto.megatron.dry_run import build_shard, check_plan
 from megatron_stepkto.recipe import Parallel
 from tests.builders import write_llama
 

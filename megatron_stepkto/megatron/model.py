@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -36,23 +34,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_stepkto.acceleration import PLAIN, Acceleration
 from megatron_stepkto.architectures.layout import check_layout
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.architectures.sharding import padded_vocab_size
-from megatron_stepkto.context_parallel import ContextParallelAttention
-from megatron_stepkto.layers import GatedMLP, PackedAttention, RMSNorm, ScoredLayer
 from megatron_stepkto.logprobs import linear_log_probs, linear_log_probs_and_entropy
+from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
+from megatron_stepkto.megatron.context_parallel import ContextParallelAttention
+from megatron_stepkto.megatron.layers import GatedMLP, PackedAttention, RMSNorm, ScoredLayer
 from megatron_stepkto.recipe import Parallel
-
-
-@dataclass
-class PackedDocuments(PackedSeqParams):
-    """PackedSeqParams that also holds the document bounds as Python ints (no device read per layer), and ``rows``,
-    [R] int64: the positions whose hidden states are scored."""
-
-    bounds: tuple[int, ...] = ()
-    rows: Tensor | None = None
 
 
 class PolicyModel(GPTModel):

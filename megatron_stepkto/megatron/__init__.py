@@ -1,0 +1,1 @@
+"""Everything that touches Megatron-Core. No other package imports megatron.core."""
