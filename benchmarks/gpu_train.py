@@ -37,7 +37,8 @@ from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.megatron.acceleration import choose, describe, find_machine
 from megatron_stepkto.megatron.batch import kl_document, pack_units, solution_document
 from megatron_stepkto.megatron.engine import Engine, choose_device, join_ranks, lay_out
-from megatron_stepkto.training.objectives import kl_sums, make_objective, unit_documents
+from megatron_stepkto.methods.objective import kl_sums, unit_documents
+from megatron_stepkto.methods.registry import make_objective
 from megatron_stepkto.training.references import per_step
 
 

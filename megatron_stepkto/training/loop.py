@@ -27,16 +27,10 @@ from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.megatron.engine import Engine
+from megatron_stepkto.methods.metrics import KTO_LIKE, REWARD_SUMS, held_out_metrics_of, metrics_of
+from megatron_stepkto.methods.objective import SUMS, kl_sums, reference_points, reward_sums, unit_documents
+from megatron_stepkto.methods.registry import make_objective
 from megatron_stepkto.training.job import Job, drop_checkpoint, finished_checkpoints, half_checkpoints
-from megatron_stepkto.training.metrics import KTO_LIKE, REWARD_SUMS, held_out_metrics_of, metrics_of
-from megatron_stepkto.training.objectives import (
-    SUMS,
-    kl_sums,
-    make_objective,
-    reference_points,
-    reward_sums,
-    unit_documents,
-)
 from megatron_stepkto.training.references import load_references, per_step, per_token, save_references, score_documents
 from megatron_stepkto.training.schedule import learning_rate
 from megatron_stepkto.training.tracking import Tracker

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.training.metrics import metrics_of
+from megatron_stepkto.methods.metrics import metrics_of
 from megatron_stepkto.training.tracking import Tracker, check_trackers
 
 SUMS = {

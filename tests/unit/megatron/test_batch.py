@@ -25,7 +25,7 @@ from megatron_stepkto.megatron.batch import (
     pack_units,
     solution_document,
 )
-from megatron_stepkto.training.objectives import solutions_of
+from megatron_stepkto.methods.objective import solutions_of
 
 DEVICE = torch.device("cpu")
 

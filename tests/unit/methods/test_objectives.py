@@ -10,7 +10,9 @@ from tests.builders import random_examples
 
 cpu.install()  # objectives.py works on micro-batches, which import Megatron
 
-from megatron_stepkto.training.objectives import Preference, StepKTO, make_objective  # noqa: E402
+from megatron_stepkto.methods.preference import Preference
+from megatron_stepkto.methods.registry import make_objective  # noqa: E402
+from megatron_stepkto.methods.step_kto import StepKTO
 
 
 def with_outcomes(*outcomes: int | None) -> list[TrainExample]:

@@ -1,0 +1,87 @@
+"""The dataset stage: which judged samples train, in which role, and with which KL partner."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto import recipe
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import stable_hash
+from megatron_stepkto.base.records import JudgedSample, read_records, write_records
+from megatron_stepkto.methods.select import USES_KL, _example, _is_judged, _needs, _usable_right, select
+
+
+def build_dataset(
+    judged: Path,
+    train_out: Path,
+    held_out: Path | None,
+    settings: recipe.Dataset,
+    method: recipe.Method,
+    held_out_share: float,
+    seed: int,
+    *,
+    quarantine: Path | None = None,
+) -> dict[str, Any]:
+    """Write training (and held-out) examples; returns counts.
+
+    A problem is held out or not by a hash of its id, so that the split is the same for every method and run.
+
+    Raises:
+        UserError: a bad row, or nothing that the method can train on (with what was there instead).
+    """
+    by_problem: dict[str, list[JudgedSample]] = {}
+    seen: set[str] = set()
+    too_long = 0
+    for sample in read_records(judged, JudgedSample, quarantine=quarantine):
+        if sample.sample_id in seen:
+            raise UserError(f"{judged}: sample_id {sample.sample_id} stands twice; a sample trains once, remove one")
+        seen.add(sample.sample_id)
+        if settings.max_tokens and len(sample.prompt_token_ids) + len(sample.token_ids) > settings.max_tokens:
+            too_long += 1
+            continue
+        by_problem.setdefault(sample.problem_id, []).append(sample)
+    held = {problem for problem in by_problem if stable_hash("held out", problem) / 2**64 < held_out_share}
+    training = {problem: samples for problem, samples in by_problem.items() if problem not in held}
+    examples = select(training, settings, method, seed)
+    if not examples:
+        outcomes = Counter(sample.outcome for samples in training.values() for sample in samples)
+        raise UserError(
+            f"{judged}: no example that {method} can train on: it needs {_needs(method)}; got {len(training)} problems "
+            f"with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided samples"
+        )
+    counts = {
+        "samples": len(seen),
+        "too_long": too_long,
+        "problems": len(training),
+        "examples": len(examples),
+        "right": sum(e.outcome == 1 for e in examples),
+        "wrong": sum(e.outcome == 0 for e in examples),
+        "steps_right": sum(s.label == 1 for e in examples for s in e.steps),
+        "steps_wrong": sum(s.label == 0 for e in examples for s in e.steps),
+        "kl_pairs": sum(e.kl_partner is not None for e in examples),
+        "tokens": sum(len(e.prompt_token_ids) + len(e.token_ids) for e in examples),
+    }
+    if method not in USES_KL:
+        counts |= _sides(training, settings)
+    write_records(train_out, examples)
+    if held_out is not None and held:
+        kept = [_example(s) for p in by_problem if p in held for s in by_problem[p] if _is_judged(s)]
+        counts["held_out_problems"] = len(held)
+        counts["held_out_examples"] = write_records(held_out, kept) if kept else 0
+    return counts
+
+
+def _sides(by_problem: dict[str, list[JudgedSample]], settings: recipe.Dataset) -> dict[str, int]:
+    """Of which problems there is a right sample to use, a wrong one, both (only these give pairs) or neither."""
+    found: Counter[str] = Counter(
+        problems_with_both=0, problems_right_only=0, problems_wrong_only=0, problems_neither=0
+    )
+    unused = 0
+    for samples in by_problem.values():
+        right, wrong = bool(_usable_right(samples, settings)), any(s.outcome == 0 for s in samples)
+        kind = {(True, True): "with_both", (True, False): "right_only", (False, True): "wrong_only"}
+        found[f"problems_{kind.get((right, wrong), 'neither')}"] += 1
+        unused += sum(s.outcome == 1 for s in samples) - len(_usable_right(samples, settings))
+    return {**found, "right_with_wrong_step_left_out": unused}
