@@ -19,12 +19,12 @@ from megatron_stepkto.checkpoints.convert import (
     hf_to_megatron,
     megatron_to_hf,
 )
-from megatron_stepkto.checkpoints.dry_run import dry_run
 from megatron_stepkto.checkpoints.huggingface import ADAPTER, CHAT_TEMPLATES, WEIGHT_SUFFIXES, is_companion
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
 from megatron_stepkto.checkpoints.stored_names import TRACKER
 from megatron_stepkto.checkpoints.verify import is_finished, verify
 from megatron_stepkto.cli.conversion_options import EPILOG, LAYOUT, add_conversion_options
+from megatron_stepkto.planning.mapping import dry_run
 from megatron_stepkto.recipe import Parallel
 
 

@@ -8,12 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.losses import (
-    LossSum,
-    ReferencePoints,
-    dpo_loss,
-    irpo_loss,
-)
+from megatron_stepkto.losses import LossSum, ReferencePoints, dpo_loss, irpo_loss
 from megatron_stepkto.megatron.batch import MicroBatch
 from megatron_stepkto.methods.objective import solutions_of
 

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.losses import (
-    Level,
-    StepKTOSettings,
-    balanced_weights,
-)
+from megatron_stepkto.losses import Level, StepKTOSettings, balanced_weights
 from megatron_stepkto.methods.objective import Objective
 from megatron_stepkto.methods.preference import Preference
 from megatron_stepkto.methods.rft import Supervised

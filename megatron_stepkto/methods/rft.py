@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.losses import (
-    LossSum,
-    ReferencePoints,
-    nll_loss,
-)
+from megatron_stepkto.losses import LossSum, ReferencePoints, nll_loss
 from megatron_stepkto.megatron.batch import MicroBatch
 
 

@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.losses import (
-    LossSum,
-    ReferencePoints,
-    StepKTOSettings,
-    step_kto_loss,
-)
+from megatron_stepkto.losses import LossSum, ReferencePoints, StepKTOSettings, step_kto_loss
 from megatron_stepkto.megatron.batch import MicroBatch
 from megatron_stepkto.methods.objective import solutions_of
 

@@ -2,7 +2,7 @@
 
 Their 34 s b h bytes per layer (5 a s^2 b of attention aside) assume dropout and an MLP of 4 h. Here there is no
 dropout, the MLP is gated, attention is torch's scaled-dot-product kernel (no s^2 term) over a loop of documents,
-and RoPE, norm and SwiGLU save what their implementations save. ``tests/unit/test_planning_activations.py`` counts
+and RoPE, norm and SwiGLU save what their implementations save. ``tests/unit/planning/test_activations.py`` counts
 the tensors that autograd really keeps.
 """
 
