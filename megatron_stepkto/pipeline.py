@@ -22,7 +22,7 @@ from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
 from megatron_stepkto.methods.dataset import build_dataset
-from megatron_stepkto.problems import check_training_problems, write_problems
+from megatron_stepkto.problems.source import check_training_problems, write_problems
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.records import Problem, read_records, write_records
 from megatron_stepkto.base.stage import Result, Stage, run_stage
-from megatron_stepkto.evaluation.datasets import data_name, load_problems
 from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model
 from megatron_stepkto.judging.process import judging_key
+from megatron_stepkto.problems.datasets import data_name, load_problems
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe_file import model_evaluation
 

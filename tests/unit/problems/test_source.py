@@ -11,7 +11,7 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, read_records
-from megatron_stepkto.problems import check_training_problems, take_turns, write_problems
+from megatron_stepkto.problems.source import check_training_problems, take_turns, write_problems
 from megatron_stepkto.recipe import Problems
 
 
