@@ -11,9 +11,9 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import TrainExample, TrainStep, write_records
 from megatron_stepkto.base.stage import Result, Stage
-from megatron_stepkto.chained_arithmetic.student import corpus
-from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.methods.dataset import build_dataset
+from megatron_stepkto.problems.chained_arithmetic.student import corpus
+from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_stepkto.base.records import Sample, read_records
-from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
+from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Sampling
 from megatron_stepkto.sampling.draw import DrawResult, Pass, PromptRow, draw

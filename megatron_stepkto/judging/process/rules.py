@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.chained_arithmetic.judge import label_steps
 from megatron_stepkto.judging.equations import check_equations
+from megatron_stepkto.problems.chained_arithmetic.judge import label_steps
 
 Spans = Sequence[Sequence[int]]  # first character of each step, and the one behind its last
 

@@ -13,9 +13,9 @@ import pytest
 
 from megatron_stepkto.base.cache import AnswerCache
 from megatron_stepkto.base.records import JudgedSample, Sample, read_records, write_records
-from megatron_stepkto.chained_arithmetic.problems import generate
-from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.judging.stage import judge_file
+from megatron_stepkto.problems.chained_arithmetic.generate import generate
+from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.prompts import load_tokenizer
 from megatron_stepkto.recipe import Judging
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.chained_arithmetic.judge import label_steps
-from megatron_stepkto.chained_arithmetic.problems import Link, answer_line, generate, parse, split_of
-from megatron_stepkto.chained_arithmetic.student import corpus, flaw_rate, habit, write_solution
-from megatron_stepkto.chained_arithmetic.tokenizer import build_tokenizer
+from megatron_stepkto.problems.chained_arithmetic.generate import Link, answer_line, generate, parse, split_of
+from megatron_stepkto.problems.chained_arithmetic.judge import label_steps
+from megatron_stepkto.problems.chained_arithmetic.student import corpus, flaw_rate, habit, write_solution
+from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.steps import split_text
 
 PROBLEM = (

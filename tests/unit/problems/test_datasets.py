@@ -11,7 +11,7 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
-from megatron_stepkto.chained_arithmetic.problems import generate
+from megatron_stepkto.problems.chained_arithmetic.generate import generate
 from megatron_stepkto.problems.datasets import load_problems, to_problem
 from megatron_stepkto.recipe import Prompt
 from megatron_stepkto.templates import TEMPLATES

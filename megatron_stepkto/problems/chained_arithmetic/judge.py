@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.chained_arithmetic.problems import Chain, parse
+from megatron_stepkto.problems.chained_arithmetic.generate import Chain, parse
 
 ANSWER = "Answer: "
 _STEP = re.compile(r"(\w+) has (\d{1,4}) ([-+*]) (\d{1,4}) = (\d{1,4})\.\n?", re.ASCII)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 
 from megatron_stepkto.base.records import Problem
-from megatron_stepkto.chained_arithmetic.problems import (
+from megatron_stepkto.problems.chained_arithmetic.generate import (
     Chain,
     Link,
     Operator,

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from megatron_stepkto.base.files import atomic_writer, write_json
-from megatron_stepkto.chained_arithmetic.problems import NAMES, THINGS
+from megatron_stepkto.problems.chained_arithmetic.generate import NAMES, THINGS
 
 PAD, BEGIN, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 SPECIALS = (PAD, BEGIN, END, UNKNOWN)
