@@ -11,7 +11,7 @@ from megatron_stepkto import recipe, recipe_file
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.cli.arguments import positive
-from megatron_stepkto.importing.formats import FORMATS
+from megatron_stepkto.problems.imported.formats import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,9 +25,9 @@ from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.records import Label, Problem, Step
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.evaluation.statistics import Share, clustered_share, plain_share
-from megatron_stepkto.importing.solution import ImportedSolution
 from megatron_stepkto.judging.imported import GOLD_SOURCES, judged_samples, read_imports
 from megatron_stepkto.judging.process import Solution, Workplace, cut_after_first_error, judging_key, process_judge
+from megatron_stepkto.problems.imported.solution import ImportedSolution
 from megatron_stepkto.prompts import load_tokenizer
 
 RESAMPLES = 2000

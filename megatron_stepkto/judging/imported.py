@@ -14,8 +14,8 @@ from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, Step, read_rows, write_records
-from megatron_stepkto.importing.formats import importer_of
-from megatron_stepkto.importing.solution import ImportedSolution, same_answer
+from megatron_stepkto.problems.imported.formats import importer_of
+from megatron_stepkto.problems.imported.solution import ImportedSolution, same_answer
 from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
 
 STATES: dict[Label, str] = {1: "right", 0: "wrong", None: "unjudged"}

@@ -14,10 +14,10 @@ from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import Problem, describe, read_records, write_records
-from megatron_stepkto.importing.formats import importer_of
 from megatron_stepkto.problems import overlap as contamination
 from megatron_stepkto.problems.chained_arithmetic.generate import Split, generate
 from megatron_stepkto.problems.datasets import to_problem
+from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.overlap import check_apart
 
 

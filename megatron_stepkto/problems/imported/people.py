@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, model_validator
 
 from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.importing.solution import (
+from megatron_stepkto.problems.imported.solution import (
     ImportedRow,
     Layout,
     digest,

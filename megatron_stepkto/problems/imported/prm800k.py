@@ -8,7 +8,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.importing.solution import ImportedRow, Layout, joined, one_solution, same_answer, without_blanks
+from megatron_stepkto.problems.imported.solution import (
+    ImportedRow,
+    Layout,
+    joined,
+    one_solution,
+    same_answer,
+    without_blanks,
+)
 
 
 class _Completion(Layout):

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.importing.people import parse_bigbench_mistake, parse_mrben, parse_processbench
-from megatron_stepkto.importing.prm800k import parse_prm800k
-from megatron_stepkto.importing.rollouts import parse_gsm8k_solutions, parse_math_shepherd, parse_omegaprm
-from megatron_stepkto.importing.solution import ImportedRow
+from megatron_stepkto.problems.imported.people import parse_bigbench_mistake, parse_mrben, parse_processbench
+from megatron_stepkto.problems.imported.prm800k import parse_prm800k
+from megatron_stepkto.problems.imported.rollouts import parse_gsm8k_solutions, parse_math_shepherd, parse_omegaprm
+from megatron_stepkto.problems.imported.solution import ImportedRow
 
 Importer = Callable[[dict[str, Any]], ImportedRow]
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.importing.solution import (
+from megatron_stepkto.problems.imported.solution import (
     ImportedRow,
     ImportedSolution,
     Layout,
