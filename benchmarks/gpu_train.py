@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_stepkto import recipe
 from megatron_stepkto.architectures.families import ARCHITECTURES
 from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import ModelConfig
@@ -39,6 +38,7 @@ from megatron_stepkto.megatron.batch import kl_document, pack_units, solution_do
 from megatron_stepkto.megatron.engine import Engine, choose_device, join_ranks, lay_out
 from megatron_stepkto.methods.objective import kl_sums, unit_documents
 from megatron_stepkto.methods.registry import make_objective
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.references import per_step
 
 

@@ -24,7 +24,7 @@ from megatron_stepkto.base.nodes import Nodes, this_node
 from megatron_stepkto.base.processes import Child, child_main, run_children
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.stage import package_versions
-from megatron_stepkto.recipe import Recipe
+from megatron_stepkto.recipe.keys import Recipe
 
 OPEN_FILES = 4096
 LOCKED_MEMORY = 64 << 20  # bytes; InfiniBand pins its buffers

@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from megatron_stepkto import recipe as recipes
 from megatron_stepkto import warm_up
 from megatron_stepkto.base.files import atomic_writer, read_json, stable_hash, write_json
 from megatron_stepkto.base.locks import exclusive_lock
@@ -23,6 +22,7 @@ from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.source import check_training_problems, write_problems
+from megatron_stepkto.recipe import keys as recipes
 
 
 @dataclass(frozen=True)

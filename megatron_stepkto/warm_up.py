@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import TrainExample, TrainStep, write_records
@@ -14,7 +13,8 @@ from megatron_stepkto.base.stage import Result, Stage
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.chained_arithmetic.student import corpus
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
+from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
 
 if TYPE_CHECKING:
     from megatron_stepkto.pipeline import Run

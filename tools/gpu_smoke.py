@@ -123,7 +123,7 @@ import torch
 if {device!r} == "cuda" and not torch.cuda.is_available():
     raise SystemExit(f"torch {{torch.__version__}} sees no GPU: its build is for CUDA {{torch.version.cuda}}")
 from megatron_stepkto.megatron.acceleration import choose, describe, find_machine
-from megatron_stepkto.recipe import Training
+from megatron_stepkto.recipe.keys import Training
 device = torch.device({device!r})
 machine = find_machine(device)
 chosen = choose(Training(optimizer={{"lr": 1e-5}}, global_batch_size=8, dtype="bfloat16"), machine)

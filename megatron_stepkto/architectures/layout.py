@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 
 if TYPE_CHECKING:
     from megatron_stepkto.architectures.model_config import ModelConfig

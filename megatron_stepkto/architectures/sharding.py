@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_stepkto.architectures.mapping import Entry
 from megatron_stepkto.architectures.model_config import ModelConfig
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"

@@ -25,7 +25,7 @@ from megatron_stepkto.checkpoints.stored_names import TRACKER
 from megatron_stepkto.checkpoints.verify import is_finished, verify
 from megatron_stepkto.cli.conversion_options import EPILOG, LAYOUT, add_conversion_options
 from megatron_stepkto.planning.mapping import dry_run
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 
 
 def tool(direction: str, description: str | None) -> None:

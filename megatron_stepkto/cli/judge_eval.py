@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_stepkto import recipe, recipe_file
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.cli.arguments import positive
 from megatron_stepkto.problems.imported.formats import FORMATS
+from megatron_stepkto.recipe import file as recipe_file
+from megatron_stepkto.recipe import keys as recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

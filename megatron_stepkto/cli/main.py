@@ -18,8 +18,8 @@ from megatron_stepkto.cli.arguments import not_negative, positive, positive_numb
 from megatron_stepkto.cli.compare import add_comparison_command
 from megatron_stepkto.cli.conversion_options import LAYOUT, add_conversion_options
 from megatron_stepkto.cli.guard import guarded
-from megatron_stepkto.recipe import METHODS, Method, Recipe
-from megatron_stepkto.recipe_file import load_recipe
+from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.keys import METHODS, Method, Recipe
 
 if TYPE_CHECKING:
     from megatron_stepkto.pipeline import Run
@@ -372,7 +372,7 @@ def _slurm_cancel(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.judging.imported import run_import
-    from megatron_stepkto.recipe import Prompt
+    from megatron_stepkto.recipe.keys import Prompt
 
     counts = run_import(
         arguments.format, arguments.file, arguments.tokenizer, arguments.output, arguments.quarantine, Prompt()

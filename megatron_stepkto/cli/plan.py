@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.arguments import positive, positive_number
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
-from megatron_stepkto.recipe import METHODS, Parallel, Recipe, Training
-from megatron_stepkto.recipe_file import load_recipe
+from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.keys import METHODS, Parallel, Recipe, Training
 
 if TYPE_CHECKING:
     from megatron_stepkto.planning.search import Plan

@@ -14,8 +14,8 @@ from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model
 from megatron_stepkto.judging.process import judging_key
 from megatron_stepkto.problems.datasets import data_name, load_problems
-from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.recipe_file import model_evaluation
+from megatron_stepkto.recipe.file import model_evaluation
+from megatron_stepkto.recipe.prompts import load_tokenizer
 
 
 def evaluate_folder(

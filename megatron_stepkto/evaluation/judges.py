@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, sha256_of, write_json
 from megatron_stepkto.base.locks import exclusive_lock
@@ -28,7 +27,8 @@ from megatron_stepkto.evaluation.statistics import Share, clustered_share, plain
 from megatron_stepkto.judging.imported import GOLD_SOURCES, judged_samples, read_imports
 from megatron_stepkto.judging.process import Solution, Workplace, cut_after_first_error, judging_key, process_judge
 from megatron_stepkto.problems.imported.solution import ImportedSolution
-from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import load_tokenizer
 
 RESAMPLES = 2000
 REPORT = "judge_eval.json"

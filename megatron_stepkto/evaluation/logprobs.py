@@ -20,7 +20,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import warn
 from megatron_stepkto.checkpoints.convert import COMPANIONS
 from megatron_stepkto.evaluation.scorers import Scores, open_scorer
-from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.recipe.prompts import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

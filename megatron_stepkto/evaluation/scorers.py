@@ -156,7 +156,7 @@ class MegatronScorer:
         from megatron_stepkto.megatron.acceleration import PLAIN
         from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
         from megatron_stepkto.megatron.state import Checkpoints
-        from megatron_stepkto.recipe import Parallel
+        from megatron_stepkto.recipe.keys import Parallel
 
         megatron = transformer_config(
             self._config, Parallel.model_validate({}), self._dtype, on_cpu=device.type == "cpu"
@@ -175,7 +175,7 @@ def _one_rank(device: torch.device) -> Iterator[None]:
 
     from megatron_stepkto.megatron import patches as cpu
     from megatron_stepkto.megatron.engine import lay_out
-    from megatron_stepkto.recipe import Parallel
+    from megatron_stepkto.recipe.keys import Parallel
 
     if device.type == "cpu":
         cpu.install()

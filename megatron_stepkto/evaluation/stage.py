@@ -13,7 +13,7 @@ from megatron_stepkto.base.records import JudgedSample, Problem, read_records, w
 from megatron_stepkto.evaluation.majority import answer_comparison
 from megatron_stepkto.evaluation.metrics import evaluation_row, problem_results
 from megatron_stepkto.judging.stage import judge_file
-from megatron_stepkto.recipe import ModelEvaluation, Recipe
+from megatron_stepkto.recipe.keys import ModelEvaluation, Recipe
 from megatron_stepkto.sampling.draw import Drawing, Pass, read_prompts
 from megatron_stepkto.sampling.job import Job
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto import recipe
 from megatron_stepkto.answers.text import extract_answer
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, Step, read_rows, write_records
 from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.imported.solution import ImportedSolution, same_answer
-from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
+from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
 
 STATES: dict[Label, str] = {1: "right", 0: "wrong", None: "unjudged"}
 GOLD_SOURCES = frozenset({"bigbench_mistake", "gsm8k_solutions", "mrben", "omegaprm", "prm800k"})

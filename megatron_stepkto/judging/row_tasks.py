@@ -21,7 +21,7 @@ from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.files import sha256_of
 from megatron_stepkto.base.progress import ProgressBar
-from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.recipe.prompts import load_tokenizer
 from megatron_stepkto.steps import step_spans
 
 CHUNK = 64  # rows of one line of the cache: at most so many per worker are done again after a kill

@@ -26,8 +26,8 @@ from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
 from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
 from megatron_stepkto.judging.row_tasks import run_task, tokenizer_hash
-from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.recipe import Judging
+from megatron_stepkto.recipe.keys import Judging
+from megatron_stepkto.recipe.prompts import load_tokenizer
 
 COUNTS = (
     "samples", "right", "wrong", "undecided", "unparsed", "truncated",

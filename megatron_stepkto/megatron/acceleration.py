@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.recipe import keys as recipe
 
 # Compute capability of the first chips that can do it, and the Transformer Engine release that brought it
 # (TransformerEngine/transformer_engine/pytorch/fp8.py; megatron.core.fp8_utils.get_fp8_recipe).

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_stepkto.architectures.model_config import Entry, ModelConfig
 from megatron_stepkto.architectures.sharding import optimizer_shard, stage_parameters
 from megatron_stepkto.megatron import patches as cpu
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 
 
 @dataclass(frozen=True)

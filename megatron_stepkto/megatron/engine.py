@@ -24,7 +24,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_stepkto import recipe
 from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.errors import UserError
@@ -36,6 +35,7 @@ from megatron_stepkto.megatron.context_parallel import join, own_part
 from megatron_stepkto.megatron.main_weights import optimizer_parts
 from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 from megatron_stepkto.megatron.state import Checkpoints
+from megatron_stepkto.recipe import keys as recipe
 
 CALIBRATION_PASSES = 3
 

@@ -41,7 +41,7 @@ from megatron_stepkto.logprobs import linear_log_probs, linear_log_probs_and_ent
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.context_parallel import ContextParallelAttention
 from megatron_stepkto.megatron.layers import GatedMLP, PackedAttention, RMSNorm, ScoredLayer
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 
 
 class PolicyModel(GPTModel):

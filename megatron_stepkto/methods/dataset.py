@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import JudgedSample, read_records, write_records
 from megatron_stepkto.methods.select import USES_KL, _example, _is_judged, _needs, _usable_right, select
+from megatron_stepkto.recipe import keys as recipe
 
 
 def build_dataset(

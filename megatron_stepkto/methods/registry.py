@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.losses import Level, StepKTOSettings, balanced_weights
@@ -12,6 +11,7 @@ from megatron_stepkto.methods.objective import Objective
 from megatron_stepkto.methods.preference import Preference
 from megatron_stepkto.methods.rft import Supervised
 from megatron_stepkto.methods.step_kto import StepKTO
+from megatron_stepkto.recipe import keys as recipe
 
 
 def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[TrainExample]) -> Objective:

@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import JudgedSample, KLPartner, TrainExample, TrainStep
+from megatron_stepkto.recipe import keys as recipe
 
 USES_KL = ("step_kto", "kto")
 

@@ -14,7 +14,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.checkpoints.slices import Slice, slices
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 
 
 def dry_run(source: Path, parallel: Parallel) -> str:

@@ -29,7 +29,7 @@ from megatron_stepkto.planning.activations import (
     widest,
     working_bytes,
 )
-from megatron_stepkto.recipe import Parallel, Training
+from megatron_stepkto.recipe.keys import Parallel, Training
 
 # CUDA context, cuBLAS workspaces and NCCL's buffers of a handful of groups.
 OVERHEAD_BYTES = 3.0e9

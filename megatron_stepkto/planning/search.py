@@ -12,7 +12,7 @@ from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.planning.cluster import Cluster
 from megatron_stepkto.planning.memory import StageMemory, advice, stage_memory
 from megatron_stepkto.planning.times import Scenario, Times, estimate_times
-from megatron_stepkto.recipe import Parallel, Training
+from megatron_stepkto.recipe.keys import Parallel, Training
 
 MAX_VIRTUAL = 8
 # A proposal leaves room for what the estimate of activations may miss.

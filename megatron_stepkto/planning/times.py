@@ -16,7 +16,7 @@ from megatron_stepkto.architectures.model_config import Entry, ModelConfig
 from megatron_stepkto.architectures.sharding import data_parallel_size, model_parameters
 from megatron_stepkto.planning.cluster import Cluster
 from megatron_stepkto.planning.memory import state_bytes
-from megatron_stepkto.recipe import Training
+from megatron_stepkto.recipe.keys import Training
 
 
 @dataclass(frozen=True)

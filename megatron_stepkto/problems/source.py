@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import Problem, describe, read_records, write_records
@@ -19,6 +18,7 @@ from megatron_stepkto.problems.chained_arithmetic.generate import Split, generat
 from megatron_stepkto.problems.datasets import to_problem
 from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.overlap import check_apart
+from megatron_stepkto.recipe import keys as recipe
 
 
 def write_problems(

@@ -16,13 +16,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer, read_json, write_json
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import ProgressFile, Report
 from megatron_stepkto.base.records import Problem, Sample, read_records
-from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
+from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
 from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.files import read_json_if_there, stable_hash
+from megatron_stepkto.recipe import keys as recipe
 
 
 class _Frozen(BaseModel):

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe import MonteCarloJudge, Recipe
+from megatron_stepkto.recipe.keys import MonteCarloJudge, Recipe
 from megatron_stepkto.slurm.chain import has_server, server_urls, train_nodes
 from megatron_stepkto.slurm.site import Site
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from megatron_stepkto import recipe
+from megatron_stepkto.recipe import keys as recipe
 
 
 class Job(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_stepkto import recipe
+from megatron_stepkto.recipe import keys as recipe
 
 
 def learning_rate(update: int, num_updates: int, settings: recipe.Optimizer) -> float:

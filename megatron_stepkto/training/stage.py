@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.files import read_json, stable_hash, write_json
 from megatron_stepkto.base.nodes import Nodes, tell_others, this_node, wait_for_word
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.base.stage import Result, Stage
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job, finished_checkpoints
 from megatron_stepkto.training.tracking import check_trackers
 

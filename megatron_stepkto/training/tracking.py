@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer
+from megatron_stepkto.recipe import keys as recipe
 
 AXES = ("update", "num_updates")
 

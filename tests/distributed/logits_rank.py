@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.processes import child_main, die_with_parent
 from megatron_stepkto.base.records import TrainStep
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.megatron.batch import Document, MicroBatch, make_micro_batch
 from megatron_stepkto.megatron.engine import Engine, join_ranks, lay_out
+from megatron_stepkto.recipe import keys as recipe
 
 
 def gathered_logits(engine: Engine, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

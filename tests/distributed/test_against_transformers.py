@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.records import TrainExample, TrainStep
 from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.checkpoints.convert import megatron_to_hf
 from megatron_stepkto.megatron import onednn
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.stage import train
 from tests.builders import random_examples, write_examples, write_llama
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.verify import verify
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from tests.builders import VOCABULARY, random_examples, write_examples
 from tests.model_folders import FAMILIES, write_model

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.stage import train
 from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
 

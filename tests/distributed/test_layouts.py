@@ -57,13 +57,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.records import KLPartner, TrainExample
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.megatron.batch import Slot, kl_document, pack_units, solution_document
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
 from tests.model_folders import write_model

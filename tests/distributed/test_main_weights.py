@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from tests.builders import random_examples, write_examples, write_llama
 

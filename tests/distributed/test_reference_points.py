@@ -21,11 +21,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.megatron.batch import kl_document, solution_document
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.references import save_references
 from megatron_stepkto.training.stage import train
 from tests.builders import write_examples, write_llama

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.judging.process.llm import LLMJudge
-from megatron_stepkto.recipe import LLMJudge as LLMSettings
+from megatron_stepkto.recipe.keys import LLMJudge as LLMSettings
 from megatron_stepkto.sampling.vllm_engine import vllm_environment
 from tests.unit.judging.test_prm_judge import CHAT, SOLUTIONS, judge, qwen_reference, write_qwen_prm, write_tokenizer
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_stepkto.base.records import Sample, read_records
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.recipe import Sampling
+from megatron_stepkto.recipe.keys import Sampling
+from megatron_stepkto.recipe.prompts import load_tokenizer
 from megatron_stepkto.sampling.draw import DrawResult, Pass, PromptRow, draw
 
 pytestmark = [

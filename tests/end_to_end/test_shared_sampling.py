@@ -16,8 +16,8 @@ import pytest
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.recipe import Sampling
+from megatron_stepkto.recipe.keys import Sampling
+from megatron_stepkto.recipe.prompts import load_tokenizer
 from megatron_stepkto.sampling.draw import Drawing, Pass, PromptRow
 from megatron_stepkto.sampling.job import Job
 from tests.builders import write_llama

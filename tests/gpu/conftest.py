@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.files import stable_hash, write_json
 from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.megatron.acceleration import find_machine
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.stage import prepare_weights, train
 from tests.builders import write_examples, write_llama

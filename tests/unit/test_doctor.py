@@ -15,8 +15,8 @@ import torch
 from megatron_stepkto import doctor
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.base.nodes import Nodes
-from megatron_stepkto.recipe import Recipe
-from megatron_stepkto.recipe_file import load_recipe
+from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.keys import Recipe
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_stepkto.cli.main import _parser
-from megatron_stepkto.recipe import METHODS, Loss
-from megatron_stepkto.recipe_file import load_recipe
+from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.keys import METHODS, Loss
 
 
 @pytest.fixture(scope="module")

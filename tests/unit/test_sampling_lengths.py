@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto import recipe
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
 from tests.unit.checkpoint_folders import refusal
 

@@ -14,8 +14,8 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.evaluation.stage import evaluation_drawing
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.recipe import Sampling
-from megatron_stepkto.recipe_file import load_recipe
+from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling import draw, worker
 from megatron_stepkto.sampling.draw import Drawing, Pass, PromptRow
 from megatron_stepkto.sampling.engines import Completion, Request

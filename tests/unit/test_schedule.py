@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto.recipe import Optimizer
+from megatron_stepkto.recipe.keys import Optimizer
 from megatron_stepkto.training.schedule import learning_rate
 
 

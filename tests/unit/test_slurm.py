@@ -17,7 +17,7 @@ import pytest
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.cli.main import main
-from megatron_stepkto.recipe_file import load_recipe
+from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.slurm.chain import chain, command
 from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.queue import comment

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.main import main
-from megatron_stepkto.recipe_file import load_recipe
+from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.slurm.checks import _seconds
 from megatron_stepkto.slurm.site import read_site
 

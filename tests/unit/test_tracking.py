@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.methods.metrics import metrics_of
+from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.tracking import Tracker, check_trackers
 
 SUMS = {

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.cache import content_key
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, score_job
-from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import load_tokenizer
 
 
 class OutcomeRewardModel:

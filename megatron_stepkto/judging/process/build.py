@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_stepkto import recipe
 from megatron_stepkto.judging.process.interface import ProcessJudge, Workplace
 from megatron_stepkto.judging.process.rule import RuleJudge
+from megatron_stepkto.recipe import keys as recipe
 
 
 def process_judge(settings: recipe.ProcessJudge, place: Workplace) -> ProcessJudge:

@@ -14,13 +14,13 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar, warn
 from megatron_stepkto.base.records import Label
 from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
 from megatron_stepkto.judging.process.interface import Solution, Verdicts, majority
+from megatron_stepkto.recipe import keys as recipe
 
 WORDS: dict[str, Label] = {"right": 1, "wrong": 0, "unsure": None}
 FEW = 20  # answers after which a judge whose answers are mostly useless is stopped

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_stepkto import recipe
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.errors import UserError
@@ -17,7 +16,8 @@ from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import Label, Sample, read_records
 from megatron_stepkto.judging.outcome.answer import judge_outcomes
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace
-from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import load_tokenizer
 from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
 
 HOW_DRAWN = {"workers", "stall_timeout_s"}  # keys that do not decide what is drawn

@@ -16,7 +16,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, write_json
@@ -25,7 +24,8 @@ from megatron_stepkto.base.progress import ProgressBar, Report
 from megatron_stepkto.base.records import Label
 from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
-from megatron_stepkto.prompts import load_tokenizer
+from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import load_tokenizer
 
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 QWEN_TAG, SHEPHERD_TAG = "<extra_0>", "ки"

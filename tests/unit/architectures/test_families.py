@@ -19,7 +19,7 @@ from megatron_stepkto.architectures.layout import layout_faults
 from megatron_stepkto.architectures.model_config import Experts, ModelConfig
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 from tests.model_folders import FAMILIES, LLAMA3_ROPE, YARN_ROPE, write_model
 from tests.unit.checkpoint_folders import assert_same_bits, refusal
 

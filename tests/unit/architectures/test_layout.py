@@ -11,8 +11,8 @@ from megatron_stepkto.architectures.layout import check_layout, layout_faults, t
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import read_model_config
-from megatron_stepkto.recipe import Parallel
-from megatron_stepkto.recipe_file import load_recipe
+from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.keys import Parallel
 
 
 @pytest.fixture(scope="module")

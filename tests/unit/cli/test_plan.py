@@ -20,7 +20,7 @@ from megatron_stepkto.planning.activations import CUDA, Layout, layer_bytes
 from megatron_stepkto.planning.cluster import PRESETS
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity, stage_memory
 from megatron_stepkto.planning.times import Assumptions, Scenario, Workload, estimate_times
-from megatron_stepkto.recipe import Training
+from megatron_stepkto.recipe.keys import Training
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.main import main
 from megatron_stepkto.evaluation.judges import Judged, f1, judge_eval, score
-from megatron_stepkto.recipe import Import, Judging
+from megatron_stepkto.recipe.keys import Import, Judging
 from tests.scripted_server import Reply, ScriptedServer, chat
 
 EQUATIONS = Judging.model_validate({"split": "line", "process": "equations"})

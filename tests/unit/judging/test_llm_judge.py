@@ -24,7 +24,7 @@ from megatron_stepkto.base.records import Label, Problem, Step
 from megatron_stepkto.judging.process import client as clients
 from megatron_stepkto.judging.process.interface import Solution, Verdict, cut_after_first_error, majority
 from megatron_stepkto.judging.process.llm import LLMJudge, PromptTemplate, answer_schema, read_votes
-from megatron_stepkto.recipe import LLMJudge as Settings
+from megatron_stepkto.recipe.keys import LLMJudge as Settings
 from tests.scripted_server import Reply, ScriptedServer, chat
 
 

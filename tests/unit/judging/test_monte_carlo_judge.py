@@ -12,8 +12,8 @@ from megatron_stepkto.base.records import Label, Sample, read_records
 from megatron_stepkto.judging.process import Solution, Workplace, process_judge
 from megatron_stepkto.judging.process.monte_carlo import estimate
 from megatron_stepkto.problems.chained_arithmetic.generate import generate
-from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.recipe import Judging
+from megatron_stepkto.recipe.keys import Judging
+from megatron_stepkto.recipe.prompts import load_tokenizer
 from megatron_stepkto.steps import step_spans
 
 

@@ -25,7 +25,7 @@ from megatron_stepkto.base.records import Problem, Step
 from megatron_stepkto.judging.process.interface import Solution
 from megatron_stepkto.judging.process.prm import PRMJudge, math_shepherd_row, qwen_math_prm_row, read_scores
 from megatron_stepkto.judging.process.prm_worker import batches
-from megatron_stepkto.recipe import PRMJudge as Settings
+from megatron_stepkto.recipe.keys import PRMJudge as Settings
 from tests.scripted_server import Reply, ScriptedServer
 
 CHAT = (

@@ -15,7 +15,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Problem, Step
 from megatron_stepkto.judging.equations import check_equations
 from megatron_stepkto.judging.process import Solution, Workplace, process_judge
-from megatron_stepkto.recipe import RuleJudge
+from megatron_stepkto.recipe.keys import RuleJudge
 
 PROBLEM = Problem(
     problem_id="p", problem="Max has 27 coins. Tom has 2 more than Max. How many does Tom have?", answer="29"

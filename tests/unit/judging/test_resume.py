@@ -16,8 +16,8 @@ from megatron_stepkto.base.records import JudgedSample, Sample, read_records, wr
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.problems.chained_arithmetic.generate import generate
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.recipe import Judging
+from megatron_stepkto.recipe.keys import Judging
+from megatron_stepkto.recipe.prompts import load_tokenizer
 
 SAMPLES, CHUNKS = 2000, 32  # 64 samples each, the last one 16
 # the stage, which kills itself in the middle of line N of the cache called NAME
@@ -26,7 +26,7 @@ import os, signal, sys
 from pathlib import Path
 from megatron_stepkto.base.cache import AnswerCache
 from megatron_stepkto.judging.stage import judge_file
-from megatron_stepkto.recipe import Judging
+from megatron_stepkto.recipe.keys import Judging
 
 folder, output, name, last = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 put, lines = AnswerCache.put, 0

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto import recipe
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.base.cache import AnswerCache
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
 from megatron_stepkto.judging.stage import judge_file
-from megatron_stepkto.prompts import load_tokenizer
-from megatron_stepkto.recipe import Judging
+from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.keys import Judging
+from megatron_stepkto.recipe.prompts import load_tokenizer
 from tests.unit.judging.test_stage import LUCKY, PROBLEM, RIGHT, WRONG, Folder
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"

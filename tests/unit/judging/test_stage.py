@@ -14,7 +14,7 @@ from megatron_stepkto.base.records import JudgedSample, Problem, Sample, read_re
 from megatron_stepkto.judging.process import judging_key
 from megatron_stepkto.judging.stage import judge_file, load_tokenizer
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.recipe import Judging
+from megatron_stepkto.recipe.keys import Judging
 from tests.scripted_server import Reply, ScriptedServer, chat
 
 PROBLEM = Problem(

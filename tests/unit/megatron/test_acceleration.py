@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.megatron.acceleration import Acceleration, Found, Machine, choose, describe, find_machine
 from megatron_stepkto.megatron.model import _heads_without_apex
-from megatron_stepkto.recipe import FP8, Training
+from megatron_stepkto.recipe.keys import FP8, Training
 
 TE, APEX, ABSENT = Found("2.13.0"), Found("0.1"), Found(None, "not installed")
 BROKEN = Found(None, "installed, but does not load: libcuda")

@@ -10,7 +10,7 @@ import torch
 from megatron_stepkto.architectures.sharding import model_parameters, optimizer_shard, stage_parameters
 from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.megatron.dry_run import build_shard, check_plan
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 from tests.builders import write_llama
 
 pytestmark = pytest.mark.skipif(

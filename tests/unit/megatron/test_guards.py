@@ -20,7 +20,7 @@ from benchmarks.gpu_train import SHAPES
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.layers import PackedAttention, RMSNorm
 from megatron_stepkto.megatron.model import _block_spec, transformer_config
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 from tools import gpu_smoke
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,7 +12,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, TrainExample, read_records, write_records
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.methods.select import select
-from megatron_stepkto.recipe import METHODS, Dataset
+from megatron_stepkto.recipe.keys import METHODS, Dataset
 
 
 def sample(

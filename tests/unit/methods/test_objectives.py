@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.recipe import keys as recipe
 from tests.builders import random_examples
 
 cpu.install()  # objectives.py works on micro-batches, which import Megatron

@@ -18,7 +18,7 @@ from megatron_stepkto.megatron import patches as cpu
 from megatron_stepkto.megatron.batch import Document, MicroBatch, make_micro_batch
 from megatron_stepkto.megatron.dry_run import fake_rank
 from megatron_stepkto.planning.activations import CPU, Layout, head_saved_bytes, layers_in_flight, saved_per_layer
-from megatron_stepkto.recipe import Parallel
+from megatron_stepkto.recipe.keys import Parallel
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the CPU's kernels")
 

@@ -13,8 +13,8 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.problems.chained_arithmetic.generate import generate
 from megatron_stepkto.problems.datasets import load_problems, to_problem
-from megatron_stepkto.recipe import Prompt
-from megatron_stepkto.templates import TEMPLATES
+from megatron_stepkto.recipe.keys import Prompt
+from megatron_stepkto.recipe.templates import TEMPLATES
 
 
 def test_benchmarks_of_the_usual_layouts(data_dir: Path) -> None:

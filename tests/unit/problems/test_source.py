@@ -12,7 +12,7 @@ import pytest
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, read_records
 from megatron_stepkto.problems.source import check_training_problems, take_turns, write_problems
-from megatron_stepkto.recipe import Problems
+from megatron_stepkto.recipe.keys import Problems
 
 
 def problems(count: int) -> list[Problem]:

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.prompts import load_tokenizer, prompt_token_ids
-from megatron_stepkto.recipe import Prompt
+from megatron_stepkto.recipe.keys import Prompt
+from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.templates import TEMPLATES
+from megatron_stepkto.recipe.templates import TEMPLATES
 
 METHODS = ("step_kto", "kto", "dpo", "irpo", "rft")
 Method = Literal["step_kto", "kto", "dpo", "irpo", "rft"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto import recipe
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.recipe import keys as recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 

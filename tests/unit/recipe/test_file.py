@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe import Recipe
-from megatron_stepkto.recipe_file import load_recipe
+from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.keys import Recipe
 from tests.conftest import REPOSITORY
 
 # The line numbers in the tests below count from this text: `name` is line 1.

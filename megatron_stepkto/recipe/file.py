@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe import Judging, ModelEvaluation, ProcessJudge, Recipe, nearest_place
+from megatron_stepkto.recipe.keys import Judging, ModelEvaluation, ProcessJudge, Recipe, nearest_place
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 

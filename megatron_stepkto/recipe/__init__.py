@@ -1,0 +1,1 @@
+"""A recipe: its keys, the file that holds them, and the prompt that they describe."""
