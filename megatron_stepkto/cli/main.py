@@ -340,7 +340,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.status import status_text
+    from megatron_stepkto.report.status import status_text
 
     sys.stdout.write(status_text(arguments.run) + "\n")
 

@@ -15,9 +15,9 @@ from megatron_stepkto.base import files
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import find_files, flush, flush_tree, read_json, read_json_if_there, write_json
 from megatron_stepkto.report.collect import collect
+from megatron_stepkto.report.status import status_text
 from megatron_stepkto.slurm.chain import Step
 from megatron_stepkto.slurm.commands import _progress
-from megatron_stepkto.status import status_text
 
 
 @pytest.fixture
