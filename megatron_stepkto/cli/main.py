@@ -22,7 +22,7 @@ from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.recipe.keys import METHODS, Method, Recipe
 
 if TYPE_CHECKING:
-    from megatron_stepkto.pipeline import Run
+    from megatron_stepkto.run.folder import Run
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -194,8 +194,9 @@ def _load(arguments: argparse.Namespace) -> Recipe:
 
 def _run(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.evaluation.table import results_table
-    from megatron_stepkto.pipeline import Run, run_all
     from megatron_stepkto.report import write_report
+    from megatron_stepkto.run.folder import Run
+    from megatron_stepkto.run.pipeline import run_all
 
     recipe = _load(arguments)
     if recipe.train.method in arguments.compare:
@@ -211,7 +212,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _one(arguments: argparse.Namespace) -> Run:
-    from megatron_stepkto.pipeline import Run
+    from megatron_stepkto.run.folder import Run
 
     recipe = _load(arguments)
     method = arguments.method if arguments.method != recipe.train.method else None
@@ -219,7 +220,7 @@ def _one(arguments: argparse.Namespace) -> Run:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.pipeline import STAGES, train_stage
+    from megatron_stepkto.run.pipeline import STAGES, train_stage
 
     run = _one(arguments)
     if run.recipe.problems.source == "imports" and (
@@ -287,7 +288,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.recipe.is_dir():
         return _evaluate_folder(arguments)
     from megatron_stepkto.evaluation.table import results_table
-    from megatron_stepkto.pipeline import evaluate_stage, evaluation_problems_stage
+    from megatron_stepkto.run.pipeline import evaluate_stage, evaluation_problems_stage
 
     if arguments.data or arguments.output:
         raise UserError(f"{arguments.recipe} is no folder: --data and --output go with a model, a recipe has its own")
@@ -309,7 +310,8 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.pipeline import Run, prepare_all
+    from megatron_stepkto.run.folder import Run
+    from megatron_stepkto.run.pipeline import prepare_all
 
     prepare_all(
         Run(
@@ -323,7 +325,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _warm_up(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.pipeline import Run, prepare
+    from megatron_stepkto.run.folder import Run
+    from megatron_stepkto.run.pipeline import prepare
 
     run = Run(
         _load(arguments), from_scratch=True, force=arguments.force, quarantine=arguments.quarantine,

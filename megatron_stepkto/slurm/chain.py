@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.stage import MANIFEST
-from megatron_stepkto.pipeline import Run
 from megatron_stepkto.recipe.keys import LLMJudge, MonteCarloJudge, PRMJudge, Recipe
+from megatron_stepkto.run.folder import Run
 from megatron_stepkto.slurm.queue import comment
 from megatron_stepkto.slurm.site import Site
 

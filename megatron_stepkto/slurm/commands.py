@@ -15,9 +15,10 @@ from megatron_stepkto.base.files import atomic_writer, find_files, read_json_if_
 from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import read_progress, say
 from megatron_stepkto.base.stage import MANIFEST, STARTED
-from megatron_stepkto.pipeline import Run, check_fits
 from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.run.folder import Run
+from megatron_stepkto.run.pipeline import check_fits
 from megatron_stepkto.slurm.chain import Step, chain, command, folder, is_finished, log_path
 from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.queue import Queued, ask, queued_jobs, settled_jobs

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.evaluation.logprobs import DEFAULT_TEXT
-from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
+from megatron_stepkto.run.bpe_tokenizer import train_byte_level_bpe
 from megatron_stepkto.sampling.vllm_engine import vllm_environment
 from tests.builders import write_llama
 from tests.unit.checkpoint_folders import UP, change_weights, copy

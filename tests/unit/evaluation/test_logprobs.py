@@ -19,7 +19,7 @@ from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.cli.main import main
 from megatron_stepkto.evaluation.logprobs import DEFAULT_TEXT, LIMITS, compare_scores, distribution, judge
 from megatron_stepkto.evaluation.scorers import Scores
-from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
+from megatron_stepkto.run.bpe_tokenizer import train_byte_level_bpe
 from tests.builders import write_llama
 from tests.unit.checkpoint_folders import LLAMA3, UP, change_config, change_weights, copy
 

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, Problem, read_records, read_rows
-from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
 from megatron_stepkto.judging.imported import import_all, judged_samples, read_imports, run_import
 from megatron_stepkto.problems.imported.formats import FORMATS, importer_of
 from megatron_stepkto.problems.imported.solution import ImportedSolution, problem_id_of, same_answer
 from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.run.bpe_tokenizer import train_byte_level_bpe
 
 FILES = {
     "steps/processbench_gsm8k.jsonl": "processbench",

@@ -17,7 +17,7 @@ from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
 
 if TYPE_CHECKING:
-    from megatron_stepkto.pipeline import Run
+    from megatron_stepkto.run.folder import Run
 
 
 def _settings(run: Run) -> recipe.WarmUp:
@@ -28,8 +28,8 @@ def _settings(run: Run) -> recipe.WarmUp:
 
 def tokenizer_stage(run: Run) -> None:
     """M0/tokenizer: the miniature task's word tokenizer, or a byte-level BPE trained on the imported texts."""
-    from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
     from megatron_stepkto.judging.imported import read_imports
+    from megatron_stepkto.run.bpe_tokenizer import train_byte_level_bpe
 
     warm_up = _settings(run)
     directory = run.base / "M0" / "tokenizer"
@@ -57,7 +57,7 @@ def tokenizer_stage(run: Run) -> None:
 def make_m0(run: Run) -> None:
     """M0/initial (random weights), M0/corpus, M0/train and M0/convert."""
     from megatron_stepkto.checkpoints.convert import megatron_to_hf
-    from megatron_stepkto.pipeline import dataset_key, training_key
+    from megatron_stepkto.run.folder import dataset_key, training_key
     from megatron_stepkto.training.stage import train
 
     warm_up = _settings(run)

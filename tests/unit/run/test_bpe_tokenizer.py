@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.importing.tokenizer import train_byte_level_bpe
+from megatron_stepkto.run.bpe_tokenizer import train_byte_level_bpe
 
 TEXTS = [
     "Tom has 27 coins and 13 more.\nSo he has 27 + 13 = 40.\n\n",
