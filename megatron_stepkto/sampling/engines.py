@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
+from megatron_stepkto.sampling.interface import Completion, Engine
 from megatron_stepkto.sampling.job import Job
-
-Report = Callable[[int, int], None]  # called with the requests finished and the tokens generated since the last call
-
-
-@dataclass(frozen=True)
-class Request:
-    token_ids: list[int]
-    seed: int
-    temperature: float  # 0: greedy
-    top_p: float
-    log_probs: bool
-
-
-@dataclass(frozen=True)
-class Completion:
-    """``token_ids`` end with the end token when the model emitted one (finish reason "stop").
-
-    ``log_probs``: nats, one per token, of the model's own distribution: temperature 1, before top-p.
-    """
-
-    token_ids: list[int]
-    finish_reason: str
-    log_probs: list[float] | None
-
-
-class Engine(Protocol):
-    def generate(self, requests: Sequence[Request], report: Report) -> list[Completion]:
-        """Draw one completion per request, in order. The result depends on nothing drawn before."""
-        ...
 
 
 def open_engine(job: Job, end_ids: Sequence[int]) -> Engine:

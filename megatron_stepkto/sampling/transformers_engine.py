@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.sampling.engines import Completion, Report, Request
+from megatron_stepkto.sampling.interface import Completion, Report, Request
 from megatron_stepkto.sampling.job import Job
 
 MAX_SEQUENCES = 64  # in one call of generate

@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
-from megatron_stepkto.sampling.engines import Completion, Report, Request
+from megatron_stepkto.sampling.interface import Completion, Report, Request
 from megatron_stepkto.sampling.job import Job
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

@@ -18,7 +18,7 @@ from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling import draw, worker
 from megatron_stepkto.sampling.draw import Drawing, Pass, PromptRow
-from megatron_stepkto.sampling.engines import Completion, Request
+from megatron_stepkto.sampling.interface import Completion, Request
 from megatron_stepkto.sampling.job import Job
 from megatron_stepkto.sampling.worker import Worker
 
