@@ -304,7 +304,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.doctor import report
+    from megatron_stepkto.slurm.doctor import report
 
     report(_load(arguments))
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_stepkto import doctor
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.base.nodes import Nodes
 from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.slurm import doctor
 
 
 @pytest.fixture

@@ -246,7 +246,16 @@ def _all_reduce(folder: Path, nodes: Nodes, devices: int, on_gpu: bool) -> list[
     device = "cuda" if on_gpu else "cpu"
     children = [
         Child(
-            [sys.executable, "-W", "ignore", "-m", "megatron_stepkto.doctor", str(folder), device, str(ALL_REDUCE_S)],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "megatron_stepkto.slurm.doctor",
+                str(folder),
+                device,
+                str(ALL_REDUCE_S),
+            ],
             folder / f"rank-{nodes.number * devices + local}.log",
             {**env, **nodes.environment(ranks, local)},
         )
