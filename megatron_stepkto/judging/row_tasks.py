@@ -22,7 +22,7 @@ from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.files import sha256_of
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.recipe.prompts import load_tokenizer
-from megatron_stepkto.steps import step_spans
+from megatron_stepkto.steps.tokens import step_spans
 
 CHUNK = 64  # rows of one line of the cache: at most so many per worker are done again after a kill
 FEW = 1024  # rows: starting processes would take longer than the work

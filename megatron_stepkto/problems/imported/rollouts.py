@@ -22,7 +22,7 @@ from megatron_stepkto.problems.imported.solution import (
     same_answer,
     solution,
 )
-from megatron_stepkto.splitting import split_text
+from megatron_stepkto.steps.text import split_text
 
 STEP_MARKER = "ки"  # Math-Shepherd's end of a step
 

@@ -14,7 +14,7 @@ from megatron_stepkto.judging.process.monte_carlo import estimate
 from megatron_stepkto.problems.chained_arithmetic.generate import generate
 from megatron_stepkto.recipe.keys import Judging
 from megatron_stepkto.recipe.prompts import load_tokenizer
-from megatron_stepkto.steps import step_spans
+from megatron_stepkto.steps.tokens import step_spans
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from megatron_stepkto.problems.chained_arithmetic.generate import Link, answer_l
 from megatron_stepkto.problems.chained_arithmetic.judge import label_steps
 from megatron_stepkto.problems.chained_arithmetic.student import corpus, flaw_rate, habit, write_solution
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.steps import split_text
+from megatron_stepkto.steps.tokens import split_text
 
 PROBLEM = (
     "Max has 27 coins. Tom has 2 more than Max. Kim has 3 fewer than Tom. Ann has twice as many as Kim. "

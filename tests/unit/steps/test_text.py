@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.splitting import SPLIT_RULES, split_text
+from megatron_stepkto.steps.text import SPLIT_RULES, split_text
 
 
 def pieces_of(text: str, how: str, tag: str | None = None) -> list[str]:

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.splitting import SPLIT_RULES
-from megatron_stepkto.steps import step_spans, token_starts
+from megatron_stepkto.steps.text import SPLIT_RULES
+from megatron_stepkto.steps.tokens import step_spans, token_starts
 
 CORPUS = [
     "We add 3 + 4 = 7.\n\nThen $\\frac{1}{2} \\cdot x^2$ is 7.\nSo the answer is \\boxed{7}.",

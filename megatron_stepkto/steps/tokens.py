@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Step
-from megatron_stepkto.splitting import SplitRule, spans_of_cuts, split_text
+from megatron_stepkto.steps.text import SplitRule, spans_of_cuts, split_text
 
 REPLACEMENT = "\ufffd"  # what decoding puts where bytes are no (whole) character
 # A character has at most four bytes and a token at least one: past this many waiting tokens one of the
