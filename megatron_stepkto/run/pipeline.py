@@ -190,7 +190,7 @@ def dataset_stage(run: Run, t: int) -> None:
 def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
     """weights_only: the part that needs no GPU, and leaves the rest to a later call."""
     from megatron_stepkto.base.nodes import tell_others, this_node
-    from megatron_stepkto.training.stage import help_train, prepare_weights, train
+    from megatron_stepkto.training.launch import help_train, prepare_weights, train
 
     directory = run.iteration(t) / "train"
     data = run.iteration(t) / "dataset"

@@ -58,7 +58,7 @@ def make_m0(run: Run) -> None:
     """M0/initial (random weights), M0/corpus, M0/train and M0/convert."""
     from megatron_stepkto.checkpoints.convert import megatron_to_hf
     from megatron_stepkto.run.folder import dataset_key, training_key
-    from megatron_stepkto.training.stage import train
+    from megatron_stepkto.training.launch import train
 
     warm_up = _settings(run)
     base = run.base / "M0"

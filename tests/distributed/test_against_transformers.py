@@ -17,7 +17,7 @@ from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.checkpoints.convert import megatron_to_hf
 from megatron_stepkto.megatron import onednn
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.training.stage import train
+from megatron_stepkto.training.launch import train
 from tests.builders import random_examples, write_examples, write_llama
 
 pytestmark = pytest.mark.distributed

@@ -15,7 +15,7 @@ from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.training.stage import train
+from megatron_stepkto.training.launch import train
 from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
 
 pytestmark = pytest.mark.distributed

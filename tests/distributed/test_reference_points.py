@@ -26,8 +26,8 @@ from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.megatron.batch import kl_document, solution_document
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.training.launch import train
 from megatron_stepkto.training.references import save_references
-from megatron_stepkto.training.stage import train
 from tests.builders import write_examples, write_llama
 
 pytestmark = pytest.mark.distributed

@@ -21,7 +21,7 @@ from megatron_stepkto.checkpoints.convert import megatron_to_hf
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import finished_checkpoints
-from megatron_stepkto.training.stage import train
+from megatron_stepkto.training.launch import train
 from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
 from tests.model_folders import write_model
 

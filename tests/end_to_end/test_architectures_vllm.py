@@ -21,7 +21,7 @@ from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.evaluation.logprobs import DEFAULT_TEXT
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.run.bpe_tokenizer import train_byte_level_bpe
-from megatron_stepkto.training.stage import train
+from megatron_stepkto.training.launch import train
 from tests.builders import random_examples, write_examples
 from tests.model_folders import FAMILIES, YARN_ROPE, write_model
 

@@ -25,7 +25,7 @@ from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.megatron.acceleration import find_machine
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
-from megatron_stepkto.training.stage import prepare_weights, train
+from megatron_stepkto.training.launch import prepare_weights, train
 from tests.builders import write_examples, write_llama
 
 # Sizes that FP8 products take (multiples of 128) and that leave something to round.
