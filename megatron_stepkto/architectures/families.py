@@ -24,5 +24,5 @@ def find_architecture(hf_config: Mapping[str, Any], where: str) -> Architecture:
     known = ", ".join(name for architecture in ARCHITECTURES for name in architecture.names)
     raise UserError(
         f"{where}: expected architectures to be one of {known}, got {named[0]}; "
-        "an architecture is one declaration in megatron_stepkto/checkpoints/ (see docs/architectures.md)"
+        "an architecture is one declaration in megatron_stepkto/architectures/ (see docs/architectures.md)"
     )

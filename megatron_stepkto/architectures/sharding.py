@@ -1,4 +1,4 @@
-"""Parameters that one rank holds, counted from an architecture's declaration; ``shards.py`` checks them for real."""
+"""Parameters that one rank holds, counted from an architecture's declaration; ``megatron/dry_run.py`` checks them for real."""
 
 from __future__ import annotations
 
@@ -114,3 +114,32 @@ def optimizer_shard(parameters: StageParameters, parallel: Parallel) -> int:
         part(chunk - experts, data_parallel_size(parallel)) + part(experts, expert_data_parallel_size(parallel))
         for chunk, experts in zip(parameters.chunks, parameters.experts, strict=True)
     )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank was found to hold, in elements. optimizer: its part of the distributed optimizer, if built."""
+
+    rank: int
+    tensor_rank: int
+    stage: int
+    data_rank: int
+    chunks: tuple[int, ...]
+    optimizer: int | None
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.chunks)
+
+
+@dataclass(frozen=True)
+class Check:
+    """The plan's numbers beside a built shard's."""
+
+    shard: Shard
+    planned: tuple[int, ...]
+    planned_optimizer: int | None
+
+    @property
+    def agrees(self) -> bool:
+        return self.shard.chunks == self.planned and self.shard.optimizer == self.planned_optimizer

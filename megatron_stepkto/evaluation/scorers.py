@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -133,11 +131,11 @@ class MegatronScorer:
     def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
         from megatron_stepkto.base.records import TrainStep
         from megatron_stepkto.megatron.batch import Document, make_micro_batch
-        from megatron_stepkto.megatron.engine import choose_device
+        from megatron_stepkto.megatron.ranks import choose_device, one_rank
 
         device = choose_device("auto")
         found = []
-        with _one_rank(device), torch.no_grad(), ProgressBar(self.name, len(texts), "texts") as bar:
+        with one_rank(device), torch.no_grad(), ProgressBar(self.name, len(texts), "texts") as bar:
             policy = self._load(device)
             weight = (
                 policy.shared_embedding_or_output_weight()
@@ -165,28 +163,6 @@ class MegatronScorer:
         policy.eval().to(device, self._dtype)
         Checkpoints([policy], [policy], None, self._dtype, PLAIN).load_weights(self._folder)
         return policy
-
-
-@contextmanager
-def _one_rank(device: torch.device) -> Iterator[None]:
-    """A world of this process alone."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from megatron_stepkto.megatron import patches as cpu
-    from megatron_stepkto.megatron.engine import lay_out
-    from megatron_stepkto.recipe.keys import Parallel
-
-    if device.type == "cpu":
-        cpu.install()
-    backend = "gloo" if device.type == "cpu" else "nccl"
-    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timedelta(minutes=10))
-    try:
-        lay_out(Parallel.model_validate({}), timeout_s=600)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 class ServerScorer:

@@ -52,8 +52,8 @@ def _labeller(options: dict[str, Any]) -> RowFunction:
 
 # what each task is made by, and the code (files, folders) that decides its results
 TASKS: dict[str, tuple[Callable[[dict[str, Any]], RowFunction], tuple[str, ...]]] = {
-    "steps": (_splitter, ("steps.py", "splitting.py")),
-    "labels": (_labeller, ("judging/equations.py", "judging/process/rule.py", "chained_arithmetic")),
+    "steps": (_splitter, ("steps",)),
+    "labels": (_labeller, ("judging/equations.py", "judging/process/rules.py", "problems/chained_arithmetic")),
 }
 
 

@@ -9,32 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_stepkto.architectures.model_config import Entry, ModelConfig
-from megatron_stepkto.architectures.sharding import optimizer_shard, stage_parameters
-from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.architectures.sharding import Check, Shard, optimizer_shard, stage_parameters
+from megatron_stepkto.megatron import patches
 from megatron_stepkto.recipe.keys import Parallel
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one rank was found to hold, in elements. optimizer: its part of the distributed optimizer, if built."""
-
-    rank: int
-    tensor_rank: int
-    stage: int
-    data_rank: int
-    chunks: tuple[int, ...]
-    optimizer: int | None
-
-    @property
-    def parameters(self) -> int:
-        return sum(self.chunks)
 
 
 def global_rank(parallel: Parallel, tensor_rank: int, stage: int, data_rank: int) -> int:
@@ -49,7 +32,7 @@ def fake_rank(parallel: Parallel, rank: int) -> Iterator[None]:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    cpu.install()
+    patches.install()
     assert not dist.is_initialized(), "a dry run needs a process without a process group"
     dist.init_process_group("fake", rank=rank, world_size=parallel.ranks, store=FakeStore())
     try:
@@ -82,7 +65,7 @@ def build_shard(
     from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 
     rank = global_rank(parallel, tensor_rank, stage, data_rank)
-    with fake_rank(parallel, rank), cpu.on_meta_device():
+    with fake_rank(parallel, rank), patches.on_meta_device():
         megatron = transformer_config(config, parallel, dtype, on_cpu=True)
         chunks = build_model_chunks(config, megatron)
         assert all(weight.is_meta for chunk in chunks for weight in chunk.parameters())
@@ -112,19 +95,6 @@ def _optimizer_elements(megatron: Any, chunks: list[Any], dtype: torch.dtype) ->
         for group in part.optimizer.param_groups
         for weight in group["params"]
     )
-
-
-@dataclass(frozen=True)
-class Check:
-    """The plan's numbers beside a built shard's."""
-
-    shard: Shard
-    planned: tuple[int, ...]
-    planned_optimizer: int | None
-
-    @property
-    def agrees(self) -> bool:
-        return self.shard.chunks == self.planned and self.shard.optimizer == self.planned_optimizer
 
 
 def check_plan(config: ModelConfig, entries: list[Entry], parallel: Parallel, dtype: torch.dtype) -> list[Check]:

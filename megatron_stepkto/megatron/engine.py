@@ -1,18 +1,16 @@
-"""Megatron-Core behind a few verbs: start, score, update (checkpointing.py: load, save). One instance per process."""
+"""Megatron-Core behind a few verbs: start, score, update (state.py: load, save). One instance per process."""
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -26,9 +24,6 @@ from torch import Tensor
 
 from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import ModelConfig
-from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.megatron import onednn
-from megatron_stepkto.megatron import patches as cpu
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.batch import Document, MicroBatch, Slot
 from megatron_stepkto.megatron.context_parallel import join, own_part
@@ -41,64 +36,6 @@ CALIBRATION_PASSES = 3
 
 T = TypeVar("T")
 LossOf = Callable[[MicroBatch, Tensor], tuple[Tensor, int, dict[str, Tensor]]]
-
-
-def choose_device(wanted: str) -> torch.device:
-    """Raises UserError when a GPU is asked for and none is there: nothing falls back silently."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but torch sees no GPU; install the CUDA build of torch or set it to cpu")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def threads_per_rank(ranks: int) -> int:
-    """Cores that this process may use (a container's, not the host's), shared by the ranks."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
-
-
-def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float) -> None:
-    """Join the ranks that torchrun (or Slurm) started.
-
-    Raises:
-        UserError: the number of processes is not the recipe's.
-    """
-    on_cpu = device.type == "cpu"
-    if on_cpu:
-        cpu.install()
-        torch.set_num_threads(threads_per_rank(parallel.ranks))
-    else:
-        cpu.check_megatron_version()
-        cpu.patch_expert_router()
-        cpu.patch_distributed_optimizer_load()  # torch's AdamW is also the GPU's without Transformer Engine and Apex
-        cpu.patch_distributed_optimizer_save()
-        torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))
-    if dist.get_world_size() != parallel.ranks:
-        raise UserError(
-            f"train.parallel.ranks is {parallel.ranks}, but {dist.get_world_size()} processes were started; "
-            "make them equal"
-        )
-    if on_cpu:
-        everywhere = torch.tensor(int(onednn.is_faster()))
-        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)  # a node of another kind: then no rank, not some of them
-        if everywhere.item():
-            onednn.use_for_matrix_products()
-
-
-def lay_out(parallel: recipe.Parallel, timeout_s: float) -> None:
-    """Make Megatron-Core's groups of this layout. Every group gets the time limit: its default is 30 minutes."""
-    parallel_state.initialize_model_parallel(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        distributed_timeout_minutes=timeout_s / 60,  # becomes a timedelta, which takes fractions
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,
-    )
-    # Nothing random is left in a pass (no dropout); Megatron's tracker wants a seed all the same.
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
 class Engine:

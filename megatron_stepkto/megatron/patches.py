@@ -1,9 +1,11 @@
-"""The only place that makes Megatron-Core run without CUDA.
+"""Every change that this package makes to Megatron-Core's own code: what a CPU needs, and what GPUs need too.
 
-Megatron-Core asks for ``device="cuda"`` and for CUDA's current device, streams and random state in many
+On the CPU: Megatron-Core asks for ``device="cuda"`` and for CUDA's current device, streams and random state in many
 places. ``install()`` gives *named* megatron.core modules a stand-in for their global ``torch`` that answers
 these for the CPU; torch itself is left alone, but for two Tensor methods whose answer changes only when the
-caller is a megatron.core module. Nothing here is active on a GPU run.
+caller is a megatron.core module.
+
+On GPUs too: ``install_everywhere()`` repairs faults of Megatron-Core that do not depend on the device.
 
 Every patched name is checked to exist, so a new Megatron-Core version fails here with a clear message and
 not later with a wrong number.
@@ -14,17 +16,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.megatron.version import check_megatron_version
 
-# Tested versions of Megatron-Core, and the Python that each was tested on (0.17 and later need 3.12).
-SUPPORTED_MEGATRON = {"0.16": "3.11", "0.19": "3.12"}
+# --- on the CPU only -----------------------------------------------------------------------------------------
 
 # Modules whose global `torch` is replaced, each because it creates tensors on "cuda", or asks for the current
 # CUDA device, a stream, a synchronisation or the CUDA random state.
@@ -156,18 +156,6 @@ _STAND_IN = _CpuTorch()
 _installed = False
 
 
-def check_megatron_version() -> str:
-    """Raises UserError unless an installed Megatron-Core is of a version this package is tested with."""
-    supported = " or ".join(f"{version}.x (Python {python})" for version, python in SUPPORTED_MEGATRON.items())
-    try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"megatron-core is not installed, expected {supported}; run `make setup`") from None
-    if not version.startswith(tuple(f"{v}." for v in SUPPORTED_MEGATRON)):
-        raise UserError(f"expected megatron-core {supported}, found {version}; run `make setup`")
-    return version
-
-
 def install() -> None:
     """Make Megatron-Core run on the CPU, in this process. Idempotent.
 
@@ -187,10 +175,8 @@ def install() -> None:
     _patch_rng_state()
     _patch_tensor_methods()
     _patch_experts()
-    patch_expert_router()
     _patch_rope()
-    patch_distributed_optimizer_load()
-    patch_distributed_optimizer_save()
+    install_everywhere()
     _installed = True
 
 
@@ -257,8 +243,24 @@ def _patch_tensor_methods() -> None:
     torch.Tensor.type = type_  # type: ignore[assignment, method-assign]
 
 
-def patch_expert_router() -> None:
-    """Without Transformer Engine, Megatron's router fails at a name that it imports from there only (on GPUs too)."""
+# --- on GPUs too ---------------------------------------------------------------------------------------------
+
+
+def install_everywhere() -> None:
+    """Repair what Megatron-Core gets wrong on every device, in this process. Call it once.
+
+    Raises:
+        UserError: Megatron-Core is absent or of another version.
+        RuntimeError: a name that must be patched does not exist.
+    """
+    check_megatron_version()
+    _patch_expert_router()
+    _patch_distributed_optimizer_load()
+    _patch_distributed_optimizer_save()
+
+
+def _patch_expert_router() -> None:
+    """Without Transformer Engine, Megatron's router fails at a name that it imports from there only."""
     utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if "te_general_gemm" not in utils.RouterGatingLinearFunction.forward.__code__.co_names:
         raise RuntimeError(f"{utils!r}: the router does not ask for te_general_gemm; remove this patch")
@@ -266,8 +268,10 @@ def patch_expert_router() -> None:
         utils.te_general_gemm = None
 
 
-def patch_distributed_optimizer_load() -> None:
-    """torch's AdamW keeps a ``step`` that a fully reshardable checkpoint lacks per parameter: keep the own one."""
+def _patch_distributed_optimizer_load() -> None:
+    """torch's AdamW (that of GPUs without Transformer Engine and Apex, too) keeps a ``step`` that a fully reshardable
+    checkpoint lacks per parameter: keep the optimizer's own.
+    """
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     name = "_set_main_param_and_optimizer_states"
     if not hasattr(optimizer, name):
@@ -284,10 +288,10 @@ def patch_distributed_optimizer_load() -> None:
     setattr(optimizer, name, set_states)
 
 
-def patch_distributed_optimizer_save() -> None:
+def _patch_distributed_optimizer_save() -> None:
     """Megatron gathers a buffer's main weights and moments without the padding behind its buckets, and cuts weights out
-    at places that count it: those behind a padded bucket would be saved, and resumed, with their neighbours' numbers
-    (on GPUs too). The embedding has a bucket of its own where it is tied across pipeline stages. Put the padding back.
+    at places that count it: those behind a padded bucket would be saved, and resumed, with their neighbours' numbers.
+    The embedding has a bucket of its own where it is tied across pipeline stages. Put the padding back.
     """
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
     name = "get_parameter_state_dp_zero"

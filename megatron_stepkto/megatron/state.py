@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.metadata import read_metadata
-from megatron_stepkto.megatron import patches as cpu
 from megatron_stepkto.megatron.acceleration import Acceleration
 from megatron_stepkto.megatron.main_weights import load_main_weights, optimizer_parts, whole_main_weights
 from megatron_stepkto.megatron.model import PolicyModel
+from megatron_stepkto.megatron.version import async_writer, needs_common_pt
 
 EXTRA = "_extra_state"
 
@@ -135,7 +135,7 @@ class Checkpoints:
     def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
         # It refuses a pickle that would run code, before Megatron's own loader reads it.
         known = read_metadata(directory).state_dict_metadata
-        if not (directory / "common.pt").is_file() and cpu.check_megatron_version().startswith("0.16."):
+        if not (directory / "common.pt").is_file() and needs_common_pt():
             raise UserError(
                 f"{directory}: written by megatron-core 0.17 or newer (it has no common.pt), which 0.16 cannot read; "
                 "go on in the environment that wrote it (make megatron-019)"
@@ -182,10 +182,8 @@ class Checkpoints:
         ``finished`` runs on every rank, in a later ``finish_saving``, when all ranks have written.
         """
         self._make(directory)
-        # From 0.17 on Megatron asks for nvidia-resiliency-ext unless its own writer is named.
-        own_writer = {} if cpu.check_megatron_version().startswith("0.16.") else {"async_strategy": "mcore"}
         request = dist_checkpointing.save(
-            self._state(loading=False), str(directory), ("torch_dist", 1), async_sharded_save=True, **own_writer
+            self._state(loading=False), str(directory), ("torch_dist", 1), async_sharded_save=True, **async_writer()
         )
         assert request is not None
         request.add_finalize_fn(finished)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
-from megatron_stepkto.architectures.sharding import data_parallel_size, model_parameters
+from megatron_stepkto.architectures.sharding import Check, data_parallel_size, model_parameters
 from megatron_stepkto.planning.search import Plan, recipe_keys
 from megatron_stepkto.planning.times import Scenario
-
-if TYPE_CHECKING:
-    from megatron_stepkto.megatron.dry_run import Check
 
 
 def report(model: Path, case: Scenario, plans: Sequence[Plan], checks: Sequence[Check] | None) -> str:

@@ -1,4 +1,4 @@
-"""A recipe's keys: every one is declared here. ``recipe_file.py`` reads them from YAML.
+"""A recipe's keys: every one is declared here. ``file.py`` reads them from YAML.
 
 Paths of inputs are relative to the recipe's folder (``output`` to the working directory).
 """
@@ -185,7 +185,7 @@ def _short_form(value: Any) -> Any:
 
 
 class RewardModel(Section):
-    """A learned judge of whole solutions, for problems without an answer to check (judging/reward_model.py)."""
+    """A learned judge of whole solutions, for problems without an answer to check (judging/outcome/reward_model.py)."""
 
     reward_model: RecipePath = Field(description="Hugging Face folder, sequence classification with one label")
     threshold: float = Field(description="logit above which a solution is right")
@@ -196,7 +196,7 @@ class RewardModel(Section):
 
 class Judging(Section):
     split: Literal["line", "blank_line", "step_number", "step_heading", "sentence", "tag"] = Field(
-        description="where one step ends and the next begins (splitting.py)"
+        description="where one step ends and the next begins (steps/text.py)"
     )
     step_tag: str | None = Field(None, min_length=1, description="split: tag: the text that ends each step")
     process: Annotated[ProcessJudge, BeforeValidator(_short_form)] = Field(description="who labels the steps")

@@ -271,9 +271,9 @@ def check_fits(model: Path, recipe: recipes.Recipe) -> None:
     that this package is not tested with."""
     from megatron_stepkto.architectures.layout import check_layout
     from megatron_stepkto.checkpoints.convert import read_model_config
-    from megatron_stepkto.megatron import patches as cpu
+    from megatron_stepkto.megatron.version import check_megatron_version
 
-    cpu.check_megatron_version()
+    check_megatron_version()
     check_layout(read_model_config(model)[0], recipe.train.parallel, recipe.place)
 
 

@@ -17,7 +17,8 @@ from megatron_stepkto.base.records import TrainExample, read_records
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.megatron import onednn
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration, choose, describe, find_machine
-from megatron_stepkto.megatron.engine import Engine, choose_device, join_ranks, lay_out
+from megatron_stepkto.megatron.engine import Engine
+from megatron_stepkto.megatron.ranks import choose_device, join_ranks, lay_out
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.loop import Trainer

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_stepkto.base.processes import child_main, die_with_parent
-from megatron_stepkto.megatron.engine import Engine, join_ranks
+from megatron_stepkto.megatron.engine import Engine
+from megatron_stepkto.megatron.ranks import join_ranks
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.rank import make_trainer
 from tests.distributed.logits_rank import write_logits

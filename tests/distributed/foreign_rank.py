@@ -17,8 +17,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_stepkto.base.processes import child_main, die_with_parent
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
-from megatron_stepkto.megatron.engine import Engine, join_ranks, lay_out
+from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.megatron.model import padded_vocab_size, transformer_config
+from megatron_stepkto.megatron.ranks import join_ranks, lay_out
 from megatron_stepkto.recipe import keys as recipe
 
 METADATA: dict[str, dict[str, Any]] = {

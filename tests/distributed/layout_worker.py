@@ -20,7 +20,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 
 from megatron_stepkto.base.processes import child_main
-from megatron_stepkto.megatron.engine import Engine, join_ranks
+from megatron_stepkto.megatron.engine import Engine
+from megatron_stepkto.megatron.ranks import join_ranks
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.rank import make_trainer
 

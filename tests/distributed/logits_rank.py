@@ -15,7 +15,8 @@ from megatron_stepkto.base.processes import child_main, die_with_parent
 from megatron_stepkto.base.records import TrainStep
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.megatron.batch import Document, MicroBatch, make_micro_batch
-from megatron_stepkto.megatron.engine import Engine, join_ranks, lay_out
+from megatron_stepkto.megatron.engine import Engine
+from megatron_stepkto.megatron.ranks import join_ranks, lay_out
 from megatron_stepkto.recipe import keys as recipe
 
 

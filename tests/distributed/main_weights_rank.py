@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_stepkto.base.processes import child_main
-from megatron_stepkto.megatron.engine import Engine, join_ranks
+from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.megatron.layers import RMSNorm
 from megatron_stepkto.megatron.main_weights import load_main_weights, whole_main_weights
+from megatron_stepkto.megatron.ranks import join_ranks
 from megatron_stepkto.megatron.state import Checkpoints
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.rank import make_trainer

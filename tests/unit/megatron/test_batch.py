@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
-from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.megatron import patches
 
 # Before Megatron-Core is imported, as in a run; not beside a GPU, whose tests may share this process.
 if not torch.cuda.is_available():
-    cpu.install()
+    patches.install()
 
 from megatron_stepkto.megatron.batch import (
     Document,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.megatron import patches
 
 # Before Megatron-Core is imported, as in a run; not beside a GPU, whose tests may share this process.
 if not torch.cuda.is_available():
-    cpu.install()
+    patches.install()
 
 from benchmarks.gpu_train import SHAPES
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration

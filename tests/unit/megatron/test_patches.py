@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.megatron import patches, version
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="for machines without a GPU: what install() does lasts as long as the process"
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
-    cpu.install()
+    patches.install()
 
 
 def as_if_in(module: str, expression: str, **names: Any) -> Any:
@@ -38,7 +38,7 @@ def as_if_in(module: str, expression: str, **names: Any) -> Any:
 def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(UserError) as caught:
-        cpu.check_megatron_version()
+        version.check_megatron_version()
     assert str(caught.value) == (
         f"expected megatron-core 0.16.x (Python 3.11) or 0.19.x (Python 3.12), found {version}; run `make setup`"
     )
@@ -47,13 +47,13 @@ def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch, ve
 @pytest.mark.parametrize("version", ["0.16.0", "0.16.1", "0.19.2"])
 def test_supported_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    assert cpu.check_megatron_version() == version
+    assert version.check_megatron_version() == version
 
 
 def test_the_lock_files_hold_supported_versions(repository: Path) -> None:
     for lock in ("cpu.lock", "py312.lock"):
         [pinned] = re.findall(r"^megatron-core==(\d+\.\d+)", (repository / "requirements" / lock).read_text(), re.M)
-        assert pinned in cpu.SUPPORTED_MEGATRON
+        assert pinned in version.SUPPORTED_MEGATRON
 
 
 def test_a_megatron_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,21 +62,21 @@ def test_a_megatron_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(UserError, match=r"megatron-core is not installed, expected 0\.16\.x .*; run `make setup`"):
-        cpu.check_megatron_version()
+        version.check_megatron_version()
 
 
 def test_install_checks_the_version_before_it_touches_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.Tensor.type
-    monkeypatch.setattr(cpu, "_installed", False)
+    monkeypatch.setattr(patches, "_installed", False)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.15.0")
     with pytest.raises(UserError, match=r"found 0\.15\.0"):
-        cpu.install()
+        patches.install()
     assert torch.Tensor.type is before
-    assert cpu._installed is False
+    assert patches._installed is False
 
 
 def test_the_installed_version_is_supported() -> None:
-    assert cpu.check_megatron_version() == importlib.metadata.version("megatron-core")
+    assert version.check_megatron_version() == importlib.metadata.version("megatron-core")
 
 
 def test_a_name_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,11 +84,11 @@ def test_a_name_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     with pytest.raises(RuntimeError, match="has no _get_cuda_rng_state to replace"):
-        cpu._replace(Moved(), "_get_cuda_rng_state", None)
-    monkeypatch.setattr(cpu, "_installed", False)
-    monkeypatch.setattr(cpu, "PATCHED_MODULES", ("package_info",))  # a module that imports no torch
+        patches._replace(Moved(), "_get_cuda_rng_state", None)
+    monkeypatch.setattr(patches, "_installed", False)
+    monkeypatch.setattr(patches, "PATCHED_MODULES", ("package_info",))  # a module that imports no torch
     with pytest.raises(RuntimeError, match=r"megatron\.core\.package_info has no global torch to stand in for"):
-        cpu.install()
+        patches.install()
 
 
 # --- idempotent ----------------------------------------------------------------------------------------------
@@ -99,15 +99,15 @@ def test_install_again_changes_nothing() -> None:
         return [
             torch.Tensor.type,
             torch.Tensor.cuda,
-            *(importlib.import_module(f"megatron.core.{name}").torch for name in cpu.PATCHED_MODULES),
+            *(importlib.import_module(f"megatron.core.{name}").torch for name in patches.PATCHED_MODULES),
         ]
 
     before = state()
-    cpu.install()
+    patches.install()
     assert all(a is b for a, b in zip(before, state(), strict=True))
 
 
-@pytest.mark.parametrize("name", cpu.PATCHED_MODULES)
+@pytest.mark.parametrize("name", patches.PATCHED_MODULES)
 def test_every_named_module_has_the_stand_in(name: str) -> None:
     module = importlib.import_module(f"megatron.core.{name}")
     assert module.torch is not torch
@@ -184,9 +184,9 @@ def test_cuda_outside_megatron_still_fails_without_a_gpu() -> None:
 SNAPSHOT = """
 import importlib
 import torch
-from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.megatron import patches
 
-for name in cpu.PATCHED_MODULES:  # importing Megatron may change torch; that is not ours
+for name in patches.PATCHED_MODULES:  # importing Megatron may change torch; that is not ours
     importlib.import_module("megatron.core." + name)
 
 
@@ -197,7 +197,7 @@ def snapshot():
 
 
 before = snapshot()
-cpu.install()
+patches.install()
 after = snapshot()
 assert before.keys() <= after.keys()
 print(sorted(".".join(key) for key in after if key not in before or before[key] is not after[key]))

@@ -4,15 +4,15 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.megatron import patches
 from megatron_stepkto.recipe import keys as recipe
 from tests.builders import random_examples
 
-cpu.install()  # objectives.py works on micro-batches, which import Megatron
+patches.install()  # objectives work on micro-batches, which import Megatron
 
-from megatron_stepkto.methods.preference import Preference
+from megatron_stepkto.methods.preference import Preference  # noqa: E402
 from megatron_stepkto.methods.registry import make_objective  # noqa: E402
-from megatron_stepkto.methods.step_kto import StepKTO
+from megatron_stepkto.methods.step_kto import StepKTO  # noqa: E402
 
 
 def with_outcomes(*outcomes: int | None) -> list[TrainExample]:

@@ -14,7 +14,7 @@ import torch
 from megatron_stepkto.architectures.llama import read_config
 from megatron_stepkto.architectures.model_config import Experts, ModelConfig
 from megatron_stepkto.base.records import TrainStep
-from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.megatron import patches
 from megatron_stepkto.megatron.batch import Document, MicroBatch, make_micro_batch
 from megatron_stepkto.megatron.dry_run import fake_rank
 from megatron_stepkto.planning.activations import CPU, Layout, head_saved_bytes, layers_in_flight, saved_per_layer
@@ -53,7 +53,7 @@ def kept_bytes(config: ModelConfig, parallel: Parallel, batch: MicroBatch, dtype
 
     from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 
-    cpu.install()
+    patches.install()
     kept: dict[int, int] = {}
     alive: list[torch.UntypedStorage] = []  # a freed storage's address may come again
     with fake_rank(parallel, 0):

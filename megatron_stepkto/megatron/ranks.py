@@ -1,0 +1,86 @@
+"""Devices and process groups: joining the ranks that torchrun or Slurm started, or being the only one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.megatron import onednn, patches
+from megatron_stepkto.recipe import keys as recipe
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Raises UserError when a GPU is asked for and none is there: nothing falls back silently."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch sees no GPU; install the CUDA build of torch or set it to cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def threads_per_rank(ranks: int) -> int:
+    """Cores that this process may use (a container's, not the host's), shared by the ranks."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float) -> None:
+    """Join the ranks that torchrun (or Slurm) started.
+
+    Raises:
+        UserError: the number of processes is not the recipe's.
+    """
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        patches.install()
+        torch.set_num_threads(threads_per_rank(parallel.ranks))
+    else:
+        patches.install_everywhere()
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))
+    if dist.get_world_size() != parallel.ranks:
+        raise UserError(
+            f"train.parallel.ranks is {parallel.ranks}, but {dist.get_world_size()} processes were started; "
+            "make them equal"
+        )
+    if on_cpu:
+        everywhere = torch.tensor(int(onednn.is_faster()))
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)  # a node of another kind: then no rank, not some of them
+        if everywhere.item():
+            onednn.use_for_matrix_products()
+
+
+def lay_out(parallel: recipe.Parallel, timeout_s: float) -> None:
+    """Make Megatron-Core's groups of this layout. Every group gets the time limit: its default is 30 minutes."""
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=timeout_s / 60,  # becomes a timedelta, which takes fractions
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+    )
+    # Nothing random is left in a pass (no dropout); Megatron's tracker wants a seed all the same.
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+@contextmanager
+def one_rank(device: torch.device) -> Iterator[None]:
+    """A world of this process alone, for a forward pass without torchrun."""
+    if device.type == "cpu":
+        patches.install()
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timedelta(minutes=10))
+    try:
+        lay_out(recipe.Parallel.model_validate({}), timeout_s=600)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
