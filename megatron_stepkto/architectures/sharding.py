@@ -1,4 +1,4 @@
-"""Parameters that one rank holds, counted from an architecture's declaration; ``megatron/dry_run.py`` checks them for real."""
+"""Parameters that one rank holds, counted from an architecture's declaration; ``megatron/dry_run.py`` checks them."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Import(NamedTuple):
 
 
 def room_of(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports_of(importer: str, source: str, modules: frozenset[str]) -> Iterator[Import]:
