@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.megatron import patches, version
+from megatron_stepkto.megatron import patches
+from megatron_stepkto.megatron.version import SUPPORTED_MEGATRON, check_megatron_version
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="for machines without a GPU: what install() does lasts as long as the process"
@@ -38,7 +39,7 @@ def as_if_in(module: str, expression: str, **names: Any) -> Any:
 def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(UserError) as caught:
-        version.check_megatron_version()
+        check_megatron_version()
     assert str(caught.value) == (
         f"expected megatron-core 0.16.x (Python 3.11) or 0.19.x (Python 3.12), found {version}; run `make setup`"
     )
@@ -47,13 +48,13 @@ def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch, ve
 @pytest.mark.parametrize("version", ["0.16.0", "0.16.1", "0.19.2"])
 def test_supported_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    assert version.check_megatron_version() == version
+    assert check_megatron_version() == version
 
 
 def test_the_lock_files_hold_supported_versions(repository: Path) -> None:
     for lock in ("cpu.lock", "py312.lock"):
         [pinned] = re.findall(r"^megatron-core==(\d+\.\d+)", (repository / "requirements" / lock).read_text(), re.M)
-        assert pinned in version.SUPPORTED_MEGATRON
+        assert pinned in SUPPORTED_MEGATRON
 
 
 def test_a_megatron_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +63,7 @@ def test_a_megatron_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(UserError, match=r"megatron-core is not installed, expected 0\.16\.x .*; run `make setup`"):
-        version.check_megatron_version()
+        check_megatron_version()
 
 
 def test_install_checks_the_version_before_it_touches_anything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +77,7 @@ def test_install_checks_the_version_before_it_touches_anything(monkeypatch: pyte
 
 
 def test_the_installed_version_is_supported() -> None:
-    assert version.check_megatron_version() == importlib.metadata.version("megatron-core")
+    assert check_megatron_version() == importlib.metadata.version("megatron-core")
 
 
 def test_a_name_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
