@@ -229,7 +229,7 @@ def expert_entries(c: ModelConfig, block: str, gate: str, up: str, down: str) ->
     assert c.experts is not None
     layers, hidden, number, ffn = c.num_layers, c.hidden_size, c.experts.number, c.experts.ffn_size
     router, experts = LAYERS + "mlp.router.weight", LAYERS + "mlp.experts.experts."
-    # Transformer Engine's spec does not fuse this norm: its own name, which the local spec (megatron/model.py) takes too.
+    # Transformer Engine's spec does not fuse this norm: its own name, which the local spec (megatron/model.py) takes.
     other, norm = _MLP_NORMS
     gate, up, down = (f"{_LAYER}{block}.experts.{{expert}}.{name}.weight" for name in (gate, up, down))
     return [
