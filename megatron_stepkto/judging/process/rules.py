@@ -17,11 +17,16 @@ def _chained_arithmetic(problem: str, text: str, spans: Spans) -> list[Label]:
 
 
 def _equations(problem: str, text: str, spans: Spans) -> list[Label]:
-    """Right iff the step holds a checkable equation and all it holds are true; None where it holds none."""
+    """Wrong iff the step holds an equation that is false beyond doubt; right iff it holds a checkable equation and
+    all that it holds are true; None where it holds none, or one that is false only as read."""
     labels: list[Label] = []
+    subject = f"{problem}\n{text}"
     for start, end in spans:
-        verdicts = check_equations(text[start:end])
-        labels.append((1 if all(verdicts) else 0) if verdicts else None)
+        verdicts = check_equations(text[start:end], text[:start], text[end:], subject=subject)
+        if False in verdicts:
+            labels.append(0)
+        else:
+            labels.append(1 if verdicts and all(verdicts) else None)
     return labels
 
 
