@@ -58,6 +58,10 @@ _WORD_BEFORE = re.compile(r"(?<![\w’'-])([A-Za-z]+(?:[’'][A-Za-z]+)?)$")
 _COMMAND_BEFORE = re.compile(
     r"\\(?:quad|qquad|implies|Rightarrow|Longrightarrow|rightarrow|to|therefore|because|displaystyle|item|iff)$"
 )
+_HEADING = re.compile(r"(?:^|\n)[\s*#]*[A-Z][a-z]+ \d+$")
+_MULTIPLE = re.compile(
+    r"\b(?:half|twice|thrice|double|triple|quadruple|times|thirds?|quarters?)\b[^.;:!?\n]*$", re.IGNORECASE
+)
 _NUMBER_IN_CLAUSE = re.compile(
     r"(?:\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty|hundred|thousand|million|dozen"
     r"|half|third|quarter|twice|double|triple|both|between)\b)[^.;:!?\n]*$",
@@ -71,7 +75,7 @@ _LABEL_BEFORE = re.compile(
 _REFERENCE_BEFORE = re.compile(r"\b(?:no|nos|fig|figs|eq|eqs|vs|approx|ch|sec|p|pp|vol|ex|prob)\.$", re.IGNORECASE)
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|emph)\s*\{([^{}]{0,80})\}")
-_BULLET = re.compile(r"[ \t]*(?:[-*•+]|\(?\d{1,3}[.)])[ \t]")
+_BULLET = re.compile(r"[ \t]*(?:[-*•+]|\d{1,3}[.)])[ \t]")
 _ANNOTATED = re.compile(rf"[ \t]*>>[ \t]*-?(?:{NUMBER})?%?")  # GSM8K's "<<48/2=24>>24"
 _CLOSED = re.compile(r"[ \t]|\\[\])]|\}(?![\^_!\d])|[”’»`\]]")
 _NOUN = re.compile(r"(?:\n[ \t]*(?![A-Z]))?([A-Za-z]+)")
@@ -114,8 +118,8 @@ _OTHER_SUBJECT = re.compile(
     re.IGNORECASE,
 )
 _OTHER_IN_STEP = re.compile(
-    r"\b(?:remainders?|bits?|(?:units?|ones|last|final|tens|hundreds|leading)[- ]digits?|digital root|matri(?:x|ces)"
-    r"|vectors?|carry(?:ing)? the|log|ln)\b|\\(?:log|ln)(?![a-zA-Z])",
+    r"\b(?:remainders?|bits?|(?:units?|ones|last|final|tens|hundreds|leading)[- ]digits?|digital root"
+    r"|carry(?:ing)? the|log|ln)\b|\\(?:log|ln)(?![a-zA-Z])",
     re.IGNORECASE,
 )
 # An equation that is not asserted: by its step, by its own sentence
@@ -159,17 +163,20 @@ def understood_before(before: str, side: str, lone: bool) -> bool:
         if not text.rstrip(" \t\n") or re.search(r"\n[ \t]*\n$", text):
             return True
         text = text.rstrip()
-        if text[-1].isdigit():  # an equation per line
-            return side.lstrip()[:1] not in "(-+*/"
+        if text[-1].isdigit():  # an equation per line, or a heading ("Step 2")
+            whole = _EQUATION_BEFORE.search(text) or _HEADING.search(text)
+            return bool(whole) and side.lstrip()[:1] not in "(-+*/"
     if not text or _COMMAND_BEFORE.search(text) or text.endswith((r"\\", r"\[", r"\(", r"\boxed{", "<<", ">>")):
         return True
     last = text[-1]
     if last.isalpha():
-        return _word_leaves_alone(text, side, lone)
+        return word_leaves_alone(text, side, lone)
     if last in ".,:'\"" and text[-2:-1].isdigit() and not spaced:
         return False  # 3:00, 2,5
     if last == ",":
-        return not re.search(r"\d[%)]*\s*,$", text) or bool(_EQUATION_BEFORE.search(text))
+        if _EQUATION_BEFORE.search(text):
+            return True
+        return not (re.search(r"\d[%)]*\s*,$", text) or _MULTIPLE.search(text))
     if last == "*":
         return not re.search(r"[\w)%][ \t]*\*$", text)
     if last == ":":
@@ -181,7 +188,8 @@ def understood_before(before: str, side: str, lone: bool) -> bool:
     return last in ";?!><`“‘«—•→⇒∴"
 
 
-def _word_leaves_alone(text: str, side: str, lone: bool) -> bool:
+def word_leaves_alone(text: str, side: str, lone: bool) -> bool:
+    """Does the word that ends ``text`` leave the side behind it alone ("is", "paid", not "twice")?"""
     match = _WORD_BEFORE.search(text)
     if not match:
         return False
@@ -246,7 +254,7 @@ def understood_after(after: str, before: str) -> bool:
         return before.count(first) % 2 == 1
     if first.isalpha():
         return _words_leave_alone(text)
-    return first in ";<>≈≠≤≥→⇒—∴([•"
+    return first in ";<>≈≠≤≥→⇒—∴[•" or bool(re.match(r"\([a-zA-Z]", text))
 
 
 def _words_leave_alone(text: str) -> bool:

@@ -13,13 +13,15 @@ from fractions import Fraction
 from functools import cached_property
 
 from megatron_stepkto.judging.equation_context import NOT_A_NOUN, arithmetic_is_usual
-from megatron_stepkto.judging.equation_sides import Side, slack, value_of
+from megatron_stepkto.judging.equation_sides import Side, slack, tokens_of, value_of
 
 _HYPHENS = re.compile(r"\s*\d+(?:-\d+)+\s*")
 _PAIR = re.compile(r"\(\s*\d{1,3}(?:,\d{3})+\s*\)")
 _GROUPED_BY_STOPS = re.compile(r"\d{1,3}(?:\.\d{3})+")
 _LEADING_ZERO = re.compile(r"0\d")
 _CLOCK_TIME = re.compile(r"(\d{1,2})\.([0-5]\d)")
+_CLOCK_NUMBER = re.compile(r"(1?\d|2[0-4])([0-5]\d)")
+_HYPHENED = re.compile(r"(?<![\d.])(\d+)-(\d+/\d+)")  # 1-1/2
 _IMPLICIT_DIVISOR = re.compile(r"/\s*[\d.,]+\s*\(")  # 12 / 2(3)
 MAX_ROUNDED = 4
 
@@ -79,6 +81,7 @@ _FACTORS: tuple[tuple[re.Pattern[str], tuple[int | str, ...]], ...] = tuple(
         (r"hundreds?|thousands?|millions?|billions?|k|mil|thousandths?", r"\d[kKM]\b", (100, 1000, 10**6, 10**9)),
         (r"percents?|percentages?|per[ \t]+cent|pct|rate|ratio|fraction|proportion|probability|chance", r"%", (100,)),
         (r"degrees?|revolutions?|rotations?|turns?|radians?|arcminutes?|circ", r"°", (60, 90, 180, 360, 3600)),
+        (r"averages?|mean|midpoint", r"(?!)", tuple(range(2, 11))),
         (r"[kmg]b|(?:kilo|mega|giga)?bytes?|bits?", r"(?!)", (8, 1000, 1024, 10**6)),
     )
 )
@@ -116,6 +119,7 @@ _BELOW = re.compile(
     r"|distance|difference|apart|negative)\b",
     re.IGNORECASE,
 )
+_BOOKED_LOSS = re.compile(r"\s*\(\s*[\d.,]+\s*\)\s*")  # 7 - 9 = (2)
 _ABOUT_SHARE = Fraction(1, 10)
 # Nouns whose factors are all in the table; any other may be a group of some number ("boxes")
 _MEASURES = re.compile(
@@ -166,9 +170,15 @@ def holds_otherwise(left: Side, right: Side, words: StepWords, noun: str) -> boo
         or any(_equal(*values, right, left) for values in _regrouped(left, right))
         or _rounded_factors(left, right)
         or _in_other_units(left.value, right.value, _slack(left, right), words, noun)
-        or (left.value == -right.value and (words.below or right.text.strip().startswith("(")))
-        or (words.about and abs(left.value - right.value) <= _ABOUT_SHARE * abs(left.value))
+        or (left.value == -right.value and (words.below or bool(_BOOKED_LOSS.fullmatch(right.text))))
+        or (words.about and abs(left.value - right.value) <= _rounding(left))
     )
+
+
+def _rounding(exact: Side) -> Fraction:
+    """How far a value may be rounded where a word like "about" stands."""
+    assert exact.value is not None
+    return max(_ABOUT_SHARE * abs(exact.value), Fraction("/" in exact.tokens))
 
 
 def _slack(*sides: Side) -> Fraction:
@@ -204,11 +214,18 @@ def _regrouped(left: Side, right: Side) -> Iterator[tuple[Fraction | None, Fract
     numbers = left.numbers + right.numbers
     for per_percent, rest in ((percent, True), (one, False), (one, True)):
         if rest or left.percents or right.percents:
-            yield _value(left.tokens, per_percent, rest), _value(right.tokens, per_percent, rest)
+            values = _value(left.tokens, per_percent, rest), _value(right.tokens, per_percent, rest)
+            yield values
+            if per_percent == one and values[0] is not None:  # "30 / 2%" is 15%
+                yield from ((values[0] * scale, values[1]) for scale in (percent, 100 * one))
     if any(_GROUPED_BY_STOPS.fullmatch(number) for number in numbers):
         yield _value(_stops_as_groups(left)), _value(_stops_as_groups(right))
     if any(_CLOCK_TIME.fullmatch(number) for number in numbers):
         yield from ((_clock_value(left, whole), _clock_value(right, 60)) for whole in (1, 60))
+    if any(_CLOCK_NUMBER.fullmatch(number) for number in numbers):
+        yield _clock_value(left, 1), _clock_value(right, 1)
+    if any(_HYPHENED.search(side.text) for side in (left, right)):
+        yield _value(_without_hyphens(left)), _value(_without_hyphens(right))
     if any(_IMPLICIT_DIVISOR.search(side.text) for side in (left, right)):
         yield one, one  # read in both ways by too many
 
@@ -224,13 +241,19 @@ def _stops_as_groups(side: Side) -> list[str]:
     return [token.replace(".", "") if _GROUPED_BY_STOPS.fullmatch(token) else token for token in side.tokens]
 
 
+def _without_hyphens(side: Side) -> tuple[str, ...]:
+    return tokens_of(_HYPHENED.sub(r"(\1+\2)", side.text)) or ()
+
+
 def _clock_value(side: Side, whole: int) -> Fraction | None:
-    """In minutes, "9.30" being half past nine and a whole number ``whole`` minutes; None for another operation."""
+    """In minutes, "9.30" and "930" being half past nine and any other whole number ``whole`` minutes; None for another
+    operation.
+    """
     tokens = []
     for token in side.tokens:
         if token in "*/%!":
             return None
-        if clock := _CLOCK_TIME.fullmatch(token):
+        if clock := _CLOCK_TIME.fullmatch(token) or _CLOCK_NUMBER.fullmatch(token):
             token = str(60 * int(clock[1]) + int(clock[2]))
         elif token.isdigit():
             token = str(int(token) * whole)

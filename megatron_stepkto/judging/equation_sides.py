@@ -10,6 +10,7 @@ from fractions import Fraction
 
 NUMBER = r"[1-9]\d{0,2}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 MAX_FACTORIAL = 20
+FLOAT_DECIMALS, FLOAT_ERROR = 12, Fraction(1, 10**12)
 _TOKEN = re.compile(rf"\s*({NUMBER}|[-+*/()%!])")
 
 
@@ -156,23 +157,27 @@ def sides_equal(left: Side, right: Side) -> bool | None:
             scales = (1, 100) if lone.percents else (1,)
             if any(abs(other.value - lone.value * scale) <= slack(lone) for scale in scales):
                 return True
-            if any(_shortened(other.value, lone, scale) for scale in scales):
+            if any(_shortened(other, lone, scale) for scale in scales):
                 return None
     return left.value == right.value
 
 
 def slack(lone: Side) -> Fraction:
-    """How far a value may lie from a lone number that is its rounding."""
+    """How far a value may lie from a lone number that is its rounding, or a computer's sum ("14.999999999999998")."""
+    if lone.decimals >= FLOAT_DECIMALS:
+        return FLOAT_ERROR * max(abs(lone.value or Fraction(0)), Fraction(1))
     return Fraction(1, 2 * 10**lone.decimals) if lone.decimals else Fraction(0)
 
 
-def _shortened(exact: Fraction, lone: Side, scale: int) -> bool:
-    """Is ``lone`` what is left of ``exact`` when digits are cut off, or when it is rounded to a whole number?
+def _shortened(other: Side, lone: Side, scale: int) -> bool:
+    """Is ``lone`` what is left of the other side when digits are cut off, or when it is rounded to a whole number?
 
-    "9 / 7 = 1" may be a quotient whose remainder follows, "2 / 3 = 0.66" a way to round.
+    "9 / 7 = 1" may be a quotient whose remainder follows, "2 / 3 = 0.66" a way to round, "17 / 5 = 4" tells buses.
     """
-    assert lone.value is not None
+    assert lone.value is not None and other.value is not None
+    exact = other.value
     unit = Fraction(scale, 10**lone.decimals * (100 if lone.percents else 1))
     given = lone.value * scale
     cut = abs(given) <= abs(exact) < abs(given) + unit and given * exact >= 0
-    return cut or (lone.decimals == 0 and abs(exact - given) <= unit / 2)
+    near = abs(exact - given) < unit if "/" in other.tokens else abs(exact - given) <= unit / 2
+    return cut or (lone.decimals == 0 and near)

@@ -21,6 +21,7 @@ from megatron_stepkto.judging.equation_context import (
     of_amount,
     understood_after,
     understood_before,
+    word_leaves_alone,
 )
 from megatron_stepkto.judging.equation_readings import StepWords, holds_otherwise
 from megatron_stepkto.judging.equation_sides import NUMBER, Side, parse_side, sides_equal
@@ -121,8 +122,9 @@ def _run_verdicts(run: str, surroundings: _Surroundings) -> list[bool | None]:
 
 def _takes(before: str, run: str) -> bool:
     """Does what stands before a run take it as a factor or an argument?"""
-    if run.startswith("("):
-        return bool(re.search(r"['’)]$|[a-zA-Z_}]$", before))
+    if run.lstrip().startswith("("):  # f(2), but not "is (4 + 6) / 2"
+        spaced = run[0].isspace() and word_leaves_alone(before, run.partition("=")[0], lone=False)
+        return bool(re.search(r"['’)]$|[a-zA-Z_}]$", before)) and not spaced
     if _OPERATOR_BEFORE.search(before):
         return True
     return bool(re.search(r"\}\s*$", before)) and not _WORDS_IN_FORMULA.search(before)
@@ -209,6 +211,6 @@ def _begins(before: str, run: str) -> bool:
         not run[0].isspace() and _CLOCK.search(before)
     ):
         return False
-    if _takes(before, stripped) or (_BEFORE_WORDS.search(before) and not of_amount(before, run)):
+    if _takes(before, run) or (_BEFORE_WORDS.search(before) and not of_amount(before, run)):
         return False
     return not (before.strip() and stripped[0] in "+*/-%)")
