@@ -8,6 +8,7 @@ what is harmful: an unknown word costs a label, a missed word would teach a wron
 from __future__ import annotations
 
 import re
+from functools import cached_property
 
 from megatron_stepkto.judging.equation_sides import NUMBER
 
@@ -109,12 +110,12 @@ NOT_A_NOUN = frozenset(_NO_NOUNS.split())
 _OTHER_SUBJECT = re.compile(
     r"\b(?:mod|modulo|modular|modulus|congruent|congruences?|residues?|xor|boolean|binary|octal|hex|hexadecimal|ternary"
     r"|(?:in|to|from)[ \t]+base|base[- _](?:\d+|two|three|four|five|six|seven|eight|nine|twelve|sixteen)|number bases?"
-    r"|bases?[ \t]+\$|clock arithmetic|operations?[ \t]+\$?\\?[^\w\s$])\b"
+    r"|clock arithmetic)\b|\bbases?[ \t]+\$|\boperations?[ \t]+\$?\\?[^\w\s$.,;:]"
     r"|\\(?:equiv|[pb]?mod|mathbb|oplus|otimes|star|ast|circ[ \t]*\d)(?![a-zA-Z])|[≡⊕★☆◇]"
     r"|_\{?(?:two|three|five|eight|ten)\b"
-    # "let a * b = a + 2b"
-    r"|\b[a-zA-Z][ \t]*(?:[-+*/@#]|\\(?:times|cdot|div))[ \t]*[a-zA-Z]\$?[ \t]*(?:=|\b(?:be|is|to|means?|denotes?)\b)"
-    r"(?=[^.]*\b(?:define|operation|for all|for any|represents?|means?|denotes?))",
+    # "define a * b = a + 2b", "let a * b = a + 2b for all a and b"
+    r"|\b(?:defin(?:e[ds]?|ing)|operation)\b[^.]{0,80}\b[a-z][ \t]*(?:[*@#]|\\(?:times|cdot))[ \t]*[a-z]\b"
+    r"|\b[a-z][ \t]*[*@#][ \t]*[a-z]\b[^.]{0,80}\b(?:for (?:all|any|every)|operation|defin\w+)\b",
     re.IGNORECASE,
 )
 _OTHER_IN_STEP = re.compile(
@@ -135,14 +136,21 @@ _NEGATED = re.compile(
 _SENTENCE_END = re.compile(r"[.!?;](?=\s)|\n")
 
 
-def arithmetic_is_usual(step: str, subject: str) -> bool:
-    """Are the step's equations not refuted by its words, and in ordinary arithmetic (not modular, not in another base)?
+class Subject:
+    """The problem and its whole solution: what they tell of all equations, looked for once."""
 
-    Args:
-        subject: the problem and the whole solution.
-    """
-    patterns = (_REFUTED, _OTHER_IN_STEP, _OTHER_SUBJECT)
-    return not (any(pattern.search(step) for pattern in patterns) or _OTHER_SUBJECT.search(subject))
+    def __init__(self, *texts: str) -> None:
+        self._texts = texts
+
+    @cached_property
+    def usual(self) -> bool:
+        """Is the arithmetic ordinary (not modular, not in another base, no operation of the problem's own)?"""
+        return not any(_OTHER_SUBJECT.search(text) for text in self._texts)
+
+
+def unrefuted(step: str) -> bool:
+    """Do a step's words leave its equations as true as they look?"""
+    return not any(pattern.search(step) for pattern in (_REFUTED, _OTHER_IN_STEP, _OTHER_SUBJECT))
 
 
 def asserted(before: str, after: str) -> bool:

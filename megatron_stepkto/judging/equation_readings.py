@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
 
-from megatron_stepkto.judging.equation_context import NOT_A_NOUN, arithmetic_is_usual
+from megatron_stepkto.judging.equation_context import NOT_A_NOUN, Subject, unrefuted
 from megatron_stepkto.judging.equation_sides import Side, slack, tokens_of, value_of
 
 _HYPHENS = re.compile(r"\s*\d+(?:-\d+)+\s*")
@@ -131,12 +131,12 @@ _MEASURES = re.compile(
 class StepWords:
     """What the words of a step tell about its numbers; each is looked for once, when it is asked for."""
 
-    def __init__(self, step: str, subject: str) -> None:
+    def __init__(self, step: str, subject: Subject) -> None:
         self._step, self._subject = step, subject
 
     @cached_property
     def usual(self) -> bool:
-        return arithmetic_is_usual(self._step, self._subject)
+        return self._subject.usual and unrefuted(self._step)
 
     @cached_property
     def about(self) -> bool:

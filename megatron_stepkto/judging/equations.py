@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_stepkto.judging.equation_context import (
+    Subject,
     asserted,
     continues_line_before,
     noun_after,
@@ -160,18 +161,20 @@ def _plain(text: str) -> str:
     return _PERCENT.sub("%", text.replace(r"\(", "  ").replace(r"\)", "  "))
 
 
-def check_equations(text: str, before: str = "", after: str = "", *, subject: str = "") -> list[bool | None]:
+def check_equations(
+    text: str, before: str = "", after: str = "", *, subject: Subject | None = None
+) -> list[bool | None]:
     """One verdict per simple equation of a step; ``a = b = c`` is two.
 
     Args:
         before, after: the text around the step, in which an equation that the step breaks off may begin or go on.
-        subject: all else that tells what the numbers mean (the problem, the whole solution).
+        subject: the problem and the whole solution, which may be of another kind of arithmetic.
 
     Returns:
         True: it holds. False: it does not, and all around it is understood. None: it does not hold as read. Left to
         right, but equations with units or powers, which are told only when true, stand last.
     """
-    words = StepWords(text, subject)
+    words = StepWords(text, subject or Subject())
     before, text, after = _plain(before[-MAX_CONTEXT:]), _plain(text), _plain(after[:MAX_CONTEXT])
     before += "\n" if before and not before.endswith("\n") else ""  # a step is a line of its own
     after = "\n" + after if after and not text.endswith("\n") else after
