@@ -15,10 +15,12 @@ from megatron_stepkto.judging.equation_sides import NUMBER
 # Words before an equation that leave it alone: links, and verbs that take an amount ("she paid 3 + 4 = 7"). Verbs in
 # "-ed" are allowed by rule. Most are those that precede equations in GSM8K's solutions.
 _LINK_WORDS = """
-also altogether am are as be because become becomes been being but contains currently did do does equal equaling
-equals finally find finds first get gets getting give gives giving had has have having hence i.e implies is it it's
-just leaves leaving let's makes making meaning means namely next now only since so that that's then there therefore
-this thus totaling totalling totals was we were where which yielding yields
+also altogether am are as be because become becomes been being but calculate calculates compute computing contains
+currently determine did do does equal equaling equals evaluate finally find finds first get gets getting give gives
+giving had has have having hence i.e implies is it it's just know knows leaves leaving let's makes making meaning
+means namely next note notice now observe obtain obtaining obtains only recall say see show showing shows simplify
+simplifying since so that that's then there therefore this thus totaling totalling totals was we were where which
+yielding yields
 """
 _AMOUNT_WORDS = """
 answer ate bake bakes became bought bring brings brought build built burns buy buying buys came carries carry catch
@@ -76,10 +78,12 @@ _LABEL_BEFORE = re.compile(
 _REFERENCE_BEFORE = re.compile(r"\b(?:no|nos|fig|figs|eq|eqs|vs|approx|ch|sec|p|pp|vol|ex|prob)\.$", re.IGNORECASE)
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|emph)\s*\{([^{}]{0,80})\}")
-_BULLET = re.compile(r"[ \t]*(?:[-*•+]|\d{1,3}[.)])[ \t]")
+_BULLET = re.compile(r"[ \t]*(?:[-*•+]|\d{1,3}[.)]|\([a-z]\))[ \t]")
+# "(since there are more)", not the factor of "3 (m - 1)" and "2 (sin x)"
+REMARK = re.compile(r"\((?!(?:sin|cos|tan|log|ln|exp|sqrt)\b)[A-Za-z]{2,},?[ \t]+(?:[A-Za-z]{2}|[\d$])")
 _ANNOTATED = re.compile(rf"[ \t]*>>[ \t]*-?(?:{NUMBER})?%?")  # GSM8K's "<<48/2=24>>24"
-_CLOSED = re.compile(r"[ \t]|\\[\])]|\}(?![\^_!\d])|[”’»`\]]")
-_NOUN = re.compile(r"(?:\n[ \t]*(?![A-Z]))?([A-Za-z]+)")
+_CLOSED = re.compile(r"[ \t]|\\[\])]|[})](?![\^_!\d])|[”’»`\]]")
+_NOUN = re.compile(r"(?:\n[ \t]*(?![A-Z])|\()?([A-Za-z]+)")
 _WORD_AFTER = re.compile(r"[A-Za-z]+(?:[’'.][A-Za-z]+)*")
 _COMMAND_AFTER = re.compile(
     r"\\(?:\\|\[|\(|(?:quad|qquad|approx|sim|implies|Rightarrow|Longrightarrow|rightarrow|to|therefore|because|iff|leq?|geq?|neq?"
@@ -185,6 +189,8 @@ def understood_before(before: str, side: str, lone: bool) -> bool:
         if _EQUATION_BEFORE.search(text):
             return True
         return not (re.search(r"\d[%)]*\s*,$", text) or _MULTIPLE.search(text))
+    if last == "(":  # a remark, not an argument
+        return not text[-2:-1].isalnum()
     if last == "*":
         return not re.search(r"[\w)%][ \t]*\*$", text)
     if last == ":":
@@ -262,7 +268,7 @@ def understood_after(after: str, before: str) -> bool:
         return before.count(first) % 2 == 1
     if first.isalpha():
         return _words_leave_alone(text)
-    return first in ";<>≈≠≤≥→⇒—∴[•" or bool(re.match(r"\([a-zA-Z]", text))
+    return first in ";<>≈≠≤≥→⇒—∴[•" or bool(REMARK.match(text))
 
 
 def _words_leave_alone(text: str) -> bool:

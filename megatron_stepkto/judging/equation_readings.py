@@ -89,8 +89,8 @@ _FACTORS: tuple[tuple[re.Pattern[str], tuple[int | str, ...]], ...] = tuple(
 _CYCLES = (
     (
         re.compile(
-            r"(?<![A-Za-z])(?:[ap]\.?m|o['’]?clock|noon|midnight|morning|afternoon|evening|night|clock|shift)(?![A-Za-z])"
-            r"|\d+-\d+\s*=\s*\d+ (?:hours|hrs)",  # from 9-5
+            r"(?<![A-Za-z])(?:[ap]\.?m|o['’]?clock|noon|midnight|morning|afternoon|evening|night|clock|watch|shift)(?![A-Za-z])"
+            r"|\d\s?-\s?\d+\s?=\s?\d+ (?:hours?|hrs?)\b",  # from 9-5
             re.IGNORECASE,
         ),
         (12,),
@@ -262,10 +262,15 @@ def _clock_value(side: Side, whole: int) -> Fraction | None:
 
 
 def _rounded_factors(left: Side, right: Side) -> bool:
-    """May a factor with two or more decimals be a rounded one ("3.14 * 25 = 78.54", "0.33 * 300 = 100")?"""
+    """May a factor with two or more decimals, or a percentage, be rounded ("3.14 * 25 = 78.54", "33% * 300 = 100")?"""
     lows_highs = []
     for side in (left, right):
-        places = [i for i, token in enumerate(side.tokens) if len(token.partition(".")[2]) >= 2]
+        following = (*side.tokens[1:], "")
+        places = [
+            place
+            for place, (token, after) in enumerate(zip(side.tokens, following, strict=True))
+            if len(token.partition(".")[2]) >= 2 or after == "%" != token
+        ]
         product = "*" in side.tokens or "/" in side.tokens or "(" in side.tokens
         if side.value is None or len(places) > MAX_ROUNDED:
             return False

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_stepkto.judging.equation_context import (
+    REMARK,
     Subject,
     asserted,
     continues_line_before,
@@ -182,22 +183,23 @@ def check_equations(
     start = marker.end() if marker and not continues_line_before(before) else 0
     verdicts: list[bool | None] = []
     for match in _RUN.finditer(text, start):
-        run = match[0]
+        begin, end = _without_remark(text, match)
+        run = text[begin:end]
         if "=" not in run or len(run) > MAX_RUN_CHARS:
             continue
-        ahead = text[max(start, match.start() - MAX_CONTEXT) : match.start()]
+        ahead = text[max(start, begin - MAX_CONTEXT) : begin]
         whole = _begins(ahead, run)
         if not whole:  # the left side is cut off by what stands before it
             run = run[run.find("=") + 1 :] if run.strip().find("=") >= 0 else ""
-        behind = text[match.end() : match.end() + 1]
+        behind = text[end : end + 1]
         cut = bool(behind and not run[-1:].isspace() and behind not in _FREE_AFTER)
-        cut = cut and not text.startswith((r"\]", r"\\"), match.end())
-        cut = cut or bool(_MULTIPLIED.match(text, match.end()))
+        cut = cut and not text.startswith((r"\]", r"\\"), end)
+        cut = cut or bool(_MULTIPLIED.match(text, end))
         if cut:
             run = run[: run.rfind("=")] if "=" in run else ""
         surroundings = _Surroundings(
-            (before if match.start() <= MAX_CONTEXT and not start else "") + ahead,
-            text[match.end() : match.end() + MAX_CONTEXT] + after,
+            (before if begin <= MAX_CONTEXT and not start else "") + ahead,
+            text[end : end + MAX_CONTEXT] + after,
             whole,
             not cut,
             words,
@@ -205,6 +207,18 @@ def check_equations(
         factorial = _run_verdicts(run + "!", surroundings) if behind == "!" else []  # 720 = 6 * 5!
         verdicts += factorial if factorial and all(factorial) else _run_verdicts(run, surroundings)
     return verdicts + _true_with_units(text)
+
+
+def _without_remark(text: str, match: re.Match[str]) -> tuple[int, int]:
+    """Start and end of a run without the brackets of a remark: "(3 + 5 = 8)", "3 + 5 = 8 (since ..."."""
+    begin, end = match.span()
+    first, last = match[0].partition("=")[0], match[0].rpartition("=")[2]
+    if first.count("(") > first.count(")") and first.lstrip().startswith("("):
+        begin += first.index("(") + 1
+    bracket = end - (len(last) - len(last.rstrip())) - 1  # the last character that is no space
+    if (last.count(")") > last.count("(") and text[bracket] == ")") or REMARK.match(text, bracket):
+        end = bracket
+    return begin, end
 
 
 def _begins(before: str, run: str) -> bool:
