@@ -110,20 +110,26 @@ thus to together too total until was we when where which while who with younger 
 """
 NOT_A_NOUN = frozenset(_NO_NOUNS.split())
 
-# Another kind of arithmetic: anywhere in the problem or its solution, or in the step
+# Another kind of arithmetic, anywhere in the problem or its solution
 _OTHER_SUBJECT = re.compile(
-    r"\b(?:mod|modulo|modular|modulus|congruent|congruences?|residues?|xor|boolean|binary|octal|hex|hexadecimal|ternary"
+    r"\b(?:xor|boolean|binary|octal|hex|hexadecimal|ternary"
     r"|(?:in|to|from)[ \t]+base|base[- _](?:\d+|two|three|four|five|six|seven|eight|nine|twelve|sixteen)|number bases?"
     r"|clock arithmetic)\b|\bbases?[ \t]+\$|\boperations?[ \t]+\$?\\?[^\w\s$.,;:]"
-    r"|\\(?:equiv|[pb]?mod|mathbb|oplus|otimes|star|ast|circ[ \t]*\d)(?![a-zA-Z])|[≡⊕★☆◇]"
+    r"|\\(?:oplus|otimes|star|ast|circ[ \t]*\d)(?![a-zA-Z])|[⊕★☆◇]|\\mathbb\{?[ZF]\}?[_/]"
     r"|_\{?(?:two|three|five|eight|ten)\b"
     # "define a * b = a + 2b", "let a * b = a + 2b for all a and b"
     r"|\b(?:defin(?:e[ds]?|ing)|operation)\b[^.]{0,80}\b[a-z][ \t]*(?:[*@#]|\\(?:times|cdot))[ \t]*[a-z]\b"
     r"|\b[a-z][ \t]*[*@#][ \t]*[a-z]\b[^.]{0,80}\b(?:for (?:all|any|every)|operation|defin\w+)\b",
     re.IGNORECASE,
 )
+_MODULAR = re.compile(
+    r"\b(?:mod|modulo|modulus|modular|congruences?|residues?|congruent[ \t]+to[ \t]+\$?-?\d)\b"
+    r"|\\(?:equiv|[pb]?mod)(?![a-zA-Z])|≡",
+    re.IGNORECASE,
+)
+_MODULUS = re.compile(r"(?:\bmod|\bmodulo|\bmodulus(?: is| of)?|\\[pb]?mod)\W{0,4}(\d{1,9})", re.IGNORECASE)
 _OTHER_IN_STEP = re.compile(
-    r"\b(?:remainders?|bits?|(?:units?|ones|last|final|tens|hundreds|leading)[- ]digits?|digital root"
+    r"\b(?:bits?|(?:units?|ones|last|final|tens|hundreds|leading)[- ]digits?|digital root"
     r"|carry(?:ing)? the|log|ln)\b|\\(?:log|ln)(?![a-zA-Z])",
     re.IGNORECASE,
 )
@@ -148,13 +154,18 @@ class Subject:
 
     @cached_property
     def usual(self) -> bool:
-        """Is the arithmetic ordinary (not modular, not in another base, no operation of the problem's own)?"""
-        return not any(_OTHER_SUBJECT.search(text) for text in self._texts)
+        """Is the arithmetic ordinary (not in another base, no operation of the problem's own, no unknown modulus)?"""
+        modular = any(_MODULAR.search(text) for text in self._texts)
+        return not (any(_OTHER_SUBJECT.search(text) for text in self._texts) or (modular and not self.moduli))
+
+    @cached_property
+    def moduli(self) -> frozenset[int]:
+        return frozenset(int(found) for text in self._texts for found in _MODULUS.findall(text) if int(found))
 
 
 def unrefuted(step: str) -> bool:
     """Do a step's words leave its equations as true as they look?"""
-    return not any(pattern.search(step) for pattern in (_REFUTED, _OTHER_IN_STEP, _OTHER_SUBJECT))
+    return not any(pattern.search(step) for pattern in (_REFUTED, _OTHER_IN_STEP))
 
 
 def asserted(before: str, after: str) -> bool:
@@ -171,6 +182,8 @@ def understood_before(before: str, side: str, lone: bool) -> bool:
     """
     text = _unwrapped(before).rstrip(" \t")
     spaced = not before or before[-1].isspace() or side[:1].isspace()
+    if _BULLET.fullmatch(text.rpartition("\n")[2] + " "):
+        return True
     if text.endswith("\n"):
         if not text.rstrip(" \t\n") or re.search(r"\n[ \t]*\n$", text):
             return True
@@ -263,7 +276,7 @@ def understood_after(after: str, before: str) -> bool:
     if first in ".,":
         return not second.isdigit() and not text.startswith("..")
     if first == ":":
-        return not re.match(r":\s*\d", text)
+        return not re.match(r":[ \t]?\d", text)
     if first in "'\"":
         return before.count(first) % 2 == 1
     if first.isalpha():

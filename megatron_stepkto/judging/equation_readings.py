@@ -153,7 +153,13 @@ class StepWords:
 
     @cached_property
     def cycles(self) -> frozenset[int]:
-        return frozenset(length for pattern, found in _CYCLES if pattern.search(self._step) for length in found)
+        named = (length for pattern, found in _CYCLES if pattern.search(self._step) for length in found)
+        return self._subject.moduli.union(named)
+
+    @cached_property
+    def inexact_quotients(self) -> bool:
+        """May "17 / 5 = 2" tell a remainder, or a quotient in modular arithmetic?"""
+        return bool(self._subject.moduli) or "remainder" in self._step.lower()
 
 
 def holds_otherwise(left: Side, right: Side, words: StepWords, noun: str) -> bool:
@@ -167,6 +173,7 @@ def holds_otherwise(left: Side, right: Side, words: StepWords, noun: str) -> boo
         return False  # a division by zero equals nothing
     return (
         _no_numbers(left, right)
+        or (words.inexact_quotients and "/" in left.tokens + right.tokens)
         or any(_equal(*values, right, left) for values in _regrouped(left, right))
         or _rounded_factors(left, right)
         or _in_other_units(left.value, right.value, _slack(left, right), words, noun)

@@ -175,7 +175,7 @@ def check_equations(
         True: it holds. False: it does not, and all around it is understood. None: it does not hold as read. Left to
         right, but equations with units or powers, which are told only when true, stand last.
     """
-    words = StepWords(text, subject or Subject())
+    words = StepWords(text, subject or Subject(text))
     before, text, after = _plain(before[-MAX_CONTEXT:]), _plain(text), _plain(after[:MAX_CONTEXT])
     before += "\n" if before and not before.endswith("\n") else ""  # a step is a line of its own
     after = "\n" + after if after and not text.endswith("\n") else after
@@ -198,7 +198,7 @@ def check_equations(
         if cut:
             run = run[: run.rfind("=")] if "=" in run else ""
         surroundings = _Surroundings(
-            (before if begin <= MAX_CONTEXT and not start else "") + ahead,
+            (before if begin <= MAX_CONTEXT else "") + text[max(0, begin - MAX_CONTEXT) : begin],
             text[end : end + MAX_CONTEXT] + after,
             whole,
             not cut,
