@@ -1,8 +1,8 @@
 """Is the text around an equation understood well enough to call the equation false?
 
-An equation that does not hold as read is often right: "twice 5 + 2 = 12", "11 + 3 = 2 o'clock", "24\\n- 4 = 20". So
-every character and word next to it must be known to leave its meaning alone. The lists hold what is harmless, not
-what is harmful: an unknown word costs a label, a missed word would teach a wrong one.
+An equation that does not hold as read is often right: "twice 5 + 2 = 12", "11 + 3 = 2 o'clock", "= 24" with a line
+break before "- 4 = 20". So every character and word next to it must be known to leave its meaning alone. The lists hold
+what is harmless, not what is harmful: an unknown word costs a label, a missed word would teach a wrong one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _OPERATION_IN_ED = re.compile(
     r"|indexed|revers|concatenat|append|shar|split|remain|discount|exceed|lower|exponent|bas|numb|inde|ne[eg]d)\w*"
 )
 # "a total of 3 + 4 = 7"; the sum, difference, product and quotient take their own operator alone
-OF_AMOUNT = re.compile(
+_OF_AMOUNT = re.compile(
     r"\b(?:(total)|(?P<own>sum|difference|product|quotient)|amount|cost|price|profit|income|revenue|distance|area"
     r"|perimeter|volume|weight|salary|bill|speed|balance)\s+of\s*$",
     re.IGNORECASE,
@@ -58,9 +58,9 @@ _TO = re.compile(
 )
 _WITH = re.compile(r"\b(?:left|ends? up|ended up|comes? up|begins?|starts?)\s+with$")
 _WORD_BEFORE = re.compile(r"(?<![\w’'-])([A-Za-z]+(?:[’'][A-Za-z]+)?)$")
-_COMMAND_BEFORE = re.compile(
-    r"\\(?:quad|qquad|implies|Rightarrow|Longrightarrow|rightarrow|to|therefore|because|displaystyle|item|iff)$"
-)
+# LaTeX that takes no argument from what follows
+NEUTRAL_COMMANDS = "quad|qquad|implies|Rightarrow|Longrightarrow|rightarrow|to|therefore|because|displaystyle|item|iff"
+_COMMAND_BEFORE = re.compile(rf"\\(?:{NEUTRAL_COMMANDS})$")
 _HEADING = re.compile(r"(?:^|\n)[\s*#]*[A-Z][a-z]+ \d+$")
 _MULTIPLE = re.compile(
     r"\b(?:half|twice|thrice|double|triple|quadruple|times|thirds?|quarters?)\b[^.;:!?\n]*$", re.IGNORECASE
@@ -244,7 +244,7 @@ def word_leaves_alone(text: str, side: str, lone: bool) -> bool:
 
 def of_amount(before: str, side: str) -> bool:
     """Is this the "of" of "a total of 3 + 4", which names the result, and not that of "half of"?"""
-    match = OF_AMOUNT.search(before)
+    match = _OF_AMOUNT.search(before)
     if not match or not match["own"]:
         return bool(match)
     operator = {"sum": "+", "difference": "-", "product": "*", "quotient": "/"}[match["own"].lower()]

@@ -25,8 +25,14 @@ _HYPHENED = re.compile(r"(?<![\d.])(\d+)-(\d+/\d+)")  # 1-1/2
 _IMPLICIT_DIVISOR = re.compile(r"/\s*[\d.,]+\s*\(")  # 12 / 2(3)
 MAX_ROUNDED = 4
 
-# words that name a kind of quantity: factors between its usual units
+# Words that name a kind of quantity: factors between its usual units. ``judging.units`` knows the sizes of named units;
+# here only one of the two is named, or none: "45 + 45 = 1.5 hours".
 _TENS = (10, 100, 1000, 10**6)
+_LENGTHS = (
+    *(3, 9, 12, 27, 36, 144, 640, 1296, 1728, 1760, 5280, 10000, 43560, 63360),  # squares and cubes too
+    *("254/100", "3048/1000", "8/5", "1609/1000"),
+    *_TENS,
+)
 _FACTORS: tuple[tuple[re.Pattern[str], tuple[int | str, ...]], ...] = tuple(
     (re.compile(rf"(?<![A-Za-z])(?:{words})(?![A-Za-z])|{signs}", re.IGNORECASE), factors)
     for words, signs, factors in (
@@ -40,27 +46,7 @@ _FACTORS: tuple[tuple[re.Pattern[str], tuple[int | str, ...]], ...] = tuple(
             r"(?:milli|centi|deci|kilo)?met(?:er|re)s?|[mckd]?m|inch(?:es)?|ft|foot|feet"
             r"|yards?|yds?|miles?|mi|acres?|hectares?|blocks?|furlongs?",
             r"\bin\.",
-            (
-                3,
-                9,
-                12,
-                27,
-                36,
-                144,
-                640,
-                1296,
-                1728,
-                1760,
-                5280,
-                63360,
-                43560,
-                10000,
-                "254/100",
-                "1609/1000",
-                "8/5",
-                "3048/1000",
-                *_TENS,
-            ),
+            _LENGTHS,
         ),
         (
             r"(?:milli|kilo)?grams?|[mk]?g|kilos?|pounds?|lbs?|ounces?|oz|tons?|tonnes?|stones?",
@@ -82,6 +68,11 @@ _FACTORS: tuple[tuple[re.Pattern[str], tuple[int | str, ...]], ...] = tuple(
         (r"percents?|percentages?|per[ \t]+cent|pct|rate|ratio|fraction|proportion|probability|chance", r"%", (100,)),
         (r"degrees?|revolutions?|rotations?|turns?|radians?|arcminutes?|circ", r"°", (60, 90, 180, 360, 3600)),
         (r"averages?|mean|midpoint", r"(?!)", tuple(range(2, 11))),
+        # a factor that the words name and the equation leaves out
+        (r"twice|doubl(?:e|es|ed|ing)|hal(?:f|ves|ved|ving)|(?:2|two) times", r"(?!)", (2,)),
+        (r"thrice|tripl(?:e|es|ed|ing)|thirds?|(?:3|three) times", r"(?!)", (3,)),
+        (r"quadrupl(?:e|es|ed|ing)|(?:4|four) times", r"(?!)", (4,)),
+        (r"(?:5|five) times", r"(?!)", (5,)),
         (r"[kmg]b|(?:kilo|mega|giga)?bytes?|bits?", r"(?!)", (8, 1000, 1024, 10**6)),
     )
 )
@@ -278,11 +269,11 @@ def _rounded_factors(left: Side, right: Side) -> bool:
             for place, (token, after) in enumerate(zip(side.tokens, following, strict=True))
             if len(token.partition(".")[2]) >= 2 or after == "%" != token
         ]
-        product = "*" in side.tokens or "/" in side.tokens or "(" in side.tokens
-        if side.value is None or len(places) > MAX_ROUNDED:
-            return False
-        values: list[Fraction] = [side.value]
-        if product:
+        assert side.value is not None
+        values = [side.value]
+        if "*" in side.tokens or "/" in side.tokens or "(" in side.tokens:
+            if len(places) > MAX_ROUNDED:
+                return True  # too many to try all
             for signs in itertools.product((-1, 1), repeat=len(places)):
                 tokens: list[str] = list(side.tokens)
                 for place, sign in zip(places, signs, strict=True):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_stepkto.judging.equation_context import (
+    NEUTRAL_COMMANDS,
     REMARK,
     Subject,
     asserted,
@@ -58,10 +59,7 @@ _CLOCK = re.compile(r"\d[:.]$")  # 3:00
 _FRACTION = re.compile(rf"\\[dt]?frac\s*{{\s*({NUMBER})\s*}}\s*{{\s*({NUMBER})\s*}}")
 _BOXED = re.compile(rf"\\boxed\s*{{\s*(\$?(?:{NUMBER}))\s*}}")
 _WORDS_IN_FORMULA = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{[^{}]{0,80}\}\s*$")
-_OPERATOR_BEFORE = re.compile(
-    r"\\(?!(?:quad|qquad|implies|Rightarrow|Longrightarrow|rightarrow|to|therefore|because|displaystyle|item|iff)\b)"
-    r"[a-zA-Z]+\s*$"
-)
+_OPERATOR_BEFORE = re.compile(rf"\\(?!(?:{NEUTRAL_COMMANDS})\b)[a-zA-Z]+\s*$")
 # What stands behind a run and multiplies it: 12 \cos C, 3 x; not words, spacing or a next relation
 _MULTIPLIED = re.compile(
     r"\s*(?:\\(?!text|mbox|quad|qquad|approx|implies|Rightarrow|Longrightarrow|rightarrow|to\b|therefore|end|begin"
@@ -91,7 +89,7 @@ class _Surroundings:
     ends: bool
     words: StepWords
 
-    def make_false(self, left: Side, right: Side, *, first: bool, last: bool) -> bool:
+    def may_be_false(self, left: Side, right: Side, *, first: bool, last: bool) -> bool:
         """May an equation that does not hold be called false? ``first``, ``last``: it is that of its run."""
         return (
             self.words.usual
@@ -116,7 +114,7 @@ def _run_verdicts(run: str, surroundings: _Surroundings) -> list[bool | None]:
     last = run.count("=") - 1
     for number, left, right in _equations(run):
         equal = sides_equal(left, right)
-        if equal is False and not surroundings.make_false(left, right, first=number == 0, last=number == last):
+        if equal is False and not surroundings.may_be_false(left, right, first=number == 0, last=number == last):
             equal = None
         verdicts.append(equal)
     return verdicts

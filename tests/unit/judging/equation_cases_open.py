@@ -469,4 +469,9 @@ $30 + 60 = 1.5 \text{ hr}$
 The hours: 30 + 60 = 1.5
 In hours, that is 30 + 60 = 1.5.
 To convert to hours: 30 + 60 = 1.5
+She earned 3 times as much, so 5 + 5 = 30
+$17 \div 5 = 3 \text{ R } 2$
+36 = 4 * (3)^2
+\text{twice } 5 + 2 = 14
+10.000 - 1 = 9999
 """
