@@ -1,8 +1,9 @@
 """Simple equations in running text ("12 * 3 = 36", "$5 + $6 = $11", "<<12*3=36>>"), checked exactly.
 
 A text is read as runs of numbers, operators and brackets; a run with "=" is an equation. What is not plainly
-arithmetic on both sides (a variable, a root; a unit or a power, unless true) is passed over, not judged, and so is what
-a reader could take in two ways: a wrong "wrong" teaches a wrong step. Values are exact fractions: nothing is
+arithmetic on both sides (a variable, a root; a unit or a power, unless true) is passed over. An equation that does not
+hold as read is called false only where all around it is understood (``equation_context``) and where no other reading
+of it holds (``equation_readings``): a wrong "wrong" teaches a wrong step. Values are exact fractions: nothing is
 evaluated, and work grows with the length of the text alone.
 """
 
@@ -10,35 +11,55 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
+from megatron_stepkto.judging.equation_context import (
+    NEUTRAL_COMMANDS,
+    REMARK,
+    Subject,
+    asserted,
+    continues_line_before,
+    noun_after,
+    of_amount,
+    understood_after,
+    understood_before,
+    word_leaves_alone,
+)
+from megatron_stepkto.judging.equation_readings import StepWords, holds_otherwise
+from megatron_stepkto.judging.equation_sides import NUMBER, Side, parse_side, sides_equal
+
+MAX_CONTEXT = 100
 MAX_RUN_CHARS = 300  # also bounds the depth of brackets
 _LATEX = {
-    r"\times": "*",
-    r"\cdot": "*",
-    r"\div": "/",
-    r"\$": "$",
-    r"\%": "%",
-    r"\,": " ",
-    r"\left": "",
-    r"\right": "",
+    "times": "*",
+    "cdot": "*",
+    "div": "/",
+    "$": "$",
+    "%": "%",
+    ",": " ",
+    "left": "",
+    "right": "",
 }
+_COMMAND = re.compile(r"\\(?:(times|cdot|div|left|right)(?![a-zA-Z])|([$%,]))")
 _SIGNS = str.maketrans("×·⋅∙÷−–$€£", "****/--   ")
-_NUMBER = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
-_TIMES = re.compile(r"(?<=[\d)%])(\s*)[xX](?=\s*[(\d.$])")
-_RUN = re.compile(rf"(?:{_NUMBER}|[-+*/()%= \t])+")
-_TOKEN = re.compile(rf"\s*({_NUMBER}|[-+*/()%])")
+# 24,\!000  24{,}000  24\,000  24~000, and no-break and thin spaces
+_THOUSANDS = re.compile(
+    r"(?<=\d)(?:\\?,\\!|\{,\}(?:\\!)?|,\\,|\\[,;: ]|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))(?<!\d{4}.)"
+)
+# not the x of 0x1F, of "2x(3)" and of "$2x$"
+_TIMES = re.compile(r"(?<=[\d)%])(?<!(?<![\d.])0)(\s*)[xX](?=\s*[\d.]|\s+\(|\s*\$[\d.])")
+_RUN = re.compile(rf"(?:{NUMBER}|[-+*/()%= \t]|(?<=[\d)])!(?=\s*[-+*/=()]))+")
+_PERCENT = re.compile(
+    r"(?<=[\d)])[ \t]*(?:\\text\s*\{\s*)?\b(?:percent|per cent)\b(?!\s*(?:points?|of|less|more|off))(?:\s*\})?"
+)
 _MARKER = re.compile(r"\s*(?:[-*•]\s|\(?\d{1,3}[.)]\s)")  # of a list item
 _BEFORE_WORDS = re.compile(r"\b(?:of|than|times|x)\s*\}?\s*$", re.IGNORECASE)
 _CLOCK = re.compile(r"\d[:.]$")  # 3:00
-_FRACTION = re.compile(rf"\\[dt]?frac\s*{{\s*({_NUMBER})\s*}}\s*{{\s*({_NUMBER})\s*}}")
-_BOXED = re.compile(rf"\\boxed\s*{{\s*(\$?(?:{_NUMBER}))\s*}}")
+_FRACTION = re.compile(rf"\\[dt]?frac\s*{{\s*({NUMBER})\s*}}\s*{{\s*({NUMBER})\s*}}")
+_BOXED = re.compile(rf"\\boxed\s*{{\s*(\$?(?:{NUMBER}))\s*}}")
 _WORDS_IN_FORMULA = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{[^{}]{0,80}\}\s*$")
-_OPERATOR_BEFORE = re.compile(
-    r"\\(?!(?:quad|qquad|implies|Rightarrow|Longrightarrow|rightarrow|to|therefore|because|displaystyle|item|iff)\b)"
-    r"[a-zA-Z]+\s*$"
-)
+_OPERATOR_BEFORE = re.compile(rf"\\(?!(?:{NEUTRAL_COMMANDS})\b)[a-zA-Z]+\s*$")
 # What stands behind a run and multiplies it: 12 \cos C, 3 x; not words, spacing or a next relation
 _MULTIPLIED = re.compile(
     r"\s*(?:\\(?!text|mbox|quad|qquad|approx|implies|Rightarrow|Longrightarrow|rightarrow|to\b|therefore|end|begin"
@@ -50,7 +71,7 @@ _FREE_AFTER = frozenset(")]}<>:;,.?!*\"'`\n\t ")
 # A second reading, for true equations alone: numbers with a word behind them, and powers of whole numbers.
 _POWER = re.compile(r"(?<![\w.,])(\d{1,4})\^(?:\{(\d{1,2})\}|(\d)(?!\d))")
 _UNIT = re.compile(r"(?<=\d|\})[ \t]+(?!(?:of|than|times|and|or|plus|minus|mod|is|by|per|more|less)\b)[a-zA-Z]{2,}\b")
-_TERM = rf"(?:\d{{1,4}}\^(?:\{{\d{{1,2}}\}}|\d(?!\d))|{_NUMBER})(?:{_UNIT.pattern})?"
+_TERM = rf"(?:\d{{1,4}}\^(?:\{{\d{{1,2}}\}}|\d(?!\d))|{NUMBER})(?:{_UNIT.pattern})?"
 _SIDE = rf"{_TERM}(?:[ \t]*[-+*/][ \t]*{_TERM}){{0,20}}"  # bounded: work grows with the length of the text
 _CHAIN = re.compile(
     rf"(?<![\w.,^)}}\]\\*/+=<>-])(?<![-+*/=^(][ \t])(?>{_SIDE}(?:[ \t]*=[ \t]*{_SIDE}){{1,8}})"
@@ -58,146 +79,52 @@ _CHAIN = re.compile(
 )
 
 
-class _NotArithmetic(Exception):
-    pass
-
-
 @dataclass(frozen=True)
-class Side:
-    """One side of an equation. ``decimals`` counts those shown, where the side is a lone number."""
+class _Surroundings:
+    """Of a run of equations: the text before and after it, and the words of the step that it stands in."""
 
-    value: Fraction | None  # None: a division by zero, equal to nothing
-    lone: bool
-    decimals: int
-    percents: int
-    sums: bool
+    before: str
+    after: str
+    begins: bool  # with a whole side; else what stands before it has cut the first side off
+    ends: bool
+    words: StepWords
 
-
-class _Parser:
-    """expression := term (("+" | "-") term)*; term := factor (("*" | "/") factor | "(" ...)*."""
-
-    def __init__(self, text: str) -> None:
-        self.tokens: list[str] = []
-        position = 0
-        text = text.rstrip()
-        while position < len(text):
-            match = _TOKEN.match(text, position)
-            if not match:
-                raise _NotArithmetic
-            self.tokens.append(match[1])
-            position = match.end()
-        self.position = 0
-
-    def peek(self) -> str:
-        return self.tokens[self.position] if self.position < len(self.tokens) else ""
-
-    def take(self) -> str:
-        token = self.peek()
-        self.position += 1
-        return token
-
-    def expression(self) -> Fraction:
-        value = self.term()
-        while self.peek() in ("+", "-"):
-            value = value + self.term() if self.take() == "+" else value - self.term()
-        return value
-
-    def term(self) -> Fraction:
-        value = self.factor()
-        while self.peek() in ("*", "/", "("):
-            if self.peek() == "(" or self.take() == "*":  # 2(3 + 4) is a product
-                value *= self.factor()
-            else:
-                value /= self.factor()
-        return value
-
-    def factor(self) -> Fraction:
-        token = self.take()
-        if token == "-":
-            return -self.factor()
-        if token == "(":
-            value = self.expression()
-            if self.take() != ")":
-                raise _NotArithmetic
-        elif token and token[0] in "0123456789.":
-            value = Fraction(token.replace(",", ""))
-        else:
-            raise _NotArithmetic
-        if self.peek() == "%":
-            self.take()
-            value /= 100
-        return value
+    def may_be_false(self, left: Side, right: Side, *, first: bool, last: bool) -> bool:
+        """May an equation that does not hold be called false? ``first``, ``last``: it is that of its run."""
+        return (
+            self.words.usual
+            and asserted(self.before, self.after)
+            and (not (first and self.begins) or understood_before(self.before, left.text, left.lone))
+            and (not (last and self.ends) or understood_after(self.after, self.before))
+            and not holds_otherwise(left, right, self.words, noun_after(self.after) if last and self.ends else "")
+        )
 
 
-def parse_side(text: str) -> Side | None:
-    """One side of an equation; None where it is not plain arithmetic."""
-    try:
-        parser = _Parser(text)
-        try:
-            value: Fraction | None = parser.expression()
-        except ZeroDivisionError:
-            return Side(None, False, 0, 0, False)
-        if parser.position != len(parser.tokens):
-            return None
-    except _NotArithmetic:
-        return None
-    numbers = [token for token in parser.tokens if token[0] in "0123456789."]
-    lone = len(numbers) == 1 and "/" not in parser.tokens
-    decimals = len(numbers[0].partition(".")[2]) if lone else 0
-    sums = any(token in "+-" for token in parser.tokens[1:])
-    return Side(value, lone, decimals, parser.tokens.count("%"), sums)
+def _equations(run: str) -> Iterator[tuple[int, Side, Side]]:
+    """The plain equations of a chain, each with its number in the chain."""
+    sides = [parse_side(part) if part.strip() else None for part in run.split("=")]
+    for number, (left, right) in enumerate(itertools.pairwise(sides)):
+        if left is not None and right is not None and not (left.lone and right.lone):
+            yield number, left, right
 
 
-def sides_equal(left: Side, right: Side) -> bool | None:
-    """None where percents are added to plain numbers ("100 - 20% = 80"): the reading is open."""
-    if left.value is None or right.value is None:
-        return False
-    if (left.percents and left.sums) or (right.percents and right.sums):
-        return None
-    for lone, other in ((right, left), (left, right)):
-        if lone.lone and lone.value is not None and other.value is not None:
-            # "10 / 50 * 100 = 20%" is as common as "10 / 50 = 20%"
-            scales = (1, 100) if lone.percents else (1,)
-            if any(abs(other.value - lone.value * scale) <= _slack(lone) for scale in scales):
-                return True
-            if any(_shortened(other.value, lone, scale) for scale in scales):
-                return None
-    return left.value == right.value
-
-
-def _slack(lone: Side) -> Fraction:
-    return Fraction(1, 2 * 10**lone.decimals) if lone.decimals else Fraction(0)
-
-
-def _shortened(exact: Fraction, lone: Side, scale: int) -> bool:
-    """Is ``lone`` what is left of ``exact`` when digits are cut off, or when it is rounded to a whole number?
-
-    "9 / 7 = 1" may be a quotient whose remainder follows, "2 / 3 = 0.66" a way to round.
-    """
-    assert lone.value is not None
-    unit = Fraction(scale, 10**lone.decimals * (100 if lone.percents else 1))
-    given = lone.value * scale
-    cut = abs(given) <= abs(exact) < abs(given) + unit and given * exact >= 0
-    return cut or (lone.decimals == 0 and abs(exact - given) <= unit / 2)
-
-
-def _run_verdicts(run: str) -> list[bool]:
-    parts = run.split("=")
-    sides = [parse_side(part) if part.strip() else None for part in parts]
-    verdicts = []
-    for left, right in itertools.pairwise(sides):
-        if left is None or right is None or (left.lone and right.lone):
-            continue
+def _run_verdicts(run: str, surroundings: _Surroundings) -> list[bool | None]:
+    """One verdict per equation of a run; None: it does not hold as read, and may hold otherwise."""
+    verdicts: list[bool | None] = []
+    last = run.count("=") - 1
+    for number, left, right in _equations(run):
         equal = sides_equal(left, right)
-        if equal is not None:
-            verdicts.append(equal)
+        if equal is False and not surroundings.may_be_false(left, right, first=number == 0, last=number == last):
+            equal = None
+        verdicts.append(equal)
     return verdicts
 
 
 def _takes(before: str, run: str) -> bool:
     """Does what stands before a run take it as a factor or an argument?"""
-    if run.startswith("("):
-        return bool(re.search(r"['’)]$|[a-zA-Z_}]$", before))
+    if run.lstrip().startswith("("):  # f(2), but not "is (4 + 6) / 2"
+        spaced = run[0].isspace() and word_leaves_alone(before, run.partition("=")[0], lone=False)
+        return bool(re.search(r"['’)]$|[a-zA-Z_}]$", before)) and not spaced
     if _OPERATOR_BEFORE.search(before):
         return True
     return bool(re.search(r"\}\s*$", before)) and not _WORDS_IN_FORMULA.search(before)
@@ -214,16 +141,14 @@ def _true_with_units(text: str) -> list[bool]:
             continue
         plain = _POWER.sub(lambda m: f"({int(m[1]) ** int(m[2] or m[3])}*1)", _UNIT.sub("", chain))
         if plain != chain:
-            found += [verdict for verdict in _run_verdicts(plain) if verdict]
+            found += [True for _, left, right in _equations(plain) if sides_equal(left, right)]
     return found
 
 
-def check_equations(text: str) -> list[bool]:
-    """One truth value per simple equation of the text; ``a = b = c`` is two. Left to right, but those with units
-    or powers, which are told only when true, stand last.
-    """
-    for name, sign in _LATEX.items():
-        text = text.replace(name, sign)
+def _plain(text: str) -> str:
+    """LaTeX, signs and thousands in the one notation that runs are made of."""
+    text = _THOUSANDS.sub(",", text)
+    text = _COMMAND.sub(lambda m: _LATEX[m[1] or m[2]], text)
     text = _BOXED.sub(r" \1 ", text)
     # a number before it would make it a mixed number, or a product
     text = _FRACTION.sub(
@@ -232,22 +157,75 @@ def check_equations(text: str) -> list[bool]:
     )
     text = text.replace("**", "  ")  # bold type; as a power it is not judged either
     text = _TIMES.sub(r"\1*", text).translate(_SIGNS)
+    return _PERCENT.sub("%", text.replace(r"\(", "  ").replace(r"\)", "  "))
+
+
+def check_equations(
+    text: str, before: str = "", after: str = "", *, subject: Subject | None = None
+) -> list[bool | None]:
+    """One verdict per simple equation of a step; ``a = b = c`` is two.
+
+    Args:
+        before, after: the text around the step, in which an equation that the step breaks off may begin or go on.
+        subject: the problem and the whole solution, which may be of another kind of arithmetic.
+
+    Returns:
+        True: it holds. False: it does not, and all around it is understood. None: it does not hold as read. Left to
+        right, but equations with units or powers, which are told only when true, stand last.
+    """
+    words = StepWords(text, subject or Subject(text))
+    before, text, after = _plain(before[-MAX_CONTEXT:]), _plain(text), _plain(after[:MAX_CONTEXT])
+    before += "\n" if before and not before.endswith("\n") else ""  # a step is a line of its own
+    after = "\n" + after if after and not text.endswith("\n") else after
     marker = _MARKER.match(text)
-    if marker:
-        text = text[marker.end() :]
-    verdicts: list[bool] = []
-    for match in _RUN.finditer(text):
-        run = match[0]
+    start = marker.end() if marker and not continues_line_before(before) else 0
+    verdicts: list[bool | None] = []
+    for match in _RUN.finditer(text, start):
+        begin, end = _without_remark(text, match)
+        run = text[begin:end]
         if "=" not in run or len(run) > MAX_RUN_CHARS:
             continue
-        before, after = text[max(0, match.start() - 100) : match.start()], text[match.end() : match.end() + 1]
-        stripped = run.strip()
-        glued = bool(before) and not run[0].isspace() and before[-1] not in _OPEN_BEFORE
-        glued = glued or bool(_CLOCK.search(before)) or _takes(before, stripped)
-        if glued or _BEFORE_WORDS.search(before) or (before.strip() and stripped[0] in "+*/-%)"):
-            first = stripped.find("=")  # the left side is cut off by what stands before it
-            run = run[run.find("=") + 1 :] if first >= 0 else ""
-        if (after and not run[-1:].isspace() and after not in _FREE_AFTER) or _MULTIPLIED.match(text, match.end()):
+        ahead = text[max(start, begin - MAX_CONTEXT) : begin]
+        whole = _begins(ahead, run)
+        if not whole:  # the left side is cut off by what stands before it
+            run = run[run.find("=") + 1 :] if run.strip().find("=") >= 0 else ""
+        behind = text[end : end + 1]
+        cut = bool(behind and not run[-1:].isspace() and behind not in _FREE_AFTER)
+        cut = cut and not text.startswith((r"\]", r"\\"), end)
+        cut = cut or bool(_MULTIPLIED.match(text, end))
+        if cut:
             run = run[: run.rfind("=")] if "=" in run else ""
-        verdicts += _run_verdicts(run)
+        surroundings = _Surroundings(
+            (before if begin <= MAX_CONTEXT else "") + text[max(0, begin - MAX_CONTEXT) : begin],
+            text[end : end + MAX_CONTEXT] + after,
+            whole,
+            not cut,
+            words,
+        )
+        factorial = _run_verdicts(run + "!", surroundings) if behind == "!" else []  # 720 = 6 * 5!
+        verdicts += factorial if factorial and all(factorial) else _run_verdicts(run, surroundings)
     return verdicts + _true_with_units(text)
+
+
+def _without_remark(text: str, match: re.Match[str]) -> tuple[int, int]:
+    """Start and end of a run without the brackets of a remark: "(3 + 5 = 8)", "3 + 5 = 8 (since ..."."""
+    begin, end = match.span()
+    first, last = match[0].partition("=")[0], match[0].rpartition("=")[2]
+    if first.count("(") > first.count(")") and first.lstrip().startswith("("):
+        begin += first.index("(") + 1
+    bracket = end - (len(last) - len(last.rstrip())) - 1  # the last character that is no space
+    if (last.count(")") > last.count("(") and text[bracket] == ")") or REMARK.match(text, bracket):
+        end = bracket
+    return begin, end
+
+
+def _begins(before: str, run: str) -> bool:
+    """Does a run begin with a whole left side, not with the rest of one ("3x" before "+ 4 = 10")?"""
+    stripped = run.strip()
+    if (before and not run[0].isspace() and before[-1] not in _OPEN_BEFORE) or (
+        not run[0].isspace() and _CLOCK.search(before)
+    ):
+        return False
+    if _takes(before, run) or (_BEFORE_WORDS.search(before) and not of_amount(before, run)):
+        return False
+    return not (before.strip() and stripped[0] in "+*/-%)")

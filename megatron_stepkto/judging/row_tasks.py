@@ -50,10 +50,16 @@ def _labeller(options: dict[str, Any]) -> RowFunction:
     return lambda row: rule(*row)
 
 
+_EQUATIONS = (
+    "judging/equations.py",
+    "judging/equation_context.py",
+    "judging/equation_readings.py",
+    "judging/equation_sides.py",
+)
 # what each task is made by, and the code (files, folders) that decides its results
 TASKS: dict[str, tuple[Callable[[dict[str, Any]], RowFunction], tuple[str, ...]]] = {
     "steps": (_splitter, ("steps",)),
-    "labels": (_labeller, ("judging/equations.py", "judging/process/rules.py", "problems/chained_arithmetic")),
+    "labels": (_labeller, (*_EQUATIONS, "judging/process/rules.py", "problems/chained_arithmetic")),
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.judging.equations import check_equations
+from megatron_stepkto.judging.equation_context import Subject
+from megatron_stepkto.judging.equations import MAX_CONTEXT, check_equations
 from megatron_stepkto.problems.chained_arithmetic.judge import label_steps
 
 Spans = Sequence[Sequence[int]]  # first character of each step, and the one behind its last
@@ -17,11 +18,18 @@ def _chained_arithmetic(problem: str, text: str, spans: Spans) -> list[Label]:
 
 
 def _equations(problem: str, text: str, spans: Spans) -> list[Label]:
-    """Right iff the step holds a checkable equation and all it holds are true; None where it holds none."""
+    """Wrong iff the step holds an equation that is false beyond doubt; right iff it holds a checkable equation and
+    all that it holds are true; None where it holds none, or one that is false only as read."""
     labels: list[Label] = []
+    subject = Subject(problem, text)
     for start, end in spans:
-        verdicts = check_equations(text[start:end])
-        labels.append((1 if all(verdicts) else 0) if verdicts else None)
+        verdicts = check_equations(
+            text[start:end], text[max(0, start - MAX_CONTEXT) : start], text[end : end + MAX_CONTEXT], subject=subject
+        )
+        if False in verdicts:
+            labels.append(0)
+        else:
+            labels.append(1 if verdicts and all(verdicts) else None)
     return labels
 
 

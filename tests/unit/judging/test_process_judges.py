@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import tracemalloc
-from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 
@@ -40,12 +38,12 @@ PROBLEM = Problem(
         ("3 + 4 = 7 + 2 = 9", [False, True]),
         ("10/3 = 3.33", [True]),  # rounded to the decimals shown
         ("10/3 = 3.34", [False]),
-        ("10/3 = 3", []),  # a quotient whose remainder is told apart, or a rounded value
+        ("10/3 = 3", [None]),  # a quotient whose remainder is told apart, or a rounded value
         ("8/2 = 3", [False]),
-        ("41/0.14 = 293", []),
-        ("2/3 = 0.66", []),  # digits cut off
-        (r"$9 \div 7 = 1$ with a remainder of $2$", []),
-        ("(3,200 - 4,800) / 4,800 * 100 = -33%", []),
+        ("41/0.14 = 293", [None]),
+        ("2/3 = 0.66", [None]),  # digits cut off
+        (r"$9 \div 7 = 1$ with a remainder of $2$", [None]),
+        ("(3,200 - 4,800) / 4,800 * 100 = -33%", [None]),
         (r"\[ 16 = 13 - 12 \cos C \]", []),
         (r"9 = 20 - 16 \cos B, 3 + 4 = 8", [False]),
         ("12 = 5 + 3 x and more", []),
@@ -62,7 +60,7 @@ PROBLEM = Problem(
         ("20% * 50 = 10", [True]),
         ("10/50 * 100 = 20%", [True]),
         ("10/50 = 20%", [True]),
-        ("100 - 20% = 80", []),  # open to reading
+        ("100 - 20% = 80", [None]),  # open to reading
         ("5/0 = 3", [False]),
         ("1. 2 + 2 = 4", [True]),
         ("- 5 + 3 = 8", [True]),  # a list item, not minus five
@@ -74,7 +72,7 @@ PROBLEM = Problem(
         ("x+4*x = 100", []),
         ("2^3 + 1 = 9", [True]),
         ("2**3 = 8", []),
-        ("5! + 1 = 121", []),
+        ("5! + 1 = 121", [True]),
         ("1/2 of 10 + 2 = 7", []),
         ("5 apples + 3 apples = 8 apples", [True]),
         (r"\frac{1}{2} + 3 = 5", [False]),
@@ -104,7 +102,7 @@ PROBLEM = Problem(
         ("1" * 400 + " + 1 = 2", []),
     ],
 )
-def test_check_equations(text: str, verdicts: list[bool]) -> None:
+def test_check_equations(text: str, verdicts: list[bool | None]) -> None:
     assert check_equations(text) == verdicts
 
 
@@ -131,20 +129,9 @@ def test_judges_by_name() -> None:
         labels_of("chained_arithmetic", steps, PROBLEM.model_copy(update={"problem": "2 + 2?"}))
 
 
-def test_equations_judge_finds_gsm8k_gold_solutions_right(data_dir: Path) -> None:
-    """6,140 lines of GSM8K's own solutions; two are called wrong, and are: "$32 - $20 = $300" and
-    "$3/2 = $1.50+$3.00=$4.50"."""
-    labels: Counter[Label] = Counter()
-    for line in (data_dir / "eval/gsm8k_test.jsonl").open():
-        text = json.loads(line)["solution"]
-        labels.update(labels_of("equations", text.splitlines()))
-    assert labels[0] == 2
-    assert labels[1] > 4000
-
-
 HOSTILE = ["1+" * 40_000 + "1=2", "=" * 10**5, "(1" * 30_000, "1=" * 30_000, "9" * 10**5 + "=1+1", "\\frac{" * 20_000,
-           "1/0=" * 20_000, "} 1 = 1 + 1 " * 5_000, "\\frac{1}{2}" * 5_000,
-           "(" * 140 + "1" + ")" * 140 + "=1+0"]  # fmt: skip
+           "1/0=" * 20_000, "so 1+1=3. " * 1_000, "0.33*" * 50 + "1=2 " * 500, "} 1 = 1 + 1 " * 5_000,
+           "\\frac{1}{2}" * 5_000, "(" * 140 + "1" + ")" * 140 + "=1+0"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=[text[:8] for text in HOSTILE])
