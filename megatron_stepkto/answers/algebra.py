@@ -28,7 +28,7 @@ _NORMALIZATION = NormalizationConfig(
 )
 _CONVERSION = ConversionConfig()
 # latex2sympy reads 2(3) as the mixed number 5
-_JUXTAPOSED = re.compile(r"(?<=[\d)])\s*(?=\()|(?<=\))\s*(?=\d)")
+_JUXTAPOSED = re.compile(r"(?<=[\d)])(?<![\^_]\d)\s*(?=\()|(?<=\))\s*(?=\d)")
 _UPRIGHT = re.compile(r"\\(?:mathrm|mathit|operatorname)\s*\{\s*([a-zA-Z])\s*\}")
 _DECIMAL = re.compile(r"-?\d*\.(\d*)")
 _SEVERAL_READINGS = re.compile(r"/\s*\d+\s*[a-zA-Z(\\]|\\log(?!\s*_)|\^\s*-1")
@@ -46,18 +46,39 @@ def expression(text: str) -> sympy.Basic:
     Raises:
         Unreadable: latex2sympy cannot read it.
     """
+    found = _parsed(text)
+    if not isinstance(found, sympy.Expr):
+        raise Unreadable(f"not a scalar: {type(found).__name__}")
+    return _exact(found)
+
+
+def matrix(text: str) -> list[list[sympy.Expr]]:
+    """The evaluated cells of a computation with matrices.
+
+    Raises:
+        Unreadable: it is none.
+    """
+    found = _parsed(text)
+    try:
+        return [[_exact(cell) for cell in row] for row in found.doit().tolist()]
+    except (AttributeError, ValueError, TypeError) as error:
+        raise Unreadable("not a matrix") from error
+
+
+def _parsed(text: str) -> sympy.Basic:
     text = _JUXTAPOSED.sub(r"\\cdot ", _UPRIGHT.sub(r"\1", text))
     text = re.sub(r"(\d+)\s*\\bmod\s*(\d+)", r"\\operatorname{mod}(\1,\2)", text)
     try:
-        found = latex2sympy(
+        return latex2sympy(
             normalize_latex(text, _NORMALIZATION), normalization_config=None, conversion_config=_CONVERSION
         )
     except MemoryError:
         raise
     except Exception as error:  # whatever its grammar raises
         raise Unreadable(f"latex2sympy: {type(error).__name__}") from error
-    if not isinstance(found, sympy.Expr):
-        raise Unreadable(f"not a scalar: {type(found).__name__}")
+
+
+def _exact(found: sympy.Expr) -> sympy.Expr:
     exact = {number: sympy.Rational(_digits(number)) for number in found.atoms(sympy.Float)}
     units = {symbol: sympy.I for symbol in found.free_symbols if symbol.name == "i"}
     return found.xreplace({**exact, **units})
@@ -76,8 +97,8 @@ def equal(gold: str, answer: str) -> bool | None:
     a, b = expression(gold), expression(answer)
     verdict = equal_expressions(a, b)
     if verdict is False:
-        if (rounded := _rounding(a, b, gold, answer)) is not None:
-            return rounded or None
+        if _is_rounding(a, b, gold, answer):
+            return True
         if _SEVERAL_READINGS.search(gold) or _SEVERAL_READINGS.search(answer):
             return None
     return verdict
@@ -177,8 +198,8 @@ def _equal_functions(a: sympy.Expr, b: sympy.Expr) -> bool | None:
     """Equal as functions of their unknowns? Points of whole numbers decide that they differ; to be equal, they must
     agree there, at other positive points and, where both have a value, at negative ones."""
     difference = sympy.expand(a - b)
-    if difference == 0:
-        return True
+    if not difference.free_symbols:
+        return _is_zero(difference)
     symbols = sorted(difference.free_symbols, key=str)
     if difference.is_polynomial(*symbols):
         coefficients = sympy.Poly(difference, *symbols).coeffs()
@@ -207,15 +228,14 @@ def _is_zero_at(
     return None if there.has(sympy.nan, sympy.zoo, sympy.oo) or there.free_symbols else _is_zero(there)
 
 
-def _rounding(a: sympy.Expr, b: sympy.Expr, gold: str, answer: str) -> bool | None:
-    """One is a decimal of six places or more and the other an exact value that it is the rounding of: True. With
-    fewer places it is a rounding that nobody may count as the exact value, False. None: it is no rounding."""
+def _is_rounding(a: sympy.Expr, b: sympy.Expr, gold: str, answer: str) -> bool:
+    """Is one a decimal of six places or more, and the other an exact value that it is the rounding of?"""
     for text, decimal, other_text, other in ((gold, a, answer, b), (answer, b, gold, a)):
         match = _DECIMAL.fullmatch(text.replace(" ", ""))
         if not match or _DECIMAL.fullmatch(other_text.replace(" ", "")) or other.free_symbols or other.is_Integer:
             continue
         places = len(match[1].rstrip("0"))
-        above = sign(sympy.Abs(other - decimal) - sympy.Rational(1, 2 * 10**places))
-        if places and above is not None and above <= 0:
-            return True if places >= MIN_DECIMALS else None
-    return None
+        if places >= MIN_DECIMALS:
+            above = sign(sympy.Abs(other - decimal) - sympy.Rational(1, 2 * 10**places))
+            return above is not None and above <= 0
+    return False

@@ -191,7 +191,7 @@ class EquivalenceChecker:
                 if worker.ready and worker.pair is None and (number := next(waiting, None)) is not None:
                     worker.send(number, *hard[number])
             for number, verdict in self._collect():
-                doubt = exact.doubt(*hard[number]) if verdict.verdict == "right" else None
+                doubt = exact.doubt(*hard[number]) if verdict.verdict == "right" or verdict.how == "open" else None
                 if doubt:
                     verdict = Verdict("undecided", f"doubt: {doubt}", verdict.milliseconds)
                 found[hard[number]] = verdict

@@ -15,6 +15,7 @@ from megatron_stepkto.answers.reading import (
     Cells,
     Combined,
     Form,
+    Literal,
     Many,
     Ratio,
     Reals,
@@ -31,7 +32,9 @@ def equal(gold: Form, answer: Form) -> Verdict:
     """Raises Unreadable where a part of one cannot be read."""
     if gold == answer:
         return True
-    gold, answer = _unwrapped(gold), _unwrapped(answer)
+    gold, answer = _computed(_unwrapped(gold)), _computed(_unwrapped(answer))
+    if isinstance(gold, Literal) or isinstance(answer, Literal):
+        return True if gold == answer else None
     if isinstance(gold, Assigned) or isinstance(answer, Assigned):
         return _equal_assigned(gold, answer)
     if isinstance(gold, Scalar) and isinstance(answer, Scalar):
@@ -56,6 +59,13 @@ def equal(gold: Form, answer: Form) -> Verdict:
 def _unwrapped(form: Form) -> Form:
     """{5} and x in {5} state the value 5."""
     return form.items[0] if isinstance(form, Many) and form.kind != "tuple" and len(form.items) == 1 else form
+
+
+def _computed(form: Form) -> Form:
+    """A sum or product of matrices as its cells."""
+    if not isinstance(form, Scalar) or "\\begin" not in form.text:
+        return form
+    return Cells(tuple(tuple(Scalar(sympy.latex(cell)) for cell in row) for row in algebra.matrix(form.text)))
 
 
 def _maybe_one(many: Many) -> bool:
@@ -116,9 +126,10 @@ def _equal_many(gold: Many, answer: Many) -> Verdict:
             return verdict
         # (1,2] is an interval; (1,2) and [1,2] may be points
         return False if {"(]", "[)"} & {gold.brackets, answer.brackets} else None
-    if kinds == {"list"}:
+    solutions = all(isinstance(item, Many) for item in (*gold.items, *answer.items))
+    if kinds == {"list"} and not solutions:
         return _in_any_order(gold.items, answer.items, _tried)
-    if kinds == {"set"}:
+    if kinds == {"set"} or kinds == {"list"}:  # a solution that is listed twice is still one solution
         return _in_any_order(_distinct(gold.items), _distinct(answer.items), _tried)
     if kinds == {"set", "list"}:
         one, other = _distinct(gold.items), _distinct(answer.items)
@@ -141,9 +152,9 @@ def _vector_and_tuple(gold: Form, answer: Form) -> Verdict:
     cells, other = (gold, answer) if isinstance(gold, Cells) else (answer, gold)
     assert isinstance(cells, Cells)
     flat = [item for row in cells.rows for item in row]
-    if isinstance(other, Many) and 1 in (len(cells.rows), len(cells.rows[0])):
-        return True if other.kind == "tuple" and _in_order(flat, other.items) else None
-    return None
+    if isinstance(other, Many) and 1 in (len(cells.rows), len(cells.rows[0])) and len(flat) == len(other.items):
+        return _in_order(flat, other.items) if other.kind == "tuple" else None
+    return False if isinstance(other, Scalar | Many | Cells) and len(flat) > 1 else None
 
 
 def _equal_ratios(gold: Form, answer: Form) -> Verdict:
@@ -186,11 +197,10 @@ def _equal_assigned(gold: Form, answer: Form) -> Verdict:
     if len(names) != len(other.items):
         return False
     written = _in_order(values, other.items)
+    if other.kind == "list":
+        return written or (None if _in_any_order(values, other.items, _tried) is not False else False)
     by_name = _in_order([value for _, value in sorted(assigned.pairs, key=lambda pair: pair[0])], other.items)
-    if written == by_name:  # also both False: for a bare list the values may stand in another order
-        unordered = other.kind == "list" and _in_any_order(values, other.items, _tried) is not False
-        return None if written is False and unordered else written
-    return None
+    return written if written == by_name else None
 
 
 def _equal_systems(gold: Assigned, answer: Assigned) -> Verdict:
@@ -236,12 +246,14 @@ def _equal_equations(gold: Form, answer: Form) -> Verdict:
         return one == other
     equation, other = (gold, answer) if _is_equation(gold) else (answer, gold)
     difference = _difference(equation)
-    if isinstance(other, Scalar) and len(difference.free_symbols) == 1:
-        value = algebra.expression(other.text)
-        if not value.free_symbols:
-            (unknown,) = difference.free_symbols
-            return None if algebra.equal_expressions(difference.subs(unknown, value), sympy.Integer(0)) else False
-    return None
+    if not isinstance(other, Scalar) or algebra.expression(other.text).free_symbols:
+        return None
+    value = algebra.expression(other.text)
+    if len(difference.free_symbols) == 1:
+        at_value = difference.subs(next(iter(difference.free_symbols)), value)
+        return False if algebra.equal_expressions(at_value, sympy.Integer(0)) is False else None
+    constant = difference.subs(dict.fromkeys(difference.free_symbols, 0))  # xy = 6 may answer "what is xy?"
+    return False if algebra.equal_expressions(constant**2, value**2) is False else None
 
 
 def _difference(form: Form) -> sympy.Expr:

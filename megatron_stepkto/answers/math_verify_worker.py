@@ -23,6 +23,7 @@ import time
 from fractions import Fraction
 
 from megatron_stepkto.answers.reading import Form, Scalar, Unreadable, read
+from megatron_stepkto.answers.text import unescape
 from megatron_stepkto.answers.units import unit_of
 
 PR_SET_PDEATHSIG = 1
@@ -44,8 +45,8 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _read(answer: str) -> Form:
-    """The form of an answer, or of the one value that a sentence states.
+def _read(answer: str) -> tuple[Form, bool]:
+    """The form of an answer, or of the value that a sentence states; whether it was searched for.
 
     math-verify finds that value. A formula that cannot be read is not searched: some number of it must not stand
     for all.
@@ -56,14 +57,15 @@ def _read(answer: str) -> Form:
     from math_verify import parse
 
     try:
-        return read(answer)
+        return read(answer), False
     except Unreadable:
-        if not _WORDS.search(answer) or _COMPARES.search(answer):
+        last_sentence = re.split(r"\.\s", answer.strip().rstrip("."))[-1]
+        if not _WORDS.search(answer) or _COMPARES.search(last_sentence):
             raise
-    found = parse(_DENIED.sub("", answer), parsing_timeout=None)
+    found = parse(_DENIED.sub("", unescape(answer)), parsing_timeout=None)
     if not found or not isinstance(found[-1], str):
         raise Unreadable("no value in the sentence")
-    return read(found[-1])
+    return read(found[-1]), True
 
 
 def _readings(gold: str, answer: str) -> list[tuple[str, str]]:
@@ -94,12 +96,14 @@ def compare(gold: str, answer: str) -> tuple[str, str]:
     from megatron_stepkto.answers import forms
 
     try:
-        one, other = _read(gold), _read(answer)
+        (one, searched), (other, also_searched) = _read(gold), _read(answer)
         verdicts = [forms.equal(_times(one, a), _times(other, b)) for a, b in _readings(gold, answer)]
     except Unreadable:
         return "undecided", "unparsed"
     if True in verdicts:
         return "right", HOW
+    if searched or also_searched:  # another value of the sentence may be meant
+        return "undecided", "unparsed"
     return ("undecided", "open") if None in verdicts else ("wrong", HOW)
 
 

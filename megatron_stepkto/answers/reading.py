@@ -6,9 +6,9 @@ Only the structure is read here, from text and without evaluating anything. A sc
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_stepkto.answers.text import normalise
 
@@ -25,10 +25,17 @@ class Scalar:
 
 
 @dataclass(frozen=True)
+class Literal:
+    """A part that is no formula, in lower case: equal only to itself."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Many:
     """Several values. ``brackets`` of a tuple are its own: "()", "[)", ...; a bare list has none and no order."""
 
-    kind: Literal["list", "set", "tuple"]
+    kind: typing.Literal["list", "set", "tuple"]
     items: tuple[Form, ...]
     brackets: str = ""
 
@@ -75,7 +82,7 @@ class Ratio:
     items: tuple[Form, ...]
 
 
-Form = Scalar | Many | Assigned | Relation | Combined | Reals | Cells | Ratio
+Form = Scalar | Literal | Many | Assigned | Relation | Combined | Reals | Cells | Ratio
 EMPTY = Many("set", ())
 
 _SIGNS = str.maketrans(
@@ -91,7 +98,6 @@ _SIGNS = str.maketrans(
 _SPELLINGS = tuple(
     (re.compile(pattern, re.IGNORECASE if word else 0), spelling)
     for word, pattern, spelling in (
-        (False, r"\\\\(?=[a-z]{2,})", r"\\"),  # a command whose backslash was escaped twice
         (False, r"√\s*(\d+|[a-z])", r"\\sqrt{\1}"),
         (False, r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (False, r"(?<!\\)\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
@@ -132,6 +138,7 @@ _SPELLINGS = tuple(
         (True, r"\b(?:equals|is equal to)\b", " = "),
     )
 )  # fmt: skip
+_DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 _EMPTY = re.compile(
     r"\\emptyset|\\\{\s*\\\}|(?:the )?(?:empty|null) set|(?:there (?:is|are) )?no (?:real |such |valid )?"
     r"(?:solutions?|roots?|values?)(?: exists?)?",
@@ -160,6 +167,7 @@ _NAME = re.compile(
 _FIGURE = re.compile(r"(?:\\(?:angle|triangle|frac|overline|measuredangle)|[A-Z_0-9{}|:/\s])+")
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
 _FUNCTION_OF_NUMBER = re.compile(r"[fghFGHP]\s*\(\s*-?[\d./]+\s*\)")
+_SHORT_NAME = re.compile(r"[\w.-]{1,30}(?: [\w.-]{1,30}){0,2}", re.ASCII)
 _PROSE = re.compile(
     r"(?<![\\a-zA-Z])(?:[a-zA-Z]{4,}|(?:is|the|to|of|at|in|by|for|not|yes|no|an|it|be|if|so|as|per|cm|km|mm|kg|ft)"
     r"(?![a-zA-Z]))|[^\x00-\x7f]|[?\"#&@~$`]|(?<=\d)\s+(?=\d)|!!|\d[eE][-+]?\d|'"
@@ -169,10 +177,11 @@ _PROSE = re.compile(
 def _spell(text: str) -> str:
     """The text with one spelling for each sign, words for relations replaced, and repeating decimals as fractions."""
     text = text.translate(_SIGNS)
-    in_matrix = "\\begin" in text
-    for number, (pattern, spelling) in enumerate(_SPELLINGS):
-        if number or not in_matrix:  # "\\\\" ends a row of a matrix
-            text = pattern.sub(spelling, text)
+    text = _DELIMITERS.sub(" ", text)
+    if text.count("{") > text.count("}"):  # a box that was never closed
+        text = text.removeprefix("\\boxed{")
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES_IN.sub(r"(\\frac{\1\\pi}{180})", text)
     text = _CIS.sub(lambda m: rf"e^{{i({m['inner'] or m['braced'] or m['bare']})}}", text)
@@ -216,7 +225,10 @@ def read(answer: str) -> Form:
     Raises:
         Unreadable: it is no mathematical notation, or ambiguous.
     """
-    return _read(_spell(normalise(answer)))
+    form = _read(_spell(normalise(answer)))
+    if isinstance(form, Literal):
+        raise Unreadable("words")
+    return form
 
 
 def _pieces(text: str, separators: frozenset[str]) -> Iterator[tuple[str, str]]:
@@ -238,7 +250,7 @@ def _pieces(text: str, separators: frozenset[str]) -> Iterator[tuple[str, str]]:
     yield before, text[start:].strip()
 
 
-_WORDS = re.compile(r"(?:,\s*)?(?<![\\a-zA-Z])(and|or)(?![a-zA-Z])", re.IGNORECASE)
+_WORDS = re.compile(r"(?:,\s*)?(?<![\\a-zA-Z])((?i:and|or))(?![a-z])")
 # stand-ins of one character for the words, so that they separate like signs
 _MARKS = {"and": "\x01", "or": "\x02"}
 
@@ -313,7 +325,7 @@ def _read_one(text: str) -> Form:
     sides = list(_pieces(text, frozenset(_OPERATORS)))
     if len(sides) > 1:
         return _related([side for _, side in sides], [_OPERATORS[sign] for sign, _ in sides[1:]])
-    if match := _ENVIRONMENT.fullmatch(text):
+    if (match := _ENVIRONMENT.fullmatch(text)) and "\\begin" not in match[2]:
         rows = [row for row in re.split(r"\\\\", match[2]) if row.strip()]
         return Cells(tuple(tuple(_read_one(cell.strip()) for cell in row.split("&")) for row in rows))
     if text.startswith(r"\{") and text.endswith(r"\}"):
@@ -349,7 +361,7 @@ def _braced(inner: str) -> Form:
     form = _read_marked(inner)
     if isinstance(form, Many) and form.kind == "list":
         return Many("set", form.items)
-    if isinstance(form, Scalar | Many | Cells):
+    if isinstance(form, Scalar | Literal | Many | Cells):
         return Many("set", (form,))
     raise Unreadable("braces around a condition")
 
@@ -358,7 +370,12 @@ def _signs_apart(text: str) -> Form:
     r"""``3 \pm 1`` is the list of 4 and 2. Several signs of one expression may go together or not."""
     signs = re.findall(r"\\(?:pm|mp)(?![a-z])", text)
     if not signs:
-        return Scalar(_formula(text))
+        try:
+            return Scalar(_formula(text))
+        except Unreadable:
+            if not _SHORT_NAME.fullmatch(text):
+                raise
+            return Literal(text.casefold())
     if len(signs) > 1:
         raise Unreadable("several signs of two values")
     head, tail = re.split(r"\\(?:pm|mp)(?![a-z])", text)
