@@ -198,6 +198,8 @@ def _equal_functions(a: sympy.Expr, b: sympy.Expr) -> bool | None:
     """Equal as functions of their unknowns? Points of whole numbers decide that they differ; to be equal, they must
     agree there, at other positive points and, where both have a value, at negative ones."""
     difference = sympy.expand(a - b)
+    if difference.has(sympy.factorial, sympy.binomial, sympy.gamma):
+        difference = sympy.combsimp(difference)
     if not difference.free_symbols:
         return _is_zero(difference)
     symbols = sorted(difference.free_symbols, key=str)

@@ -34,6 +34,12 @@ def choice_and_value(answer: str) -> tuple[str, str] | None:
     return (match["letter"] or match["plain"], match["value"].strip()) if match else None
 
 
+def without_choice(gold: str, answer: str) -> tuple[str, str]:
+    """The values of two answers of which one has a letter before its value."""
+    one, other = choice_and_value(gold), choice_and_value(answer)
+    return (one[1] if one and not other else gold), (other[1] if other and not one else answer)
+
+
 def named_choice(text: str) -> str | None:
     """The one letter that a text names, "not A" and "can't be A or B" aside; None where it names none or several."""
     if len(text) > MAX_CHARS:

@@ -191,7 +191,11 @@ class EquivalenceChecker:
                 if worker.ready and worker.pair is None and (number := next(waiting, None)) is not None:
                     worker.send(number, *hard[number])
             for number, verdict in self._collect():
-                doubt = exact.doubt(*hard[number]) if verdict.verdict == "right" or verdict.how == "open" else None
+                doubt = None
+                if verdict.verdict == "right":
+                    doubt = exact.doubt(*hard[number])
+                elif verdict.how == "open":
+                    doubt = exact.why_open(*hard[number])
                 if doubt:
                     verdict = Verdict("undecided", f"doubt: {doubt}", verdict.milliseconds)
                 found[hard[number]] = verdict

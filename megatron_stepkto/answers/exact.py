@@ -217,10 +217,7 @@ def _compare_long(gold: str, answer: str) -> Exact:
 
 
 def doubt(gold: str, answer: str) -> Doubt | None:
-    """Why a checker that ignores notation must not call these two equal.
-
-    Computer algebra drops units and bases, reads 1:30 as a ratio, and takes a set for an interval.
-    """
+    """Why a checker that ignores notation must not call these two equal: computer algebra sees no unit and no base."""
     if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
         return None
     one, other = unit_of(gold), unit_of(answer)
@@ -229,7 +226,13 @@ def doubt(gold: str, answer: str) -> Doubt | None:
     a, b = normalise(gold), normalise(answer)
     if _in_base(a) or _in_base(b):
         return Doubt("base")
-    if _CLOCK.fullmatch(a) and _CLOCK.fullmatch(b) and a != b:
+    return None
+
+
+def why_open(gold: str, answer: str) -> Doubt | None:
+    """The notation for which computer algebra leaves a pair open, where it is a usual one."""
+    a, b = normalise(gold), normalise(answer)
+    if _CLOCK.fullmatch(a) and _CLOCK.fullmatch(b):
         return Doubt("time or ratio")
     if (_SET.fullmatch(a) and _TUPLE.fullmatch(b)) or (_TUPLE.fullmatch(a) and _SET.fullmatch(b)):
         return Doubt("set or tuple")
@@ -295,13 +298,10 @@ def _letter_and_value(one: str, other: str) -> Exact:
 def _compare_words(one: str, other: str) -> Exact:
     if one == other:
         return True
-    words = [[word for word in text.split() if word not in ("a", "an", "the")] for text in (one, other)]
-    if words[0] == words[1]:
-        return True
     # computer algebra reads words as products of letters, so that anagrams would be equal
     if sorted(one) == sorted(other):
         return None
-    if len(words[0]) == len(words[1]) == 1:
+    if " " not in one + other:
         short, long = sorted((one, other), key=len)
         return Doubt("words") if len(long) - len(short) > 1 and long.startswith(short) else False  # Tues, Tuesday
     return Doubt("words")  # "no solution" and "none": whoever knows the language

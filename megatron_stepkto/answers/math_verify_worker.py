@@ -22,6 +22,7 @@ import sys
 import time
 from fractions import Fraction
 
+from megatron_stepkto.answers.choices import without_choice
 from megatron_stepkto.answers.reading import Form, Scalar, Unreadable, read
 from megatron_stepkto.answers.text import unescape
 from megatron_stepkto.answers.units import unit_of
@@ -75,6 +76,9 @@ def _readings(gold: str, answer: str) -> list[tuple[str, str]]:
     """
     one, other = unit_of(gold), unit_of(answer)
     if one and other:
+        if {one.kind, other.kind} == {"angle", "radian"}:
+            degree = _NAMED_FACTORS["angle"]
+            return [(degree, "1") if one.kind == "angle" else ("1", degree)]
         return [("1", "1")] if one.clashes(other) else [(_latex(one.size), _latex(other.size))]
     kinds = {unit.kind for unit in (one, other) if unit}
     factor = _NAMED_FACTORS.get(next(iter(kinds), ""))
@@ -96,6 +100,7 @@ def compare(gold: str, answer: str) -> tuple[str, str]:
     from megatron_stepkto.answers import forms
 
     try:
+        gold, answer = without_choice(gold, answer)
         (one, searched), (other, also_searched) = _read(gold), _read(answer)
         verdicts = [forms.equal(_times(one, a), _times(other, b)) for a, b in _readings(gold, answer)]
     except Unreadable:

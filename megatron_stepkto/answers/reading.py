@@ -129,7 +129,8 @@ _SPELLINGS = tuple(
         (True, r"\b(?:is|are)?\s*(?:strictly )?(?:greater|more|larger) than\b", " > "),
         (True, r"\b(?:is )?not equal(?: to)?\b", r" \\ne "),
         (True, r"\bplus or minus\b", r" \\pm "),
-        (True, r"\b(?:the )?(?:set of )?(?:all )?(?:real numbers|reals)\b|\ball real\b(?: values(?: of [a-z])?)?",
+        (False, r"_(\d+)\s+(?=\d)", r"_{\1} "),
+        (True, r"(?<!\\)\b(?:the )?(?:set of )?(?:all )?(?:real numbers|reals)\b|\ball real\b(?: values(?: of [a-z])?)?",
          r" \\reals "),
         (True, r"\b(?:except|excluding|but not|other than)(?: for)?\b", r" \\setminus "),
         (True, r"\bunion\b", r" \\cup "),
@@ -145,7 +146,7 @@ _EMPTY = re.compile(
     re.IGNORECASE,
 )
 _REALS = re.compile(r"\\reals|(?:[a-z]\s*\\in\s*)\\reals")
-_DOTS = r"\s*(?:\.\.\.|\\[lc]?dots[bc]?)"
+_DOTS = r"\s*(?:\.{2,}|\\[lc]?dots[bc]?)"
 _REPEATING = re.compile(
     r"(?P<whole>\d*)\.(?P<lead>\d*)(?:\\overline\s*\{?(?P<over>\d+)\}?|\\bar\s*\{?(?P<bar>\d+)\}?"
     rf"|\((?P<parens>\d+)\)|\\dot\s*\{{?(?P<first>\d)\}}?(?:(?P<middle>\d*)\\dot\s*\{{?(?P<last>\d)\}}?)?"
@@ -158,6 +159,8 @@ _CIS = re.compile(r"\\cis\s*(?:\((?P<inner>(?:[^()]|\([^()]*\))*)\)|\{(?P<braced
 _OPEN, _CLOSE = "({[", ")}]"
 _TOKEN = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _OPERATORS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", "=": "="}
+_OPERATOR_FIRST = re.compile(r"[<>]|\\[lg]e(?![a-z])")
+_SUBJECT = re.compile(rf"([a-zA-Z])\s*(?:{_OPERATOR_FIRST.pattern})")
 _ENVIRONMENT = re.compile(r"\\begin\{([pbvB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _BUILDER = re.compile(r"\s*(?P<name>[a-zA-Z])\s*(?:\\in\s*\\reals\s*)?(?:\\mid|\||:)(?P<condition>.*)", re.DOTALL)
 _GREEK = r"\\(?:alpha|beta|gamma|delta|theta|phi|varphi|lambda|mu|sigma|omega|rho|tau)"
@@ -279,7 +282,10 @@ def _read_marked(text: str) -> Form:
         return _read_one(pieces[0][1])
     if not pieces:
         raise Unreadable("an empty list")
-    return _joined([before for before, _ in pieces[1:]], [_read_one(piece) for _, piece in pieces])
+    texts = [piece for _, piece in pieces]
+    if (subject := _SUBJECT.match(texts[0])) is not None:  # x < -2 or > 1
+        texts = [subject[1] + piece if _OPERATOR_FIRST.match(piece) else piece for piece in texts]
+    return _joined([before for before, _ in pieces[1:]], [_read_one(piece) for piece in texts])
 
 
 def _joined(separators: list[str], items: list[Form]) -> Form:

@@ -98,9 +98,11 @@ def stated_answer(text: str) -> str:
 
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
+_ARTICLE = re.compile(r"(?:an?|the) (?=[a-z]{3,})", re.IGNORECASE)
+_FULL_STOP = re.compile(r"\s*(?<!\.)\.\s*$")  # not of 0.333...
 _SPACES = re.compile(r"(?<!\\)\\[ ,;:!]|\\(?:quad|qquad)(?![a-zA-Z])|~|\s+")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\{[^{}]*\})\s*(\d)|(\d)\s*(\{[^{}]*\}))")
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°")
+_DEGREES = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°)(?:\s*[CF]\s*$)?")
 # a degree sign inside of a function's argument is part of the value
 TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z]{2,})")
@@ -130,7 +132,7 @@ _UNITS = (
     "quarts?|qt|pints?|pt|milligrams?|decades?|centur(?:y|ies)|yrs?|kph|kmh|(?:k?m|cm|ft|mi)/(?:s|h)"
 )
 _UNIT_TAIL = re.compile(
-    rf"(?P<value>.*[\d}})])\s*(?:(?:{_UNITS})(?:\s*/\s*|\s+|$|(?=\^))(?:\^\s*\{{?[23]\}}?\s*)?)+",
+    rf"(?P<value>.*(?:[\d}})]|\\pi(?![a-zA-Z])))\s*(?:(?:{_UNITS})(?:\s*/\s*|\s+|$|(?=\^))(?:\^\s*\{{?[23]\}}?\s*)?)+",
     re.IGNORECASE,
 )
 _SCALE_WORD = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion|dozen)\b", re.IGNORECASE)
@@ -187,7 +189,7 @@ def unescape(text: str) -> str:
 
 def plain_text(answer: str) -> str:
     """The answer without math delimiters, ``\\text`` and its kin, sizes of LaTeX and a full stop at the end."""
-    text = unwrap(answer.translate(_WIDE).strip().rstrip(".").strip()).rstrip(".").strip()
+    text = _FULL_STOP.sub("", unwrap(_FULL_STOP.sub("", answer.translate(_WIDE).strip())))
     text = unescape(text)
     text = _TEXT.sub(r" \1 ", text)
     text = _SIZES.sub("", text)
@@ -206,7 +208,7 @@ def normalise(answer: str) -> str:
     text = _THIN_COMMA.sub("{,}", _QUAD.sub(", ", text))
     text = _DEGREES.sub("°" if TRIGONOMETRIC.search(text) else "", text)
     text = _SPACES.sub(" ", text).strip().strip("$€£").strip()
-    text = split_unit(text)[0].rstrip(".")
+    text = _FULL_STOP.sub("", split_unit(text)[0])
     text = _SHORT_FRACTION.sub(_unfold_fraction, text)
     if _THOUSANDS.fullmatch(text):
         text = re.sub(r"[{,} ]", "", text)
@@ -216,4 +218,5 @@ def normalise(answer: str) -> str:
             text = text.replace(",", "")
     if re.fullmatch(r"\((?:[A-Z]|[-+]?[\d.]+)\)", text):  # a choice, "(073)"
         text = text[1:-1]
+    text = _ARTICLE.sub("", text)
     return _NUMBER_WORDS.get(text.casefold()) or _plain_number(text)
