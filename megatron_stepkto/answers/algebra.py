@@ -23,6 +23,8 @@ FIRST_BITS = 128
 CERTAIN_BITS = 20  # of the leading digits of a difference that is no zero
 MAX_BITS = 50_000
 MIN_DECIMALS = 6  # a decimal with fewer is no rounding that we accept for an exact value
+MAX_RENAMED = 3
+DOUBLE_DECIMALS = 15  # from here on it may be a double's, whose last digits are its own error
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
 )
@@ -67,7 +69,7 @@ def matrix(text: str) -> list[list[sympy.Expr]]:
 
 def _parsed(text: str) -> sympy.Basic:
     text = _JUXTAPOSED.sub(r"\\cdot ", _UPRIGHT.sub(r"\1", text))
-    text = re.sub(r"(\d+)\s*\\bmod\s*(\d+)", r"\\operatorname{mod}(\1,\2)", text)
+    text = re.sub(r"(\d+)\s*\\bmod\s*(\d+)", r"(\1-\2\\cdot\\lfloor\\frac{\1}{\2}\\rfloor)", text)
     try:
         return latex2sympy(
             normalize_latex(text, _NORMALIZATION), normalization_config=None, conversion_config=_CONVERSION
@@ -99,7 +101,7 @@ def equal(gold: str, answer: str) -> bool | None:
     if verdict is False:
         if _is_rounding(a, b, gold, answer):
             return True
-        if _SEVERAL_READINGS.search(gold) or _SEVERAL_READINGS.search(answer):
+        if _is_renamed(a, b) or _SEVERAL_READINGS.search(gold) or _SEVERAL_READINGS.search(answer):
             return None
     return verdict
 
@@ -107,7 +109,7 @@ def equal(gold: str, answer: str) -> bool | None:
 def equal_expressions(a: sympy.Expr, b: sympy.Expr) -> bool | None:
     if a == b:
         return None if a.has(sympy.nan, sympy.zoo) else True
-    a, b = a.doit(), b.doit()
+    a, b = _real_roots(a.doit()), _real_roots(b.doit())
     if any(side.has(sympy.nan, sympy.zoo) for side in (a, b)):
         return None
     if any(side.has(sympy.oo, -sympy.oo) for side in (a, b)):
@@ -119,7 +121,30 @@ def equal_expressions(a: sympy.Expr, b: sympy.Expr) -> bool | None:
     return _is_zero(a - b)
 
 
+def _real_roots(value: sympy.Expr) -> sympy.Expr:
+    """Odd roots of negative numbers as school has them, -2 for the cube root of -8; sympy takes the principal root."""
+    if value.has(sympy.I):
+        return value
+    return value.replace(
+        lambda part: (
+            part.is_Pow and part.exp.is_Rational and part.exp.q > 1 and part.exp.q % 2 and sign(part.base) == -1
+        ),
+        lambda part: (-1) ** part.exp.p * (-part.base) ** part.exp,
+    )
+
+
 _INFINITIES = (sympy.oo, -sympy.oo)
+
+
+def _is_renamed(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Do only the names of the unknowns differ: pi/4 + k pi and pi/4 + n pi?"""
+    ours, theirs = (sorted(side.free_symbols - other.free_symbols, key=str) for side, other in ((a, b), (b, a)))
+    if not ours or len(ours) != len(theirs) or len(ours) > MAX_RENAMED:
+        return False
+    return any(
+        equal_expressions(a, b.xreplace(dict(zip(order, ours, strict=True)))) is not False
+        for order in itertools.permutations(theirs)
+    )
 
 
 def sign(number: sympy.Expr) -> int | None:
@@ -238,6 +263,9 @@ def _is_rounding(a: sympy.Expr, b: sympy.Expr, gold: str, answer: str) -> bool:
             continue
         places = len(match[1].rstrip("0"))
         if places >= MIN_DECIMALS:
-            above = sign(sympy.Abs(other - decimal) - sympy.Rational(1, 2 * 10**places))
+            allowed = sympy.Rational(1, 2 * 10**places)
+            if places >= DOUBLE_DECIMALS:  # as a program prints it
+                allowed = sympy.Max(allowed, sympy.Abs(decimal) * sympy.Rational(1, 2**51))
+            above = sign(sympy.Abs(other - decimal) - allowed)
             return above is not None and above <= 0
     return False

@@ -23,9 +23,10 @@ _SCALED = re.compile(
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d\d?", re.ASCII)
 _LONG_DECIMAL_COMMA = re.compile(r"[-+]?\d{4,},\d\d", re.ASCII)
+_VALUE_AND_LETTER = re.compile(r"(?P<value>[-+]?[\d.,/]*\d)(?:\s|\\[ ,;:!]|~)+(?P<letter>[mgshlL])")
 _COMMA_GROUPS = re.compile(r"\d{1,3}(?:,\d{3})+", re.ASCII)
 _LIST = re.compile(r"([(\[])(.*)([)\]])", re.DOTALL)
-_WORDS = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
+_WORDS = re.compile(r"(?:[A-Za-z]{3,}|[Nn]o)(?: [A-Za-z]+)*")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _UNFINISHED = re.compile(r"\d *[+*×] *[A-Za-z]{4,}")  # 10 + John's age: no value
 _FORMULA_WITH_NUMBER = re.compile(r"(?=.*\d)(?:[^A-Za-z\\]|\\[a-z]+|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z]))+", re.ASCII)
@@ -38,6 +39,7 @@ _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eig
           "twelve": 12, "sixteen": 16}  # fmt: skip
 _CLOCK = re.compile(r"\d{1,2}:\d\d", re.ASCII)
 _LIST_WORDS = re.compile(r"\s*(?:;|,?\band\b)\s*")
+_LOOSE_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")  # not of "1 2", which is no 12
 _SET = re.compile(r"\\\{.*\\\}", re.DOTALL)
 _TUPLE = re.compile(r"[(\[].*[)\]]", re.DOTALL)
 CLOSE = Fraction(1, 1000)  # relative: a decimal this near to a fraction may be its rounding
@@ -85,8 +87,8 @@ def _compare_numbers(a: Fraction, b: Fraction, gold: str, answer: str) -> Exact:
     if not one and other and other.kind == "share":
         # "0.5%" for 0.5 may be a fraction of a percent; above 1 the question asked for percent
         return b / 100 == a or (b == a and (abs(a) >= 1 or Doubt("percent"))) or False
-    if one and one.kind == "share" and not other and a / 100 == b:
-        return True
+    if one and one.kind == "share" and not other:
+        return a / 100 == b or (b == a and (abs(a) >= 1 or Doubt("percent"))) or False
     if a == b:
         return Doubt("units") if one and other and one.clashes(other) else True
     rounding = _is_rounding(normalise(gold), normalise(answer)) and abs(a - b) <= CLOSE * abs(a)
@@ -181,6 +183,19 @@ def _compare_quantities(gold: str, answer: str) -> Exact:
     return values[0][0] == values[1][0] if values[0][1] == values[1][1] else Doubt("units")
 
 
+def _compare_letters_of_units(gold: str, answer: str) -> Exact:
+    """ "10 m" is a length or a product: a length where the other side says so, a doubt where it has only the value."""
+    for text, other in ((gold, answer), (answer, gold)):
+        match = _VALUE_AND_LETTER.fullmatch(unwrap(text.strip().rstrip(".")))
+        if match and not _VALUE_AND_LETTER.fullmatch(unwrap(other.strip().rstrip("."))):
+            one, value = unit_of(rf"{match['value']}\text{{ {match['letter']}}}"), to_number(normalise(match["value"]))
+            unit, other_value = unit_of(other), to_number(normalise(other))
+            if one and unit and not one.clashes(unit) and value is not None and other_value is not None:
+                return value * one.size == other_value * unit.size
+            return Doubt("units") if value is not None and value == other_value else None
+    return None
+
+
 def _quantity(answer: str) -> tuple[Fraction, str] | None:
     value, unit = to_number(normalise(answer)), unit_of(answer)
     return (value * unit.size, unit.kind) if value is not None and unit else None
@@ -247,6 +262,8 @@ def compare(gold: str, answer: str) -> Exact:
         return _compare_values_of_choices(gold, answer)
     if (verdict := _compare_quantities(gold, answer)) is not None:
         return verdict
+    if (verdict := _compare_letters_of_units(gold, answer)) is not None:
+        return verdict
     one, other = normalise(gold), normalise(answer)
     if not one or not other:
         return None
@@ -272,7 +289,8 @@ def _compare_forms(one: str, other: str, gold: str, answer: str) -> Exact:
         if units[0] and units[1] and not units[0].clashes(units[1]) and units[0].size != units[1].size:
             return None
         return doubt(gold, answer) if _in_base(one) is None and doubt(gold, answer) else True
-    if _LIST_WORDS.sub(",", one).replace(" ", "") == _LIST_WORDS.sub(",", other).replace(" ", ""):
+    lists = [_LOOSE_SPACE.sub("", _LIST_WORDS.sub(",", form)) for form in (one, other)]
+    if lists[0] == lists[1]:
         return True
     if (verdict := _compare_in_base(one, other)) is not None:
         return verdict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -207,7 +207,7 @@ def _equal_systems(gold: Assigned, answer: Assigned) -> Verdict:
     """The same solutions: x=1, y=2 and x=3, y=4, whatever the order; another name for one value is open."""
     one, other = _solutions(gold), _solutions(answer)
     verdict = _in_any_order(one, other, _same_solution)
-    names = [{name for name, _ in form.pairs} for form in (gold, answer)]
+    names = [{name for name, _ in _single_names(form)} for form in (gold, answer)]
     if verdict is False and names[0] != names[1]:
         values = [[value for _, value in form.pairs] for form in (gold, answer)]
         return None if _in_any_order(*values, _tried) is not False else False
@@ -217,11 +217,21 @@ def _equal_systems(gold: Assigned, answer: Assigned) -> Verdict:
 def _solutions(form: Assigned) -> list[dict[str, Form]]:
     """A name that comes again begins the next solution, or is another value of an only name."""
     found: list[dict[str, Form]] = [{}]
-    for name, value in form.pairs:
+    for name, value in _single_names(form):
         if name in found[-1]:
             found.append({})
         found[-1][name] = value
     return found
+
+
+def _single_names(form: Assigned) -> Iterator[tuple[str, Form]]:
+    """(x,y) = (1,2) as x = 1 and y = 2."""
+    for name, value in form.pairs:
+        names = name.strip("()").split(",")
+        if len(names) > 1 and isinstance(value, Many) and len(value.items) == len(names):
+            yield from zip(names, value.items, strict=True)
+        else:
+            yield name, value
 
 
 def _same_solution(a: dict[str, Form], b: dict[str, Form]) -> Verdict:
@@ -291,6 +301,8 @@ def _equal_regions(gold: Form, answer: Form) -> Verdict:
 def _region_and_value(region: Form, value: Form) -> Verdict:
     found = _region(region)
     if isinstance(value, Scalar):
+        if value.text in (r"\phi", r"\varphi", "\\Phi"):  # some write the empty set so
+            return None
         if isinstance(found, sympy.FiniteSet) and len(found) == 1:
             return algebra.equal_expressions(found.args[0], algebra.expression(value.text))
         holes = sympy.Complement(sympy.S.Reals, found) if not found.free_symbols else None

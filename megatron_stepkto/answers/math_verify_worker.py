@@ -29,6 +29,7 @@ from megatron_stepkto.answers.units import unit_of
 
 PR_SET_PDEATHSIG = 1
 MEMORY_BYTES = 1 << 30
+CHARS_AROUND = 50  # of a value in a sentence, that must not compare it with another
 HOW = "math-verify"
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[^\x00-\x7f]|[€$£]")
 _COMPARES = re.compile(
@@ -60,12 +61,15 @@ def _read(answer: str) -> tuple[Form, bool]:
     try:
         return read(answer), False
     except Unreadable:
-        last_sentence = re.split(r"\.\s", answer.strip().rstrip("."))[-1]
-        if not _WORDS.search(answer) or _COMPARES.search(last_sentence):
+        if not _WORDS.search(answer):
             raise
     found = parse(_DENIED.sub("", unescape(answer)), parsing_timeout=None)
     if not found or not isinstance(found[-1], str):
         raise Unreadable("no value in the sentence")
+    before, value, after = unescape(answer).replace("{, }", "{,}").replace(" {,}", "{,}").rpartition(found[-1])
+    around = before[-CHARS_AROUND:] + value + after[:CHARS_AROUND] if value else answer[-3 * CHARS_AROUND :]
+    if _COMPARES.search(around):
+        raise Unreadable("a sentence that compares")
     return read(found[-1]), True
 
 

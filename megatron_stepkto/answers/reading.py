@@ -152,6 +152,8 @@ _REPEATING = re.compile(
     rf"|\((?P<parens>\d+)\)|\\dot\s*\{{?(?P<first>\d)\}}?(?:(?P<middle>\d*)\\dot\s*\{{?(?P<last>\d)\}}?)?"
     rf"|(?P<dots>{_DOTS}))"
 )
+_GROUPS_IN_BRACES = re.compile(r"(?<=(?<!\\)\{)\d{1,3}(?:,\d{3})+(?=\})")
+_GROUPS_AFTER_EQUALS = re.compile(r"(?<==)\d{1,3}(?:,\d{3})+$")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)")
 _DEGREES_IN = re.compile(r"(\d+(?:\.\d+)?)\s*°")
 _CIS = re.compile(r"\\cis\s*(?:\((?P<inner>(?:[^()]|\([^()]*\))*)\)|\{(?P<braced>(?:[^{}]|\{[^{}]*\})*)\}"
@@ -167,9 +169,17 @@ _GREEK = r"\\(?:alpha|beta|gamma|delta|theta|phi|varphi|lambda|mu|sigma|omega|rh
 _NAME = re.compile(
     rf"(?:[a-zA-Z]|[A-Z]{{2,}}|[a-zA-Z]{{3,}}|{_GREEK})'?(?:_\{{?[\w, ]+\}}?)?\s*(?:\([^()=<>]*\))?|\(\s*[a-zA-Z](?:,\s*[a-zA-Z])*\s*\)"
 )
-_FIGURE = re.compile(r"(?:\\(?:angle|triangle|frac|overline|measuredangle)|[A-Z_0-9{}|:/\s])+")
+_FIGURE = re.compile(r"(?:m(?=\s*\\)|m?\\(?:angle|triangle|frac|overline|measuredangle)|[A-Z_0-9{}|:/\s])+")
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
 _FUNCTION_OF_NUMBER = re.compile(r"[fghFGHP]\s*\(\s*-?[\d./]+\s*\)")
+_COMMAND = re.compile(r"\\([a-zA-Z]+)")
+# what latex2sympy gives a meaning; it takes other commands for symbols
+_COMMANDS = frozenset(
+    "frac sqrt cdot times div pi infty binom sum prod int lim to sin cos tan cot sec csc sinh cosh tanh arcsin arccos "
+    "arctan log ln exp max min gcd lcm lfloor rfloor lceil rceil lvert rvert vert mid overline bar bmod begin end "
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
+    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega mathrm mathit prime dfrac tfrac".split()
+)
 _SHORT_NAME = re.compile(r"[\w.-]{1,30}(?: [\w.-]{1,30}){0,2}", re.ASCII)
 _PROSE = re.compile(
     r"(?<![\\a-zA-Z])(?:[a-zA-Z]{4,}|(?:is|the|to|of|at|in|by|for|not|yes|no|an|it|be|if|so|as|per|cm|km|mm|kg|ft)"
@@ -180,7 +190,8 @@ _PROSE = re.compile(
 def _spell(text: str) -> str:
     """The text with one spelling for each sign, words for relations replaced, and repeating decimals as fractions."""
     text = text.translate(_SIGNS)
-    text = _DELIMITERS.sub(" ", text)
+    text = _GROUPS_IN_BRACES.sub(lambda match: match[0].replace(",", ""), _DELIMITERS.sub(" ", text))
+    text = _GROUPS_AFTER_EQUALS.sub(_joined_groups, text)
     if text.count("{") > text.count("}"):  # a box that was never closed
         text = text.removeprefix("\\boxed{")
     for pattern, spelling in _SPELLINGS:
@@ -191,10 +202,11 @@ def _spell(text: str) -> str:
     return _REPEATING.sub(_as_fraction, text).replace("°", "").strip()
 
 
-def repeating(text: str) -> tuple[int, int] | None:
-    r"""Numerator and denominator of ``0.1\overline{6}``, ``0.(27)``, ``0.\dot{3}`` or ``0.666...``; else None."""
-    match = _REPEATING.fullmatch(text)
-    return _fraction(match) if match else None
+def _joined_groups(match: re.Match[str]) -> str:
+    groups = match[0].split(",")
+    if len(groups[0]) == 3 and not any(group.startswith("0") for group in groups):
+        raise Unreadable("a list or a number")
+    return "".join(groups)
 
 
 def _fraction(match: re.Match[str]) -> tuple[int, int] | None:
@@ -399,6 +411,11 @@ def _formula(text: str) -> str:
         Unreadable: words or unknown signs in it; some number of it must not stand for all.
     """
     bare = re.sub(r"\\(?:begin|end)\{[a-z]+\}", "", text)
+    bare = bare.replace("&", "") if bare != text else bare
+    if re.search(r"\\(?:overline|bar)\s*\{[^{}]*[^A-Za-z{}]", text):
+        raise Unreadable("a bar over an expression")
+    if unknown := set(_COMMAND.findall(text)) - _COMMANDS:
+        raise Unreadable(f"commands without a value: {sorted(unknown)}")
     if found := _PROSE.search(bare):
         raise Unreadable(f"not a formula: {found[0]!r}")
     if any(mark in text for mark in _MARKS.values()) or "," in text and not re.search(r"[({]", text):
@@ -411,8 +428,6 @@ def _related(sides: list[str], operators: list[str]) -> Form:
     if not all(sides):
         raise Unreadable("a relation with an empty side")
     if set(operators) != {"="}:
-        if all(_NAME.fullmatch(side) for side in sides):
-            raise Unreadable("an order of names")
         return Relation(tuple(_formula(_function_name(side)) for side in sides), tuple(operators))
     left, right = sides[0], _read_one(sides[-1])
     if _NAME.fullmatch(left):

@@ -98,7 +98,7 @@ def stated_answer(text: str) -> str:
 
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
-_ARTICLE = re.compile(r"(?:an?|the) (?=[a-z]{3,})", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:an?|An|[tT]he) (?=[a-z]{3,})")
 _FULL_STOP = re.compile(r"\s*(?<!\.)\.\s*$")  # not of 0.333...
 _SPACES = re.compile(r"(?<!\\)\\[ ,;:!]|\\(?:quad|qquad)(?![a-zA-Z])|~|\s+")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\{[^{}]*\})\s*(\d)|(\d)\s*(\{[^{}]*\}))")
@@ -121,7 +121,7 @@ _NUMBER_WORDS = {word: str(number) for number, word in enumerate(_COUNTED.split(
 _DECIMAL = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?")
 # no units of one letter, 5m may be a product, but those that LaTeX sets upright: 5\\text{ m}
 _UNIT_LETTER = re.compile(
-    r"(?<=[\d}])(?:\\[ ,;]|\s)*\\(?:text|textrm|mathrm|mbox)\s*\{\s*[mgshlL]\s*\}(?:\^\s*\{?[23]\}?)?(?=[\s$.]*$)"
+    r"(?:(?<=[\d}])|(?<=\\pi))(?:\\[ ,;]|\s)*\\(?:text|textrm|mathrm|mbox)\s*\{\s*[mgshlL]\s*\}(?:\^\s*\{?[23]\}?)?(?=[\s$.]*$)"
 )
 _UNITS = (
     "dollars?|cents?|euros?|pounds?|percent|degrees?|radians?|units?|square|cubic|sq|"

@@ -92,7 +92,9 @@ def unit_of(answer: str) -> Unit | None:
         return None
     plain = plain_text(answer)
     if currency := _CURRENCY.match(plain):
-        return _known("$" if "$" in currency[1] else currency[1], 1)
+        money = "dollar" if "$" in currency[1] else currency[1]
+        rate = split_unit(plain[currency.end() :].strip())[1]
+        return _named(f"{money} {rate}") if _PER.match(f" {rate} ") else _known(money, 1)
     if not TRIGONOMETRIC.search(plain):
         for pattern, sign in _SIGNS:
             if re.search(rf"(?:{pattern.pattern})\s*$", plain):
