@@ -34,11 +34,10 @@ _JUXTAPOSED = re.compile(r"(?<=[\d)])(?<![\^_]\d)\s*(?=\()|(?<=\))\s*(?=\d)")
 _UPRIGHT = re.compile(r"\\(?:mathrm|mathit|operatorname)\s*\{\s*([a-zA-Z])\s*\}")
 _DECIMAL = re.compile(r"-?\d*\.(\d*)")
 _SEVERAL_READINGS = re.compile(r"/\s*\d+\s*[a-zA-Z(\\]|\\log(?!\s*_)|\^\s*-1")
-_WHOLE_POINTS, _POSITIVE_POINTS, _NEGATIVE_POINTS = (
-    ((3, 7, 12, 19), (8, 5, 23, 4)),
-    ((7, 3), (11, 5)),
-    ((-5, 3), (-9, 7)),
-)
+# where functions are compared; several unknowns get different values
+_WHOLE_POINTS = ((3, 7, 12, 19), (8, 5, 23, 4))
+_POSITIVE_STARTS = (sympy.Integer(7), sympy.Integer(11))
+_NEGATIVE_STARTS = (sympy.Integer(-5), sympy.Integer(-8))
 
 
 @lru_cache(maxsize=256)
@@ -232,26 +231,18 @@ def _equal_functions(a: sympy.Expr, b: sympy.Expr) -> bool | None:
         coefficients = sympy.Poly(difference, *symbols).coeffs()
         zeros = [_is_zero(c) if not c.free_symbols else None for c in coefficients]
         return False if False in zeros else None if None in zeros else True
-    agree = True
-    for kind in (_WHOLE_POINTS, _POSITIVE_POINTS, _NEGATIVE_POINTS):
-        verdicts = [_is_zero_at(difference, symbols, point, fractions=kind is not _WHOLE_POINTS) for point in kind]
-        if kind is _WHOLE_POINTS and False in verdicts:
-            return False
-        if kind is not _NEGATIVE_POINTS:
-            agree = agree and all(verdicts)
-        else:
-            agree = agree and False not in verdicts
-    return True if agree else None
+    whole = [_is_zero_at(difference, dict(zip(symbols, itertools.cycle(point)))) for point in _WHOLE_POINTS]
+    if False in whole:
+        return False
+    positive, negative = (
+        [_is_zero_at(difference, {s: start / (3 + 2 * n) for n, s in enumerate(symbols)}) for start in starts]
+        for starts in (_POSITIVE_STARTS, _NEGATIVE_STARTS)
+    )
+    return True if all((*whole, *positive)) and False not in negative else None
 
 
-def _is_zero_at(
-    difference: sympy.Expr, symbols: list[sympy.Symbol], point: tuple[int, ...], *, fractions: bool
-) -> bool | None:
-    values = itertools.cycle(point)
-    if fractions:
-        numerator, denominator = point
-        values = iter([sympy.Rational(numerator, denominator + 2 * n) for n in range(len(symbols))])
-    there = difference.subs({symbol: next(values) for symbol in symbols}).doit()
+def _is_zero_at(difference: sympy.Expr, point: dict[sympy.Symbol, int | sympy.Rational]) -> bool | None:
+    there = difference.subs(point).doit()
     return None if there.has(sympy.nan, sympy.zoo, sympy.oo) or there.free_symbols else _is_zero(there)
 
 

@@ -30,10 +30,12 @@ _WORDS = re.compile(r"(?:[A-Za-z]{3,}|[Nn]o)(?: [A-Za-z]+)*")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _UNFINISHED = re.compile(r"\d *[+*×] *[A-Za-z]{4,}")  # 10 + John's age: no value
 _FORMULA_WITH_NUMBER = re.compile(r"(?=.*\d)(?:[^A-Za-z\\]|\\[a-z]+|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z]))+", re.ASCII)
-_COUNTS = frozenset(
+# words that may be a number's
+_COUNTED = (
     "thirty forty fifty sixty seventy eighty ninety hundred thousand million billion half third quarter once twice "
-    "thrice dozen pair couple none nil nothing never infinity infinite undefined zero pie dne".split()
-)  # words that may be a number's
+    "thrice dozen pair couple none nil nothing never infinity infinite undefined zero dne"
+)
+_COUNTS = frozenset(_COUNTED.split())
 _IN_BASE = re.compile(r"(?P<digits>[0-9A-Za-z]{1,200})_\{?(?P<base>\d{1,2}|[a-z]{3,7})\}?", re.ASCII)
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
           "twelve": 12, "sixteen": 16}  # fmt: skip
@@ -166,9 +168,9 @@ def _compare_grouped(gold: str, answer: str, one: str, other: str) -> Exact:
 
 def _compare_quantities(gold: str, answer: str) -> Exact:
     """Times of the day, and sums of units: 4:30 PM and 16:30, 1 hour 30 minutes and 90 minutes."""
-    times = time_of_day(gold), time_of_day(answer)
-    if times[0] and times[1]:
-        (one, certain), (other, also_certain) = times
+    time, other_time = time_of_day(gold), time_of_day(answer)
+    if time and other_time:
+        (one, certain), (other, also_certain) = time, other_time
         if certain and also_certain:
             return one == other
         if one == other or ((certain or also_certain) and (one - other) % 720 == 0):

@@ -209,8 +209,8 @@ def _equal_systems(gold: Assigned, answer: Assigned) -> Verdict:
     verdict = _in_any_order(one, other, _same_solution)
     names = [{name for name, _ in _single_names(form)} for form in (gold, answer)]
     if verdict is False and names[0] != names[1]:
-        values = [[value for _, value in form.pairs] for form in (gold, answer)]
-        return None if _in_any_order(*values, _tried) is not False else False
+        values, others = ([value for _, value in form.pairs] for form in (gold, answer))
+        return None if _in_any_order(values, others, _tried) is not False else False
     return verdict
 
 
@@ -249,11 +249,8 @@ def _equal_equations(gold: Form, answer: Form) -> Verdict:
     """Equations are equal where their polynomials have the same factors. A value is not an equation; where it does
     not even solve it, it is another answer."""
     if _is_equation(gold) and _is_equation(answer):
-        factors = [_factors(_difference(form)) for form in (gold, answer)]
-        if None in factors:
-            return None
-        one, other = (set(found or ()) for found in factors)
-        return one == other
+        factors, others = _factors(_difference(gold)), _factors(_difference(answer))
+        return None if factors is None or others is None else factors == others
     equation, other = (gold, answer) if _is_equation(gold) else (answer, gold)
     difference = _difference(equation)
     if not isinstance(other, Scalar) or algebra.expression(other.text).free_symbols:
@@ -273,7 +270,7 @@ def _difference(form: Form) -> sympy.Expr:
 
 
 def _factors(difference: sympy.Expr) -> set[sympy.Expr] | None:
-    """The factors with unknowns of an equation's numerator, each with the leading coefficient 1; None: no polynomial."""
+    """The factors with unknowns of an equation's numerator, each with leading coefficient 1; None: no polynomial."""
     numerator = sympy.numer(sympy.together(difference))
     if not numerator.is_polynomial(*numerator.free_symbols):
         return None

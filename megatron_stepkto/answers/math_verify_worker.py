@@ -66,7 +66,7 @@ def _read(answer: str) -> tuple[Form, bool]:
     found = parse(_DENIED.sub("", unescape(answer)), parsing_timeout=None)
     if not found or not isinstance(found[-1], str):
         raise Unreadable("no value in the sentence")
-    before, value, after = unescape(answer).replace("{, }", "{,}").replace(" {,}", "{,}").rpartition(found[-1])
+    before, value, after = re.sub(r"\s*\{\s*,\s*\}", ",", unescape(answer)).rpartition(found[-1])
     around = before[-CHARS_AROUND:] + value + after[:CHARS_AROUND] if value else answer[-3 * CHARS_AROUND :]
     if _COMPARES.search(around):
         raise Unreadable("a sentence that compares")

@@ -119,6 +119,7 @@ _SPELLINGS = tuple(
         (False, r"\\(?:imath|mathrm\{i\})(?![a-z])", "i"),
         (False, r"\\(?:lbrace|lbrack)(?![a-z])", lambda m: r"\{" if "brace" in m[0] else "["),
         (False, r"\\(?:rbrace|rbrack)(?![a-z])", lambda m: r"\}" if "brace" in m[0] else "]"),
+        (False, r"\\[dt]binom(?![a-z])", r"\\binom"),
         (False, r"\\colon(?![a-z])", ":"),
         (False, r"\\(?:cdotp|bullet|ast)(?![a-z])", r"\\cdot "),
         (False, r"\{,\}|(?<=\d),\s*\\!\s*(?=\d{3})", ""),
@@ -130,8 +131,8 @@ _SPELLINGS = tuple(
         (True, r"\b(?:is )?not equal(?: to)?\b", r" \\ne "),
         (True, r"\bplus or minus\b", r" \\pm "),
         (False, r"_(\d+)\s+(?=\d)", r"_{\1} "),
-        (True, r"(?<!\\)\b(?:the )?(?:set of )?(?:all )?(?:real numbers|reals)\b|\ball real\b(?: values(?: of [a-z])?)?",
-         r" \\reals "),
+        (True, r"(?<!\\)\b(?:the )?(?:set of )?(?:all )?(?:real numbers|reals)\b", r" \\reals "),
+        (True, r"\ball real\b(?: values(?: of [a-z])?)?", r" \\reals "),
         (True, r"\b(?:except|excluding|but not|other than)(?: for)?\b", r" \\setminus "),
         (True, r"\bunion\b", r" \\cup "),
         (True, r"(?<!\\)\b(?:positive )?infinity\b", r" \\infty "),
@@ -153,6 +154,7 @@ _REPEATING = re.compile(
     rf"|(?P<dots>{_DOTS}))"
 )
 _GROUPS_IN_BRACES = re.compile(r"(?<=(?<!\\)\{)\d{1,3}(?:,\d{3})+(?=\})")
+_GROUPS_WITH_ZERO = re.compile(r"(?<![\d,])\d{1,3}(?:,0\d\d)+(?!\d)")  # no list has the number 000
 _GROUPS_AFTER_EQUALS = re.compile(r"(?<==)\d{1,3}(?:,\d{3})+$")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)")
 _DEGREES_IN = re.compile(r"(\d+(?:\.\d+)?)\s*°")
@@ -167,19 +169,21 @@ _ENVIRONMENT = re.compile(r"\\begin\{([pbvB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)
 _BUILDER = re.compile(r"\s*(?P<name>[a-zA-Z])\s*(?:\\in\s*\\reals\s*)?(?:\\mid|\||:)(?P<condition>.*)", re.DOTALL)
 _GREEK = r"\\(?:alpha|beta|gamma|delta|theta|phi|varphi|lambda|mu|sigma|omega|rho|tau)"
 _NAME = re.compile(
-    rf"(?:[a-zA-Z]|[A-Z]{{2,}}|[a-zA-Z]{{3,}}|{_GREEK})'?(?:_\{{?[\w, ]+\}}?)?\s*(?:\([^()=<>]*\))?|\(\s*[a-zA-Z](?:,\s*[a-zA-Z])*\s*\)"
+    rf"(?:[a-zA-Z]|[A-Z]{{2,}}|[a-zA-Z]{{3,}}|{_GREEK})'?(?:_\{{?[\w, ]+\}}?)?\s*(?:\([^()=<>]*\))?"
+    r"|\(\s*[a-zA-Z](?:,\s*[a-zA-Z])*\s*\)"
 )
 _FIGURE = re.compile(r"(?:m(?=\s*\\)|m?\\(?:angle|triangle|frac|overline|measuredangle)|[A-Z_0-9{}|:/\s])+")
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
 _FUNCTION_OF_NUMBER = re.compile(r"[fghFGHP]\s*\(\s*-?[\d./]+\s*\)")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 # what latex2sympy gives a meaning; it takes other commands for symbols
-_COMMANDS = frozenset(
-    "frac sqrt cdot times div pi infty binom sum prod int lim to sin cos tan cot sec csc sinh cosh tanh arcsin arccos "
-    "arctan log ln exp max min gcd lcm lfloor rfloor lceil rceil lvert rvert vert mid overline bar bmod begin end "
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega mathrm mathit prime dfrac tfrac".split()
+_KNOWN_COMMANDS = (
+    "frac dfrac tfrac sqrt cdot times div pi infty binom sum prod int lim to sin cos tan cot sec csc sinh cosh tanh "
+    "arcsin arccos arctan log ln exp max min gcd lcm lfloor rfloor lceil rceil lvert rvert vert mid overline bar bmod "
+    "begin end mathrm mathit prime alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
+    "mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
 )
+_COMMANDS = frozenset(_KNOWN_COMMANDS.split())
 _SHORT_NAME = re.compile(r"[\w.-]{1,30}(?: [\w.-]{1,30}){0,2}", re.ASCII)
 _PROSE = re.compile(
     r"(?<![\\a-zA-Z])(?:[a-zA-Z]{4,}|(?:is|the|to|of|at|in|by|for|not|yes|no|an|it|be|if|so|as|per|cm|km|mm|kg|ft)"
@@ -191,6 +195,7 @@ def _spell(text: str) -> str:
     """The text with one spelling for each sign, words for relations replaced, and repeating decimals as fractions."""
     text = text.translate(_SIGNS)
     text = _GROUPS_IN_BRACES.sub(lambda match: match[0].replace(",", ""), _DELIMITERS.sub(" ", text))
+    text = _GROUPS_WITH_ZERO.sub(lambda match: match[0].replace(",", ""), text)
     text = _GROUPS_AFTER_EQUALS.sub(_joined_groups, text)
     if text.count("{") > text.count("}"):  # a box that was never closed
         text = text.removeprefix("\\boxed{")
@@ -397,11 +402,7 @@ def _signs_apart(text: str) -> Form:
     if len(signs) > 1:
         raise Unreadable("several signs of two values")
     head, tail = re.split(r"\\(?:pm|mp)(?![a-z])", text)
-    if head.count("{") != head.count("}") or head.count("(") != head.count(")"):
-        together = [Scalar(_formula(f"{head}{sign}{tail}")) for sign in "+-"]
-    else:
-        together = [Scalar(_formula(f"{head}{sign} {tail}")) for sign in "+-"]
-    return Many("list", tuple(together))
+    return Many("list", tuple(Scalar(_formula(f"{head}{sign} {tail}")) for sign in "+-"))
 
 
 def _formula(text: str) -> str:
@@ -418,7 +419,7 @@ def _formula(text: str) -> str:
         raise Unreadable(f"commands without a value: {sorted(unknown)}")
     if found := _PROSE.search(bare):
         raise Unreadable(f"not a formula: {found[0]!r}")
-    if any(mark in text for mark in _MARKS.values()) or "," in text and not re.search(r"[({]", text):
+    if any(mark in text for mark in _MARKS.values()) or ("," in text and not re.search(r"[({]", text)):
         raise Unreadable("a list inside a formula")
     return text.strip()
 

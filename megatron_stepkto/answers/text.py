@@ -121,7 +121,8 @@ _NUMBER_WORDS = {word: str(number) for number, word in enumerate(_COUNTED.split(
 _DECIMAL = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?")
 # no units of one letter, 5m may be a product, but those that LaTeX sets upright: 5\\text{ m}
 _UNIT_LETTER = re.compile(
-    r"(?:(?<=[\d}])|(?<=\\pi))(?:\\[ ,;]|\s)*\\(?:text|textrm|mathrm|mbox)\s*\{\s*[mgshlL]\s*\}(?:\^\s*\{?[23]\}?)?(?=[\s$.]*$)"
+    r"(?:(?<=[\d}])|(?<=\\pi))(?:\\[ ,;]|\s)*\\(?:text|textrm|mathrm|mbox)\s*\{\s*[mgshlL]\s*\}"
+    r"(?:\^\s*\{?[23]\}?)?(?=[\s$.]*$)"
 )
 _UNITS = (
     "dollars?|cents?|euros?|pounds?|percent|degrees?|radians?|units?|square|cubic|sq|"

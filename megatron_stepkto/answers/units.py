@@ -9,8 +9,8 @@ from functools import lru_cache
 
 from megatron_stepkto.answers.text import TRIGONOMETRIC, plain_text, split_unit
 
-# Names of a unit -> its kind and its size in that kind's base unit. "pound" is money and mass, "ton" is two masses: they
-# are in no table. A month has no number of days, so years and months are a kind of their own.
+# Names of a unit -> its kind and its size in that kind's base unit. "pound" is money and mass, "ton" is two masses:
+# they are in no table. A month has no number of days, so years and months are a kind of their own.
 _TABLE: dict[str, dict[str, str]] = {
     "length": {
         "mm millimeter millimetre": "1/1000", "cm centimeter centimetre": "1/100", "dm decimeter": "1/10",
@@ -87,7 +87,7 @@ class Unit:
 
 @lru_cache(maxsize=8192)
 def unit_of(answer: str) -> Unit | None:
-    r"""The unit of an answer: of ``36^\circ``, ``\$36``, ``15\mbox{ cm}^2``, ``5 square feet``, ``60 mph``; else None."""
+    r"""The unit of an answer: of ``36^\circ``, ``\$36``, ``15\mbox{ cm}^2``, ``60 mph``, ``3 apples``; else None."""
     if len(answer) > MAX_CHARS or _BARE.fullmatch(answer):
         return None
     plain = plain_text(answer)
