@@ -1,4 +1,4 @@
-"""A process that compares answers with math-verify until it is killed; EquivalenceChecker starts it.
+"""A process that compares answers by computer algebra until it is killed; EquivalenceChecker starts it.
 
 Reads one JSON object {"gold", "answer"} per line and writes one {"verdict", "how", "milliseconds"}; the first
 line it writes is {"ready": true}. math-verify's own time limit returns False, which would turn a slow
