@@ -12,6 +12,7 @@ from megatron_stepkto.answers.units import sum_of_quantities, time_of_day, unit_
 MAX_DIGITS = 1000  # longer numbers cost more than they tell
 MAX_ANSWER_CHARS = 10_000  # what is longer is compared as text
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)
+_PLAIN = re.compile(r"-?\d{1,100}(?:\.\d{1,100})?", re.ASCII)
 _RATIO = re.compile(r"([-+]?)(?:(\d+)\s*)?\\frac\{(-?\d+)\}\{(-?\d+)\}|([-+]?)(?:(\d+) )?(\d+)/(\d+)", re.ASCII)
 _SCIENTIFIC = re.compile(
     r"(?P<value>[-+]?(?:\d+(?:\.\d*)?|\.\d+))(?:[eE]|(?:\\times|\\cdot|\*|×|x)10\^)\{?(?P<power>[-+]?\d{1,3})\}?",
@@ -260,6 +261,8 @@ def compare(gold: str, answer: str) -> Exact:
     """True or False where it is certain, a Doubt where nobody can tell, None where somebody must compute."""
     if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
         return _compare_long(gold, answer)
+    if _PLAIN.fullmatch(gold) and _PLAIN.fullmatch(answer):  # most pairs
+        return Fraction(gold) == Fraction(answer)
     if choice_and_value(gold) or choice_and_value(answer):
         return _compare_values_of_choices(gold, answer)
     if (verdict := _compare_quantities(gold, answer)) is not None:

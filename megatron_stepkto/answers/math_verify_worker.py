@@ -23,7 +23,7 @@ import time
 from fractions import Fraction
 
 from megatron_stepkto.answers.choices import without_choice
-from megatron_stepkto.answers.reading import Form, Scalar, Unreadable, read
+from megatron_stepkto.answers.reading import Assigned, Form, Scalar, Unreadable, read
 from megatron_stepkto.answers.text import unescape
 from megatron_stepkto.answers.units import unit_of
 
@@ -83,7 +83,8 @@ def _readings(gold: str, answer: str) -> list[tuple[str, str]]:
         if {one.kind, other.kind} == {"angle", "radian"}:
             degree = _NAMED_FACTORS["angle"]
             return [(degree, "1") if one.kind == "angle" else ("1", degree)]
-        return [("1", "1")] if one.clashes(other) else [(_latex(one.size), _latex(other.size))]
+        same = one.clashes(other) or one.size == other.size
+        return [("1", "1")] if same else [(_latex(one.size), _latex(other.size))]
     kinds = {unit.kind for unit in (one, other) if unit}
     factor = _NAMED_FACTORS.get(next(iter(kinds), ""))
     if factor is None or (kinds == {"angle"} and "pi" not in (answer if one else gold)):
@@ -95,8 +96,13 @@ def _latex(size: Fraction) -> str:
     return f"\\frac{{{size.numerator}}}{{{size.denominator}}}"
 
 
-def _times(form: Form, factor: str) -> Form:
-    return Scalar(f"{factor}\\cdot({form.text})") if isinstance(form, Scalar) and factor not in ("1", _ONE) else form
+def _times(form: Form, factor: str) -> Form | None:
+    """None: only a scalar, or one name's, can be scaled."""
+    if factor in ("1", _ONE):
+        return form
+    if isinstance(form, Assigned) and len(form.pairs) == 1:
+        form = form.pairs[0][1]
+    return Scalar(f"{factor}\\cdot({form.text})") if isinstance(form, Scalar) else None
 
 
 def compare(gold: str, answer: str) -> tuple[str, str]:
@@ -106,14 +112,18 @@ def compare(gold: str, answer: str) -> tuple[str, str]:
     try:
         gold, answer = without_choice(gold, answer)
         (one, searched), (other, also_searched) = _read(gold), _read(answer)
-        verdicts = [forms.equal(_times(one, a), _times(other, b)) for a, b in _readings(gold, answer)]
+        scaled = [(_times(one, a), _times(other, b)) for a, b in _readings(gold, answer)]
+        verdicts = [forms.equal(a, b) if a is not None and b is not None else None for a, b in scaled]
     except Unreadable:
         return "undecided", "unparsed"
     if True in verdicts:
         return "right", HOW
     if searched or also_searched:  # another value of the sentence may be meant
         return "undecided", "unparsed"
-    return ("undecided", "open") if None in verdicts else ("wrong", HOW)
+    # normal forms drop the signs of a list's items
+    lists = not isinstance(one, Scalar) and not isinstance(other, Scalar)
+    signs_differ = any((sign in gold) != (sign in answer) for sign in ("%", "circ", "°"))
+    return ("undecided", "open") if None in verdicts or (lists and signs_differ) else ("wrong", HOW)
 
 
 def main() -> None:
