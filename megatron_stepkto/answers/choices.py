@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from megatron_stepkto.answers.text import plain_text
+
 _BARE = re.compile(r"\(?([A-J])\)?[.:)]?", re.ASCII)
 # a letter that is neither part of a word or formula, nor the article "A", nor the pronoun "I"
 _LETTER = re.compile(
@@ -12,6 +14,9 @@ _LETTER = re.compile(
 )
 _NEGATED = re.compile(r"(?:\bnot|n't\b[^.,;:]{0,40}|\bnon|\bneither|\bnor|不是)\s*\(?$", re.IGNORECASE)
 _OR = re.compile(r"\)?\s*(?:or|nor|and|,)\s*\(?", re.IGNORECASE)
+_WITH_VALUE = re.compile(
+    r"(?:\((?P<letter>[A-J])\)|(?P<plain>[A-J])[.:)]) *(?:\\[ ,;:!~])*[:=]?\s*(?P<value>\S.*)", re.DOTALL
+)
 MAX_CHARS = 1000
 
 
@@ -19,6 +24,20 @@ def bare_choice(form: str) -> str | None:
     """The letter of an answer that is one: 'B', '(B)', 'B.'."""
     match = _BARE.fullmatch(form)
     return match[1] if match else None
+
+
+def choice_and_value(answer: str) -> tuple[str, str] | None:
+    r"""Letter and value of an answer with both: of ``\textbf{(D)}\ 12``, ``(D) 12``, ``D. 12``; else None."""
+    if len(answer) > MAX_CHARS:
+        return None
+    match = _WITH_VALUE.fullmatch(plain_text(answer).strip())
+    return (match["letter"] or match["plain"], match["value"].strip()) if match else None
+
+
+def without_choice(gold: str, answer: str) -> tuple[str, str]:
+    """The values of two answers of which one has a letter before its value."""
+    one, other = choice_and_value(gold), choice_and_value(answer)
+    return (one[1] if one and not other else gold), (other[1] if other and not one else answer)
 
 
 def named_choice(text: str) -> str | None:

@@ -30,6 +30,7 @@ from megatron_stepkto.base.errors import StageFailed
 from megatron_stepkto.base.records import Label
 
 START_TIMEOUT_S = 180.0  # a cold start on a loaded machine
+RULES = 2  # raised when the same pair may get another verdict: cached ones no longer count
 NET, MIN_NET_S = 60, 60.0  # wall-clock seconds per CPU second, and at least, after which a worker counts as stuck
 
 
@@ -170,7 +171,7 @@ class EquivalenceChecker:
         return [found[pair] for pair in pairs]
 
     def _key(self, pair: tuple[str, str]) -> str:
-        return content_key(importlib.metadata.version("math-verify"), self._timeout_s, *pair)
+        return content_key(importlib.metadata.version("math-verify"), RULES, self._timeout_s, *pair)
 
     def _cached(self, pair: tuple[str, str]) -> Verdict | None:
         known = self._cache.get(self._key(pair)) if self._cache is not None else None
@@ -191,7 +192,11 @@ class EquivalenceChecker:
                 if worker.ready and worker.pair is None and (number := next(waiting, None)) is not None:
                     worker.send(number, *hard[number])
             for number, verdict in self._collect():
-                doubt = exact.doubt(*hard[number]) if verdict.verdict == "right" else None
+                doubt = None
+                if verdict.verdict == "right":
+                    doubt = exact.doubt(*hard[number])
+                elif verdict.how == "open":
+                    doubt = exact.why_open(*hard[number])
                 if doubt:
                     verdict = Verdict("undecided", f"doubt: {doubt}", verdict.milliseconds)
                 found[hard[number]] = verdict

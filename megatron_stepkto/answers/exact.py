@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from megatron_stepkto.answers.choices import bare_choice, named_choice
-from megatron_stepkto.answers.text import normalise
-from megatron_stepkto.answers.units import unit_of
+from megatron_stepkto.answers.choices import bare_choice, choice_and_value, named_choice
+from megatron_stepkto.answers.text import normalise, unwrap
+from megatron_stepkto.answers.units import sum_of_quantities, time_of_day, unit_of
 
 MAX_DIGITS = 1000  # longer numbers cost more than they tell
 MAX_ANSWER_CHARS = 10_000  # what is longer is compared as text
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)
+_PLAIN = re.compile(r"-?\d{1,100}(?:\.\d{1,100})?", re.ASCII)
 _RATIO = re.compile(r"([-+]?)(?:(\d+)\s*)?\\frac\{(-?\d+)\}\{(-?\d+)\}|([-+]?)(?:(\d+) )?(\d+)/(\d+)", re.ASCII)
 _SCIENTIFIC = re.compile(
     r"(?P<value>[-+]?(?:\d+(?:\.\d*)?|\.\d+))(?:[eE]|(?:\\times|\\cdot|\*|×|x)10\^)\{?(?P<power>[-+]?\d{1,3})\}?",
@@ -22,13 +23,26 @@ _SCALED = re.compile(
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d\d?", re.ASCII)
+_LONG_DECIMAL_COMMA = re.compile(r"[-+]?\d{4,},\d\d", re.ASCII)
+_VALUE_AND_LETTER = re.compile(r"(?P<value>[-+]?[\d.,/]*\d)(?:\s|\\[ ,;:!]|~)+(?P<letter>[mgshlL])")
+_COMMA_GROUPS = re.compile(r"\d{1,3}(?:,\d{3})+", re.ASCII)
 _LIST = re.compile(r"([(\[])(.*)([)\]])", re.DOTALL)
-_WORDS = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
+_WORDS = re.compile(r"(?:[A-Za-z]{3,}|[Nn]o)(?: [A-Za-z]+)*")
+_WORD = re.compile(r"[A-Za-z]{3,}")
+_UNFINISHED = re.compile(r"\d *[+*×] *[A-Za-z]{4,}")  # 10 + John's age: no value
+_FORMULA_WITH_NUMBER = re.compile(r"(?=.*\d)(?:[^A-Za-z\\]|\\[a-z]+|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z]))+", re.ASCII)
+# words that may be a number's
+_COUNTED = (
+    "thirty forty fifty sixty seventy eighty ninety hundred thousand million billion half third quarter once twice "
+    "thrice dozen pair couple none nil nothing never infinity infinite undefined zero dne"
+)
+_COUNTS = frozenset(_COUNTED.split())
 _IN_BASE = re.compile(r"(?P<digits>[0-9A-Za-z]{1,200})_\{?(?P<base>\d{1,2}|[a-z]{3,7})\}?", re.ASCII)
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
           "twelve": 12, "sixteen": 16}  # fmt: skip
 _CLOCK = re.compile(r"\d{1,2}:\d\d", re.ASCII)
 _LIST_WORDS = re.compile(r"\s*(?:;|,?\band\b)\s*")
+_LOOSE_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")  # not of "1 2", which is no 12
 _SET = re.compile(r"\\\{.*\\\}", re.DOTALL)
 _TUPLE = re.compile(r"[(\[].*[)\]]", re.DOTALL)
 CLOSE = Fraction(1, 1000)  # relative: a decimal this near to a fraction may be its rounding
@@ -69,13 +83,15 @@ def _is_rounding(gold: str, answer: str) -> bool:
 def _compare_numbers(a: Fraction, b: Fraction, gold: str, answer: str) -> Exact:
     """Values of the normal forms of ``gold`` and ``answer``, which drop units: those come back here."""
     one, other = unit_of(gold), unit_of(answer)
+    if one and other and one.may_convert(other):
+        return Doubt("units")
     if one and other and not one.clashes(other):
         a, b = a * one.size, b * other.size
     if not one and other and other.kind == "share":
         # "0.5%" for 0.5 may be a fraction of a percent; above 1 the question asked for percent
         return b / 100 == a or (b == a and (abs(a) >= 1 or Doubt("percent"))) or False
-    if one and one.kind == "share" and not other and a / 100 == b:
-        return True
+    if one and one.kind == "share" and not other:
+        return a / 100 == b or (b == a and (abs(a) >= 1 or Doubt("percent"))) or False
     if a == b:
         return Doubt("units") if one and other and one.clashes(other) else True
     rounding = _is_rounding(normalise(gold), normalise(answer)) and abs(a - b) <= CLOSE * abs(a)
@@ -126,11 +142,87 @@ def _compare_lists(gold: str, answer: str) -> Exact:
     return False if numbers and False in verdicts else None
 
 
+def _grouped(answer: str) -> list[str] | None:
+    """The groups of '107,113', which is a number or a list. '1,012' and '$1,012' are numbers for certain."""
+    text = unwrap(answer.strip().rstrip("."))
+    if not _COMMA_GROUPS.fullmatch(text):
+        return None
+    groups = text.split(",")
+    return None if any(group.startswith("0") for group in groups) else groups
+
+
+def _compare_grouped(gold: str, answer: str, one: str, other: str) -> Exact:
+    """A number with commas, or a list without spaces? The other side shows it, or it stays a doubt.
+
+    A list has numbers of about one size: "107,113" may be one, "1,450" is a number. An answer to a gold number is one.
+    """
+    gold_groups, answer_groups = _grouped(gold), _grouped(answer)
+    for groups, form in ((gold_groups, other), (answer_groups, one)):
+        if groups and sorted(form.split(",")) == sorted(groups):  # a list with spaces: normal forms keep its commas
+            return True
+    if gold_groups and answer_groups and gold != answer and sorted(gold_groups) == sorted(answer_groups):
+        return Doubt("list or number")
+    if gold_groups and not answer_groups and all(len(group) == 3 for group in gold_groups):
+        return Doubt("list or number") if one == other else None
+    return None
+
+
+def _compare_quantities(gold: str, answer: str) -> Exact:
+    """Times of the day, and sums of units: 4:30 PM and 16:30, 1 hour 30 minutes and 90 minutes."""
+    time, other_time = time_of_day(gold), time_of_day(answer)
+    if time and other_time:
+        (one, certain), (other, also_certain) = time, other_time
+        if certain and also_certain:
+            return one == other
+        if one == other or ((certain or also_certain) and (one - other) % 720 == 0):
+            return True
+        return False if certain or also_certain else Doubt("time or ratio")
+    sums = sum_of_quantities(gold), sum_of_quantities(answer)
+    if not sums[0] and not sums[1]:
+        return None
+    values = [found or _quantity(text) for found, text in zip(sums, (gold, answer), strict=True)]
+    if values[0] is None or values[1] is None:
+        return Doubt("units")
+    return values[0][0] == values[1][0] if values[0][1] == values[1][1] else Doubt("units")
+
+
+def _compare_letters_of_units(gold: str, answer: str) -> Exact:
+    """ "10 m" is a length or a product: a length where the other side says so, a doubt where it has only the value."""
+    for text, other in ((gold, answer), (answer, gold)):
+        match = _VALUE_AND_LETTER.fullmatch(unwrap(text.strip().rstrip(".")))
+        if match and not _VALUE_AND_LETTER.fullmatch(unwrap(other.strip().rstrip("."))):
+            one, value = unit_of(rf"{match['value']}\text{{ {match['letter']}}}"), to_number(normalise(match["value"]))
+            unit, other_value = unit_of(other), to_number(normalise(other))
+            if one and unit and not one.clashes(unit) and value is not None and other_value is not None:
+                return value * one.size == other_value * unit.size
+            return Doubt("units") if value is not None and value == other_value else None
+    return None
+
+
+def _quantity(answer: str) -> tuple[Fraction, str] | None:
+    value, unit = to_number(normalise(answer)), unit_of(answer)
+    return (value * unit.size, unit.kind) if value is not None and unit else None
+
+
 def _compare_choices(gold: str, answer: str) -> bool | None:
     """One of them is a letter of a multiple-choice question; the other is one or a text that names one."""
     one = bare_choice(gold) or named_choice(gold)
     other = bare_choice(answer) or named_choice(answer)
     return one == other if one and other else None
+
+
+def _compare_values_of_choices(gold: str, answer: str) -> Exact:
+    """\\textbf{(D)}\\ 12 has a letter and a value: each is compared with what the other side has."""
+    one, other = choice_and_value(gold), choice_and_value(answer)
+    if one and other:
+        letters, values = one[0] == other[0], compare(one[1], other[1])
+        return letters if letters is values else None
+    letter, value = one or other or ("", "")
+    plain = answer if one else gold
+    named = bare_choice(normalise(plain))
+    if named:
+        return named == letter
+    return compare(value, plain) if one else compare(plain, value)
 
 
 def _compare_long(gold: str, answer: str) -> Exact:
@@ -143,19 +235,22 @@ def _compare_long(gold: str, answer: str) -> Exact:
 
 
 def doubt(gold: str, answer: str) -> Doubt | None:
-    """Why a checker that ignores notation must not call these two equal.
-
-    Computer algebra drops units and bases, reads 1:30 as a ratio, and takes a set for an interval.
-    """
+    """Why a checker that ignores notation must not call these two equal: computer algebra sees no unit and no base."""
     if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
         return None
     one, other = unit_of(gold), unit_of(answer)
-    if one and other and (one.clashes(other) or one.size != other.size):
+    if one and other and one.clashes(other) and {one.kind, other.kind} != {"angle", "radian"}:
         return Doubt("units")
     a, b = normalise(gold), normalise(answer)
     if _in_base(a) or _in_base(b):
         return Doubt("base")
-    if _CLOCK.fullmatch(a) and _CLOCK.fullmatch(b) and a != b:
+    return None
+
+
+def why_open(gold: str, answer: str) -> Doubt | None:
+    """The notation for which computer algebra leaves a pair open, where it is a usual one."""
+    a, b = normalise(gold), normalise(answer)
+    if _CLOCK.fullmatch(a) and _CLOCK.fullmatch(b):
         return Doubt("time or ratio")
     if (_SET.fullmatch(a) and _TUPLE.fullmatch(b)) or (_TUPLE.fullmatch(a) and _SET.fullmatch(b)):
         return Doubt("set or tuple")
@@ -166,27 +261,70 @@ def compare(gold: str, answer: str) -> Exact:
     """True or False where it is certain, a Doubt where nobody can tell, None where somebody must compute."""
     if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
         return _compare_long(gold, answer)
+    if _PLAIN.fullmatch(gold) and _PLAIN.fullmatch(answer):  # most pairs
+        return Fraction(gold) == Fraction(answer)
+    if choice_and_value(gold) or choice_and_value(answer):
+        return _compare_values_of_choices(gold, answer)
+    if (verdict := _compare_quantities(gold, answer)) is not None:
+        return verdict
+    if (verdict := _compare_letters_of_units(gold, answer)) is not None:
+        return verdict
     one, other = normalise(gold), normalise(answer)
     if not one or not other:
         return None
+    if (verdict := _compare_grouped(gold, answer, one, other)) is not None:
+        return verdict
     a, b = to_number(one), to_number(other)
     if a is not None and b is not None:
         return _compare_numbers(a, b, gold, answer)
+    if (verdict := _compare_forms(one, other, gold, answer)) is not None:
+        return verdict
+    for form, number in ((one, b), (other, a)):
+        # "1000,99" is a number in half of the world, "1,99" may be a list: equal counts, different does not
+        if number is not None and _DECIMAL_COMMA.fullmatch(form):
+            equal = Fraction(form.replace(",", ".")) == number
+            return None if not equal else True if _LONG_DECIMAL_COMMA.fullmatch(form) else Doubt("list or number")
+    return _compare_lists(one, other)
+
+
+def _compare_forms(one: str, other: str, gold: str, answer: str) -> Exact:
+    """Two normal forms of which one is no number: as texts, numerals of a base, choices, words."""
     if one == other:
+        units = unit_of(gold), unit_of(answer)
+        if units[0] and units[1] and not units[0].clashes(units[1]) and units[0].size != units[1].size:
+            return None
         return doubt(gold, answer) if _in_base(one) is None and doubt(gold, answer) else True
-    if _LIST_WORDS.sub(",", one).replace(" ", "") == _LIST_WORDS.sub(",", other).replace(" ", ""):
+    lists = [_LOOSE_SPACE.sub("", _LIST_WORDS.sub(",", form)) for form in (one, other)]
+    if lists[0] == lists[1]:
         return True
     if (verdict := _compare_in_base(one, other)) is not None:
         return verdict
-    if (bare_choice(one) or bare_choice(other)) and (verdict := _compare_choices(one, other)) is not None:
-        return verdict
+    if bare_choice(one) or bare_choice(other):
+        return (
+            _compare_choices(one, other) if _compare_choices(one, other) is not None else _letter_and_value(one, other)
+        )
     if _WORDS.fullmatch(one) and _WORDS.fullmatch(other):
-        if one.casefold() == other.casefold():
-            return True
-        # computer algebra reads words as products of letters, so that anagrams would be equal
-        return None if sorted(one) == sorted(other) else False
-    for form, number in ((one, b), (other, a)):
-        # "1000,99" is a number in half of the world, and a list elsewhere: equal counts, different does not
-        if number is not None and _DECIMAL_COMMA.fullmatch(form):
-            return True if Fraction(form.replace(",", ".")) == number else None
-    return _compare_lists(one, other)
+        return _compare_words(one.casefold(), other.casefold())
+    if _UNFINISHED.search(other) and to_number(one) is not None:
+        return False
+    for word, form in ((one, other), (other, one)):
+        if _WORD.fullmatch(word) and word.casefold() not in _COUNTS and _FORMULA_WITH_NUMBER.fullmatch(form):
+            return False
+    return None
+
+
+def _letter_and_value(one: str, other: str) -> Exact:
+    """The letter of a choice whose value is not known, against a number: D may be the right one."""
+    return Doubt("choice or value") if to_number(one) is not None or to_number(other) is not None else None
+
+
+def _compare_words(one: str, other: str) -> Exact:
+    if one == other:
+        return True
+    # computer algebra reads words as products of letters, so that anagrams would be equal
+    if sorted(one) == sorted(other):
+        return None
+    if " " not in one + other:
+        short, long = sorted((one, other), key=len)
+        return Doubt("words") if len(long) - len(short) > 1 and long.startswith(short) else False  # Tues, Tuesday
+    return Doubt("words")  # "no solution" and "none": whoever knows the language

@@ -1,4 +1,4 @@
-"""A process that compares answers with math-verify until it is killed; EquivalenceChecker starts it.
+"""A process that compares answers by computer algebra until it is killed; EquivalenceChecker starts it.
 
 Reads one JSON object {"gold", "answer"} per line and writes one {"verdict", "how", "milliseconds"}; the first
 line it writes is {"ready": true}. math-verify's own time limit returns False, which would turn a slow
@@ -20,16 +20,24 @@ import resource
 import signal
 import sys
 import time
-from typing import Any
+from fractions import Fraction
 
-from megatron_stepkto.answers.text import unwrap
+from megatron_stepkto.answers.choices import without_choice
+from megatron_stepkto.answers.reading import Assigned, Form, Scalar, Unreadable, read
+from megatron_stepkto.answers.text import unescape
+from megatron_stepkto.answers.units import unit_of
 
 PR_SET_PDEATHSIG = 1
 MEMORY_BYTES = 1 << 30
-TINY, SAME = 1e-3, 1e-6
-_DELIMITERS = ("\\boxed", "$", "\\[", "\\(")
-_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[^\x00-\x7f]|[€$£]")
-_UPRIGHT = re.compile(r"\\mathrm\s*\{\s*([a-zA-Z])\s*\}")
+CHARS_AROUND = 50  # of a value in a sentence, that must not compare it with another
+HOW = "math-verify"
+_WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[^\x00-\x7f]|[€$£]")
+_COMPARES = re.compile(
+    r"\b(?:less|more|greater|smaller|than|least|most|between|or|about|nearly|almost|except|from|to|if|unless)\b", re.I
+)
+_DENIED = re.compile(r"\bnot\s+(?:it'?s\s+not\s+)?\S+", re.IGNORECASE)
+_ONE = r"\frac{1}{1}"
+_NAMED_FACTORS = {"share": r"\frac{1}{100}", "angle": r"\frac{\pi}{180}"}
 
 
 def _die_with_parent(parent: int) -> None:
@@ -39,59 +47,83 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _parse(answer: str) -> list[Any]:
-    """What math-verify reads: the answer as one box (a bare string loses its LaTeX), else as prose.
+def _read(answer: str) -> tuple[Form, bool]:
+    """The form of an answer, or of the value that a sentence states; whether it was searched for.
 
-    A formula that does not parse is not read as prose, which would pick some number out of it.
+    math-verify finds that value. A formula that cannot be read is not searched: some number of it must not stand
+    for all.
+
+    Raises:
+        Unreadable: neither.
     """
-    from math_verify import LatexExtractionConfig, parse
+    from math_verify import parse
 
-    # a group inside a fraction ends its reading: 1 - \\frac{1}{\\mathrm{e}} would be 1
-    answer = _UPRIGHT.sub(r"\1", unwrap(answer.strip()))
-    found: list[Any] = []
-    if not any(mark in answer for mark in _DELIMITERS):
-        found = parse(f"\\boxed{{{answer}}}", [LatexExtractionConfig()], parsing_timeout=None)
-        if any(not isinstance(item, str) for item in found):
-            return found
-        if not _PROSE.search(answer):
-            return _parse(answer.rpartition("=")[2]) if "=" in answer else found  # 17 \\bmod 5 = 2
-    return list(parse(answer, parsing_timeout=None)) or found
-
-
-def _differ_when_tiny(gold: list[Any], answer: list[Any]) -> bool:
-    """math-verify compares numbers to six decimals, so 1/2^99 and 1/2^98, near zero, are equal to it."""
-    from sympy import Expr  # type: ignore[import-untyped]
-
-    numbers = [next((i for i in items if isinstance(i, Expr) and i.is_number), None) for items in (gold, answer)]
-    if None in numbers:
-        return False
-    a, b = (number.doit().evalf(30) for number in numbers if number is not None)
-    if not a.is_comparable or not b.is_comparable:  # complex, or a percentage kept as a product
-        return False
-    size = max(abs(a), abs(b))
-    return bool(size < TINY and abs(a - b) > SAME * size)
+    try:
+        return read(answer), False
+    except Unreadable:
+        if not _WORDS.search(answer):
+            raise
+    found = parse(_DENIED.sub("", unescape(answer)), parsing_timeout=None)
+    if not found or not isinstance(found[-1], str):
+        raise Unreadable("no value in the sentence")
+    before, value, after = re.sub(r"\s*\{\s*,\s*\}", ",", unescape(answer)).rpartition(found[-1])
+    around = before[-CHARS_AROUND:] + value + after[:CHARS_AROUND] if value else answer[-3 * CHARS_AROUND :]
+    if _COMPARES.search(around):
+        raise Unreadable("a sentence that compares")
+    return read(found[-1]), True
 
 
-def _is_interval(items: list[Any]) -> bool:
-    from sympy import Interval, Union
+def _readings(gold: str, answer: str) -> list[tuple[str, str]]:
+    r"""Factors, as LaTeX, that bring both values to one unit: usually one pair.
 
-    return any(isinstance(item, Interval | Union) for item in items)
+    28\% is 28 or 0.28, as the gold answer has it; an angle in degrees meets one in radians, which have no sign.
+    """
+    one, other = unit_of(gold), unit_of(answer)
+    if one and other:
+        if {one.kind, other.kind} == {"angle", "radian"}:
+            degree = _NAMED_FACTORS["angle"]
+            return [(degree, "1") if one.kind == "angle" else ("1", degree)]
+        same = one.clashes(other) or one.size == other.size
+        return [("1", "1")] if same else [(_latex(one.size), _latex(other.size))]
+    kinds = {unit.kind for unit in (one, other) if unit}
+    factor = _NAMED_FACTORS.get(next(iter(kinds), ""))
+    if factor is None or (kinds == {"angle"} and "pi" not in (answer if one else gold)):
+        return [("1", "1")]
+    return [("1", "1"), (factor, "1") if one else ("1", factor)]
+
+
+def _latex(size: Fraction) -> str:
+    return f"\\frac{{{size.numerator}}}{{{size.denominator}}}"
+
+
+def _times(form: Form, factor: str) -> Form | None:
+    """None: only a scalar, or one name's, can be scaled."""
+    if factor in ("1", _ONE):
+        return form
+    if isinstance(form, Assigned) and len(form.pairs) == 1:
+        form = form.pairs[0][1]
+    return Scalar(f"{factor}\\cdot({form.text})") if isinstance(form, Scalar) else None
 
 
 def compare(gold: str, answer: str) -> tuple[str, str]:
     """(verdict, how) of one pair."""
-    from math_verify import verify
+    from megatron_stepkto.answers import forms
 
-    golds, answers = _parse(gold), _parse(answer)
-    if not golds or not answers:
+    try:
+        gold, answer = without_choice(gold, answer)
+        (one, searched), (other, also_searched) = _read(gold), _read(answer)
+        scaled = [(_times(one, a), _times(other, b)) for a, b in _readings(gold, answer)]
+        verdicts = [forms.equal(a, b) if a is not None and b is not None else None for a, b in scaled]
+    except Unreadable:
         return "undecided", "unparsed"
-    # verify takes an inequality for an interval on one side only
-    swapped = _is_interval(golds) and not _is_interval(answers)
-    if verify(golds, answers, timeout_seconds=None) or (swapped and verify(answers, golds, timeout_seconds=None)):
-        return ("wrong" if _differ_when_tiny(golds, answers) else "right"), "math-verify"
-    if all(isinstance(item, str) for item in golds) or all(isinstance(item, str) for item in answers):
+    if True in verdicts:
+        return "right", HOW
+    if searched or also_searched:  # another value of the sentence may be meant
         return "undecided", "unparsed"
-    return "wrong", "math-verify"
+    # normal forms drop the signs of a list's items
+    lists = not isinstance(one, Scalar) and not isinstance(other, Scalar)
+    signs_differ = any((sign in gold) != (sign in answer) for sign in ("%", "circ", "°"))
+    return ("undecided", "open") if None in verdicts or (lists and signs_differ) else ("wrong", HOW)
 
 
 def main() -> None:

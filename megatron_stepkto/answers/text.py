@@ -98,9 +98,16 @@ def stated_answer(text: str) -> str:
 
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
-_SPACES = re.compile(r"\\[ ,;:!]|\\(?:quad|qquad)(?![a-zA-Z])|~|\s+")
+_ARTICLE = re.compile(r"^(?:an?|An|[tT]he) (?=[a-z]{3,})")
+_FULL_STOP = re.compile(r"\s*(?<!\.)\.\s*$")  # not of 0.333...
+_SPACES = re.compile(r"(?<!\\)\\[ ,;:!]|\\(?:quad|qquad)(?![a-zA-Z])|~|\s+")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\{[^{}]*\})\s*(\d)|(\d)\s*(\{[^{}]*\}))")
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°")
+_DEGREES = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°)(?:\s*[CF]\s*$)?")
+# a degree sign inside of a function's argument is part of the value
+TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")
+_ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z]{2,})")
+_QUAD = re.compile(r"(?<=[\d)}])[\s,;]*\\q?quad(?![a-zA-Z])\s*(?=[-\d(a-zA-Z]|\\(?!text|mbox|mathrm|q?quad|[ ,;:!]))")
+_THIN_COMMA = re.compile(r"(?<=\d)(?:,\s*\\!|\{\s*,\s*\})\s*(?=\d{3})")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\{,\}| )\d{3})+(?:\.\d+)?")
 # minus, and the full-width digits and signs of Chinese text
 _WIDE = str.maketrans("−０１２３４５６７８９－＋．，：％（）＝", "-0123456789-+.,:%()=")
@@ -114,17 +121,19 @@ _NUMBER_WORDS = {word: str(number) for number, word in enumerate(_COUNTED.split(
 _DECIMAL = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?")
 # no units of one letter, 5m may be a product, but those that LaTeX sets upright: 5\\text{ m}
 _UNIT_LETTER = re.compile(
-    r"(?<=[\d}])(?:\\[ ,;]|\s)*\\(?:text|textrm|mathrm|mbox)\s*\{\s*[mgshlL]\s*\}(?:\^\s*\{?[23]\}?)?(?=[\s$.]*$)"
+    r"(?:(?<=[\d}])|(?<=\\pi))(?:\\[ ,;]|\s)*\\(?:text|textrm|mathrm|mbox)\s*\{\s*[mgshlL]\s*\}"
+    r"(?:\^\s*\{?[23]\}?)?(?=[\s$.]*$)"
 )
 _UNITS = (
     "dollars?|cents?|euros?|pounds?|percent|degrees?|radians?|units?|square|cubic|sq|"
     "inch(?:es)?|in|foot|feet|ft|yards?|yd|miles?|mi|mph|mm|cm|dm|km|meters?|metres?|kilometers?|centimeters?|"
     "grams?|kg|kilograms?|ounces?|oz|lbs?|tons?|liters?|litres?|ml|gallons?|cups?|"
     "seconds?|secs?|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years? old|years?|a\\.m\\.|p\\.m\\.|"
-    "points?|people|students?|ways?|per"
+    "points?|people|students?|ways?|per|"
+    "quarts?|qt|pints?|pt|milligrams?|decades?|centur(?:y|ies)|yrs?|kph|kmh|(?:k?m|cm|ft|mi)/(?:s|h)"
 )
 _UNIT_TAIL = re.compile(
-    rf"(?P<value>.*[\d}})])\s*(?:(?:{_UNITS})(?:\s*/\s*|\s+|$|(?=\^))(?:\^\s*\{{?[23]\}}?\s*)?)+",
+    rf"(?P<value>.*(?:[\d}})]|\\pi(?![a-zA-Z])))\s*(?:(?:{_UNITS})(?:\s*/\s*|\s+|$|(?=\^))(?:\^\s*\{{?[23]\}}?\s*)?)+",
     re.IGNORECASE,
 )
 _SCALE_WORD = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion|dozen)\b", re.IGNORECASE)
@@ -174,9 +183,15 @@ def split_unit(text: str) -> tuple[str, str]:
     return text[:end].strip(), text[end:].strip()
 
 
+def unescape(text: str) -> str:
+    r"""Without the second backslash of commands that were escaped twice: ``\\frac``. A matrix ends its rows so."""
+    return text if "\\begin" in text else _ESCAPED_TWICE.sub(r"\\", text)
+
+
 def plain_text(answer: str) -> str:
     """The answer without math delimiters, ``\\text`` and its kin, sizes of LaTeX and a full stop at the end."""
-    text = unwrap(answer.translate(_WIDE).strip().rstrip(".").strip()).rstrip(".").strip()
+    text = _FULL_STOP.sub("", unwrap(_FULL_STOP.sub("", answer.translate(_WIDE).strip())))
+    text = unescape(text)
     text = _TEXT.sub(r" \1 ", text)
     text = _SIZES.sub("", text)
     return _FRACTION_KINDS.sub(r"\\frac", text)
@@ -191,13 +206,18 @@ def normalise(answer: str) -> str:
     a full stop at the end.
     """
     text = plain_text(_UNIT_LETTER.sub("", answer)).replace("\\$", "").replace("\\%", "").replace("%", "")
-    text = _SPACES.sub(" ", _DEGREES.sub("", text)).strip().lstrip("$€£").strip()
-    text = split_unit(text)[0].rstrip(".")
+    text = _THIN_COMMA.sub("{,}", _QUAD.sub(", ", text))
+    text = _DEGREES.sub("°" if TRIGONOMETRIC.search(text) else "", text)
+    text = _SPACES.sub(" ", text).strip().strip("$€£").strip()
+    text = _FULL_STOP.sub("", split_unit(text)[0])
     text = _SHORT_FRACTION.sub(_unfold_fraction, text)
     if _THOUSANDS.fullmatch(text):
         text = re.sub(r"[{,} ]", "", text)
     if not re.search(r"[A-Za-z]\s+[A-Za-z]", text):  # spaces part words; between symbols they mean nothing
         text = re.sub(r"(?<![\d])\s+|\s+(?![\d])", "", text)
+        if _THOUSANDS.fullmatch(text) and ",0" in text:  # 10, 080: no list has such a number
+            text = text.replace(",", "")
     if re.fullmatch(r"\((?:[A-Z]|[-+]?[\d.]+)\)", text):  # a choice, "(073)"
         text = text[1:-1]
+    text = _ARTICLE.sub("", text)
     return _NUMBER_WORDS.get(text.casefold()) or _plain_number(text)
