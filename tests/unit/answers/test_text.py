@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.answers.text import extract_answer, normalise
+from megatron_stepkto.answers.final_answer import extract_answer
+from megatron_stepkto.answers.text import normalise
 
 
 @pytest.mark.parametrize(
