@@ -11,7 +11,8 @@ MAX_LINE = 10_000  # what is longer is no sentence with an answer in it
 MAX_WORDS = 10  # of a text that is an answer without saying so
 _FILLERS = re.compile(
     r"(?:(?:therefore|thus|then|hence|simply|just|indeed|actually|exactly|clearly|now|still|precisely|approximately|"
-    r"about|roughly|for sure|definitely|probably|equal to|given by|as follows|letter)\b|(?:option|choice)(?![a-z])(?:\\?_)?|[:,])[ \t]*",
+    r"about|roughly|for sure|definitely|probably|equal to|given by|as follows|letter)\b"
+    r"|(?:option|choice)(?![a-z])(?:\\?_)?|[:,])[ \t]*",
     re.IGNORECASE,
 )
 # How a value begins that can stand for itself: a number, a formula, a choice, "x =". Words may be prose as well.
@@ -21,14 +22,14 @@ _FIRM = re.compile(
 )
 _TOKEN = re.compile(
     r"(?P<formula>\$\$.*?\$\$|(?<!\\)\$(?P<inner>(?:\\.|[^$\\])*)\$|\\\(.*?\\\)|\\\[.*?\\\])"
-    r"|(?P<aside>[ \t]+\((?=(?!mod\b)[a-z]{2,}))"
+    r"|(?P<aside>(?<!\s)\s+\((?=(?!mod\b)[a-z]{2,}))"
     r"|(?P<open>[(\[{（])|(?P<close>[)\]}）])"
     r"|(?P<stop>[.!?](?=[*_\"'”)\]`]*(?:\s|$|</?[a-z]|<\|))|[。！？])"
     r"|(?P<comma>[,;，；、])"
-    r"|(?P<clause>\s+(?:--?|—|–)\s+(?=[A-Za-z]{2,})|—(?=[A-Za-z]{2,})"
-    r"|\s+(?:because|since|so|which|but|however|hence|thus|therefore|rather than|instead of|not(?=\s+[$\\\d*])"
-    r"|as (?:required|desired|we|the|it|shown|claimed|expected|above)|in (?:total|all|change|profit|sum)|altogether|overall"
-    r"|and (?:not|so|thus|hence|we|he|she|it|they|this|that))\b|因为|所以)"
+    r"|(?P<clause>(?<!\s)\s+(?:--?|—|–)\s+(?=[A-Za-z]{2,})|—(?=[A-Za-z]{2,})"
+    r"|(?<!\s)\s+(?:because|since|so|which|but|however|hence|thus|therefore|rather than|instead of|not(?=\s+[$\\\d*])"
+    r"|as (?:required|desired|we|the|it|shown|claimed|expected|above)|in (?:total|all|change|profit|sum)|altogether"
+    r"|overall|and (?:not|so|thus|hence|we|he|she|it|they|this|that))\b|因为|所以)"
     r"|\\.",
     re.DOTALL,
 )
@@ -52,12 +53,14 @@ _CJK = re.compile(r"[\u3400-\u9fff]")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z][A-Za-z'’]+")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{[^{}]*\}")
 # Words of reasoning: no answer has them. "There are 73 people" is a sentence of a solution, "73 people" is an answer.
-_REASONING = frozenset(
+_REASONING_WORDS = (
     "is are was were be been isn't aren't has have had we he she they it i'm it's that's you his her their our my so "
-    "thus hence therefore then because let let's first next step answer answers solution how what get gets got find "
-    "found need needs gives give means makes know think this these there here box boxed".split()
+    "thus hence therefore then because let let's first next step answer answers how what get gets got find "
+    "found need needs gives give means makes know think this these there here box boxed"
 )
-_CONNECTIVES = frozenset("and or mod sin cos tan cot sec csc log ln exp arcsin arccos arctan sqrt max min gcd".split())
+_REASONING = frozenset(_REASONING_WORDS.split())
+_NOT_PROSE = "and or mod sin cos tan cot sec csc log ln exp arcsin arccos arctan sqrt max min gcd"
+_CONNECTIVES = frozenset(_NOT_PROSE.split())
 _ARITHMETIC = re.compile(r"[\w)}]\s*[-+*/×÷·]\s*[^=]*=")
 _SENTENCE = re.compile(r"[A-Z][a-z]+\s+[a-z]{3,}\b.*\d|\w{2,}[)}\"]?[.!?]\s+[A-Z]|[。！？].", re.DOTALL)
 _ONE_FORMULA = re.compile(
@@ -155,7 +158,7 @@ def is_answer(text: str) -> bool:
     are sentences of a solution.
     """
     text = text.strip()
-    if not text or "\\boxed" in text or "<answer>" in text.lower() or is_placeholder(text):
+    if not text or "\\boxed" in text or re.match("<answer>|solution:", text.lower()) or is_placeholder(text):
         return False
     if "\n" in text and not _ONE_FORMULA.fullmatch(text):
         return False
@@ -167,6 +170,6 @@ def is_answer(text: str) -> bool:
         return True
     if len(words) + len(_CJK.findall(text)) > MAX_WORDS or not _REASONING.isdisjoint(words):
         return False
-    if _CONNECTIVES >= {*words}:
+    if _CONNECTIVES.issuperset(words):
         return True
     return not _SENTENCE.search(outside) and not _ARITHMETIC.search(outside)

@@ -21,10 +21,9 @@ _BLANK = re.compile(
     r"(?:[\s?._…~*-]|\\(?:[ ,;:!_?]|(?:l|c|d|v)?dots|q?quad|square|underline|hspace)(?![a-zA-Z])|[{}])*"
 )
 _COMMANDS = re.compile(r"\\[a-zA-Z]+|[^A-Za-z]+")
-_PROMPT_WORDS = frozenset(
-    "your the a my final correct numerical numeric answer number result value expression here goes insert put".split()
-)
-_PLACEHOLDERS = frozenset("answer number result value expression here".split())
+_PLACEHOLDERS = frozenset(("answer", "number", "result", "value", "expression", "here"))
+_AROUND_PLACEHOLDERS = ("your", "the", "a", "my", "final", "correct", "numerical", "numeric", "goes", "insert", "put")
+_PROMPT_WORDS = _PLACEHOLDERS.union(_AROUND_PLACEHOLDERS)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,11 @@ def is_placeholder(content: str) -> bool:
     if _BLANK.fullmatch(content):
         return True
     words = _COMMANDS.sub(" ", content).lower().split()
-    return not any(c.isdigit() for c in content) and not _PLACEHOLDERS.isdisjoint(words) and _PROMPT_WORDS >= {*words}
+    return (
+        not any(c.isdigit() for c in content)
+        and not _PLACEHOLDERS.isdisjoint(words)
+        and _PROMPT_WORDS.issuperset(words)
+    )
 
 
 def last_boxed(text: str) -> Boxed | None:

@@ -18,20 +18,22 @@ _THOUGHTS_BEGIN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _DECOR = r"[ \t#*_>]{0,12}(?:\d{1,2}[.)][ \t]*)?[*_]{0,3}(?:\\(?:textbf|text|mathbf|section\*?|subsection\*?)\{)?"
 _MARKERS = re.compile(
     # GSM8K's marker; five signs are a heading
-    r"(?<!\#)\#{4}(?!\#)[ \t]*(?P<hash>)"
+    r"(?<!\#)\#{4}(?![\#])(?![ \t*]*(?:(?:the|final|correct)[ \t]+)*(?:answer|最终答案|答案))[ \t]*(?P<hash>)"
     # that of the published GSM8K model solutions; "A: B" may be a ratio
     r"|^[ \t]*A:[ \t]+(?P<a>)(?=[-+$\\(\d.])"
     r"|<answer>(?P<tag>)"
     # a line of its own, "### Final Answer"; a formula may follow on it
-    rf"|^{_DECOR}(?:(?:the|final|correct)[ \t]+){{0,3}}(?:answer|最终答案|答案)[*_}}\#]*(?:[ \t]*\n|[ \t]+(?=\$|\\[(\[]))"
-    r"(?P<heading>)"
-    r"|\b(?:answer|ans)\.?(?:[ \t]*\([^()\n]{0,40}\))?[*_}\]]{0,4}[ \t]*[:：][*_}: \t]*(?P<colon>)"
-    r"|\banswer[*_]{0,3}(?:[ \t]+(?:to|for)\b[^.:;\n]{1,80}?)?,?(?:[ \t]+(?:then|thus|therefore|hence))?,?"
-    r"(?:[ \t]*=|[ \t]+(?:is|equals|must be|should be|will be|would be|comes? out to(?: be)?|comes to|becomes)\b(?!n't))"
+    rf"|^{_DECOR}(?:(?:the|final|correct)[ \t]+){{0,3}}(?:answer|最终答案|答案)[*_}}\#]*"
+    r"(?:[ \t]*\n|[ \t]+(?=\$|\\[(\[]))(?P<heading>)"
+    r"|(?<![A-Za-z])(?:answer|ans)\.?(?:[ \t]+(?:to|for)\b[^.:;\n]{1,60}?)?(?:[ \t]*\([^()\n]{0,40}\))?"
+    r"[*_}\]]{0,4}[ \t]*[:：][*_}: \t]*(?P<colon>)"
+    r"|(?<![A-Za-z])answer[*_]{0,3}(?:[ \t]+(?:to|for)\b[^.:;\n]{1,80}?)?,?(?:[ \t]+(?:then|thus|therefore|hence))?,?"
+    r"(?:[ \t]*=|[ \t]+(?:is|equals|(?:must|should|will|would) be|comes? out to(?: be)?|comes to|becomes)\b(?!n't))"
     r"[*_]{0,3}[ \t]*:?(?P<is>)"
     r"|答案\**(?:应该|应当|就|也)?(?:等于|[是为：:=]|[ \t])+(?P<chinese>)"
     r"|(?<![\w.,$/])(?<![-+*/×÷] )(?P<before>\*\*[^*\n]{1,100}\*\*|\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)"
-    r"|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)[ \t]+is[ \t]+(?:the|our|my)[ \t]+(?:(?:final|correct|required)[ \t]+)?answer\b",
+    r"|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?)"
+    r"[ \t]+is[ \t]+(?:the|our|my)[ \t]+(?:(?:final|correct|required)[ \t]+)?answer\b",
     re.IGNORECASE | re.MULTILINE,
 )
 # What stands before "answer is" where the statement is none: the wrong answer is, the digits of the answer is, if the
@@ -45,7 +47,8 @@ _NOT_STATED = re.compile(
     rf"verifying|testing)(?:[ \t]+that)?[ \t]+{_SUBJECT}"
     r"|(?:\b(?:one|you|some|someone|somebody|people|many|students?|we|it)(?:[ \t]+(?:might|may|could|would)|'d)\b)"
     rf"[^.!?;\n]{{0,40}}\b{_THINK}\b[^.!?;\n]{{0,20}}"
-    rf"|(?:\b(?:not|never|cannot|hardly|doubt)|n't)(?:[ \t]+(?:\w+[ \t]+){{0,2}}{_THINK})?(?:[ \t]+that)?[ \t]+{_SUBJECT}"
+    rf"|(?:\b(?:not|never|cannot|hardly|doubt)|n't)(?:[ \t]+(?:\w+[ \t]+){{0,2}}{_THINK})?"
+    rf"(?:[ \t]+that)?[ \t]+{_SUBJECT}"
     r"|\b(?:mistakenly|wrongly|incorrectly|erroneously|tempted|naively)\b[^.!?;\n]{0,40})$",
     re.IGNORECASE,
 )
@@ -55,7 +58,8 @@ _FORMULA_BLOCK = re.compile(
 )
 _EMPTY_LINE = re.compile(r"(?:[ \t*_}:#>]|```\w*)*\n")
 _LINE_BEGIN = re.compile(rf"(?:^|\n){_DECOR}(?:(?:the|my|final|correct)[ \t]+)*$", re.IGNORECASE)
-_TAG_END = re.compile(r"</answer>", re.IGNORECASE)
+_TURN_END = re.compile(r"</[A-Za-z]+>|<\|")  # of an <answer>, of a turn: "</s>", "<|im_end|>"
+_TAG = re.compile(r"<(?P<end>/?)answer>", re.IGNORECASE)
 
 
 def extract_answer(text: str) -> str | None:
@@ -88,6 +92,8 @@ def _stated(text: str) -> str | None:
     for marker in reversed(list(_MARKERS.finditer(text))):
         if firm_box and marker.start() < firm_box.start:
             break
+        if in_words and marker.lastgroup == "a":  # never firm
+            continue
         value = _value(text, marker, end)
         end = marker.start()
         if value and value.firm:
@@ -115,7 +121,7 @@ def _value(text: str, marker: re.Match[str], end: int) -> Value | None:
             start = empty.end()
     block = _FORMULA_BLOCK.match(text, start, end)
     line_end = text.find("\n", block.end() if block else start, end)
-    line = text[start : end if line_end < 0 else line_end]
+    line = _TURN_END.split(text[start : end if line_end < 0 else line_end], maxsplit=1)[0]
     if kind == "hash" and _ENUMERATED.match(line):
         return None
     value = value_of(line)
@@ -131,11 +137,11 @@ def _value(text: str, marker: re.Match[str], end: int) -> Value | None:
 
 def _tagged(text: str, start: int) -> Value | None:
     """Between ``<answer>`` and its end, which a stop string may have cut off."""
-    closing = _TAG_END.search(text, start)
-    inner = text[start : closing.start() if closing else len(text)].strip()
-    if "<answer>" in inner.lower():  # the next tag is looked at for itself
+    closing = _TAG.search(text, start)
+    if closing and not closing["end"]:  # the next tag speaks for itself
         return None
+    inner = text[start : closing.start() if closing else len(text)].strip()
     if answer := _stated(inner):
         return Value(answer, True)
     value = value_of(inner) if "\n" not in inner else None
-    return value and Value(value.text, closing is not None)
+    return value and Value(reduced(value).text, closing is not None)

@@ -27,9 +27,10 @@ def check_answers(source: str, workers: int, cpu_seconds: float, out: TextIO) ->
     """Check each line ``{"gold", "pred", "expected"?}`` of a file ("-": standard input) and write, in order, its row.
 
     Verdicts are those of ``judge_outcomes``, as in every stage. A row is ``{"line", "verdict", "how",
-    "milliseconds"}`` with "answer", the one found in ``pred`` (null where it states none), and with "expected" and "agrees" where the line gives ``expected`` (true, false, "right", "wrong" or "undecided");
-    other keys of the line come back. A line that cannot be read gives ``{"line", "error"}``. Lines are answered as
-    they come in, while the next are still being written. The summary goes to standard error.
+    "milliseconds", "answer"}``, the last one what ``pred`` states (null: nothing), with "expected" and "agrees" where
+    the line gives ``expected`` (true, false, "right", "wrong" or "undecided"); other keys of the line come back. A line
+    that cannot be read gives ``{"line", "error"}``. Lines are answered as they come in, while the next are still being
+    written. The summary goes to standard error.
 
     Returns:
         whether every line could be read.
