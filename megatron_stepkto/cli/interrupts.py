@@ -16,7 +16,7 @@ def _leave(number: int, frame: object) -> None:
 
 
 def leave_at_once() -> None:
-    """End the process at an interrupt while no work is under way; an interrupt that the caller ignores stays ignored."""
+    """End the process at an interrupt while no work is under way; one that the caller ignores stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
