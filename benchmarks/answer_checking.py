@@ -24,7 +24,8 @@ from pathlib import Path
 
 from megatron_stepkto.answers import exact, units
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
-from megatron_stepkto.answers.text import extract_answer, normalise, stated_answer
+from megatron_stepkto.answers.final_answer import extract_answer
+from megatron_stepkto.answers.text import normalise
 
 PASSES = 5
 PAIRS = Path(__file__).parent.parent / "tests/unit/answer_pairs.txt"
@@ -80,7 +81,7 @@ def rate(pairs: list[tuple[str, str]]) -> float:
         units.unit_of.cache_clear()
         begun = time.perf_counter()
         for gold, solution in pairs:
-            exact.compare(gold, stated_answer(solution))
+            exact.compare(gold, extract_answer(solution) or "")
         seconds.append(time.perf_counter() - begun)
     return len(pairs) / statistics.median(seconds)
 

@@ -1,4 +1,14 @@
-from megatron_stepkto.cli.main import main
+"""The command ``stepkto`` and ``python -m megatron_stepkto``: imports take a while, and may be interrupted too."""
+
+from megatron_stepkto.cli.interrupts import leave_at_once
+
+
+def main() -> None:
+    leave_at_once()  # not at import: processes that multiprocessing spawns import this module
+    from megatron_stepkto.cli.main import main as cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -12,23 +12,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_stepkto.answers.equivalence import EquivalenceChecker, Verdict
-from megatron_stepkto.answers.text import stated_answer
+from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import say
+from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 
 BATCH = 256  # lines decided together: output comes this late at most
 READ_BYTES = 1 << 20
+_WORDS = {1: "right", 0: "wrong", None: "undecided"}
 _VERDICTS = {True: "right", False: "wrong", "right": "right", "wrong": "wrong"}  # 1 and 0 are True and False
 
 
 def check_answers(source: str, workers: int, cpu_seconds: float, out: TextIO) -> bool:
     """Check each line ``{"gold", "pred", "expected"?}`` of a file ("-": standard input) and write, in order, its row.
 
-    A row is ``{"line", "verdict", "how", "milliseconds"}`` with "answer", the one found in ``pred``, and with
-    "expected" and "agrees" where the line gives ``expected`` (true, false, "right", "wrong" or "undecided");
-    other keys of the line come back. A line that cannot be read gives ``{"line", "error"}``. Lines are answered as
-    they come in, while the next are still being written. The summary goes to standard error.
+    Verdicts are those of ``judge_outcomes``, as in every stage. A row is ``{"line", "verdict", "how",
+    "milliseconds", "answer"}``, the last one what ``pred`` states (null: nothing), with "expected" and "agrees" where
+    the line gives ``expected`` (true, false, "right", "wrong" or "undecided"); other keys of the line come back. A line
+    that cannot be read gives ``{"line", "error"}``. Lines are answered as they come in, while the next are still being
+    written. The summary goes to standard error.
 
     Returns:
         whether every line could be read.
@@ -49,12 +51,11 @@ def check_answers(source: str, workers: int, cpu_seconds: float, out: TextIO) ->
         for batch in _batches(handle):
             rows = [_read(number, line) for number, line in batch]
             good = [row for row in rows if "error" not in row]
-            pairs = [(stated_answer(row["gold"]), stated_answer(row.pop("pred"))) for row in good]
-            for row, pair, verdict in zip(good, pairs, checker.check_many(pairs), strict=True):
-                del row["gold"]
-                _fill(row, pair[1], verdict)
-                counts[verdict.verdict] += 1
-                hows[verdict.how] += 1
+            outcomes = judge_outcomes([row.pop("pred") for row in good], [row.pop("gold") for row in good], checker)
+            for row, outcome in zip(good, outcomes, strict=True):
+                _fill(row, outcome)
+                counts[row["verdict"]] += 1
+                hows[outcome.how] += 1
                 if "agrees" in row:
                     counts["expected"] += 1
                     counts["agree"] += row["agrees"]
@@ -106,14 +107,13 @@ def _read(number: int, line: bytes) -> dict[str, Any]:
     return {"line": number, **{key: value for key, value in given.items() if key not in ours}}
 
 
-def _fill(row: dict[str, Any], answer: str, verdict: Verdict) -> None:
-    row.update(verdict=verdict.verdict, how=verdict.how, milliseconds=round(verdict.milliseconds, 3))
-    row["answer"] = answer if len(answer) <= 200 else f"{answer[:200]}..."
+def _fill(row: dict[str, Any], outcome: Outcome) -> None:
+    verdict, answer = _WORDS[outcome.label], outcome.extracted
+    row.update(verdict=verdict, how=outcome.how, milliseconds=round(outcome.milliseconds, 3))
+    row["answer"] = f"{answer[:200]}..." if answer and len(answer) > 200 else answer
     if "expected" in row:
-        # who expects "wrong" is content with "undecided": it is not called right
-        row["agrees"] = verdict.verdict == row["expected"] or (
-            row["expected"] == "wrong" and verdict.verdict == "undecided"
-        )
+        # "undecided" agrees with an expected "wrong": it is not called right
+        row["agrees"] = verdict == row["expected"] or (row["expected"] == "wrong" and verdict == "undecided")
 
 
 def _summarise(counts: Counter[str], hows: Counter[str], seconds: float) -> None:

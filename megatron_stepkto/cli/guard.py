@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.progress import console
+from megatron_stepkto.cli.interrupts import SAID, interruptible
 
 if TYPE_CHECKING:
     pass
@@ -21,13 +22,14 @@ def guarded(work: Callable[[], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     try:
-        work()
+        with interruptible():
+            work()
     except UserError as error:
         _fail(f"error: {error}", 2)
     except StageFailed as error:
         _fail(f"failed: {error}", 1)
     except KeyboardInterrupt as stop:
-        _fail("interrupted: finished work is kept; run the same command again to go on", 143 if stop.args else 130)
+        _fail(SAID.decode().strip(), 143 if stop.args else 130)
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: nobody reads any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

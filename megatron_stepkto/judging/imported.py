@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto.answers.text import extract_answer
+from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, Step, read_rows, write_records

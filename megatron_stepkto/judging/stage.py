@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
-from megatron_stepkto.answers.text import extract_answer
+from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.cache import AnswerCache
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_stepkto.answers.text import extract_answer
+from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, read_rows
 

@@ -111,7 +111,8 @@ def _explain(error: ValidationError, places: dict[tuple[str | int, ...], str]) -
     return "\n".join(messages)
 
 
-def _override(tree: dict[str, Any], assignment: str) -> None:
+def _override(tree: dict[str, Any], assignment: str, places: dict[tuple[str | int, ...], str]) -> None:
+    """Set a key as ``--set`` says; the assignment is the place of it and of every section that it adds."""
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise UserError(f"--set {assignment}: expected section.key=value")
@@ -124,6 +125,11 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         tree[last] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # a bare ValueError comes from a date that does not exist
         raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
+    path = tuple(key.split("."))
+    for place in [place for place in places if place[: len(path)] == path]:  # a whole section may be replaced
+        del places[place]
+    for end in range(1, len(path) + 1):
+        places.setdefault(path[:end], f"--set {assignment}")
 
 
 def model_evaluation(name: str, num_problems: int, chat: bool, overrides: list[str]) -> ModelEvaluation:
@@ -141,8 +147,7 @@ def model_evaluation(name: str, num_problems: int, chat: bool, overrides: list[s
     }
     places: dict[tuple[str | int, ...], str] = {(): "--set"}
     for assignment in overrides:
-        _override(tree, assignment)
-        places[tuple(assignment.partition("=")[0].split("."))] = f"--set {assignment}"
+        _override(tree, assignment, places)
     try:
         return ModelEvaluation.model_validate(tree, context={"folder": Path()})
     except ValidationError as error:
@@ -185,8 +190,13 @@ def _read_tree(path: Path, overrides: list[str] | None) -> tuple[dict[str, Any],
     """The keys of a YAML file, overridden, and the place of each."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: expected a recipe (a YAML file), found none; see recipes/") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        utf_16 = error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
+        found = "UTF-16" if utf_16 else f"byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"{path}:{line}: expected text in UTF-8, got {found}; save the file as UTF-8") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
@@ -207,8 +217,5 @@ def _read_tree(path: Path, overrides: list[str] | None) -> tuple[dict[str, Any],
         raise UserError(f"{path}:1: a section holds itself through a YAML alias; write it out") from None
     tree = _expand(tree, places)
     for assignment in overrides or []:
-        _override(tree, assignment)
-        key = tuple(assignment.partition("=")[0].split("."))
-        places = {k: v for k, v in places.items() if k[: len(key)] != key}  # a whole section may be replaced
-        places[key] = f"--set {assignment}"
+        _override(tree, assignment, places)
     return tree, places

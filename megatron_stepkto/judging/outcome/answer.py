@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
-from megatron_stepkto.answers.text import extract_answer
+from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.records import Label
 
 
@@ -14,13 +14,15 @@ from megatron_stepkto.base.records import Label
 class Outcome:
     """``extracted`` is None where the text states no answer, which is wrong; an undecided label is None.
 
-    ``score``: of the reward model where that decided.
+    ``how``: of the verdict, "no answer" or the reward model's name. ``score``: of the reward model where that decided.
+    ``milliseconds`` of CPU time of the comparison.
     """
 
     label: Label
     extracted: str | None
     how: str
     score: float | None = None
+    milliseconds: float = 0.0
 
 
 def judge_outcomes(
@@ -29,7 +31,11 @@ def judge_outcomes(
     checker: EquivalenceChecker,
     progress: Callable[[int], None] | None = None,
 ) -> list[Outcome]:
-    """One outcome per (solution text, gold answer)."""
+    """One outcome per (solution text, gold answer): of every stage and of ``stepkto check-answers``.
+
+    A text is a whole solution or a bare answer ("18 dollars"), whichever ``extract_answer`` takes it for. A gold is an
+    answer: nothing is extracted from it.
+    """
     extracted = [extract_answer(text) for text in texts]
     pairs = [(gold, answer) for gold, answer in zip(golds, extracted, strict=True) if answer is not None]
     verdicts = iter(checker.check_many(pairs, progress))
@@ -39,5 +45,5 @@ def judge_outcomes(
             outcomes.append(Outcome(0, None, "no answer"))
         else:
             verdict = next(verdicts)
-            outcomes.append(Outcome(verdict.label, answer, verdict.how))
+            outcomes.append(Outcome(verdict.label, answer, verdict.how, milliseconds=verdict.milliseconds))
     return outcomes

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import AliasChoices, Field, model_validator
 
-from megatron_stepkto.answers.text import extract_answer
+from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.records import Label
 from megatron_stepkto.problems.imported.solution import (
     ImportedRow,

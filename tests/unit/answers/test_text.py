@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.answers.text import extract_answer, normalise
+from megatron_stepkto.answers.final_answer import extract_answer
+from megatron_stepkto.answers.text import normalise
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,19 @@ def test_a_hostile_text_takes_linear_time() -> None:
     begun = time.process_time()  # not the clock: the machine may be busy
     extract_answer("\\boxed{" * 30_000)
     extract_answer("{" * 100_000 + "\\boxed{1}" + "}" * 100_000)
-    extract_answer("answer " * 30_000)
+    for text in (
+        "answer " * 30_000,
+        "answer is " * 20_000,
+        "<answer>" * 50_000,
+        "<answer>x y is (" * 20_000,
+        "A: 1\n" * 50_000,
+        "answer:" + "\n" * 200_000,
+        "answer is 5" + " " * 9000 + "x",
+        "answer is 5" + ", it" * 100_000,
+        "\\boxed{1} and " * 20_000,
+        "**a" * 100_000,
+    ):
+        extract_answer(text)
     for text in (
         "5 " + "cm " * 3000,
         "1" * 9000,

@@ -370,3 +370,22 @@ def test_a_request_to_end_counts_where_the_children_were_done_before_they_heard_
     said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == code, said
     assert ("done, and stopped" in said) == bool(code)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0])
+def test_an_interrupt_at_any_moment_is_one_line(seconds: float) -> None:
+    """Also while Python imports what the command needs: the moment is counted from main's first line."""
+    code = (
+        "import sys; from megatron_stepkto.__main__ import leave_at_once, main\n"
+        "leave_at_once(); print('up', flush=True); sys.argv = ['stepkto', 'check-answers', '-']; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(WAIT_S) == 130  # before its input is closed: check-answers waits for lines
+    said = process.communicate()[1]
+    assert (said.split(":")[0], said.count("\n")) == ("interrupted", 1)

@@ -31,13 +31,15 @@ def test_one_row_per_line_in_order(tmp_path: Path) -> None:
         '{"gold": "5"}\n'
         '{"gold": "5", "pred": "6", "expected": "maybe"}\n'
         '{"gold": "5", "pred": "\\ud83d", "expected": false}\n'
-        '{"gold": "5", "pred": "5", "expected": false}'
+        '{"gold": "5", "pred": "5", "expected": false}\n'
+        '{"gold": "12", "pred": "Therefore, 3 * 4 = 12.", "expected": "wrong"}'
     )
     rows, said = check(path, code=2)
-    assert [row["line"] for row in rows] == list(range(1, 10))
-    assert [row.get("verdict") for row in rows] == ["right", "right", *[None] * 5, "undecided", "right"]
-    assert [row.get("agrees") for row in rows] == [True, True, *[None] * 5, True, False]
+    assert [row["line"] for row in rows] == list(range(1, 11))
+    assert [row.get("verdict") for row in rows] == ["right", "right", *[None] * 5, "undecided", "right", "wrong"]
+    assert [row.get("agrees") for row in rows] == [True, True, *[None] * 5, True, False, True]
     assert (rows[0]["id"], rows[0]["answer"], rows[0]["how"]) == ("a", r"2\sqrt{2}", "math-verify")
+    assert (rows[9]["answer"], rows[9]["how"]) == (None, "no answer")  # the judge compares nothing, and so here
     assert [row.get("error", "")[:22] for row in rows[2:7]] == [
         "broken JSON at column ",
         "an empty line",
@@ -45,7 +47,7 @@ def test_one_row_per_line_in_order(tmp_path: Path) -> None:
         'key "pred" is missing',
         "expected: must be true",
     ]
-    assert "agreement with expected: 3 of 4 (75.0%)" in said
+    assert "agreement with expected: 4 of 5 (80.0%)" in said
     assert "5 lines could not be read" in said
 
 

@@ -259,10 +259,23 @@ def test_not_a_mapping(tmp_path: Path, text: str, kind: str) -> None:
     assert refusal(path) == f"{path}:1: expected a mapping of recipe keys, got {kind}"
 
 
-def test_no_file_a_folder_and_not_text(tmp_path: Path) -> None:
-    (tmp_path / "latin.yaml").write_bytes("name: é\n".encode("latin-1"))
-    for path in (tmp_path / "absent.yaml", tmp_path, tmp_path / "latin.yaml"):
+def test_no_file_and_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
         assert refusal(path) == f"{path}: expected a recipe (a YAML file), found none; see recipes/"
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "got"),
+    [
+        ("seed: 1\nname: é\n".encode("latin-1"), 2, "byte 0xe9"),
+        (GOOD.encode("utf-16"), 1, "UTF-16"),
+        (b"\xfe\xff" + GOOD.encode("utf-16-be"), 1, "UTF-16"),
+    ],
+)
+def test_not_utf_8(tmp_path: Path, content: bytes, line: int, got: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    assert refusal(path) == f"{path}:{line}: expected text in UTF-8, got {got}; save the file as UTF-8"
 
 
 # --- --set ---------------------------------------------------------------------------------------------------
@@ -318,7 +331,17 @@ def test_overrides_that_cannot_be(tmp_path: Path, assignment: str, said: str) ->
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("assignment", ["sample.num_samples=0", "sample.num_sampels=4", "seed=x"])
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "sample.num_samples=0",
+        "sample.num_sampels=4",
+        "seed=x",
+        "trian.optimizer.lr=1",
+        "train.opt.lr=1",
+        "evaluate.z=1",
+    ],
+)
 def test_the_place_of_a_bad_override_is_the_override(tmp_path: Path, assignment: str) -> None:
     """The recipe's line is right; whoever looks there finds another value."""
     assert refusal(write(tmp_path), [assignment]).startswith(f"--set {assignment}: ")

@@ -1,0 +1,108 @@
+r"""The boxes in which a solution states its answer: ``\boxed{5}``, ``\fbox{5}``, ``\framebox{5}``, ``\boxed 5``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_BOX_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+# on one line and before something that can be a value: "write \boxed", at the end of a line, quotes the prompt
+_BARE_BOX = re.compile(
+    r"\\boxed[ \t]*(?=[-+]?\d|\\[a-zA-Z]|\((?=[-\d])|[A-Zb-z](?![A-Za-z']))(?P<content>(?:[^\s${}]|\{[^{}\n]*\})+)"
+)
+# What may stand between two boxes that state one answer together: "\boxed{1} and \boxed{2}", "... bins and b = ...".
+# Not "or": writers put it between two spellings of one answer as well.
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\s*\{\s*and\s*\}|\b(?:[a-z]+ )?and\b)*"
+    r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=\s*)?"
+)
+_INNER_DOLLAR = re.compile(r"(?<!\\)\$")
+_BLANK = re.compile(
+    r"(?:[\s?._…~*-]|\\(?:[ ,;:!_?]|(?:l|c|d|v)?dots|q?quad|square|underline|hspace)(?![a-zA-Z])|[{}])*"
+)
+_COMMANDS = re.compile(r"\\[a-zA-Z]+|[^A-Za-z]+")
+_PLACEHOLDERS = frozenset(("answer", "number", "result", "value", "expression", "here"))
+_AROUND_PLACEHOLDERS = ("your", "the", "a", "my", "final", "correct", "numerical", "numeric", "goes", "insert", "put")
+_PROMPT_WORDS = _PLACEHOLDERS.union(_AROUND_PLACEHOLDERS)
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """An answer in boxes and where the last of them starts; ``quoted``: in back-ticks, as code."""
+
+    start: int
+    answer: str
+    quoted: bool
+
+
+@dataclass(frozen=True)
+class _Box:
+    start: int
+    end: int
+    content: str
+    quoted: bool
+
+
+def is_placeholder(content: str) -> bool:
+    r"""Whether a box or a line holds no answer, but what a prompt shows in its place: "", "?", "...", "your answer"."""
+    if len(content) > 60:
+        return False
+    if _BLANK.fullmatch(content):
+        return True
+    words = _COMMANDS.sub(" ", content).lower().split()
+    return (
+        not any(c.isdigit() for c in content)
+        and not _PLACEHOLDERS.isdisjoint(words)
+        and _PROMPT_WORDS.issuperset(words)
+    )
+
+
+def last_boxed(text: str) -> Boxed | None:
+    r"""The answer of the box that opens last; boxes of placeholders, open boxes and, beside others, quoted ones aside.
+
+    Boxes that follow one another with nothing but "and" or a comma between them are one list. ``\{`` is no brace.
+    """
+    boxes = [box for box in _boxes(text) if not is_placeholder(box.content)]
+    boxes = [box for box in boxes if not box.quoted] or boxes[-1:]
+    if not boxes:
+        return None
+    contents: list[str] = []
+    following: _Box | None = None
+    for box in reversed(boxes):
+        if following and not (
+            box.end <= following.start and _BETWEEN_BOXES.fullmatch(text, box.end, following.start) is not None
+        ):
+            break
+        contents.append(box.content)
+        following = box
+    # the same answer may be boxed twice
+    answer = contents[0] if len(set(contents)) == 1 else ", ".join(reversed(contents))
+    return Boxed(boxes[-1].start, answer, boxes[-1].quoted)
+
+
+def _boxes(text: str) -> list[_Box]:
+    """Every closed box, in the order in which they open."""
+    if "\\" not in text:
+        return []
+    spans = []
+    for bare in _BARE_BOX.finditer(text):
+        end = bare.start("content") + len(bare["content"].rstrip(".,;:"))
+        spans.append((bare.start(), bare.start("content"), end, end))
+    open_braces: list[tuple[int, int] | None] = []  # where a box and its content start; None for another brace
+    for token in _BOX_TOKENS.finditer(text):
+        if token[0] == "}":
+            box = open_braces.pop() if open_braces else None
+            if box is not None:
+                spans.append((*box, token.start(), token.end()))
+        elif token[0] == "{":
+            open_braces.append(None)
+        elif token[0].endswith("{") and token[0] != "\\{":
+            open_braces.append((token.start(), token.end()))
+    return [
+        _Box(start, end, _INNER_DOLLAR.sub("", text[inner:inner_end]).strip(), _in_back_ticks(text, start, end))
+        for start, inner, inner_end, end in sorted(spans)
+    ]
+
+
+def _in_back_ticks(text: str, start: int, end: int) -> bool:
+    return text[max(0, start - 2) : start].rstrip("$").endswith("`") and text[end : end + 2].lstrip("$").startswith("`")
