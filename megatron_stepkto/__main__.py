@@ -5,9 +5,9 @@ from megatron_stepkto.cli.interrupts import leave_at_once
 
 def main() -> None:
     leave_at_once()  # not at import: processes that multiprocessing spawns import this module
-    from megatron_stepkto.cli.main import main as cli
+    from megatron_stepkto.cli.main import main as run_command
 
-    cli.main()
+    run_command()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ begin() {
 STEP_PID=  # srun of the step under way
 SERVER_PID= # srun of a server beside it
 SERVER_LOG=
+SERVER_LOST=0
+WATCH_PID=
 tell_step() {
     echo "=== $PART: told to stop, $(date)"
     TOLD=1
@@ -71,6 +73,7 @@ launch() {
     ((!TOLD)) || settle 143
     "${STEP[@]}" &
     STEP_PID=$!
+    [[ -z $SERVER_PID ]] || watch_server
     ((!TOLD)) || kill -USR1 "$STEP_PID" 2>/dev/null || true # told between the two lines before
     while :; do
         code=0
@@ -79,7 +82,24 @@ launch() {
         if ((code <= 128)) || ! kill -0 "$STEP_PID" 2>/dev/null; then break; fi
     done
     STEP_PID=
+    [[ -z $WATCH_PID ]] || kill "$WATCH_PID" 2>/dev/null || true
     ((code == 0)) || settle "$code"
+}
+
+# watch_server: end the step when the job's own server has ended. The judge would wait for it to come back, and it
+# does not.
+watch_server() {
+    trap 'lose_server' USR2
+    (
+        while server_lives; do sleep 2; done
+        sleep 2 # Slurm may be ending all of the job: then the step ends by itself
+        kill -USR2 $$
+    ) &
+    WATCH_PID=$!
+}
+lose_server() {
+    SERVER_LOST=1
+    [[ -z $STEP_PID ]] || kill -TERM "$STEP_PID" 2>/dev/null || true
 }
 
 SERVER_WAIT=3600 # seconds; loading a large model takes minutes, an hour is a fault
@@ -126,6 +146,7 @@ server_lives() { kill -0 "$SERVER_PID" 2>/dev/null; }
 # and with it the chain: what depends on this job is cancelled by --kill-on-invalid-dep.
 settle() {
     local code=$1 failures
+    ((!SERVER_LOST)) || code=1
     case $code in
     130 | 138 | 143) # SIGINT, SIGUSR1 (before Python could handle it), SIGTERM
         if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
@@ -135,7 +156,7 @@ settle() {
         requeue
         ;;
     esac
-    # A judge that lost its server ends as if its address were wrong.
+    # What a judge says that lost its server is not about the recipe.
     if [[ -n $SERVER_PID ]] && ! server_lives; then
         echo "error: the judge server has ended; its log: $SERVER_LOG"
         code=1

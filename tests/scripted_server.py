@@ -13,13 +13,15 @@ from typing import Any, Self
 
 @dataclass
 class Reply:
-    """``hang_s``: silence before the answer. ``drop``: close the connection without one."""
+    """``hang_s``: silence before the answer. ``drop``: close the connection without one. ``half``: announce twice as
+    many bytes as come, and close it."""
 
     body: Any = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     hang_s: float = 0.0
     drop: bool = False
+    half: bool = False
 
 
 Script = Callable[[dict[str, Any], int], Reply]  # request body, how many came before
@@ -77,10 +79,11 @@ class ScriptedServer:
                 data = reply.body.encode() if isinstance(reply.body, str) else json.dumps(reply.body).encode()
                 try:
                     self.send_response(reply.status)
-                    for name, value in {**reply.headers, "Content-Length": str(len(data))}.items():
+                    for name, value in {**reply.headers, "Content-Length": str(len(data) * (1 + reply.half))}.items():
                         self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(data)
+                    self.close_connection = self.close_connection or reply.half
                 except OSError:  # the client gave up
                     self.close_connection = True
 

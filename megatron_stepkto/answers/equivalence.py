@@ -10,7 +10,7 @@ workers start with the first pair that needs one.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import functools
 import json
 import os
 import selectors
@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from megatron_stepkto.answers import exact
+from megatron_stepkto.answers import exact, math_verify_worker
 from megatron_stepkto.base.cache import AnswerCache, content_key
+from megatron_stepkto.base.code_hash import code_hash, versions
 from megatron_stepkto.base.errors import StageFailed
 from megatron_stepkto.base.records import Label
 
 START_TIMEOUT_S = 180.0  # a cold start on a loaded machine
-RULES = 2  # raised when the same pair may get another verdict: cached ones no longer count
 NET, MIN_NET_S = 60, 60.0  # wall-clock seconds per CPU second, and at least, after which a worker counts as stuck
 
 
@@ -59,7 +59,7 @@ class _Worker:
     def __init__(self, cpu_seconds: float) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_stepkto.answers.math_verify_worker", str(os.getpid()), str(cpu_seconds)],
+            [sys.executable, "-m", math_verify_worker.__name__, str(os.getpid()), str(cpu_seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -108,6 +108,15 @@ class _Worker:
             assert file is not None
             with contextlib.suppress(BrokenPipeError):
                 file.close()
+
+
+@functools.cache
+def _algebra() -> list[Any]:
+    """All that decides a verdict beside the pair and the limit: code of this package, versions of the libraries."""
+    return [
+        code_hash(math_verify_worker.__name__, exact.__name__),
+        versions("math-verify", "latex2sympy2_extended", "sympy", "mpmath"),
+    ]
 
 
 class EquivalenceChecker:
@@ -171,7 +180,7 @@ class EquivalenceChecker:
         return [found[pair] for pair in pairs]
 
     def _key(self, pair: tuple[str, str]) -> str:
-        return content_key(importlib.metadata.version("math-verify"), RULES, self._timeout_s, *pair)
+        return content_key(_algebra(), self._timeout_s, *pair)
 
     def _cached(self, pair: tuple[str, str]) -> Verdict | None:
         known = self._cache.get(self._key(pair)) if self._cache is not None else None

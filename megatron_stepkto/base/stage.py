@@ -153,7 +153,8 @@ def run_stage(
     with exclusive_lock(lock, str(stage.directory), wait=shared, note=say) as held:
         key = stage.key()
         if (done := _begin(stage, key, force)) is not None:
-            say(f"{stage.title}: already done ({stage.directory})")
+            kept = "; nothing changed, so --force keeps it: remove the folder to redo it" if force else ""
+            say(f"{stage.title}: already done ({stage.directory}){kept}")
             return done
         if together is None:
             return _finish(stage, key, work, held, begun)
@@ -182,6 +183,11 @@ def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | N
             )
         if different:
             _clear(directory)
+            if (directory / CACHE).is_dir():
+                say(
+                    f"{stage.title}: --force keeps {directory / CACHE}, which serves where the same code asks the same "
+                    "of the same model; remove it to compute all again, as for a server whose model has new weights"
+                )
         break
     if stage.manifest_path.is_file():
         manifest = read_json(stage.manifest_path)

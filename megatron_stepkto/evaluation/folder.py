@@ -46,15 +46,18 @@ def evaluate_folder(
     else:
         write_records(asked, problems)
 
+    hashes = output / ".hashes.json"
+
     def work() -> Result:
-        evaluate_model(model, settings.name, asked, settings, output / "results")
-        return Result([output / "results" / name for name in OUTPUTS])
+        row = evaluate_model(model, settings.name, asked, settings, output / "results", hashes)
+        return Result([output / "results" / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
     key = settings.model_dump(mode="json", exclude={"sample": {"workers"}, "judge": True})
-    key["judge"] = judging_key(settings.judge)
+    key["judge"] = judging_key(settings.judge, model, hashes)
     stage = Stage(
-        f"evaluate {settings.name}", output / "results", {**key, "seed": SEED}, {"model": model, "problems": asked}
-    )
+        f"evaluate {settings.name}", output / "results", {**key, "seed": SEED}, {"model": model, "problems": asked},
+        hashes,
+    )  # fmt: skip
     run_stage(stage, work, force=force)
     return dict(read_json(output / "results" / "metrics.json"))
 

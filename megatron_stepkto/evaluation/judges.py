@@ -147,7 +147,8 @@ def judge_eval(
     flat = [(name, solution) for name, solutions in sources.items() for solution in solutions]
     made = _as_seen_by_judge([solution for _, solution in flat], tokenizer, prompt or recipe.Prompt())
     with exclusive_lock(output / ".lock", str(output)):
-        place = Workplace(output, tokenizer, 0, settings.workers, settings.timeout_s)
+        hashes = output / ".hashes.json"
+        place = Workplace(output, tokenizer, 0, settings.workers, settings.timeout_s, hashes)
         judge = process_judge(settings.process, place)
         rows: dict[str, list[Judged]] = {name: [] for name in sources}
         refused: dict[str, list[str]] = {name: [] for name in sources}
@@ -162,7 +163,7 @@ def judge_eval(
             rows[name].append(Judged(solution.labels, tuple(given)))
         report = {
             "judge": judge.name,
-            "settings": judging_key(settings),
+            "settings": judging_key(settings, tokenizer, hashes),
             "versions": package_versions(),
             "work": judge.counts(),
             "sources": [

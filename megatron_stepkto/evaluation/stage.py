@@ -14,7 +14,7 @@ from megatron_stepkto.evaluation.majority import answer_comparison
 from megatron_stepkto.evaluation.metrics import evaluation_row, problem_results
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe.keys import ModelEvaluation, Recipe
-from megatron_stepkto.sampling.draw import Drawing, Pass, read_prompts
+from megatron_stepkto.sampling.draw import Drawing, Pass, fixed_dtype, read_prompts
 from megatron_stepkto.sampling.job import Job
 
 # Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same draws.
@@ -33,6 +33,8 @@ def evaluation_drawing(
     evaluation, sampling = recipe.evaluate, recipe.sample
     if evaluation is None or sampling is None:
         raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
+    title, drawn = f"{name}: solving {evaluation.split} problems", directory / "drawn"
+    fixed = fixed_dtype(sampling, model, directory, title)
     job = Job(
         model=model,
         model_name=name,
@@ -42,16 +44,21 @@ def evaluation_drawing(
         ],
         prompts=read_prompts(problems, recipe.prompt, model),
         # no log-probs, and chunks that do not depend on the K of training
-        settings=sampling.model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
+        settings=fixed.model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
         seed=SEED,
-        directory=directory / "drawn",
+        directory=drawn,
         used_by=directory / "metrics.json",
     )
-    return Drawing(job, f"{name}: solving {evaluation.split} problems", directory / "logs")
+    return Drawing(job, title, directory / "logs")
 
 
 def evaluate_model(
-    model: Path, name: str, problems: Path, recipe: Recipe | ModelEvaluation, directory: Path
+    model: Path,
+    name: str,
+    problems: Path,
+    recipe: Recipe | ModelEvaluation,
+    directory: Path,
+    hashes: Path | None = None,
 ) -> dict[str, Any]:
     """Draw, judge and measure; leaves ``OUTPUTS`` and returns the content of metrics.json.
 
@@ -73,7 +80,7 @@ def evaluate_model(
     judged: dict[str, list[JudgedSample]] = {}
     for pass_ in drawing.job.passes:
         path = directory / f"{pass_.name}.jsonl"
-        judge_file(problems, result.paths[pass_.name], path, model, judging)
+        judge_file(problems, result.paths[pass_.name], path, model, judging, hashes=hashes)
         judged[pass_.name] = list(read_records(path, JudgedSample))
     groups: dict[str, list[JudgedSample]] = {}
     for sample in judged["sampled"]:
@@ -83,6 +90,7 @@ def evaluate_model(
         asked = list(read_records(problems, Problem))
         write_records(directory / "problems.jsonl", problem_results(asked, judged["greedy"], judged["sampled"], same))
         row = evaluation_row(name, evaluation.split, asked, judged["greedy"], judged["sampled"], same)
+    row["dtype"] = result.counts["dtype"]  # of the sampling
     write_json(directory / "metrics.json", row)
     shutil.rmtree(drawn, ignore_errors=True)  # the judged rows hold every sample
     return row

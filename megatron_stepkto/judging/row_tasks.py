@@ -7,7 +7,6 @@ stage goes on where it was, and the result does not depend on who worked when.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_stepkto.base.cache import AnswerCache, content_key
+from megatron_stepkto.base.code_hash import code_hash, versions
 from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.files import sha256_of
 from megatron_stepkto.base.progress import ProgressBar
@@ -26,7 +26,6 @@ from megatron_stepkto.steps.tokens import step_spans
 
 CHUNK = 64  # rows of one line of the cache: at most so many per worker are done again after a kill
 FEW = 1024  # rows: starting processes would take longer than the work
-PACKAGE = Path(__file__).parents[1]
 TOKENIZER_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 RowFunction = Callable[[Any], Any]
 
@@ -50,23 +49,17 @@ def _labeller(options: dict[str, Any]) -> RowFunction:
     return lambda row: rule(*row)
 
 
-_EQUATIONS = (
-    "judging/equations.py",
-    "judging/equation_context.py",
-    "judging/equation_readings.py",
-    "judging/equation_sides.py",
-)
-# what each task is made by, and the code (files, folders) that decides its results
-TASKS: dict[str, tuple[Callable[[dict[str, Any]], RowFunction], tuple[str, ...]]] = {
-    "steps": (_splitter, ("steps",)),
-    "labels": (_labeller, (*_EQUATIONS, "judging/process/rules.py", "problems/chained_arithmetic")),
+# what each task is made by, and the module whose code decides its results
+TASKS: dict[str, tuple[Callable[[dict[str, Any]], RowFunction], str]] = {
+    "steps": (_splitter, step_spans.__module__),
+    "labels": (_labeller, "megatron_stepkto.judging.process.rules"),
 }
 
 
 def tokenizer_hash(directory: Path) -> str:
     """Of the files that a tokenizer may be made of; the weights beside them do not count."""
     files = sorted(path for path in directory.iterdir() if path.suffix in TOKENIZER_SUFFIXES)
-    return content_key([[path.name, sha256_of(path)] for path in files], importlib.metadata.version("tokenizers"))
+    return content_key([[path.name, sha256_of(path)] for path in files], versions("tokenizers", "transformers"))
 
 
 def answer(function: RowFunction, row: Any) -> dict[str, Any]:
@@ -91,8 +84,8 @@ def run_task(
     Raises:
         StageFailed: a worker died; its log is named.
     """
-    make, sources = TASKS[task]
-    code = [_source_hash(PACKAGE / source) for source in sources]
+    make, module = TASKS[task]
+    code = code_hash(module)
     chunks = [list(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
     keys = [content_key(code, _kept(options), state, chunk) for chunk in chunks]
     with AnswerCache(directory / "cache" / f"{task}.jsonl") as cache, ProgressBar(title, len(rows), unit) as bar:
@@ -116,11 +109,6 @@ def run_task(
 def _kept(options: dict[str, Any]) -> dict[str, Any]:
     """Options that decide the result: a folder counts by its state, not by where it stands."""
     return {name: value for name, value in options.items() if name != "tokenizer"}
-
-
-def _source_hash(path: Path) -> str:
-    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
-    return content_key([sha256_of(file) for file in files])
 
 
 def _here(

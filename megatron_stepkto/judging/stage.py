@@ -132,11 +132,16 @@ def judge_file(
     *,
     quarantine: Path | None = None,
     seed: int = 0,
+    hashes: Path | None = None,
 ) -> dict[str, Any]:
     """Judge every sample of a file and write JudgedSample rows in the same order, all or nothing.
 
     A solution that states no answer is wrong and counted as unparsed; one whose answer cannot be compared
     is undecided (outcome null). "wrong" in the counts includes unparsed.
+
+    Args:
+        tokenizer_dir: Hugging Face folder of the model that sampled.
+        hashes: file that keeps the hashes of large folders (see ``stages.input_hash``).
 
     Returns:
         counts of samples, outcomes and steps, and "quarantined" when some were.
@@ -146,9 +151,9 @@ def judge_file(
     """
     by_id = _read_problems(problems)
     load_tokenizer(tokenizer_dir)  # a folder without one is refused before the work
-    place = Workplace(output.parent, tokenizer_dir, seed, settings.workers, settings.timeout_s)
+    place = Workplace(output.parent, tokenizer_dir, seed, settings.workers, settings.timeout_s, hashes)
     judge = process_judge(settings.process, place)
-    reward = _reward_model(by_id, problems, settings, output.parent)
+    reward = _reward_model(by_id, problems, settings, place)
     rows = list(read_records(samples, Sample, quarantine=quarantine))
     bad = _Quarantine(quarantine, samples)
     known = [row for row in rows if row.problem_id in by_id]
@@ -177,11 +182,14 @@ def judge_file(
     if not judged:
         raise UserError(f"{samples}: expected at least one good sample, all {quarantined} were bad; see {quarantine}")
     write_records(output, judged)
-    return {**_count(judged), **judge.counts(), **({"quarantined": quarantined} if quarantined else {})}
+    counts = {**_count(judged), **judge.counts()}
+    if reward is not None:
+        counts["reward_model"] = {"dtype": reward.dtype}
+    return counts | ({"quarantined": quarantined} if quarantined else {})
 
 
 def _reward_model(
-    problems: dict[str, Problem], path: Path, settings: Judging, directory: Path
+    problems: dict[str, Problem], path: Path, settings: Judging, place: Workplace
 ) -> OutcomeRewardModel | None:
     """The judge of solutions whose problem has no answer, where there is such a problem."""
     without = [problem.problem_id for problem in problems.values() if problem.answer is None]
@@ -192,7 +200,7 @@ def _reward_model(
             f"{path}: {len(without)} problems have no answer, such as {without[0]}; give answers, or name a reward "
             "model: judge.outcome: {reward_model: FOLDER, threshold: NUMBER}"
         )
-    return OutcomeRewardModel(settings.outcome, directory)
+    return OutcomeRewardModel(settings.outcome, place)
 
 
 def _score(rows: Sequence[_Labelled], reward: OutcomeRewardModel | None) -> Iterator[Outcome]:

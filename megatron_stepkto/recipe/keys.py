@@ -34,6 +34,7 @@ def _resolve(path: Path, info: ValidationInfo) -> Path:
 
 
 RecipePath = Annotated[Path, AfterValidator(_resolve)]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 class Section(BaseModel):
@@ -100,7 +101,7 @@ class Sampling(Section):
     max_tokens: int = Field(ge=1)
     workers: int = Field(1, ge=1, description="processes, each with its own engine")
     chunk_problems: int = Field(32, ge=1, description="problems in one request batch: the unit of resuming")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    dtype: Dtype = Field("auto", description="auto: of the weights; on a CPU without units for it float32")
     tensor_parallel: int = Field(1, ge=1, description="GPUs per engine")
     stall_timeout_s: float = Field(600.0, gt=0, description="an engine that makes no token for so long starts anew")
     gap_problems: int = Field(8, ge=0, description="problems whose samples carry log-probs for the trainer to compare")
@@ -129,7 +130,9 @@ class LLMJudge(Section):
     request: dict[str, Any] = Field({}, description="further keys of every request, such as chat_template_kwargs")
     concurrency: int = Field(64, ge=1, description="requests under way at a time")
     timeout_s: float = Field(600.0, gt=0, description="of one request")
-    retries: int = Field(6, ge=0, description="further attempts after a failed one")
+    max_outage_s: float = Field(1800.0, gt=0, description="how long to wait for servers none of which answers")
+    retries: int = Field(6, ge=0, description="further attempts after an answer that is not a verdict on every step")
+    reported_model: str | None = Field(None, description="the model's name in the server's answers; null: model")
 
     @model_validator(mode="after")
     def _check_votes(self) -> Self:
@@ -148,13 +151,15 @@ class PRMJudge(Section):
     wrong_below: float | None = Field(None, ge=0, le=1, description="below: wrong, up to threshold: null")
     base_url: str | None = Field(None, description="vLLM servers with --runner pooling; null: transformers, here")
     served_name: str | None = Field(None, description="the model's name at the server; null: the folder's path")
+    reported_model: str | None = Field(None, description="its name in the server's answers; null: the same")
     api_key_env: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    dtype: Dtype = Field("auto", description="auto: of the weights; on a CPU without units for it float32")
     workers: int = Field(1, ge=1, description="processes, each with the model")
     batch_tokens: int = Field(16384, ge=1, description="tokens in one forward pass")
     concurrency: int = Field(64, ge=1, description="requests under way at a time")
-    timeout_s: float = Field(600.0, gt=0)
-    retries: int = Field(6, ge=0)
+    timeout_s: float = Field(600.0, gt=0, description="of one request")
+    max_outage_s: float = Field(1800.0, gt=0, description="how long to wait for servers none of which answers")
+    retries: int = Field(6, ge=0, description="further attempts after an answer that is not one score per step")
 
     @model_validator(mode="after")
     def _check_thresholds(self) -> Self:
@@ -189,7 +194,7 @@ class RewardModel(Section):
 
     reward_model: RecipePath = Field(description="Hugging Face folder, sequence classification with one label")
     threshold: float = Field(description="logit above which a solution is right")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    dtype: Dtype = Field("auto", description="auto: of the weights; on a CPU without units for it float32")
     workers: int = Field(1, ge=1, description="processes, each with the model")
     batch_tokens: int = Field(16384, ge=1, description="tokens in one forward pass")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,27 @@ def load_tokenizer(directory: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{directory}: the tokenizer does not load ({reason}); restore its files") from None
+
+
+def tokenizer_difference(first: Path, second: Path) -> str:
+    """How the tokenizers of two Hugging Face folders differ in what token ids mean and how text becomes ids; "" where
+    they do not. Chat templates, and the special tokens that are put around a text, do not count.
+
+    Raises:
+        UserError: see ``load_tokenizer``.
+    """
+    if first.resolve() == second.resolve():
+        return ""
+    tokenizers = [load_tokenizer(folder) for folder in (first, second)]
+    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in tokenizers)
+    for token_id in sorted(ours.keys() | theirs.keys()):
+        if ours.get(token_id) != theirs.get(token_id):
+            return f"token {token_id} is {ours.get(token_id)!r} in one and {theirs.get(token_id)!r} in the other"
+    rules = [json.loads(t.backend_tokenizer.to_str()) if t.is_fast else {"model": type(t).__name__} for t in tokenizers]
+    for part in ("normalizer", "pre_tokenizer", "model", "decoder"):
+        if rules[0].get(part) != rules[1].get(part):
+            return f"same vocabulary, another {part}"
+    return ""
 
 
 def prompt_token_ids(prompt: recipe.Prompt, problem: str, tokenizer: Any) -> list[int]:

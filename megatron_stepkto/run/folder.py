@@ -63,8 +63,13 @@ class Run:
     def evaluation(self, t: int) -> Path:
         return (self.base if t == 0 else self.root) / "evaluate" / self.name(t)
 
+    @property
+    def hashes(self) -> Path:
+        """What ``stages.input_hash`` knows of large folders."""
+        return self.base / ".hashes.json"
+
     def known(self, stage: Stage) -> Stage:
-        return replace(stage, hashes=self.base / ".hashes.json")
+        return replace(stage, hashes=self.hashes)
 
     def run(
         self, stage: Stage, work: Callable[[], Result], together: Callable[[], None] | None = None

@@ -129,11 +129,12 @@ def judge_stage(run: Run, t: int) -> None:
     problems = run.base / f"iteration_{t}" / "problems" / "problems.jsonl"
     samples = run.sampled_at(t) / "sample" / "samples.jsonl"
     out = directory / "judged.jsonl"
-    settings = {"judge": judging_key(judging)}
+    model = run.model(t - 1)
+    settings = {"judge": judging_key(judging, model, run.hashes)}
 
     def work() -> Result:
         counts = judge_file(
-            problems, samples, out, run.model(t - 1), judging, quarantine=run.quarantine, seed=run.recipe.seed
+            problems, samples, out, model, judging, quarantine=run.quarantine, seed=run.recipe.seed, hashes=run.hashes
         )
         return Result([out], counts)
 
@@ -248,17 +249,18 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
         "sample": sampling.model_dump(
             mode="json", include={"backend", "max_tokens", "chunk_problems", "dtype", "tensor_parallel"}
         ),
-        "judge": judging_key(judging),
+        "judge": judging_key(judging, run.model(t), run.hashes),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
     }
 
+    inputs = (run.model(t), run.name(t), problems, run.recipe, directory)
+
     def work() -> Result:
-        evaluate_model(*inputs)
-        return Result([directory / name for name in OUTPUTS])
+        row = evaluate_model(*inputs, hashes=run.hashes)
+        return Result([directory / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
     title = f"{run.compared + ' ' if run.compared else ''}evaluate {run.name(t)}"
     stage = Stage(title, directory, settings, {"problems": problems, "model": run.model(t)})
-    inputs = (run.model(t), run.name(t), problems, run.recipe, directory)
     run.run(stage, work, together=lambda: evaluation_drawing(*inputs).draw())
     return dict(read_json(directory / "metrics.json"))
 
@@ -307,7 +309,7 @@ def prepare(run: Run) -> None:
 def prepare_all(run: Run) -> None:
     """What needs nothing but the recipe: M0, and the problems of every iteration and of the evaluation."""
     prepare(run)
-    input_hash(run.model(0), run.base / ".hashes.json")
+    input_hash(run.model(0), run.hashes)
     if run.recipe.problems.source != "imports":
         for t in range(1, run.recipe.iterations + 1):
             problems_stage(run, t)

@@ -16,8 +16,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_stepkto.base.dtypes import Choice, choose_dtype, has_gpu
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import atomic_writer, read_json, write_json
+from megatron_stepkto.base.files import atomic_writer, read_json, read_json_if_there, write_json
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import ProgressFile, Report
 from megatron_stepkto.base.records import Problem, Sample, read_records
@@ -26,7 +27,10 @@ from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
 from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 
-__all__ = ["DrawResult", "Drawing", "Pass", "PromptRow", "draw", "read_prompts", "sample_drawing"]
+__all__ = [
+    "DrawResult", "Drawing", "Pass", "PromptRow", "draw", "fixed_dtype", "read_prompts", "sample_drawing",
+    "sampling_dtype",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,32 @@ def read_prompts(problems: Path, prompt: recipe.Prompt, tokenizer_dir: Path) -> 
         PromptRow(problem_id=problem.problem_id, token_ids=prompt_token_ids(prompt, problem.problem, tokenizer))
         for problem in read_records(problems, Problem)
     ]
+
+
+def sampling_dtype(settings: recipe.Sampling, model: Path) -> Choice:
+    """The dtype that ``sample.dtype`` means on this machine."""
+    if settings.dtype != "auto":
+        return Choice(settings.dtype)
+    on_cpu = vllm_build() == "cpu" if settings.backend == "vllm" else not has_gpu()
+    return choose_dtype(settings.dtype, model, on_cpu=on_cpu)
+
+
+def fixed_dtype(settings: recipe.Sampling, model: Path, directory: Path, title: str) -> recipe.Sampling:
+    """The settings with the dtype of the job in ``directory`` in place of auto.
+
+    The process that begins the job chooses; all others, also later on another processor, take what it chose: samples
+    of two dtypes never mix. Two that begin at the same instant may differ; ``Job.owns_chunks`` then stops one.
+    """
+    if settings.dtype != "auto":
+        return settings
+    path = directory / "dtype.json"
+    begun = read_json_if_there(path)
+    if begun is None:
+        choice = sampling_dtype(settings, model)
+        choice.announce(title)
+        begun = {"dtype": choice.dtype, "reason": choice.reason}
+        write_json(path, begun)
+    return settings.model_copy(update={"dtype": begun["dtype"]})
 
 
 @dataclass(frozen=True)
@@ -113,7 +143,7 @@ def sample_drawing(
     )
     job = Job(
         model=model, model_name=model_name, passes=[pass_], prompts=read_prompts(problems, prompt, model),
-        settings=settings, seed=seed, directory=directory,
+        settings=fixed_dtype(settings, model, directory, title), seed=seed, directory=directory,
     )  # fmt: skip
     return Drawing(job, title, directory / "logs")
 
@@ -131,8 +161,8 @@ def draw(
 ) -> DrawResult:
     """Draw every pass from ``model`` with this process's workers alone; see ``Drawing``."""
     job = Job(
-        model=model, model_name=model_name, passes=list(passes), prompts=list(prompts), settings=settings,
-        seed=seed, directory=directory,
+        model=model, model_name=model_name, passes=list(passes), prompts=list(prompts),
+        settings=fixed_dtype(settings, model, directory, title), seed=seed, directory=directory,
     )  # fmt: skip
     drawing = Drawing(job, title, directory / "logs")
     drawing.draw()
@@ -297,6 +327,7 @@ def _count(job: Job, paths: dict[str, Path]) -> dict[str, Any]:
         "solutions": reasons.total(), "tokens": tokens, "empty": empty,
         "finish_reasons": dict(sorted(reasons.items())),
         "finished_share": round(reasons["stop"] / reasons.total(), 4),
+        "dtype": job.settings.dtype,
     }  # fmt: skip
 
 

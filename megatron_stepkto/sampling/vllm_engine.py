@@ -191,8 +191,7 @@ def _cpu_settings(job: Job) -> dict[str, Any]:
             f"the model has {head_dim}; set sample.backend: transformers"
         )
     kv_heads = config.get("num_key_value_heads") or heads
-    dtype = job.settings.dtype if job.settings.dtype != "auto" else config.get("dtype", "float32")
-    itemsize = 4 if dtype == "float32" else 2
+    itemsize = 4 if job.settings.dtype == "float32" else 2
     length = -(-job.max_length // BLOCK_TOKENS) * BLOCK_TOKENS
     token_bytes = 2 * config.get("num_hidden_layers", 1) * kv_heads * head_dim * itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

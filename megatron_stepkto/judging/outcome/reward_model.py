@@ -8,11 +8,11 @@ the head reads the last token. The score is the raw logit; above the recipe's th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_stepkto.base.cache import content_key
+from megatron_stepkto.base.dtypes import choose_dtype, has_gpu
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
+from megatron_stepkto.judging.process.interface import Workplace
 from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, score_job
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer
@@ -25,8 +25,8 @@ class OutcomeRewardModel:
         UserError: the model is no classifier with one label, or its tokenizer has no chat template.
     """
 
-    def __init__(self, settings: recipe.RewardModel, directory: Path) -> None:
-        self.settings, self._directory = settings, directory
+    def __init__(self, settings: recipe.RewardModel, place: Workplace) -> None:
+        self.settings, self._place = settings, place
         path = settings.reward_model
         config = read_json(path / "config.json")
         architecture = (config.get("architectures") or ["none"])[0]
@@ -41,20 +41,23 @@ class OutcomeRewardModel:
         if not self._tokenizer.chat_template:
             raise UserError(f"{path}: the reward model's tokenizer has no chat template; add the model's own")
         self.name = f"reward_model:{path.name}"
+        self.dtype: str = settings.dtype  # as asked, until the model is loaded
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """The logit of each (problem, solution)."""
         rows = [self._row(problem, text) for problem, text in pairs]
         if not rows:
             return []
-        settings = self.settings
-        key = content_key(str(settings.reward_model), settings.dtype, [row.model_dump() for row in rows])
+        settings, title = self.settings, "scoring solutions"
+        chosen = choose_dtype(settings.dtype, settings.reward_model, on_cpu=not has_gpu())
+        chosen.announce(title)
+        self.dtype = chosen.dtype
         job = PRMJob(
-            model=settings.reward_model, rows=rows, candidates=None, whole_solutions=True, dtype=settings.dtype,
-            batch_tokens=settings.batch_tokens, workers=settings.workers,
-            directory=self._directory / "cache" / f"reward-{key[:12]}",
+            model=settings.reward_model, model_hash=self._place.hash_of(settings.reward_model), rows=rows,
+            candidates=None, whole_solutions=True, dtype=chosen.dtype, batch_tokens=settings.batch_tokens,
+            workers=settings.workers, cache=self._place.directory / "cache",
         )  # fmt: skip
-        return [score for (score,) in score_job(job, self._directory / "logs", "scoring solutions")]
+        return [score for (score,) in score_job(job, self._place.directory / "logs", title)]
 
     def _row(self, problem: str, text: str) -> PRMRow:
         turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": text}]

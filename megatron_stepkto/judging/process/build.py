@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from megatron_stepkto.base.stage import input_hash
 from megatron_stepkto.judging.process.interface import ProcessJudge, Workplace
 from megatron_stepkto.judging.process.rule import RuleJudge
 from megatron_stepkto.recipe import keys as recipe
@@ -22,7 +24,7 @@ def process_judge(settings: recipe.ProcessJudge, place: Workplace) -> ProcessJud
     if isinstance(settings, recipe.PRMJudge):
         from megatron_stepkto.judging.process.prm import PRMJudge
 
-        return PRMJudge(settings, place.directory)
+        return PRMJudge(settings, place)
     if isinstance(settings, recipe.MonteCarloJudge):
         from megatron_stepkto.judging.process.monte_carlo import MonteCarloJudge
 
@@ -31,13 +33,19 @@ def process_judge(settings: recipe.ProcessJudge, place: Workplace) -> ProcessJud
 
 
 # How the work is done, not what comes out: a change of these leaves finished labels as they are.
-_HOW = {"base_url", "api_key_env", "timeout_s", "retries", "concurrency", "workers", "batch_tokens", "served_name"}
+_HOW = {
+    "base_url", "api_key_env", "timeout_s", "retries", "max_outage_s", "concurrency", "workers", "batch_tokens",
+    "served_name",
+}  # fmt: skip
 
 
-def judging_key(settings: recipe.Judging) -> dict[str, Any]:
-    """What of the section decides the labels; a prompt or a model counts by content, not by where it stands."""
-    from megatron_stepkto.base.files import sha256_of
+def judging_key(settings: recipe.Judging, sampler: Path | None = None, hashes: Path | None = None) -> dict[str, Any]:
+    """What of the section decides the labels; a prompt or a model counts by content, not by where it stands.
 
+    Args:
+        sampler: Hugging Face folder of the model that sampled.
+        hashes: file that keeps the hashes of large folders (see ``stages.input_hash``).
+    """
     key = settings.model_dump(mode="json", exclude={"workers"})
     process = {name: value for name, value in key["process"].items() if name not in _HOW}
     if isinstance(settings.process, recipe.LLMJudge):
@@ -45,15 +53,15 @@ def judging_key(settings: recipe.Judging) -> dict[str, Any]:
 
         process["prompt"] = {"sha256": template_hash(settings.process.prompt)}
     elif isinstance(settings.process, recipe.PRMJudge):
-        process["model"] = {"sha256": sha256_of(settings.process.model)}
+        process["model"] = {"sha256": input_hash(settings.process.model, hashes)}
     elif isinstance(settings.process, recipe.MonteCarloJudge):
-        if settings.process.model is not None:
-            process["model"] = {"sha256": sha256_of(settings.process.model)}
+        if (model := settings.process.model or sampler) is not None:
+            process["model"] = {"sha256": input_hash(model, hashes)}
         process["sample"] = {n: v for n, v in process["sample"].items() if n not in ("workers", "stall_timeout_s")}
     if settings.outcome is not None:
         key["outcome"] = {
             "threshold": settings.outcome.threshold,
             "dtype": settings.outcome.dtype,
-            "model": {"sha256": sha256_of(settings.outcome.reward_model)},
+            "model": {"sha256": input_hash(settings.outcome.reward_model, hashes)},
         }
     return {**key, "process": process}

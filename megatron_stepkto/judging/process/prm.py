@@ -8,6 +8,8 @@ step ends with " ки", and the language model's logits of "+" and "-" on that t
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,19 +19,25 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from megatron_stepkto.base.cache import AnswerCache, content_key
+from megatron_stepkto.base.code_hash import code_hash, versions
+from megatron_stepkto.base.dtypes import choose_dtype, has_gpu
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.processes import Child, run_children
-from megatron_stepkto.base.progress import ProgressBar, Report
+from megatron_stepkto.base.progress import ProgressBar, Report, warn
 from megatron_stepkto.base.records import Label
 from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
-from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
+from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer
 
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 QWEN_TAG, SHEPHERD_TAG = "<extra_0>", "ки"
 ROWS_PER_CHUNK = 64  # the unit of resuming
+WORKER = "megatron_stepkto.judging.process.prm_worker"  # imports torch: not here
+
+
+Scores = Sequence[float | None]  # probability of "right" of each step; None: not judged
 
 
 class PRMRow(BaseModel):
@@ -42,20 +50,29 @@ class PRMRow(BaseModel):
 
 
 class PRMJob(BaseModel):
-    """``candidates``: tokens whose logits are compared, right first; None: the model has a head of two classes, or,
-    with ``whole_solutions``, of one, and the score is its logit.
+    """Rows to score, in a folder of ``cache`` that is named by all that decides the scores.
+
+    ``model_hash`` is of the model folder's content. ``candidates``: tokens whose logits are compared, right first;
+    None: the model has a head of two classes, or, with ``whole_solutions``, of one, and the score is its logit.
     """
 
     model_config = ConfigDict(frozen=True)
 
     model: Path
+    model_hash: str
     rows: list[PRMRow]
     candidates: tuple[int, int] | None
     whole_solutions: bool = False
     dtype: str
     batch_tokens: int
     workers: int
-    directory: Path
+    cache: Path
+
+    @functools.cached_property
+    def directory(self) -> Path:
+        decides = self.model_dump(mode="json", include={"model_hash", "rows", "candidates", "whole_solutions", "dtype"})
+        key = content_key(decides, code_hash(WORKER), versions("torch", "transformers"))
+        return self.cache / f"{'reward' if self.whole_solutions else 'prm'}-{key[:12]}"
 
     def chunks(self, worker: int) -> list[int]:
         """First rows of the chunks of a worker that are not scored yet."""
@@ -132,22 +149,24 @@ def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
 
 def _child(job: PRMJob, worker: int, logs: Path) -> Child:
     command = [
-        sys.executable, "-m", "megatron_stepkto.judging.process.prm_worker",
-        str(job.directory / "job.json"), "--worker", str(worker),
+        sys.executable, "-m", WORKER, str(job.directory / "job.json"), "--worker", str(worker),
     ]  # fmt: skip
     env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return Child(command, logs / f"{job.directory.name.partition('-')[0]}-{worker}.log", env)
 
 
 class PRMJudge:
-    def __init__(self, settings: recipe.PRMJudge, directory: Path) -> None:
-        self._settings, self._directory = settings, directory
+    def __init__(self, settings: recipe.PRMJudge, place: Workplace) -> None:
+        self._settings, self._place = settings, place
         self._tokenizer = load_tokenizer(settings.model)
         self.name = f"prm:{settings.model.name}"
         self._counts: Counter[str] = Counter()
+        self._dtype: str | None = None  # a server's is its own
+        self._too_long = ""  # what the server said of the last solution that was
 
     def counts(self) -> dict[str, Any]:
-        return {"judge": dict(sorted(self._counts.items()))}
+        dtype = {"dtype": self._dtype} if self._dtype else {}
+        return {"judge": dict(sorted(self._counts.items())) | dtype}
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         make = ROWS[self._settings.convention]
@@ -162,48 +181,56 @@ class PRMJudge:
         scores = iter(self._ask(rows) if self._settings.base_url else self._run(rows))
         return [verdicts if isinstance(verdicts, UserError) else self._verdicts(next(scores)) for verdicts in judged]
 
-    def _verdicts(self, scores: Sequence[float]) -> list[Verdict]:
+    def _verdicts(self, scores: Scores) -> list[Verdict]:
         return [Verdict(self._label(score), None, score) for score in scores]
 
-    def _label(self, score: float) -> Label:
+    def _label(self, score: float | None) -> Label:
+        if score is None:
+            return None
         low = self._settings.threshold if self._settings.wrong_below is None else self._settings.wrong_below
         return 1 if score >= self._settings.threshold else 0 if score < low else None
 
     # --- transformers, in worker processes ---
 
-    def _run(self, rows: list[PRMRow]) -> list[list[float]]:
-        settings = self._settings
-        job_key = content_key(str(settings.model), settings.dtype, [row.model_dump() for row in rows])
+    def _run(self, rows: list[PRMRow]) -> list[Scores]:
+        settings, title = self._settings, "judging steps"
+        chosen = choose_dtype(settings.dtype, settings.model, on_cpu=not has_gpu())
+        chosen.announce(title)
+        self._dtype = chosen.dtype
         job = PRMJob(
-            model=settings.model, rows=rows, candidates=candidate_tokens(settings.convention, self._tokenizer),
-            dtype=settings.dtype, batch_tokens=settings.batch_tokens, workers=settings.workers,
-            directory=self._directory / "cache" / f"prm-{job_key[:12]}",
+            model=settings.model, model_hash=self._place.hash_of(settings.model), rows=rows,
+            candidates=candidate_tokens(settings.convention, self._tokenizer), dtype=chosen.dtype,
+            batch_tokens=settings.batch_tokens, workers=settings.workers, cache=self._place.directory / "cache",
         )  # fmt: skip
-        return score_job(job, self._directory / "logs", "judging steps")
+        return [*score_job(job, self._place.directory / "logs", title)]
 
     # --- a vLLM server ---
 
-    def _ask(self, rows: list[PRMRow]) -> list[list[float]]:
-        found: dict[int, list[float]] = {}
-        with AnswerCache(self._directory / "cache" / "scores.jsonl") as cache:
+    def _ask(self, rows: list[PRMRow]) -> list[Scores]:
+        found: dict[int, Scores] = {}
+        with AnswerCache(self._place.directory / "cache" / "scores.jsonl") as cache:
             run_async(self._ask_all(rows, cache, found))
         return [found[number] for number in range(len(rows))]
 
-    async def _ask_all(self, rows: list[PRMRow], cache: AnswerCache, found: dict[int, list[float]]) -> None:
+    async def _ask_all(self, rows: list[PRMRow], cache: AnswerCache, found: dict[int, Scores]) -> None:
         settings = self._settings
         name = settings.served_name or str(settings.model)
-        for number, row in enumerate(rows):
-            known = cache.get(content_key(name, row.token_ids))
+        keys = self._keys(name, rows)
+        for number, key in enumerate(keys):
+            known = cache.get(key)
             if known is not None:
                 found[number] = known
         self._counts["cached"] = len(found)
         missing = iter([number for number in range(len(rows)) if number not in found])
         assert settings.base_url is not None
-        service = Service(settings.base_url, settings.api_key_env, settings.timeout_s, settings.retries)
+        service = Service(
+            settings.base_url, name, settings.api_key_env, settings.timeout_s, settings.retries, settings.max_outage_s,
+            settings.reported_model,
+        )  # fmt: skip
         if len(found) == len(rows):
             return
         async with Client(service, self._counts) as client:
-            await client.check_model(name)
+            await client.check_model()
             with ProgressBar("judging steps", len(rows), "solutions") as bar:
                 bar.update(len(found))
 
@@ -211,21 +238,35 @@ class PRMJudge:
                     for number in missing:
                         row = rows[number]
                         body = {"model": name, "input": row.token_ids, "task": "token_classify"}
+                        scores: Scores
                         try:
                             scores = await client.post(
                                 "//pooling",
                                 body,
                                 lambda answer, row=row: read_scores(answer, len(row.positions)),  # type: ignore[misc]
                             )
-                        except (TooLong, NoAnswer) as error:
+                            cache.put(keys[number], scores)
+                        except TooLong as error:
+                            self._counts["too_long"] += 1
+                            self._too_long = str(error)
+                            scores = [None] * len(row.positions)
+                        except NoAnswer as error:
                             raise UserError(f"judge.process: solution {number} has no scores: {error}") from None
-                        cache.put(content_key(name, row.token_ids), scores)
                         found[number] = scores
                         bar.update(len(found))
 
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(settings.concurrency, len(rows) - len(found))):
                         group.create_task(worker())
+        if self._too_long:
+            warn(f"{self._counts['too_long']} of {len(rows)} solutions are too long to judge: {self._too_long}")
+
+    def _keys(self, name: str, rows: list[PRMRow]) -> list[str]:
+        """Of the scores in the cache. The server's weights are known by its model's name and, where the folder holds
+        them, by their content."""
+        model = self._place.hash_of(self._settings.model)
+        reading = inspect.getsource(read_scores)
+        return [content_key(name, model, row.model_dump(), reading) for row in rows]
 
 
 def read_scores(answer: Any, num_steps: int) -> list[float]:

@@ -78,12 +78,25 @@ def test_a_stage_runs_once_and_leaves_a_manifest(tmp_path: Path) -> None:
     assert first["versions"]["python"].startswith("3.")
 
 
-def test_force_does_not_redo_what_did_not_change(tmp_path: Path) -> None:
+def test_force_does_not_redo_what_did_not_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage = make(tmp_path, seed=1)
     work = Work(stage)
     run_stage(stage, work)
     run_stage(stage, work, force=True)
     assert work.calls == 1
+    said = f"already done ({stage.directory}); nothing changed, so --force keeps it: remove the folder to redo it\n"
+    assert said in capsys.readouterr().err
+
+
+def test_force_says_that_it_keeps_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = make(tmp_path, seed=1)
+    run_stage(stage, Work(stage))
+    (stage.directory / "cache").mkdir()
+    (stage.directory / "cache" / "verdicts.jsonl").write_text("paid for")
+    other = make(tmp_path, seed=2)
+    run_stage(other, Work(other), force=True)
+    assert (stage.directory / "cache" / "verdicts.jsonl").read_text() == "paid for"
+    assert f"sample: --force keeps {stage.directory / 'cache'}, which serves where" in capsys.readouterr().err
 
 
 def test_an_input_that_is_missing(tmp_path: Path) -> None:

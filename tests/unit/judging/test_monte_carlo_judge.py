@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Sample, read_records
-from megatron_stepkto.judging.process import Solution, Workplace, process_judge
+from megatron_stepkto.judging.process import Solution, Workplace, judging_key, monte_carlo, process_judge
 from megatron_stepkto.judging.process.monte_carlo import estimate
 from megatron_stepkto.problems.chained_arithmetic.generate import generate
 from megatron_stepkto.recipe.keys import Judging
@@ -97,3 +100,93 @@ def test_what_rollouts_need(repository: Path, tmp_path: Path) -> None:
     assert isinstance(verdict, UserError) and "need the problem's answer" in str(verdict)
     with pytest.raises(UserError, match="need the prompt's tokens"):
         judge.judge([Solution("s", one.problem, one.text, one.steps, (), one.token_ids)])
+
+
+def test_rollouts_are_kept_for_all_that_decides_them(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another completing model, new weights under the same path, another seed, dtype, code or engine draws again."""
+    own = repository / "recipes" / "mini_cpu_m0"
+    model = tmp_path / "model"
+    shutil.copytree(own, model)
+    (given,) = solutions(own, 1)
+
+    def folder(seed: int = 3, sampler: Path = own, **changes: Any) -> Path:
+        """Where the rollouts stand."""
+        found: list[Path] = []
+
+        def draw(*arguments: Any, title: str) -> Any:
+            found.append(arguments[6])
+            raise UserError("far enough")
+
+        monkeypatch.setattr(monte_carlo, "draw", draw)
+        with pytest.raises(UserError, match="far enough"):
+            process_judge(judging(**changes).process, Workplace(tmp_path, sampler, seed)).judge([given])
+        return found[0]
+
+    first = folder(model=str(model))
+    assert first == folder() == folder(model=str(model), threshold=0.5)  # equal content
+    different = {first, folder(seed=4), folder(backend="vllm")}
+    weights = load_file(model / "model.safetensors")
+    name = min(weights)
+    save_file(weights | {name: weights[name] + 1}, model / "model.safetensors", {"format": "pt"})
+    assert folder() == first
+    different |= {folder(model=str(model)), folder(sampler=model)}
+    assert folder(model=str(model)) == folder(sampler=model) == folder(model=str(model))
+    monkeypatch.setattr(monte_carlo, "code_hash", lambda *modules: "other code")
+    different.add(folder())
+    monkeypatch.setattr(monte_carlo, "engine_versions", lambda: {"torch": "0"})
+    different.add(folder())
+    assert len(different) == 6
+
+
+def test_the_stage_key_holds_the_completing_model(repository: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(repository / "recipes" / "mini_cpu_m0", model)
+    before = judging_key(judging(), model)
+    assert before == judging_key(judging(), repository / "recipes" / "mini_cpu_m0")
+    (model / "model.safetensors").write_bytes(b"other weights")
+    assert judging_key(judging(), model) != before
+
+
+def retokenised(source: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the model whose tokenizer.json is changed."""
+    shutil.copytree(source, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for key, change in changes.items():
+        content[key] = change(content[key])
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_model_with_another_tokenizer_is_refused(repository: Path, tmp_path: Path) -> None:
+    """Its ids would be other text: all that it completes would be judged wrong, or right by chance."""
+    own = repository / "recipes" / "mini_cpu_m0"
+
+    def swapped(model: dict[str, Any]) -> dict[str, Any]:
+        vocab = dict(model["vocab"])
+        vocab["7"], vocab["8"] = vocab["8"], vocab["7"]
+        return {**model, "vocab": vocab}
+
+    def longer(model: dict[str, Any]) -> dict[str, Any]:
+        return {**model, "vocab": model["vocab"] | {"zebra": len(model["vocab"])}}
+
+    def build(model: Path) -> None:
+        process_judge(judging(model=str(model)).process, Workplace(tmp_path, own))
+
+    build(own)
+    same = retokenised(own, tmp_path / "same")
+    config = json.loads((same / "tokenizer_config.json").read_text())
+    (same / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages }}"}))
+    build(same)
+    for name, changes, said in (
+        ("swapped", {"model": swapped}, r"token \d+ is '[78]' in one and '[78]' in the other"),
+        ("longer", {"model": longer}, "is None in one and 'zebra' in the other"),
+        (
+            "decoder",
+            {"decoder": lambda _: {"type": "WordPiece", "prefix": "##", "cleanup": False}},
+            "same vocabulary, another decoder",
+        ),
+    ):
+        with pytest.raises(UserError, match=rf"judge\.process\.model: .*{name} would read .*{said}"):
+            build(retokenised(own, tmp_path / name, **changes))

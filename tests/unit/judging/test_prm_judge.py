@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from transformers import (
     Qwen2Model,
 )
 
+from megatron_stepkto.base import dtypes
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, Step
+from megatron_stepkto.judging.process import Workplace, prm
+from megatron_stepkto.judging.process import client as clients
 from megatron_stepkto.judging.process.interface import Solution
-from megatron_stepkto.judging.process.prm import PRMJudge, math_shepherd_row, qwen_math_prm_row, read_scores
+from megatron_stepkto.judging.process.prm import PRMJob, PRMJudge, math_shepherd_row, qwen_math_prm_row, read_scores
 from megatron_stepkto.judging.process.prm_worker import batches
 from megatron_stepkto.recipe.keys import PRMJudge as Settings
 from tests.scripted_server import Reply, ScriptedServer
@@ -104,7 +108,7 @@ def shepherd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def judge(model: Path, work: Path, **changes: Any) -> PRMJudge:
     options = {"kind": "prm", "model": str(model), "dtype": "float32", "batch_tokens": 600, **changes}
-    return PRMJudge(Settings.model_validate(options), work)
+    return PRMJudge(Settings.model_validate(options), Workplace(work))
 
 
 def qwen_reference(model: Path, solutions: list[Solution]) -> list[list[float]]:
@@ -172,6 +176,47 @@ def test_scores_are_those_of_an_independent_forward_pass(
     assert len(chunks) == 2 and chunks[0].stat().st_mtime_ns == times[0] and chunks[1].stat().st_mtime_ns > times[1]
 
 
+def test_new_weights_under_the_same_path_give_new_scores(qwen: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(qwen, model)
+    old = qwen_reference(model, SOLUTIONS[:3])
+    judge(model, tmp_path, convention="qwen_math_prm").judge(SOLUTIONS[:3])
+    weights = load_file(model / "model.safetensors")
+    weights["score.2.weight"] = weights["score.2.weight"].flip(0)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    new = qwen_reference(model, SOLUTIONS[:3])
+    given = judge(model, tmp_path, convention="qwen_math_prm").judge(SOLUTIONS[:3])
+    assert [[v.score for v in row] for row in given] == [pytest.approx(row, abs=1e-5) for row in new]  # type: ignore[union-attr]
+    assert abs(old[0][0] - new[0][0]) > 0.01
+    assert len(list((tmp_path / "cache").glob("prm-*"))) == 2
+
+
+def test_auto_is_float32_where_the_processor_lacks_bfloat16(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(qwen, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    (tmp_path / "cpuinfo").write_text("flags\t: avx2\n")
+    monkeypatch.setattr(dtypes, "CPUINFO", tmp_path / "cpuinfo")
+    jobs: list[PRMJob] = []
+
+    def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
+        jobs.append(job)
+        return [[0.5] * len(row.positions) for row in job.rows]
+
+    monkeypatch.setattr(prm, "score_job", score_job)
+    asked = judge(model, tmp_path, convention="qwen_math_prm", dtype="auto")
+    asked.judge(SOLUTIONS[:2])
+    assert jobs[0].dtype == "float32" and asked.counts() == {"judge": {"dtype": "float32"}}
+    assert "judging steps: dtype auto is float32: this processor has no units for bfloat16" in capsys.readouterr().err
+    (tmp_path / "cpuinfo").write_text("flags\t: avx2 avx512_bf16\n")
+    judge(model, tmp_path, convention="qwen_math_prm", dtype="auto").judge(SOLUTIONS[:2])
+    assert jobs[1].dtype == "bfloat16"
+    assert jobs[1].directory != jobs[0].directory  # scores of two dtypes never mix
+
+
 def test_conventions_as_the_model_cards_have_them(qwen: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(qwen)
     row = qwen_math_prm_row(SOLUTIONS[2], tokenizer)
@@ -223,3 +268,34 @@ def test_a_pooling_server_gets_token_ids(qwen: Path, tmp_path: Path) -> None:
         assert set(server.paths) == {"/pooling"} and len(server.requests) == 3
         judge(qwen, tmp_path, **changes).judge(SOLUTIONS[:3])
         assert len(server.requests) == 3
+        # the folder beside the server holds other weights: the server's may be others, too
+        model = tmp_path / "model"
+        shutil.copytree(qwen, model)
+        (model / "more.safetensors").write_bytes(b"1")
+        judge(model, tmp_path, **changes).judge(SOLUTIONS[:3])
+        assert len(server.requests) == 6
+
+
+def test_a_pooling_server_is_waited_for_and_a_solution_too_long_for_it_is_not_judged(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "FIRST_PAUSE_S", 0.01)
+    tag = PreTrainedTokenizerFast.from_pretrained(qwen).convert_tokens_to_ids("<extra_0>")
+
+    def script(body: dict[str, Any], number: int) -> Reply:
+        if number < 5:
+            return Reply("loading", 503)
+        steps = body["input"].count(tag)
+        if steps == 3:
+            return Reply("This model's maximum context length is 90 tokens", 400)
+        return Reply({"model": "judge", "data": [{"data": [[0.25, 0.75]] * steps}]})
+
+    with ScriptedServer(script) as server:
+        changes = {"convention": "qwen_math_prm", "base_url": server.url, "served_name": "judge", "retries": 0}
+        asked = judge(qwen, tmp_path, **changes)
+        verdicts = asked.judge(SOLUTIONS[:4])
+        assert [[(v.label, v.score) for v in row] for row in verdicts] == [  # type: ignore[union-attr]
+            [(1, 0.75)], [(1, 0.75)] * 2, [(None, None)] * 3, [(1, 0.75)],
+        ]  # fmt: skip
+    assert asked.counts() == {"judge": {"cached": 0, "status_503": 5, "too_long": 1}}
+    assert len((tmp_path / "cache" / "scores.jsonl").read_text().splitlines()) == 3

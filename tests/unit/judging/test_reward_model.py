@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from megatron_stepkto.answers import equivalence
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.base.cache import AnswerCache
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, write_records
+from megatron_stepkto.judging.outcome import reward_model
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
+from megatron_stepkto.judging.process import Workplace, prm
+from megatron_stepkto.judging.process.prm import PRMJob
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.keys import Judging
@@ -88,8 +93,38 @@ def test_workers_and_batches_change_no_score(tmp_path: Path) -> None:
     found = []
     for name, batch_tokens in (("one", 1), ("all", 10_000)):
         model = recipe.RewardModel(reward_model=path, threshold=0, dtype="float32", batch_tokens=batch_tokens)
-        found.append(OutcomeRewardModel(model, tmp_path / name).scores(pairs))
+        found.append(OutcomeRewardModel(model, Workplace(tmp_path / name)).scores(pairs))
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_scores_are_kept_for_all_that_decides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path)
+    path = write_reward_model(folder)
+    jobs: list[PRMJob] = []
+
+    def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
+        jobs.append(job)
+        return [[0.0]] * len(job.rows)
+
+    monkeypatch.setattr(reward_model, "score_job", score_job)
+
+    def kept_in(text: str = RIGHT, **changes: Any) -> Path:
+        reward = recipe.RewardModel(reward_model=path, **{"threshold": 0, "dtype": "float32", **changes})
+        OutcomeRewardModel(reward, Workplace(tmp_path)).scores([(PROBLEM.problem, text)])
+        return jobs[-1].directory
+
+    first = kept_in()
+    assert first == kept_in(threshold=1, workers=3)
+    different = {first, kept_in(WRONG), kept_in(dtype="bfloat16")}
+    assert kept_in(dtype="auto") == first  # of float32 weights
+    weights = load_file(path / "model.safetensors")
+    save_file(weights | {"score.weight": -weights["score.weight"]}, path / "model.safetensors", {"format": "pt"})
+    different.add(kept_in())
+    monkeypatch.setattr(prm, "code_hash", lambda *modules: "other code")
+    different.add(kept_in())
+    monkeypatch.setattr(prm, "versions", lambda *packages: {"torch": "0"})
+    different.add(kept_in())
+    assert len(different) == 6
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
@@ -110,7 +145,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
         judge(settings(path, 0))
 
 
-def test_an_interrupted_stage_decides_no_pair_twice(tmp_path: Path) -> None:
+def test_an_interrupted_stage_decides_no_pair_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache keeps computer algebra's verdicts; a second checker with it starts no process."""
     pairs = [(r"\sqrt{8}", r"2\sqrt{2}"), ("x+1", "x+2"), ("5", "5.0"), ("9^{9^{9^9}}", "5")]
     path = tmp_path / "answers.jsonl"
@@ -126,4 +161,14 @@ def test_an_interrupted_stage_decides_no_pair_twice(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert second[:2] == first[:2]
     assert len(path.read_text().splitlines()) == 3
+    # the verdict of other code, or of another version of a library, is not this one's
+    stale = path.read_text().replace('"verdict": "wrong"', '"verdict": "right"')
+    path.write_text(stale)
+    with AnswerCache(path) as cache, EquivalenceChecker(1, 1.0, cache) as checker:
+        assert checker.check_many(pairs[1:2])[0].verdict == "right"
+    for change in (["other code", equivalence._algebra()[1]], [equivalence._algebra()[0], {"sympy": "0"}]):
+        monkeypatch.setattr(equivalence, "_algebra", lambda change=change: change)
+        with AnswerCache(path) as cache, EquivalenceChecker(1, 1.0, cache) as checker:
+            assert checker.check_many(pairs[1:2])[0].verdict == "wrong"
+        monkeypatch.undo()
     assert all(json.loads(line)["value"]["how"] in ("math-verify", "timeout") for line in path.open())

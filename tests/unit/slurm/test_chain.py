@@ -253,6 +253,20 @@ def test_the_jobs_own_server_is_started_where_nobody_listens(site: Path, tmp_pat
     assert '"GET /v1/models HTTP/1.1" 200' in (tmp_path / "server.log").read_text()
 
 
+def test_a_step_does_not_outlive_the_jobs_own_server(site: Path, tmp_path: Path) -> None:
+    """The judge would wait for a server that nobody starts again; the job ends it and goes back into the queue."""
+    script = (
+        "sleep 1 & SERVER_PID=$! SERVER_LOG=$RUN/server.log\n"
+        "make_step() { STEP=(bash -c 'trap \"exit 143\" TERM; for _ in {1..300}; do sleep 0.1; done'); }\n"
+        "launch sample 1 stepkto judge\n"
+    )
+    code, log, asked = act(site, tmp_path, script)
+    assert code == 143
+    assert "error: the judge server has ended; its log:" in log
+    assert "=== judge_1: failed (1 of 3), exit code 1\n" in log
+    assert asked == ["scontrol requeue 7"]
+
+
 CANCELLED = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 ***"
 
 

@@ -1,0 +1,72 @@
+"""The code that decides a cached value, as a part of the value's key: new code must not give an old label."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.metadata
+from pathlib import Path
+
+import megatron_stepkto
+from megatron_stepkto.base.cache import content_key
+from megatron_stepkto.base.files import sha256_of
+
+PACKAGE = megatron_stepkto.__name__
+ROOT = Path(megatron_stepkto.__file__).parent
+# They read, write, start and report, whatever the value: a change in them must not cost hours of finished work.
+PLUMBING = (f"{PACKAGE}.base", f"{PACKAGE}.recipe.keys")
+
+
+@functools.cache
+def code_hash(*modules: str) -> str:
+    """Hash of the source of modules of this package, and of all modules of it that they import, at any depth.
+
+    Args:
+        modules: dotted names.
+    """
+    sources: dict[str, Path] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name not in sources:
+            sources[name] = _source(name)
+            waiting += _imports(sources[name])
+    return content_key(sorted([name, sha256_of(path)] for name, path in sources.items()))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of installed packages that decide a value.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: one is not installed.
+    """
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def _source(module: str) -> Path:
+    found = _find(module)
+    if found is None:
+        raise ModuleNotFoundError(f"{module}: expected a module of {PACKAGE}")
+    return found
+
+
+def _find(module: str) -> Path | None:
+    head, *rest = module.split(".")
+    path = ROOT.joinpath(*rest)
+    candidates = (path.with_suffix(".py"), path / "__init__.py") if rest else (path / "__init__.py",)
+    return next((file for file in candidates if head == PACKAGE and file.is_file()), None)
+
+
+def _imports(source: Path) -> list[str]:
+    """Modules of this package that a file names in its imports, also in those inside of functions."""
+    found = []
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            named = [[alias.name] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # a name may be a module or something in one
+            named = [[f"{node.module}.{alias.name}", node.module] for alias in node.names]
+        else:
+            continue
+        found += [next((name for name in names if _find(name)), None) for names in named]
+    return [name for name in found if name is not None and not f"{name}.".startswith(tuple(f"{p}." for p in PLUMBING))]

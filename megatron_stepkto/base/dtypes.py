@@ -1,0 +1,67 @@
+"""``dtype: auto``: the number format in which a model computes on this machine, chosen before it is loaded.
+
+On a GPU the engine chooses. On a CPU it is the format of the weights where the processor has units for it, else
+float32: without such units bfloat16 is emulated, at a third of float32's speed or less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.progress import say
+
+# flags of /proc/cpuinfo (of x86 processors, then of Arm's); one of them says that there are units for the format
+UNITS = {
+    "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``dtype``: float32, bfloat16, float16, or auto where the engine chooses. ``reason`` is empty where none was
+    needed."""
+
+    dtype: str
+    reason: str = ""
+
+    def announce(self, title: str) -> None:
+        if self.reason:
+            say(f"{title}: dtype auto is {self.dtype}: {self.reason}")
+
+
+def cpu_flags(cpuinfo: Path | None = None) -> set[str]:
+    """Features that all processors of this machine have; empty where nothing says so."""
+    path = cpuinfo or CPUINFO
+    if not path.is_file():
+        return set()
+    lines = (line.partition(":") for line in path.read_text(errors="replace").splitlines())
+    found = [set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")]
+    return set.intersection(*found) if found else set()
+
+
+def has_gpu() -> bool:
+    import torch  # seconds to import
+
+    return torch.cuda.is_available()
+
+
+def choose_dtype(asked: str, model: Path, *, on_cpu: bool) -> Choice:
+    """The dtype to load a model with.
+
+    Args:
+        asked: as the recipe has it.
+        model: Hugging Face folder; its config.json names the format of the weights.
+    """
+    if asked != "auto" or not on_cpu:
+        return Choice(asked)
+    config = read_json(model / "config.json")
+    weights = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if weights == "float32":
+        return Choice("float32", "the format of the weights")
+    if UNITS.get(weights, set()) & cpu_flags():
+        return Choice(weights, "the format of the weights, for which this processor has units")
+    return Choice("float32", f"this processor has no units for {weights}, the format of the weights")
