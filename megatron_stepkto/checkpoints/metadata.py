@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json_object
-from megatron_stepkto.checkpoints.unpickling import Allowed, Refused, RestrictedUnpickler, read_plain
+from megatron_stepkto.checkpoints.unpickling import Allowed, RestrictedUnpickler, blame, read_plain
 
 _DCP = "torch.distributed.checkpoint"
 
@@ -91,12 +91,10 @@ def read_metadata(directory: Path) -> Metadata:
             f"{directory}: expected a Megatron torch_dist checkpoint (a folder with .metadata), "
             "found none; convert a Hugging Face folder with tools/hf_to_megatron.py"
         ) from None
-    except Refused as error:
-        raise UserError(f"{path}: refused: {error}, which no checkpoint needs; do not load this folder") from None
     except OSError:
         raise
     except Exception as error:  # what the bytes of a damaged pickle ask for can fail in any way
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); write the checkpoint again") from None
+        raise UserError(f"{path}: {blame(error)}") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path}: expected checkpoint metadata, got {type(metadata).__name__}")
     try:

@@ -1,8 +1,8 @@
 """Pickles of a checkpoint folder become objects here and nowhere else, and only objects of a list.
 
-A pickle names functions, and whoever loads it calls them: a folder that holds one can run anything. A ``torch_dist``
-checkpoint is pickles throughout: ``.metadata`` is one, ``common.pt`` and every entry of a ``.distcp`` file hold one, and
-Transformer Engine keeps a further one, as bytes, inside of the entries ``_extra_state``.
+A pickle names functions, and its reader calls them: a folder that holds one can run anything. A ``torch_dist``
+checkpoint consists of pickles: ``.metadata`` is one, ``common.pt`` and every entry of a ``.distcp`` file hold one, and
+Transformer Engine keeps another, as bytes, inside the entries ``_extra_state``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -71,18 +72,22 @@ def read_plain(path: Path) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(f"{path}: expected a file that torch.save wrote, found none") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused: {first_line(error)}; do not load this folder") from None
     # RuntimeError: what torch's reader of archives raises; the others come of a pickle that is damaged
-    except (zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({first_line(error)}); write the checkpoint again") from None
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, ValueError,
+            AttributeError) as error:  # fmt: skip
+        raise UserError(f"{path}: {blame(error)}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """What is wrong with a file, without torch's advice on how to load it all the same."""
+_ASKED = re.compile(r"(?:it asks for|(?i:unsupported global): GLOBAL|unsupported GLOBAL) (\S+)")
+
+
+def blame(error: BaseException) -> str:
+    """What a loader found wrong with a file, and what to do; without torch's advice on how to load it all the same."""
     text = str(error)
-    asked = text.partition("Unsupported global: GLOBAL ")[2].partition(" ")[0]
-    return f"it asks for {asked}" if asked else f"{type(error).__name__}: {text.partition(chr(10))[0]:.200}"
+    if isinstance(error, pickle.UnpicklingError) and (asked := _ASKED.search(text)):
+        return f"refused: it asks for {asked[1]}, which no checkpoint needs; do not load this folder"
+    first = text.partition("\n")[0]
+    return f"damaged, or not of this model ({type(error).__name__}: {first:.200}); write the checkpoint again"
 
 
 @contextlib.contextmanager
@@ -134,12 +139,10 @@ _LAYER_STATE: Allowed = {
     ("torch._utils", "_rebuild_tensor_v2"): None,
     ("torch.storage", "_load_from_bytes"): load_plain,  # torch's own loads a tensor's bytes without any limit
     **dict.fromkeys(
-        (
-            (_TE, name)
-            for name in (
-                *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
-                *("Format", "_FormatHelper", "MMParams", "QParams", "_OverrideLinearPrecision"),
-            )
+        (_TE, name)
+        for name in (
+            *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
+            *("Format", "_FormatHelper", "MMParams", "QParams", "_OverrideLinearPrecision"),
         )
     ),
     ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"): None,
@@ -161,10 +164,6 @@ def plain_layer_state(state: Any, where: str) -> Any:
         return state  # None, or an archive (io.BytesIO) that Transformer Engine gives to torch.load
     try:
         found = RestrictedUnpickler(io.BytesIO(state.numpy().tobytes()), _LAYER_STATE).load()
-    except Refused as error:
-        raise UserError(
-            f"{where}: refused: {error}, which no state of Transformer Engine's needs; do not load this folder"
-        ) from None
     except Exception as error:  # what the bytes of a damaged pickle ask for can fail in any way
-        raise UserError(f"{where}: damaged ({type(error).__name__}: {error}); write the checkpoint again") from None
+        raise UserError(f"{where}: {blame(error)}") from None
     return torch.frombuffer(bytearray(pickle.dumps(found)), dtype=torch.uint8)

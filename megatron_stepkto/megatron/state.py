@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.metadata import check_format, read_metadata
-from megatron_stepkto.checkpoints.unpickling import plain_layer_state, plain_objects_only
+from megatron_stepkto.checkpoints.unpickling import blame, plain_layer_state, plain_objects_only
 from megatron_stepkto.megatron import patches as cpu
 from megatron_stepkto.megatron.acceleration import Acceleration
 from megatron_stepkto.megatron.main_weights import load_main_weights, optimizer_parts, whole_main_weights
@@ -218,6 +218,9 @@ class Checkpoints:
         dist.barrier()
 
 
+_DAMAGE = (CheckpointingException, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
+
+
 @contextlib.contextmanager
 def _damage_named(directory: Path) -> Iterator[None]:
     """Turn what Megatron's and torch's loaders say of a folder that is not as it was written into a UserError.
@@ -230,21 +233,12 @@ def _damage_named(directory: Path) -> Iterator[None]:
         return
     except CheckpointException as error:  # torch's: what each rank raised
         faults = [fault for fault, _ in error.failures.values()]
-    except (
-        CheckpointingException,
-        pickle.UnpicklingError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
+    except _DAMAGE as error:
         faults = [error]
     for fault in faults:
         if isinstance(fault, UserError | OSError | MemoryError | torch.OutOfMemoryError):
             raise fault from None
-    raise UserError(
-        f"{directory}: damaged, or no checkpoint of this model ({first_line(faults[0])}); write it again"
-    ) from None
+    raise UserError(f"{directory}: {blame(faults[0])}") from None
 
 
 def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> list[str]:
@@ -266,9 +260,9 @@ def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> lis
 
 
 def _take_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Take out of ``state`` what Transformer Engine's modules keep beside their weights (scales of delayed FP8), but for
-    what ``known`` holds: a checkpoint that other layers wrote, or a conversion, lacks it, and other layers do not read
-    it. Returns the (part, name) of each."""
+    """Take out of ``state`` what Transformer Engine's modules keep beside their weights (scales of delayed FP8) and is
+    not in ``known``: a checkpoint that other layers wrote, or a conversion, lacks it, and other layers do not read it.
+    Returns the (part, name) of each."""
     unread = [
         (part, name)
         for part, weights in state.items()
