@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from megatron_stepkto.base.errors import UserError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from pydantic import BaseModel, ValidationError
 
 
 @contextlib.contextmanager
@@ -122,13 +123,17 @@ def _check_shape(path: Path, found: Any, shape: type[BaseModel]) -> None:
     try:
         shape.model_validate(found)
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"]))
-        got = "" if fault["type"] == "missing" else f", got {_kind(fault['input'])}"
-        raise UserError(
-            f"{path}: damaged: {where or 'all of it'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}{got}; "
-            "restore the file, or remove it with the folder that it describes"
-        ) from None
+        raise UserError(f"{path}: damaged: {describe(error)}; restore the file, or remove its folder") from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem of a pydantic error, as one clause: where, what was expected, what came."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "record"
+    quiet = first["type"] in ("missing", "extra_forbidden") or hasattr(first.get("input"), "keys")
+    shown = "" if quiet else f", got {first.get('input')!r:.60}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}{more}"
 
 
 def _kind(value: Any) -> str:
@@ -150,6 +155,12 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def numbered(folder: Path, prefix: str) -> list[Path]:
+    """``iteration_1``, ``iteration_2``, ..., ``iteration_10`` in the order of their numbers."""
+    found = [(re.fullmatch(rf"{prefix}(\d+)", path.name), path) for path in folder.glob(f"{prefix}*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
 def flush(path: Path) -> None:
     """Write a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -169,10 +180,15 @@ def flush_tree(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, or of a directory's sorted (relative name, SHA-256) list; hidden files do not count."""
+    """SHA-256 of a file, or of a directory's sorted (relative name, SHA-256) list.
+
+    Hidden files do not count (locks, drafts, what a desktop leaves), except a checkpoint's ``.metadata``: it says which
+    bytes are which weight.
+    """
     if path.is_dir():
         digest = hashlib.sha256()
-        for inner in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        counted = (p for p in path.rglob("*") if not p.name.startswith(".") or p.name == ".metadata")
+        for inner in sorted(p for p in counted if p.is_file()):
             digest.update(f"{inner.relative_to(path)}\0{sha256_of(inner)}\n".encode())
         return digest.hexdigest()
     with path.open("rb") as file:
