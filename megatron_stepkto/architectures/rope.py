@@ -144,6 +144,8 @@ def read_rope(hf: Mapping[str, Any], default_base: float) -> Rope:
     missing = {"llama3": _KEYS["llama3"], "yarn": {"factor"}}.get(kind, set()) - set(rope)
     if missing:
         raise UserError(f"config.json: {block}: RoPE type {kind} needs {', '.join(sorted(missing))}")
+    if not isinstance(rope.get("truncate"), bool | None):
+        raise UserError(f"config.json: {block}: truncate = {rope['truncate']!r:.80}: expected true or false")
     for key in sorted({"rope_theta", *_KEYS[kind]} - {"truncate"}):
         check_number(rope, key, f"config.json: {block}")
     # transformers 5 writes rope_theta inside rope_parameters, older versions beside it

@@ -14,7 +14,8 @@ from megatron_stepkto.architectures.families import find_architecture
 from megatron_stepkto.architectures.mapping import Entry
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json, write_json
+from megatron_stepkto.base.files import write_json
+from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.base.progress import warn
 from megatron_stepkto.base.whole_folder import whole_folder
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
@@ -53,9 +54,7 @@ class Converted:
 
 def read_model_config(directory: Path) -> tuple[ModelConfig, list[Entry]]:
     """Config and weight mapping of a Hugging Face folder (or of a Megatron folder's companions)."""
-    hf_config = read_json(directory / "config.json")
-    if not isinstance(hf_config, dict):
-        raise UserError(f"{directory / 'config.json'}: expected a JSON object, got {type(hf_config).__name__}")
+    hf_config = read_config(directory)
     architecture = find_architecture(hf_config, str(directory / "config.json"))
     try:
         config = architecture.read_config(hf_config)
@@ -83,7 +82,7 @@ class HFSide:
         faults = [*self._name_faults(), *self._tensor_faults(one_dtype), *self._tied_faults()]
         if faults:
             raise UserError(f"{directory}: the weights are not those of its config.json; " + "; ".join(faults))
-        if "auto_map" in read_json(directory / "config.json"):
+        if "auto_map" in read_config(directory):
             warn(
                 f"{directory / 'config.json'}: auto_map names code of the model's author: it is neither run nor copied"
             )

@@ -249,7 +249,7 @@ def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> lis
             if not isinstance(asked, ShardedTensor) or (entry := known.get(asked.key)) is None:
                 continue
             if not isinstance(entry, TensorStorageMetadata):
-                found.append(f"{asked.key} is no tensor")
+                found.append(f"{asked.key} is not a tensor")
                 continue
             shape, expected = tuple(entry.size), tuple(asked.global_shape)
             # Embedding and head may be padded with rows here and there, each to a size of its own.

@@ -99,6 +99,9 @@ def sample_stage(run: Run, t: int) -> None:
 
     @functools.cache
     def drawing() -> Drawing:
+        from megatron_stepkto.checkpoints.convert import HFSide
+
+        HFSide(model, one_dtype=False)  # it will be trained on what is drawn
         return sample_drawing(
             model,
             run.name(t - 1),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_stepkto.base.cache import content_key
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, score_job
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer
@@ -28,7 +28,7 @@ class OutcomeRewardModel:
     def __init__(self, settings: recipe.RewardModel, directory: Path) -> None:
         self.settings, self._directory = settings, directory
         path = settings.reward_model
-        config = read_json(path / "config.json")
+        config = read_config(path)
         architecture = (config.get("architectures") or ["none"])[0]
         # transformers writes the labels only where there are not two
         num_labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)

@@ -19,14 +19,13 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
+from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.unpickling import plain_layer_state, plain_objects_only, read_plain
 from megatron_stepkto.evaluation.scorers import _one_rank
-from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
+from megatron_stepkto.megatron.acceleration import Acceleration
 from megatron_stepkto.megatron.engine import Engine
-from megatron_stepkto.recipe import keys as recipe
-from tests.unit.checkpoint_folders import copy, refusal
+from tests.unit.checkpoint_folders import copy, load_in_megatron, refusal, training_settings
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="cpu.install() lasts as long as the process: not beside GPU tests"
@@ -66,20 +65,6 @@ def plant(folder: Path, data: bytes, part: str) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def settings() -> recipe.Training:
-    keys = {"parallel": {"distributed_optimizer": True}, "optimizer": {"lr": 0.01}, "global_batch_size": 1}
-    return recipe.Training.model_validate({**keys, "device": "cpu"})
-
-
-def load(folder: Path, acceleration: Acceleration = PLAIN) -> None:
-    """As a rank loads the weights to train."""
-    config, _ = read_model_config(folder / COMPANIONS)
-    with _one_rank(torch.device("cpu")):
-        engine = Engine(config, settings(), torch.device("cpu"), train=False)
-        engine.checkpoints._acceleration = acceleration  # of layers that read their states, or not
-        engine.checkpoints.load_weights(folder)
-
-
 # --- what Megatron-Core loads ---------------------------------------------------------------------------------
 
 
@@ -93,11 +78,11 @@ def test_a_layers_state(models: dict[str, Path], tmp_path: Path, form: str) -> N
         "older archive in it": [io.BytesIO(saved({"scale_fwd": Payload(marker)}))],
     }
     plant(folder, saved(forms[form]), "_extra_state")
-    load(folder)  # local layers have no states: what is there is not read
+    load_in_megatron(folder)  # local layers have no states: what is there is not read
     if form == "older archive in it":  # local layers ignore a state; see below for what Transformer Engine does with it
-        load(folder, WITH_STATES)
+        load_in_megatron(folder, WITH_STATES)
     else:
-        said = refusal(lambda: load(folder, WITH_STATES))
+        said = refusal(lambda: load_in_megatron(folder, WITH_STATES))
         assert said.startswith(f"{folder}")
         assert "it asks for posix.system" in said
     assert not marker.exists()
@@ -107,7 +92,7 @@ def test_a_tensor(models: dict[str, Path], tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     folder = copy(models["megatron"], tmp_path / "megatron")
     plant(folder, saved(Payload(marker)), "final_layernorm")
-    assert "it asks for posix.system" in refusal(lambda: load(folder))
+    assert "it asks for posix.system" in refusal(lambda: load_in_megatron(folder))
     assert not marker.exists()
 
 
@@ -116,7 +101,7 @@ def test_common_state(models: dict[str, Path], tmp_path: Path, monkeypatch: pyte
     marker = tmp_path / "ran"
     folder = copy(models["megatron"], tmp_path / "megatron")
     (folder / "common.pt").write_bytes(saved({"iteration": Payload(marker)}))
-    said = refusal(lambda: load(folder))
+    said = refusal(lambda: load_in_megatron(folder))
     asks = "refused: it asks for posix.system, which no checkpoint needs; do not load this folder"
     assert said == f"{folder / 'common.pt'}: {asks}"
     assert not marker.exists()
@@ -136,7 +121,7 @@ def test_resuming(models: dict[str, Path], tmp_path: Path) -> None:
     config, _ = read_model_config(models["tied"])
     folder, device = tmp_path / "state", torch.device("cpu")
     with _one_rank(device):
-        engine = Engine(config, settings(), device)
+        engine = Engine(config, training_settings(), device)
         engine.checkpoints.load_weights(models["megatron"])
         engine.checkpoints._allocate_optimizer_state()  # as after an update
         engine.checkpoints.save_state(folder)
@@ -199,7 +184,7 @@ def test_small_files_that_are_damaged(
 ) -> None:
     folder = copy(models["megatron"], tmp_path / "megatron")
     (folder / name).write_bytes(content)
-    found = refusal(lambda: load(folder))
+    found = refusal(lambda: load_in_megatron(folder))
     assert found.startswith(f"{folder / name}:")
     assert said in found
 
@@ -209,7 +194,7 @@ def test_a_data_file_that_ends_early(models: dict[str, Path], tmp_path: Path, ke
     folder = copy(models["megatron"], tmp_path / "megatron")
     file = folder / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
-    assert refusal(lambda: load(folder)).startswith(f"{folder}: damaged, or not of this model (")
+    assert refusal(lambda: load_in_megatron(folder)).startswith(f"{folder}: damaged, or not of this model (")
 
 
 def test_an_archive_that_would_fill_the_memory(tmp_path: Path) -> None:
