@@ -125,7 +125,10 @@ def read_rope(hf: Mapping[str, Any], default_base: float) -> Rope:
         # transformers takes the older block then, vLLM what transformers read: nobody should have to guess
         older = read_rope({**hf, "rope_parameters": None}, default_base)
         if read_rope({**hf, "rope_scaling": None}, default_base) != older:
-            raise UserError("config.json: rope_parameters and rope_scaling are both there and differ; remove one")
+            raise UserError(
+                f"config.json: rope_scaling = {hf['rope_scaling']!r:.200} and rope_parameters = {rope!r:.200} are both "
+                "there and differ; remove one"
+            )
         return older
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in _KEYS:

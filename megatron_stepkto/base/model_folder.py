@@ -40,7 +40,7 @@ LIMITS = {
     "num_experts_per_tok": 1 << 14,
 }
 _POSITIVE = {"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"}
-MAX_SLICES = 1 << 18  # layers x experts
+MAX_EXPERTS = 1 << 16  # layers x experts
 # One setting under the names of two generations of a format.
 _TWO_NAMES = (("torch_dtype", "dtype"), ("num_local_experts", "num_experts"))
 _ROPE_BLOCKS = ("rope_scaling", "rope_parameters")
@@ -74,8 +74,8 @@ def _faults(config: Mapping[str, Any]) -> Iterator[str]:
                 break
     layers = config.get("num_hidden_layers")
     experts = config.get("num_local_experts") or config.get("num_experts")
-    if type(layers) is int and type(experts) is int and layers * experts > MAX_SLICES:
-        yield f"{layers} layers of {experts} experts each: expected at most {MAX_SLICES} experts in all"
+    if type(layers) is int and type(experts) is int and layers * experts > MAX_EXPERTS:
+        yield f"{layers} layers of {experts} experts each: expected at most {MAX_EXPERTS} experts in all"
     for key in ("torch_dtype", "dtype"):
         value = config.get(key)
         if value is not None and not isinstance(value, str):

@@ -68,6 +68,12 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, list[Entry]]:
 # --- the two sides, checked ----------------------------------------------------------------------------------
 
 
+def _listed(names: set[str], limit: int = 100) -> str:
+    """The names; a config of another model can ask for thousands."""
+    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(sorted(names)[:limit]) + more
+
+
 class HFSide:
     """A Hugging Face folder whose weights are those of its config.
 
@@ -105,9 +111,9 @@ class HFSide:
         extra = found - expected - ({HEAD} if self.config.tied else set())
         extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
         if expected - found:
-            yield f"missing: {', '.join(sorted(expected - found))}"
+            yield f"missing: {_listed(expected - found)}"
         if extra:
-            yield f"not mapped: {', '.join(sorted(extra))}"
+            yield f"not mapped: {_listed(extra)}"
 
     def _tied_faults(self) -> Iterator[str]:
         """A tied model may carry a copy of its embedding under the head's name, which is left out. It must be a copy:

@@ -70,6 +70,10 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+                raise ValueError(f"{name} has shape {entry['shape']!r:.80} at {entry['data_offsets']!r:.80}")
+            if not isinstance(entry["dtype"], str):
+                raise ValueError(f"{name} is of dtype {entry['dtype']!r:.80}")
             found[name] = StoredWeight(path, 8 + length + begin, entry["dtype"], tuple(entry["shape"]))
             itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else _OTHER_SIZES.get(entry["dtype"])
             if itemsize and end - begin != torch.Size(entry["shape"]).numel() * itemsize:
