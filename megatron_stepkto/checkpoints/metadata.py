@@ -57,9 +57,6 @@ _ALLOWED: Allowed = {
 }
 
 
-_FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-
-
 def check_format(directory: Path) -> None:
     """Look at the small files that Megatron-Core reads beside ``.metadata``: metadata.json and, up to 0.16, common.pt.
 
@@ -68,9 +65,12 @@ def check_format(directory: Path) -> None:
     """
     path = directory / "metadata.json"
     found = read_json_object(path)
-    if other := [f"{key} = {found.get(key)!r}" for key, value in _FORMAT.items() if found.get(key) != value]:
-        expected = ", ".join(f"{key} = {value!r}" for key, value in _FORMAT.items())
-        raise UserError(f"{path}: expected {expected}, got {', '.join(other)}; only torch_dist checkpoints are read")
+    backends = found.get("sharded_backend"), found.get("common_backend", "torch")  # 0.19 names the first alone
+    if backends != ("torch_dist", "torch"):
+        raise UserError(
+            f"{path}: expected sharded_backend = 'torch_dist' and common_backend = 'torch', "
+            f"got {backends[0]!r:.80} and {backends[1]!r:.80}; only torch_dist checkpoints are read"
+        )
     path = directory / "common.pt"
     if path.exists() and not isinstance(read_plain(path), dict):
         raise UserError(f"{path}: damaged: expected a dict; write the checkpoint again")

@@ -175,8 +175,12 @@ def test_every_loader_of_pickles_is_one_of_these(repository: Path) -> None:
         ("common.pt", saved([1, 2]), "damaged: expected a dict"),
         ("metadata.json", b"", "expected JSON"),
         ("metadata.json", b"[]", "expected a JSON object, got a list"),
-        ("metadata.json", b"{}", "expected sharded_backend = 'torch_dist', common_backend = 'torch', got"),
-        ("metadata.json", b'{"sharded_backend": "zarr", "common_backend": "torch"}', "got sharded_backend = 'zarr'"),
+        (
+            "metadata.json",
+            b"{}",
+            "expected sharded_backend = 'torch_dist' and common_backend = 'torch', got None and 'torch'; ",
+        ),
+        ("metadata.json", b'{"sharded_backend": "zarr", "common_backend": "torch"}', "got 'zarr' and 'torch'"),
     ],
 )
 def test_small_files_that_are_damaged(
@@ -187,6 +191,12 @@ def test_small_files_that_are_damaged(
     found = refusal(lambda: load_in_megatron(folder))
     assert found.startswith(f"{folder / name}:")
     assert said in found
+
+
+def test_megatron_0_19_names_one_backend(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(models["megatron"], tmp_path / "megatron")
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    load_in_megatron(folder)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5])
