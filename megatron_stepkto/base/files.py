@@ -56,7 +56,7 @@ def read_json(path: Path, shape: type[BaseModel] | None = None) -> Any:
     """Parse one JSON document.
 
     Args:
-        shape: what it must hold; further keys are left alone.
+        shape: the object that it must hold; further keys are left alone.
 
     Raises:
         UserError: the file is missing, is a folder or far too large, is not JSON (with its line), gives one key two
@@ -117,13 +117,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_WAY_OUT = "restore the file from a copy, or move it away with what it describes"
+
+
 def _check_shape(path: Path, found: Any, shape: type[BaseModel]) -> None:
     from pydantic import ValidationError
 
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged: expected a JSON object, got {_kind(found)}; {_WAY_OUT}")
     try:
         shape.model_validate(found)
     except ValidationError as error:
-        raise UserError(f"{path}: damaged: {describe(error)}; restore the file, or remove its folder") from None
+        raise UserError(f"{path}: damaged: {describe(error)}; {_WAY_OUT}") from None
 
 
 def describe(error: ValidationError) -> str:

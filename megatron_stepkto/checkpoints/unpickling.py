@@ -154,14 +154,18 @@ def plain_layer_state(state: Any, where: str) -> Any:
     without a limit of its own, names nothing but what it writes itself.
 
     Args:
-        state: [n] uint8, a pickle; or what older versions keep.
+        state: [n] uint8, a pickle; or an archive, as Transformer Engine 1 keeps it; or None.
         where: the checkpoint and the entry, for messages.
 
     Raises:
         UserError: it would run code, or is damaged.
     """
-    if not isinstance(state, torch.Tensor) or state.numel() == 0:
-        return state  # None, or an archive (io.BytesIO) that Transformer Engine gives to torch.load
+    if state is None or isinstance(state, io.BytesIO):  # an archive, which Transformer Engine gives to torch.load
+        return state
+    if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
+        raise UserError(f"{where}: damaged: expected a layer's state as bytes, got {type(state).__name__}")
+    if state.numel() == 0:  # of a layer that has none
+        return state
     try:
         found = RestrictedUnpickler(io.BytesIO(state.numpy().tobytes()), _LAYER_STATE).load()
     except Exception as error:  # what the bytes of a damaged pickle ask for can fail in any way

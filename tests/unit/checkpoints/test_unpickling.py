@@ -288,6 +288,8 @@ def test_a_recipe_that_names_a_function_is_refused(transformer_engine: None) -> 
 def test_a_damaged_state(models: dict[str, Path]) -> None:
     said = refusal(lambda: plain_layer_state(torch.tensor([128, 4, 0], dtype=torch.uint8), "folder: entry"))
     assert said.startswith("folder: entry: damaged")
+    for state in ([1], "text", torch.ones(3)):
+        assert "expected a layer's state as bytes" in refusal(lambda state=state: plain_layer_state(state, "here"))  # type: ignore[misc]
 
 
 def test_metadata_is_unpickled_once_for_all_readers(models: dict[str, Path]) -> None:
