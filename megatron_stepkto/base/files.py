@@ -133,9 +133,11 @@ def _check_shape(path: Path, found: Any, shape: type[BaseModel]) -> None:
 
 def describe(error: ValidationError) -> str:
     """The first problem of a pydantic error, as one clause: where, what was expected, what came."""
+    from pydantic import BaseModel
+
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "record"
-    quiet = first["type"] in ("missing", "extra_forbidden") or hasattr(first.get("input"), "keys")
+    quiet = first["type"] in ("missing", "extra_forbidden") or isinstance(first.get("input"), dict | BaseModel)
     shown = "" if quiet else f", got {first.get('input')!r:.60}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}{more}"
