@@ -73,3 +73,11 @@ def random_examples(count: int, seed: int = 0) -> list[TrainExample]:
 def write_examples(path: Path, examples: list[TrainExample]) -> Path:
     write_records(path, examples)
     return path
+
+
+def evaluation_row(name: str, **changes: Any) -> dict[str, Any]:
+    """What a table shows of ``metrics.json``: 3 of 4 problems solved, nothing judged."""
+    shares = ("maj_at_k", "wrong_step_share_of_correct", "wrong_step_rate_in_correct")
+    unknown = {key: None for share in shares for key in (share, f"{share}_interval")}
+    solved = {"pass_at_1": 0.75, "pass_at_1_interval": [0.3, 0.95]}
+    return {"name": name, "k": 8, "num_problems": 4, **solved, **unknown, **changes}

@@ -81,9 +81,21 @@ def check_sizes(hf: Mapping[str, Any], keys: tuple[str, ...]) -> None:
             raise UserError(f"config.json: {key} = {hf[key]!r}: expected a whole number, 1 or more")
 
 
+def check_switch(hf: Mapping[str, Any], key: str) -> None:
+    """Raises UserError for a switch that is there and is neither true nor false (nor null)."""
+    if not isinstance(hf.get(key), bool | None):
+        raise UserError(f"config.json: {key} = {hf[key]!r:.80}: expected true or false")
+
+
 def check_layer_types(hf: Mapping[str, Any]) -> None:
-    """Raises UserError for a kind of attention that no layer here computes."""
-    if other := sorted(set(map(str, hf.get("layer_types") or ())) - _LAYER_TYPES):
+    """Raises UserError for a kind of attention that no layer here computes, or another number of layers."""
+    kinds = hf.get("layer_types") or []
+    if not isinstance(kinds, list) or len(kinds) not in (0, hf["num_hidden_layers"]):
+        raise UserError(
+            f"config.json: layer_types = {kinds!r:.80}: expected a list of num_hidden_layers = "
+            f"{hf['num_hidden_layers']} kinds of attention"
+        )
+    if other := sorted(set(map(str, kinds)) - _LAYER_TYPES):
         raise UserError(
             f"config.json: layer_types names {', '.join(other)}, which is not supported; expected "
             f"{', '.join(sorted(_LAYER_TYPES))}"

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_stepkto.architectures.decoder import (
     attention_entries,
     check_sizes,
+    check_switch,
     check_window,
     decoder_entries,
     embedding_entries,
@@ -23,6 +24,7 @@ _WINDOW = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_t
 
 def _check_window(hf: Mapping[str, Any]) -> None:
     """Only layers from ``max_window_layers`` on have a window, and only where ``use_sliding_window`` is set."""
+    check_switch(hf, "use_sliding_window")
     layers = hf.get("layer_types")
     if not hf.get("use_sliding_window"):
         if "sliding_attention" in (layers or ()):
@@ -31,7 +33,10 @@ def _check_window(hf: Mapping[str, Any]) -> None:
                 "correct the one that is wrong"
             )
         return
-    slides = "sliding_attention" in layers if layers else hf.get("max_window_layers", 28) < hf["num_hidden_layers"]
+    first = hf.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise UserError(f"config.json: max_window_layers = {first!r:.80}: expected a whole number")
+    slides = "sliding_attention" in layers if layers else first < hf["num_hidden_layers"]
     if slides:
         check_window(hf, hf.get("sliding_window", 4096))
 
@@ -60,6 +65,7 @@ def read_qwen3_moe(hf: Mapping[str, Any]) -> ModelConfig:
         *("decoder_sparse_step", "mlp_only_layers"),
     }
     check_sizes(hf, ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"))
+    check_switch(hf, "norm_topk_prob")
     for key, expected in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
         if hf.get(key) not in (None, expected):
             raise UserError(

@@ -125,7 +125,10 @@ def read_rope(hf: Mapping[str, Any], default_base: float) -> Rope:
         # transformers takes the older block then, vLLM what transformers read: nobody should have to guess
         older = read_rope({**hf, "rope_parameters": None}, default_base)
         if read_rope({**hf, "rope_scaling": None}, default_base) != older:
-            raise UserError("config.json: rope_parameters and rope_scaling are both there and differ; remove one")
+            raise UserError(
+                f"config.json: rope_scaling = {hf['rope_scaling']!r:.200} and rope_parameters = {rope!r:.200} are both "
+                "there and differ; remove one"
+            )
         return older
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in _KEYS:
@@ -144,6 +147,8 @@ def read_rope(hf: Mapping[str, Any], default_base: float) -> Rope:
     missing = {"llama3": _KEYS["llama3"], "yarn": {"factor"}}.get(kind, set()) - set(rope)
     if missing:
         raise UserError(f"config.json: {block}: RoPE type {kind} needs {', '.join(sorted(missing))}")
+    if not isinstance(rope.get("truncate"), bool | None):
+        raise UserError(f"config.json: {block}: truncate = {rope['truncate']!r:.80}: expected true or false")
     for key in sorted({"rope_theta", *_KEYS[kind]} - {"truncate"}):
         check_number(rope, key, f"config.json: {block}")
     # transformers 5 writes rope_theta inside rope_parameters, older versions beside it

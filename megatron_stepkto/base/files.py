@@ -8,12 +8,17 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from megatron_stepkto.base.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 
 @contextlib.contextmanager
@@ -43,34 +48,104 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path) -> Any:
+# Far above a tokenizer or the index of the largest model, far below a machine's memory.
+MAX_JSON_BYTES = 1 << 28
+
+
+def read_json(path: Path, shape: type[BaseModel] | None = None) -> Any:
     """Parse one JSON document.
 
+    Args:
+        shape: the object that it must hold; further keys are left alone.
+
     Raises:
-        UserError: the file is missing or not JSON (with its line).
+        UserError: the file is missing, is a folder or far too large, is not JSON (with its line), gives one key two
+            values, or has another shape.
     """
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected a JSON file, found none") from None
-    return _parse(path, text)
+    content = _content(path)
+    if content is None:
+        raise UserError(f"{path}: expected a JSON file, found none")
+    return _parse(path, content, shape)
 
 
-def _parse(path: Path, text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(f"{path}:{line}: expected JSON, got text that does not parse ({error})") from None
-
-
-def read_json_if_there(path: Path) -> Any:
+def read_json_if_there(path: Path, shape: type[BaseModel] | None = None) -> Any:
     """``read_json``, or None where there is no file: one look, for another process may remove it between two."""
+    content = _content(path)
+    return None if content is None else _parse(path, content, shape)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """``read_json`` of a file that must hold an object."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object, got {_kind(found)}")
+    return found
+
+
+def _content(path: Path) -> bytes | None:
     try:
-        text = path.read_bytes()
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: expected a JSON file, got {'a folder' if path.is_dir() else 'something else'}")
+        if found.st_size > MAX_JSON_BYTES:
+            raise UserError(
+                f"{path}: expected a JSON file of at most {MAX_JSON_BYTES >> 20} MiB, got {found.st_size >> 20} MiB; "
+                "this is not the file that belongs here"
+            )
+        return path.read_bytes()
     except FileNotFoundError:
         return None
-    return _parse(path, text)
+
+
+def _parse(path: Path, content: bytes, shape: type[BaseModel] | None) -> Any:
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and endless numbers
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{path}:{line}: expected JSON, got text that does not parse ({error})") from None
+    if shape is not None:
+        _check_shape(path, found, shape)
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # programs differ in which value they take
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f"the key {key} has two values, {value!r:.80} and {found[key]!r:.80}; remove one")
+    return found
+
+
+_WAY_OUT = "restore the file from a copy, or move it away with what it describes"
+
+
+def _check_shape(path: Path, found: Any, shape: type[BaseModel]) -> None:
+    from pydantic import ValidationError
+
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged: expected a JSON object, got {_kind(found)}; {_WAY_OUT}")
+    try:
+        shape.model_validate(found)
+    except ValidationError as error:
+        raise UserError(f"{path}: damaged: {describe(error)}; {_WAY_OUT}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem of a pydantic error, as one clause: where, what was expected, what came."""
+    from pydantic import BaseModel
+
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "record"
+    quiet = first["type"] in ("missing", "extra_forbidden") or isinstance(first.get("input"), dict | BaseModel)
+    shown = "" if quiet else f", got {first.get('input')!r:.60}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}{more}"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
@@ -85,6 +160,12 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
             with contextlib.suppress(FileNotFoundError):
                 found.append((path.stat().st_mtime_ns, path))
     return [path for _, path in sorted(found)]
+
+
+def numbered(folder: Path, prefix: str) -> list[Path]:
+    """``iteration_1``, ``iteration_2``, ..., ``iteration_10`` in the order of their numbers."""
+    found = [(re.fullmatch(rf"{prefix}(\d+)", path.name), path) for path in folder.glob(f"{prefix}*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 def flush(path: Path) -> None:
@@ -106,10 +187,15 @@ def flush_tree(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, or of a directory's sorted (relative name, SHA-256) list; hidden files do not count."""
+    """SHA-256 of a file, or of a directory's sorted (relative name, SHA-256) list.
+
+    Hidden files do not count (locks, drafts, what a desktop leaves), except a checkpoint's ``.metadata``: it says which
+    bytes are which weight.
+    """
     if path.is_dir():
         digest = hashlib.sha256()
-        for inner in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        counted = (p for p in path.rglob("*") if not p.name.startswith(".") or p.name == ".metadata")
+        for inner in sorted(p for p in counted if p.is_file()):
             digest.update(f"{inner.relative_to(path)}\0{sha256_of(inner)}\n".encode())
         return digest.hexdigest()
     with path.open("rb") as file:

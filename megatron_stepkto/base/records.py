@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import atomic_writer
+from megatron_stepkto.base.files import atomic_writer, describe
 from megatron_stepkto.base.locks import exclusive_lock
 
 Label = Literal[0, 1] | None
@@ -184,20 +184,6 @@ class LogRatios(Record):
 
 
 R = TypeVar("R", bound=BaseModel)
-
-
-def describe(error: ValidationError) -> str:
-    """The first problem of a pydantic error, as one clause: where, what was expected, what came."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "record"
-    got = first.get("input")
-    shown = (
-        ""
-        if first["type"] in ("missing", "extra_forbidden") or isinstance(got, dict | BaseModel)
-        else f", got {got!r:.60}"
-    )
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}{more}"
 
 
 def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None) -> Iterator[R]:

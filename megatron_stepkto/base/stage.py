@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, RootModel
+
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import flush_tree, read_json, sha256_of, stable_hash, write_json
+from megatron_stepkto.base.files import flush_tree, read_json, read_json_if_there, sha256_of, stable_hash, write_json
 from megatron_stepkto.base.locks import Lock, exclusive_lock
 from megatron_stepkto.base.progress import say
 
@@ -48,6 +50,33 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+class Started(BaseModel):
+    """What is read of ``started.json``."""
+
+    key: dict[str, Any]
+
+
+class Output(BaseModel):
+    sha256: str
+
+
+class Manifest(Started):
+    """What is read of a stage's ``manifest.json``."""
+
+    outputs: dict[str, Output]
+    counts: dict[str, Any]
+    seconds: float
+
+
+class KnownHash(BaseModel):
+    state: int
+    sha256: str
+
+
+class KnownHashes(RootModel[dict[str, KnownHash]]):
+    """The file that keeps the hashes of large folders."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +131,15 @@ def input_hash(path: Path, hashes: Path | None = None) -> str:
         if manifest.is_file():
             content = read_json(manifest)
             outputs = content.get("outputs") if isinstance(content, dict) else None
-            relative = "." if folder == path else path.name
-            if isinstance(outputs, dict) and relative in outputs:
-                return str(outputs[relative]["sha256"])
+            output = outputs.get("." if folder == path else path.name) if isinstance(outputs, dict) else None
+            if isinstance(output, dict) and isinstance(output.get("sha256"), str):  # else another program's file
+                return str(output["sha256"])
     if hashes is None or not path.is_dir():
         return sha256_of(path)
     listing = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*"))
     if sum(size for _, size, _ in listing) < LARGE_BYTES:
         return sha256_of(path)
-    known = read_json(hashes) if hashes.is_file() else {}
+    known = read_json_if_there(hashes, KnownHashes) or {}
     state = stable_hash(*listing)
     if known.get(str(path), {}).get("state") != state:
         known[str(path)] = {"state": state, "sha256": sha256_of(path)}
@@ -169,11 +198,12 @@ def run_stage(
 def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | None:
     """Returns the manifest of a finished stage; else leaves the directory marked as begun for ``key``."""
     directory = stage.directory
-    for name in (MANIFEST, STARTED):
-        path = directory / name
-        if not path.is_file():
+    shapes: tuple[tuple[str, type[Started]], ...] = ((MANIFEST, Manifest), (STARTED, Started))
+    for name, shape in shapes:
+        found = read_json_if_there(directory / name, shape)
+        if found is None:
             continue
-        different = _differences(read_json(path)["key"], key)
+        different = _differences(found["key"], key)
         if different and not force:
             state = "finished" if name == MANIFEST else "begun"
             raise UserError(
@@ -189,8 +219,8 @@ def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | N
                     "of the same model; remove it to compute all again, as for a server whose model has new weights"
                 )
         break
-    if stage.manifest_path.is_file():
-        manifest = read_json(stage.manifest_path)
+    manifest = read_json_if_there(stage.manifest_path, Manifest)
+    if manifest is not None:
         lost = [name for name in manifest["outputs"] if not (directory / name).exists()]
         if not lost:
             return dict(manifest)

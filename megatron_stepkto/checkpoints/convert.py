@@ -14,7 +14,8 @@ from megatron_stepkto.architectures.families import find_architecture
 from megatron_stepkto.architectures.mapping import Entry
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json, write_json
+from megatron_stepkto.base.files import write_json
+from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.base.progress import warn
 from megatron_stepkto.base.whole_folder import whole_folder
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
@@ -53,9 +54,7 @@ class Converted:
 
 def read_model_config(directory: Path) -> tuple[ModelConfig, list[Entry]]:
     """Config and weight mapping of a Hugging Face folder (or of a Megatron folder's companions)."""
-    hf_config = read_json(directory / "config.json")
-    if not isinstance(hf_config, dict):
-        raise UserError(f"{directory / 'config.json'}: expected a JSON object, got {type(hf_config).__name__}")
+    hf_config = read_config(directory)
     architecture = find_architecture(hf_config, str(directory / "config.json"))
     try:
         config = architecture.read_config(hf_config)
@@ -67,6 +66,12 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, list[Entry]]:
 
 
 # --- the two sides, checked ----------------------------------------------------------------------------------
+
+
+def _listed(names: set[str], limit: int = 100) -> str:
+    """The names; a config of another model can ask for thousands."""
+    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(sorted(names)[:limit]) + more
 
 
 class HFSide:
@@ -83,7 +88,7 @@ class HFSide:
         faults = [*self._name_faults(), *self._tensor_faults(one_dtype), *self._tied_faults()]
         if faults:
             raise UserError(f"{directory}: the weights are not those of its config.json; " + "; ".join(faults))
-        if "auto_map" in read_json(directory / "config.json"):
+        if "auto_map" in read_config(directory):
             warn(
                 f"{directory / 'config.json'}: auto_map names code of the model's author: it is neither run nor copied"
             )
@@ -106,9 +111,9 @@ class HFSide:
         extra = found - expected - ({HEAD} if self.config.tied else set())
         extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
         if expected - found:
-            yield f"missing: {', '.join(sorted(expected - found))}"
+            yield f"missing: {_listed(expected - found)}"
         if extra:
-            yield f"not mapped: {', '.join(sorted(extra))}"
+            yield f"not mapped: {_listed(extra)}"
 
     def _tied_faults(self) -> Iterator[str]:
         """A tied model may carry a copy of its embedding under the head's name, which is left out. It must be a copy:

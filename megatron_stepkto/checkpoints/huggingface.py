@@ -13,6 +13,7 @@ import torch
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.model_folder import check_small_files, read_config, read_small_file
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.stream import Bytes, Files
 
@@ -69,6 +70,10 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+                raise ValueError(f"{name} has shape {entry['shape']!r:.80} at {entry['data_offsets']!r:.80}")
+            if not isinstance(entry["dtype"], str):
+                raise ValueError(f"{name} is of dtype {entry['dtype']!r:.80}")
             found[name] = StoredWeight(path, 8 + length + begin, entry["dtype"], tuple(entry["shape"]))
             itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else _OTHER_SIZES.get(entry["dtype"])
             if itemsize and end - begin != torch.Size(entry["shape"]).numel() * itemsize:
@@ -175,8 +180,9 @@ def companions_of(directory: Path) -> list[Path]:
 
 def read_companions(directory: Path) -> dict[str, bytes]:
     """Their contents by path; config.json without ``auto_map``, which names code that does not travel."""
-    contents = {path.relative_to(directory).as_posix(): path.read_bytes() for path in companions_of(directory)}
-    config = read_json(directory / "config.json")
+    check_small_files(directory)
+    contents = {path.relative_to(directory).as_posix(): read_small_file(path) for path in companions_of(directory)}
+    config = read_config(directory)
     if "auto_map" in config:
         contents["config.json"] = _as_json({key: value for key, value in config.items() if key != "auto_map"})
     return contents
@@ -255,8 +261,8 @@ class HFWriter:
         """
         contents = dict(companions)
         config = json.loads(contents["config.json"])
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(self.dtype).removeprefix("torch.")
+        for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]:
+            config[key] = str(self.dtype).removeprefix("torch.")
         contents["config.json"] = _as_json(config)
         if len(self._headers) > 1:
             total = sum(weight.num_bytes for weight in self.weights.values())

@@ -6,9 +6,7 @@ classes of torch.distributed.checkpoint may be built from it; everything else is
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -19,10 +17,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json_object
+from megatron_stepkto.checkpoints.unpickling import Allowed, RestrictedUnpickler, blame, read_plain
 
 _DCP = "torch.distributed.checkpoint"
-_ALLOWED = {
-    *(
+
+
+class _Marker:
+    """Stands for the empty classes that Megatron-Core up to 0.15 left in a checkpoint with optimizer states."""
+
+
+_ALLOWED: Allowed = {
+    **dict.fromkeys(
         (f"{_DCP}.metadata", name)
         for name in (
             "Metadata",
@@ -35,36 +41,39 @@ _ALLOWED = {
             "_MEM_FORMAT_ENCODING",
         )
     ),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    *((f"{_DCP}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    *(("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath")),
+    (f"{_DCP}.filesystem", "_StorageInfo"): None,
+    **dict.fromkeys(
+        (f"{_DCP}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+    ),
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): None,
+    ("collections", "OrderedDict"): None,
+    **dict.fromkeys(("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath")),
+    **dict.fromkeys(("torch", name) for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)),
+    **dict.fromkeys(
+        (("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")),
+        _Marker,
+    ),
 }
-_DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
 
 
-class _Refused(pickle.UnpicklingError):
-    """Not damage: the file asks for something that no checkpoint needs."""
+def check_format(directory: Path) -> None:
+    """Look at the small files that Megatron-Core reads beside ``.metadata``: metadata.json and, up to 0.16, common.pt.
 
-
-class _Marker:
-    """Stands for the empty classes that Megatron-Core up to 0.15 left in a checkpoint with optimizer states."""
-
-
-_MARKERS = {("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")}
-
-
-class _RestrictedUnpickler(pickle._Unpickler):
-    """In Python, whose memo is a dict: one damaged byte makes the one in C ask for 64 GB (its memo is an array)."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _MARKERS:
-            return _Marker
-        if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
-            return super().find_class(module, name)
-        raise _Refused(f"it asks for {module}.{name}")
+    Raises:
+        UserError: one is missing, damaged, of another format, or would run code.
+    """
+    path = directory / "metadata.json"
+    found = read_json_object(path)
+    backends = found.get("sharded_backend"), found.get("common_backend", "torch")  # 0.19 names the first alone
+    if backends != ("torch_dist", "torch"):
+        raise UserError(
+            f"{path}: expected sharded_backend = 'torch_dist' and common_backend = 'torch', "
+            f"got {backends[0]!r:.80} and {backends[1]!r:.80}; only torch_dist checkpoints are read"
+        )
+    path = directory / "common.pt"
+    if path.exists() and not isinstance(read_plain(path), dict):
+        raise UserError(f"{path}: damaged: expected a dict; write the checkpoint again")
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -76,18 +85,16 @@ def read_metadata(directory: Path) -> Metadata:
     path = directory / ".metadata"
     try:
         with path.open("rb") as file:
-            metadata = _RestrictedUnpickler(file).load()
+            metadata = RestrictedUnpickler(file, _ALLOWED).load()
     except FileNotFoundError:
         raise UserError(
             f"{directory}: expected a Megatron torch_dist checkpoint (a folder with .metadata), "
             "found none; convert a Hugging Face folder with tools/hf_to_megatron.py"
         ) from None
-    except _Refused as error:
-        raise UserError(f"{path}: refused: {error}, which no checkpoint needs; do not load this folder") from None
     except OSError:
         raise
     except Exception as error:  # what the bytes of a damaged pickle ask for can fail in any way
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); write the checkpoint again") from None
+        raise UserError(f"{path}: {blame(error)}") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path}: expected checkpoint metadata, got {type(metadata).__name__}")
     try:

@@ -75,7 +75,8 @@ def find_weights(directory: Path) -> Path:
     tracker = directory / TRACKER
     if (directory / ".metadata").is_file() or not tracker.is_file():
         return directory
-    newest = tracker.read_text().strip()
+    with tracker.open("rb") as file:
+        newest = file.read(64).decode(errors="replace").strip()
     folder = directory / (f"iter_{int(newest):07d}" if newest.isdecimal() else newest)
     if newest != "release" and not newest.isdecimal():
         raise UserError(f"{tracker}: expected an iteration number or release, found {newest[:40]!r}")

@@ -12,6 +12,7 @@ from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.records import Problem, read_records, write_records
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model
+from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.judging.process import judging_key
 from megatron_stepkto.problems.datasets import data_name, load_problems
 from megatron_stepkto.recipe.file import model_evaluation
@@ -59,7 +60,7 @@ def evaluate_folder(
         hashes,
     )  # fmt: skip
     run_stage(stage, work, force=force)
-    return dict(read_json(output / "results" / "metrics.json"))
+    return dict(read_json(output / "results" / "metrics.json", Row))
 
 
 def _problems(data: Sequence[str], quarantine: Path | None) -> list[Problem]:

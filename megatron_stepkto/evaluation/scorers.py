@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.model_folder import check_model_folder
 from megatron_stepkto.base.progress import ProgressBar
-from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
+from megatron_stepkto.checkpoints.convert import MegatronSide
 
 HEAD_ROWS = 512  # tokens whose logits exist at one time: 512 x 128,256 words are 0.26 GB
 SERVER_TIMEOUT_S = 600
@@ -72,14 +73,9 @@ def _read_head(hidden: Tensor, weight: Tensor, targets: Tensor, words: int) -> S
 
 class TransformersScorer:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        from transformers import AutoConfig
-
         self.name = f"transformers on {folder}"
         self._folder, self._dtype = folder, dtype
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder}: transformers cannot read its config: {error}") from None
+        config = check_model_folder(folder)
         self.max_tokens = getattr(config, "max_position_embeddings", None)
         self.words = config.vocab_size
 
@@ -123,9 +119,7 @@ class MegatronScorer:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.name = f"Megatron-Core on {folder}"
         self._folder, self._dtype = folder, dtype
-        if not (folder / COMPANIONS).is_dir():
-            raise UserError(f"{folder}: expected a folder {COMPANIONS}/ with the model's config.json")
-        self._config, _ = read_model_config(folder / COMPANIONS)
+        self._config = MegatronSide(folder).config
         self.max_tokens, self.words = self._config.max_positions, self._config.vocab_size
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:

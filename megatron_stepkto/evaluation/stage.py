@@ -12,6 +12,7 @@ from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.records import JudgedSample, Problem, read_records, write_records
 from megatron_stepkto.evaluation.majority import answer_comparison
 from megatron_stepkto.evaluation.metrics import evaluation_row, problem_results
+from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe.keys import ModelEvaluation, Recipe
 from megatron_stepkto.sampling.draw import Drawing, Pass, fixed_dtype, read_prompts
@@ -73,7 +74,7 @@ def evaluate_model(
     drawn = directory / "drawn"
     if (directory / "metrics.json").is_file():  # written last; an earlier attempt was killed while tidying up
         shutil.rmtree(drawn, ignore_errors=True)
-        return dict(read_json(directory / "metrics.json"))
+        return dict(read_json(directory / "metrics.json", Row))
     drawing = evaluation_drawing(model, name, problems, recipe, directory)
     drawing.draw()
     result = drawing.finish()

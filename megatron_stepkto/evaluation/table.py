@@ -6,9 +6,34 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+Interval = tuple[float, float]
+
+
+class Measures(BaseModel):
+    """Numbers that the table shows: shares, null where nothing was counted."""
+
+    num_problems: int
+    pass_at_1: float | None
+    pass_at_1_interval: Interval | None
+    maj_at_k: float | None
+    maj_at_k_interval: Interval | None
+    wrong_step_share_of_correct: float | None
+    wrong_step_share_of_correct_interval: Interval | None
+    wrong_step_rate_in_correct: float | None
+    wrong_step_rate_in_correct_interval: Interval | None
+
+
+class Row(Measures):
+    """What is read of an evaluation's ``metrics.json``."""
+
+    name: str
+    k: int
+    by: dict[str, dict[str, Measures]] = {}
 
 
 def results_table(summary: Mapping[str, Any]) -> str:
@@ -44,7 +69,7 @@ _COLUMNS = ("pass_at_1", "maj_at_k", "wrong_step_share_of_correct", "wrong_step_
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
     """ "47.2% [44.1, 50.3]"; a dash where nothing was counted."""
-    if row[key] is None:
+    if row[key] is None or row[f"{key}_interval"] is None:
         return "–"
     low, high = row[f"{key}_interval"]
     return f"{100 * row[key]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"

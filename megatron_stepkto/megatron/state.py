@@ -6,7 +6,9 @@ Weights alone (``load_weights``, ``save_weights``) are the folders that ``stepkt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core import optimizer as megatron_optimizer
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.checkpoints.metadata import read_metadata
+from megatron_stepkto.checkpoints.metadata import check_format, read_metadata
+from megatron_stepkto.checkpoints.unpickling import blame, plain_layer_state, plain_objects_only
 from megatron_stepkto.megatron.acceleration import Acceleration
 from megatron_stepkto.megatron.main_weights import load_main_weights, optimizer_parts, whole_main_weights
 from megatron_stepkto.megatron.model import PolicyModel
@@ -133,7 +138,7 @@ class Checkpoints:
                         state["exp_avg_sq"] = torch.zeros_like(weight)
 
     def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
-        # It refuses a pickle that would run code, before Megatron's own loader reads it.
+        check_format(directory)
         known = read_metadata(directory).state_dict_metadata
         if not (directory / "common.pt").is_file() and needs_common_pt():
             raise UserError(
@@ -142,15 +147,17 @@ class Checkpoints:
             )
         if misfits := _misfits(state, known, self._policies[0].words):
             raise UserError(f"{directory}: not a checkpoint of this model: " + "; ".join(misfits))
-        absent = _take_absent_extra_states(state, known)
-        if absent and "optimizer" in state and self._acceleration.rounds_by_history:
-            names = ", ".join(name for _, name in absent[:5])
+        reads_extra = self._acceleration.transformer_engine
+        unread = _take_extra_states(state, known if reads_extra else {})
+        if unread and "optimizer" in state and self._acceleration.rounds_by_history:
+            names = ", ".join(name for _, name in unread[:5])
             raise UserError(
                 f"{directory}: holds no scales of delayed FP8 ({names}, ...): training would go on with others; go on "
                 "with the fp8 settings that it was saved with, or remove it to start from the checkpoint before"
             )
         # Megatron calls "missing" what the checkpoint holds and nobody asked for, and "unexpected" what it lacks.
-        loaded, unasked, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+        with plain_objects_only(), _damage_named(directory):
+            loaded, unasked, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
         left_over = {key for key in map(str, unasked) if not key.startswith("optimizer.") and EXTRA not in key}
         missing: list[list[str]] = [[]] * dist.get_world_size()  # each rank asks for its own part of the model
         dist.all_gather_object(missing, sorted(map(str, lacking)))
@@ -159,10 +166,15 @@ class Checkpoints:
             raise UserError(
                 f"{directory}: not a checkpoint of this model; missing: {all_missing}, left over: {sorted(left_over)}"
             )
-        for part, name in absent:
+        for part, name in unread:
             loaded[part][name] = None
         for index, policy in enumerate(self._policies):
-            policy.load_state_dict(loaded[self._part(index)], strict=True)
+            weights = {
+                name: plain_layer_state(value, f"{directory}: {name}") if EXTRA in name else value
+                for name, value in loaded[self._part(index)].items()
+            }
+            with plain_objects_only():  # Transformer Engine's older format is an archive that it loads by itself
+                policy.load_state_dict(weights, strict=True)
             _zero_vocab_padding(policy)
         return dict(loaded)
 
@@ -204,6 +216,29 @@ class Checkpoints:
         dist.barrier()
 
 
+_DAMAGE = (CheckpointingException, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
+
+
+@contextlib.contextmanager
+def _damage_named(directory: Path) -> Iterator[None]:
+    """Turn what Megatron's and torch's loaders say of a folder that is not as it was written into a UserError.
+
+    A fault of the machine (of a disk, or too little memory) stays what it is.
+    """
+    faults: list[BaseException]
+    try:
+        yield
+        return
+    except CheckpointException as error:  # torch's: what each rank raised
+        faults = [fault for fault, _ in error.failures.values()]
+    except _DAMAGE as error:
+        faults = [error]
+    for fault in faults:
+        if isinstance(fault, UserError | OSError | MemoryError | torch.OutOfMemoryError):
+            raise fault from None
+    raise UserError(f"{directory}: {blame(faults[0])}") from None
+
+
 def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> list[str]:
     """Weights that a checkpoint holds in another shape, or not as tensors: torch's loader would unpickle those."""
     found = []
@@ -212,7 +247,7 @@ def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> lis
             if not isinstance(asked, ShardedTensor) or (entry := known.get(asked.key)) is None:
                 continue
             if not isinstance(entry, TensorStorageMetadata):
-                found.append(f"{asked.key} is no tensor")
+                found.append(f"{asked.key} is not a tensor")
                 continue
             shape, expected = tuple(entry.size), tuple(asked.global_shape)
             # Embedding and head may be padded with rows here and there, each to a size of its own.
@@ -222,19 +257,20 @@ def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> lis
     return sorted(set(found))
 
 
-def _take_absent_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Take out of ``state`` what Transformer Engine's modules keep beside their weights (scales of delayed FP8) and a
-    checkpoint lacks that other layers wrote, or a conversion; returns the (part, name) of each."""
-    absent = [
+def _take_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Take out of ``state`` what Transformer Engine's modules keep beside their weights (scales of delayed FP8) and is
+    not in ``known``: a checkpoint that other layers wrote, or a conversion, lacks it, and other layers do not read it.
+    Returns the (part, name) of each."""
+    unread = [
         (part, name)
         for part, weights in state.items()
         if part != "optimizer"
         for name, value in weights.items()
         if isinstance(value, ShardedObject) and EXTRA in value.key and value.unique_key not in known
     ]
-    for part, name in absent:
+    for part, name in unread:
         del state[part][name]
-    return absent
+    return unread
 
 
 def _zero_vocab_padding(policy: PolicyModel) -> None:

@@ -11,7 +11,7 @@ import torch
 from megatron_stepkto.architectures.layout import expert_choices, layout_faults
 from megatron_stepkto.architectures.sharding import model_parameters, stage_layers, stage_parameters
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.checkpoints.slices import Slice, slices
 from megatron_stepkto.recipe.keys import Parallel
@@ -34,7 +34,7 @@ def dry_run(source: Path, parallel: Parallel) -> str:
     if faults:
         # the recipe's keys are this command's options
         raise UserError("\n".join(fault.message.replace("train.parallel.", "--") for fault in faults))
-    dtype = _dtype(read_json(folder / "config.json"))
+    dtype = _dtype(read_config(folder))
     total = model_parameters(entries)
     lines = [
         f"{folder}: {config.num_layers} layers, hidden size {config.hidden_size}, {config.num_heads} heads in "

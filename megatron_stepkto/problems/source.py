@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import stable_hash
-from megatron_stepkto.base.records import Problem, describe, read_records, write_records
+from megatron_stepkto.base.files import describe, stable_hash
+from megatron_stepkto.base.records import Problem, read_records, write_records
 from megatron_stepkto.problems import overlap as contamination
 from megatron_stepkto.problems.chained_arithmetic.generate import Split, generate
 from megatron_stepkto.problems.datasets import to_problem

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.model_folder import CONFIG, check_small_files, read_config
 from megatron_stepkto.recipe import keys as recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -26,9 +27,12 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory}: expected a Hugging Face folder with a tokenizer ({', '.join(TOKENIZER_FILES)}), "
             f"found {found}; copy the tokenizer files of the model there"
         )
+    check_small_files(directory)
+    if (directory / CONFIG).exists():
+        read_config(directory)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing but Exception
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{directory}: the tokenizer does not load ({reason}); restore its files") from None
 

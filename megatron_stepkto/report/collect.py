@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import find_files, read_json_if_there
-from megatron_stepkto.base.records import Problem, describe, read_records
+from megatron_stepkto.base.files import find_files, numbered, read_json_if_there
+from megatron_stepkto.base.records import Problem, read_records
+from megatron_stepkto.base.stage import Manifest
 from megatron_stepkto.report.curves import Training, read_training
 from megatron_stepkto.report.judge import AgreementRow, agreement, calibration
 from megatron_stepkto.report.solutions import (
@@ -116,7 +116,7 @@ def collect(run_dir: Path) -> Report:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: expected the folder of a run, found none; give a folder below runs/")
     begun = [
-        *_numbered(run_dir, "iteration_"),
+        *numbered(run_dir, "iteration_"),
         *(run_dir / name for name in ("M0", "evaluate", "summary.json")),
     ]
     if not any(path.exists() for path in begun):
@@ -160,21 +160,12 @@ def collect(run_dir: Path) -> Report:
     )
 
 
-def _numbered(folder: Path, prefix: str) -> list[Path]:
-    """``iteration_1``, ``iteration_2``, ..., ``iteration_10`` in the order of their numbers."""
-    found = [(re.fullmatch(rf"{prefix}(\d+)", path.name), path) for path in folder.glob(f"{prefix}*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
-
-
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def _validate_if_there(path: Path, model: type[Model]) -> Model | None:
-    content = read_json_if_there(path)
-    try:
-        return None if content is None else model.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe(error)}; remove it and run the recipe again") from None
+    content = read_json_if_there(path, model)
+    return None if content is None else model.model_validate(content)
 
 
 def _partial_summary(run_dir: Path) -> Summary:
@@ -182,7 +173,7 @@ def _partial_summary(run_dir: Path) -> Summary:
     methods = {path.name: _rows(path) for path in sorted((run_dir / "methods").glob("*"))}
     stages = []
     for path in find_files(run_dir, "manifest.json"):
-        if (manifest := read_json_if_there(path)) is not None:
+        if (manifest := read_json_if_there(path, Manifest)) is not None:
             name = str(path.parent.relative_to(run_dir))
             stages.append(StageRow.model_validate({**manifest, "name": name}))
     return Summary(
@@ -194,12 +185,12 @@ def _partial_summary(run_dir: Path) -> Summary:
 
 
 def _rows(folder: Path) -> list[EvaluationRow]:
-    found = (_validate_if_there(path / "metrics.json", EvaluationRow) for path in _numbered(folder / "evaluate", "M"))
+    found = (_validate_if_there(path / "metrics.json", EvaluationRow) for path in numbered(folder / "evaluate", "M"))
     return [row for row in found if row is not None]
 
 
 def _trainings(folder: Path) -> list[Training]:
-    iterations = _numbered(folder, "iteration_")
+    iterations = numbered(folder, "iteration_")
     found = [_training(path, f"Iteration {path.name.removeprefix('iteration_')}") for path in iterations]
     return [training for training in found if training]
 
@@ -213,7 +204,7 @@ def _solutions(folders: Mapping[str, Path]) -> dict[str, dict[str, list[Solution
     """Greedy solutions of M0, M1, ... and, for each compared method, of its last model ("kto M3")."""
     found: dict[str, dict[str, list[Solution]]] = {}
     for number, (method, folder) in enumerate(folders.items()):
-        files = [path / "greedy.jsonl" for path in _numbered(folder / "evaluate", "M")]
+        files = [path / "greedy.jsonl" for path in numbered(folder / "evaluate", "M")]
         files = [path for path in files if path.is_file() and path.stat().st_size]
         for path in files if number == 0 else files[-1:]:
             name = path.parent.name
@@ -225,7 +216,7 @@ def _training_samples(run_dir: Path) -> tuple[dict[str, dict[str, list[Solution]
     """The first judged samples of each iteration, with the log-ratios that its training left, and their problems."""
     samples: dict[str, dict[str, list[Solution]]] = {}
     problems: dict[str, Problem] = {}
-    for folder in _numbered(run_dir, "iteration_"):
+    for folder in numbered(run_dir, "iteration_"):
         path = folder / "judge" / "judged.jsonl"
         if path.is_file() and path.stat().st_size:
             ratios = folder / "train" / "log_ratios.jsonl"

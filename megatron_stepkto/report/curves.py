@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
-from megatron_stepkto.base.records import describe
+from megatron_stepkto.base.files import describe, read_json
+from megatron_stepkto.training.job import Notes
 
 MAX_POINTS = 400  # per training: more than a chart has pixels for
 COUNTS = ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "tokens")
@@ -122,7 +122,7 @@ def read_training(path: Path, label: str) -> Training:
         notes.append(f"{label}: {broken} values are not finite (NaN or infinity): the training diverged.")
     warnings = path.with_name("notes.json")  # the trainer's own, left at its end
     if warnings.is_file():
-        notes += [f"{label}, {warning}" for warning in read_json(warnings).get("warnings", [])]
+        notes += [f"{label}, {warning}" for warning in read_json(warnings, Notes).get("warnings", [])]
     return Training(
         label=label,
         num_updates=len(rows),

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import find_files, read_json_if_there
+from megatron_stepkto.base.files import find_files, numbered, read_json_if_there
 from megatron_stepkto.base.progress import read_progress
-from megatron_stepkto.base.stage import MANIFEST, STARTED
-from megatron_stepkto.evaluation.table import results_table
+from megatron_stepkto.base.stage import MANIFEST, STARTED, Manifest
+from megatron_stepkto.evaluation.table import Row, results_table
 
 
 def status_text(run: Path) -> str:
@@ -23,19 +23,15 @@ def status_text(run: Path) -> str:
     if not started:
         raise UserError(f"{run}: expected a run's folder (such as runs/mini_cpu), found no stage in it")
     lines = [_line(run, path.parent) for path in started]
-    measured = (read_json_if_there(path) for path in sorted(run.glob("evaluate/M*/metrics.json"), key=_number))
+    measured = (read_json_if_there(path / "metrics.json", Row) for path in numbered(run / "evaluate", "M"))
     if rows := [row for row in measured if row is not None]:
         lines += ["", results_table({"method": "this run", "iterations": rows})]
     return "\n".join(lines)
 
 
-def _number(path: Path) -> int:
-    return int(path.parent.name.removeprefix("M"))
-
-
 def _line(run: Path, directory: Path) -> str:
     name = str(directory.relative_to(run))
-    if (manifest := read_json_if_there(directory / MANIFEST)) is not None:
+    if (manifest := read_json_if_there(directory / MANIFEST, Manifest)) is not None:
         took = datetime.timedelta(seconds=round(manifest["seconds"]))
         return f"done     {name:<28} {took}  {_counts(manifest['counts'])}"
     found = sorted(find_files(directory, "progress.json"))

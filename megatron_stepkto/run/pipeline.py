@@ -19,6 +19,7 @@ from megatron_stepkto.base.files import atomic_writer, read_json, stable_hash, w
 from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
+from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.source import check_training_problems, write_problems
 from megatron_stepkto.recipe import keys as recipes
@@ -98,6 +99,9 @@ def sample_stage(run: Run, t: int) -> None:
 
     @functools.cache
     def drawing() -> Drawing:
+        from megatron_stepkto.checkpoints.convert import HFSide
+
+        HFSide(model, one_dtype=False)  # it will be trained on what is drawn
         return sample_drawing(
             model,
             run.name(t - 1),
@@ -262,7 +266,7 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
     title = f"{run.compared + ' ' if run.compared else ''}evaluate {run.name(t)}"
     stage = Stage(title, directory, settings, {"problems": problems, "model": run.model(t)})
     run.run(stage, work, together=lambda: evaluation_drawing(*inputs).draw())
-    return dict(read_json(directory / "metrics.json"))
+    return dict(read_json(directory / "metrics.json", Row))
 
 
 # --- all of it -------------------------------------------------------------------------------------------------
@@ -373,5 +377,5 @@ def compared_rows(base: Path) -> dict[str, list[dict[str, Any]]]:
         while files[-1].is_file():
             files.append(folder / "evaluate" / f"M{len(files)}" / "metrics.json")
         if len(files) > 2:
-            found[folder.name] = [dict(read_json(file)) for file in files[:-1]]
+            found[folder.name] = [dict(read_json(file, Row)) for file in files[:-1]]
     return found

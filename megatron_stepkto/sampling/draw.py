@@ -19,12 +19,13 @@ from pydantic import ValidationError
 from megatron_stepkto.base.dtypes import Choice, choose_dtype, has_gpu
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer, read_json, read_json_if_there, write_json
+from megatron_stepkto.base.model_folder import check_model_folder, read_config
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import ProgressFile, Report
 from megatron_stepkto.base.records import Problem, Sample, read_records
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
-from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse
+from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse, Speed
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 
 __all__ = [
@@ -170,7 +171,7 @@ def draw(
 
 
 def _check(job: Job) -> None:
-    config = read_json(job.model / "config.json")
+    config = read_config(job.model)
     seen: set[str] = set()
     vocab_size, positions = config.get("vocab_size"), config.get("max_position_embeddings")
     angles = yarn_positions(config) if job.settings.backend == "vllm" else None
@@ -213,6 +214,7 @@ def _draw_missing(job: Job, title: str, logs: Path) -> None:
     missing = job.missing()
     if not missing:
         return
+    check_model_folder(job.model)  # a worker would fail in another program's words, or fill the memory
     me = f"{os.uname().nodename}-{os.getpid()}"
     # beside the chunks it could go while a worker starts, when another process merges them
     job_file = logs / f"job-{me}.json"
@@ -333,7 +335,7 @@ def _count(job: Job, paths: dict[str, Path]) -> dict[str, Any]:
 
 def _speed(job: Job) -> dict[str, Any]:
     """Speed of all workers that drew a chunk, of all processes and attempts."""
-    reports = [read_json(path) for path in sorted(job.chunk_dir.glob("speed-*.json"))]
+    reports = [read_json(path, Speed) for path in sorted(job.chunk_dir.glob("speed-*.json"))]
     rates = [report["tokens"] / report["generate_seconds"] for report in reports if report["generate_seconds"]]
     if not rates:
         return {}

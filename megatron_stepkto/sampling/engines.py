@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.model_folder import end_tokens
 from megatron_stepkto.sampling.interface import Completion, Engine
 from megatron_stepkto.sampling.job import Job
 
@@ -34,11 +34,7 @@ def end_token_ids(model: Path, tokenizer: Any) -> list[int]:
     Raises:
         UserError: there is none, so no response would end by itself.
     """
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (model / name).is_file():
-            value = read_json(model / name).get("eos_token_id")
-            found.update([value] if isinstance(value, int) else value or [])
+    found = end_tokens(model)
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     if not found:

@@ -119,7 +119,7 @@ class Job(_Frozen):
 
     def owns_chunks(self) -> bool | None:
         """Are the chunks in the folder those of this job? None: nobody has begun there."""
-        begun = read_json_if_there(self.path)
+        begun = read_json_if_there(self.path, _Begun)
         return None if begun is None else _identity(begun) == _identity(self.model_dump(mode="json"))
 
     def claim_path(self, chunk: Chunk) -> Path:
@@ -145,6 +145,24 @@ class Job(_Frozen):
     def speed_path(self, worker: str) -> Path:
         """Where a worker leaves {tokens, generate_seconds, start_seconds} after every chunk."""
         return self.chunk_dir / f"speed-{worker}.json"
+
+
+class _Begun(BaseModel):
+    """What of another process's job ``_identity`` looks at."""
+
+    model_name: str
+    passes: list[Any]
+    prompts: list[Any]
+    seed: int
+    settings: dict[str, Any]
+
+
+class Speed(BaseModel):
+    """What a worker leaves of its speed."""
+
+    tokens: int
+    generate_seconds: float
+    start_seconds: float
 
 
 def _identity(job: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.sampling.interface import Completion, Report, Request
 from megatron_stepkto.sampling.job import Job
 
@@ -177,7 +177,7 @@ def _gpu_settings(job: Job) -> dict[str, Any]:
 
 
 def _cpu_settings(job: Job) -> dict[str, Any]:
-    config = read_json(job.model / "config.json")
+    config = read_config(job.model)
     heads = config.get("num_attention_heads", 1)
     head_dim = config.get("head_dim") or config.get("hidden_size", 0) // heads
     if job.settings.tensor_parallel != 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json, stable_hash, write_json
+from megatron_stepkto.base.files import read_json, read_json_object, stable_hash, write_json
 from megatron_stepkto.base.locks import Lock, Watch, try_lock
 from megatron_stepkto.base.processes import child_main
 from megatron_stepkto.base.records import Sample, Sampler, write_records
@@ -41,7 +41,7 @@ class Worker:
         self._watch = Watch()
         self._tokens = self._drawn_tokens = 0
         self._last_pulse = self._seconds = self._start_seconds = 0.0
-        self._vocab_size: int | None = read_json(job.model / "config.json").get("vocab_size")
+        self._vocab_size: int | None = read_json_object(job.model / "config.json").get("vocab_size")
 
     def run(self) -> None:
         engine: Engine | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.stage import MANIFEST
 from megatron_stepkto.recipe.keys import LLMJudge, MonteCarloJudge, PRMJudge, Recipe
+from megatron_stepkto.report.collect import Summary
 from megatron_stepkto.run.folder import Run
 from megatron_stepkto.slurm.queue import comment
 from megatron_stepkto.slurm.site import Site
@@ -80,7 +81,7 @@ def is_finished(recipe: Recipe) -> bool:
     summary = recipe.run_dir / "summary.json"
     if not (summary.is_file() and (recipe.run_dir / "report.html").is_file()):
         return False
-    rows = len(read_json(summary)["iterations"])
+    rows = len(read_json(summary, Summary)["iterations"])
     return rows == (recipe.iterations + 1 if recipe.evaluate else 0)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, RootModel
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer, find_files, read_json_if_there, write_json
@@ -139,12 +140,24 @@ def _graph(steps: list[Step], placed: dict[str, _Placed]) -> list[str]:
     return lines
 
 
+class _Submitted(BaseModel):
+    """A step's job, those that it waits for, and the command that submitted it."""
+
+    job: int
+    after: list[int]
+    command: list[str]
+
+
+class _Record(RootModel[dict[str, _Submitted]]):
+    """``jobs.json``: the steps that were submitted, by name."""
+
+
 def _record_path(run: Path) -> Path:
     return folder(run) / "jobs.json"
 
 
 def _read_record(run: Path) -> dict[str, Any]:
-    return dict(read_json_if_there(_record_path(run)) or {})
+    return dict(read_json_if_there(_record_path(run), _Record) or {})
 
 
 def _forget_failures(run: Path, name: str) -> None:

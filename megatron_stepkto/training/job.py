@@ -4,10 +4,35 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from megatron_stepkto.base.files import numbered
 from megatron_stepkto.recipe import keys as recipe
+
+
+class Gap(BaseModel):
+    """How far sampler and trainer are apart, nats per token."""
+
+    mean: float
+    max: float
+    tokens: int
+
+
+class Notes(BaseModel):
+    """What is read of ``notes.json``."""
+
+    warnings: list[str] = []
+    gap: Gap | None = None
+
+
+class State(BaseModel):
+    """``state.json`` of a checkpoint: what the training goes on with beside weights and optimizer."""
+
+    batch_kl: dict[str, float]
+    right_history: list[float]
+    notes: dict[str, Any]
 
 
 class Job(BaseModel):
@@ -75,6 +100,6 @@ def finished_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """(updates done, folder) of whole checkpoints, oldest first."""
     return sorted(
         (int(path.name.removeprefix("update_")), path)
-        for path in directory.glob("update_*")
+        for path in numbered(directory, "update_")
         if (path / "state.json").is_file()
     )

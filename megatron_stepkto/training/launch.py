@@ -16,7 +16,7 @@ from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.base.stage import Result, Stage
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.training.job import Job, finished_checkpoints
+from megatron_stepkto.training.job import Job, Notes, finished_checkpoints
 from megatron_stepkto.training.tracking import check_trackers
 
 
@@ -56,7 +56,7 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
         tell_others(directory, nodes, start=True)
         run_children(children, title=stage.title, unit="updates", progress=[job.progress], saves=True)
 
-    notes = read_json(job.notes)
+    notes = read_json(job.notes, Notes)
     for warning in notes.get("warnings", []):
         warn(warning)
     if gap := notes.get("gap"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 import signal
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import flush_tree, stable_hash, write_json
+from megatron_stepkto.base.files import flush_tree, read_json, stable_hash, write_json
 from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import STOPPED
 from megatron_stepkto.base.progress import ProgressFile
@@ -30,7 +29,7 @@ from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.methods.metrics import KTO_LIKE, REWARD_SUMS, held_out_metrics_of, metrics_of
 from megatron_stepkto.methods.objective import SUMS, kl_sums, reference_points, reward_sums, unit_documents
 from megatron_stepkto.methods.registry import make_objective
-from megatron_stepkto.training.job import Job, drop_checkpoint, finished_checkpoints, half_checkpoints
+from megatron_stepkto.training.job import Job, State, drop_checkpoint, finished_checkpoints, half_checkpoints
 from megatron_stepkto.training.references import load_references, per_step, per_token, save_references, score_documents
 from megatron_stepkto.training.schedule import learning_rate
 from megatron_stepkto.training.tracking import Tracker
@@ -385,7 +384,7 @@ class Trainer:
             return 0
         done, directory = newest[0]
         self.engine.checkpoints.load_state(directory)
-        state = json.loads((directory / "state.json").read_text())
+        state = read_json(directory / "state.json", State)
         self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]
         before, now = (notes.get("acceleration") for notes in (state["notes"], self.notes))
         if before != now:

@@ -25,7 +25,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
+from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf, read_model_config
+from megatron_stepkto.evaluation.scorers import _one_rank
+from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
+from megatron_stepkto.recipe import keys as recipe
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -109,3 +112,19 @@ def write_chunks(directory: Path, chunks: Iterable[Chunk]) -> None:
             file.write(buffer.getbuffer())
     metadata = Metadata(tensors, planner_data=None, storage_data=storage, storage_meta=StorageMeta())  # type: ignore[arg-type]
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def training_settings() -> recipe.Training:
+    keys = {"parallel": {"distributed_optimizer": True}, "optimizer": {"lr": 0.01}, "global_batch_size": 1}
+    return recipe.Training.model_validate({**keys, "device": "cpu"})
+
+
+def load_in_megatron(folder: Path, acceleration: Acceleration = PLAIN) -> None:
+    """As a rank loads the weights to train; ``acceleration``: of layers that read their states, or not."""
+    from megatron_stepkto.megatron.engine import Engine  # Megatron-Core, which few of these tests need
+
+    config, _ = read_model_config(folder / COMPANIONS)
+    with _one_rank(torch.device("cpu")):
+        engine = Engine(config, training_settings(), torch.device("cpu"), train=False)
+        engine.checkpoints._acceleration = acceleration
+        engine.checkpoints.load_weights(folder)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_stepkto.base.dtypes import choose_dtype, has_gpu
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.judging.process.interface import Workplace
 from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, score_job
 from megatron_stepkto.recipe import keys as recipe
@@ -28,7 +28,7 @@ class OutcomeRewardModel:
     def __init__(self, settings: recipe.RewardModel, place: Workplace) -> None:
         self.settings, self._place = settings, place
         path = settings.reward_model
-        config = read_json(path / "config.json")
+        config = read_config(path)
         architecture = (config.get("architectures") or ["none"])[0]
         # transformers writes the labels only where there are not two
         num_labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)

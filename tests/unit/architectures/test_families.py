@@ -106,7 +106,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "transformers 4": {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
     "transformers 5": {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}},
     "the same in both": {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE, "rope_parameters": LLAMA3_ROPE},
-    "base inside and outside": {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}, "rope_theta": 3e4},
+    "base inside and outside": {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}, "rope_theta": 3e4},
     "base outside": {"rope_parameters": {"rope_type": "default"}, "rope_theta": 3e4},
     "YaRN": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}},
     "YaRN, length from the model": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},

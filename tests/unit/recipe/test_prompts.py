@@ -62,6 +62,11 @@ def test_missing_folder_and_folder_without_tokenizer(tmp_path: Path) -> None:
 
 def test_broken_tokenizer_is_no_traceback(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="does not load"):
-        load_tokenizer(tmp_path)
+    for text, said in (
+        ("{", "tokenizer.json:1: expected JSON"),
+        ("{}", "does not load"),
+        ('{"model": 3}', "does not load"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            load_tokenizer(tmp_path)

@@ -200,7 +200,7 @@ def test_an_unfinished_run_says_what_is_missing(run_dir: Path) -> None:
     (run_dir / "summary.json").unlink()
     write_json(
         run_dir / "evaluate/M1/manifest.json",
-        {"stage": "evaluate", "counts": {"problems": 3}, "seconds": 2.0},
+        {"stage": "evaluate", "key": {}, "outputs": {}, "counts": {"problems": 3}, "seconds": 2.0},
     )
     report = collect(run_dir)
     assert [one.name for one in report.summary.iterations] == ["M0", "M1"]

@@ -11,7 +11,7 @@ from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
 from megatron_stepkto.run.folder import dataset_key, training_key
 from megatron_stepkto.run.pipeline import check_fits, compared_rows
-from tests.builders import write_llama
+from tests.builders import evaluation_row, write_llama
 
 
 def training(**changes: object) -> Training:
@@ -44,8 +44,8 @@ def test_compared_rows_are_found_on_disk(tmp_path: Path) -> None:
     for name in ("evaluate/M0", "methods/kto/evaluate/M1", "methods/kto/evaluate/M2", "methods/rft/iteration_1"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("evaluate/M0", "methods/kto/evaluate/M1"):
-        (tmp_path / name / "metrics.json").write_text(json.dumps({"name": name[-2:]}))
-    assert compared_rows(tmp_path) == {"kto": [{"name": "M0"}, {"name": "M1"}]}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(evaluation_row(name[-2:])))
+    assert compared_rows(tmp_path) == {"kto": [evaluation_row("M0"), evaluation_row("M1")]}
 
 
 def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_path: Path, repository: Path) -> None:

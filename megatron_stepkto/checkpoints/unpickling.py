@@ -1,0 +1,173 @@
+"""Pickles of a checkpoint folder become objects here and nowhere else, and only objects of a list.
+
+A pickle names functions, and its reader calls them: a folder that holds one can run anything. A ``torch_dist``
+checkpoint consists of pickles: ``.metadata`` is one, ``common.pt`` and every entry of a ``.distcp`` file hold one, and
+Transformer Engine keeps another, as bytes, inside the entries ``_extra_state``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_stepkto.base.errors import UserError
+
+Allowed = Mapping[tuple[str, str], Any]
+FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+class Refused(pickle.UnpicklingError):
+    """Not damage: a pickle asks for something that no checkpoint needs."""
+
+
+class RestrictedUnpickler(pickle._Unpickler):
+    """Builds only what ``allowed`` names; a value stands in for what is asked for, None says: import it.
+
+    In Python, whose memo is a dict: one damaged byte makes the one in C ask for 64 GB (its memo is an array).
+    """
+
+    def __init__(self, file: BinaryIO, allowed: Allowed) -> None:
+        super().__init__(file)
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._allowed:
+            raise Refused(f"it asks for {module}.{name}")
+        return self._allowed[module, name] or super().find_class(module, name)
+
+
+# --- torch's loader ------------------------------------------------------------------------------------------
+
+
+def load_plain(data: bytes) -> Any:
+    """What ``torch.save`` wrote, if it is tensors and plain containers."""
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def read_plain(path: Path) -> Any:
+    """As ``load_plain``, from a small file such as ``common.pt``.
+
+    Raises:
+        UserError: it is missing or damaged, would fill the memory, or would run code.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records) or (
+            sum(record.file_size for record in records) > path.stat().st_size
+        ):
+            raise UserError(f"{path}: damaged: its records are larger than the file; write the checkpoint again")
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a file that torch.save wrote, found none") from None
+    # RuntimeError: what torch's reader of archives raises; the others come of a pickle that is damaged
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, ValueError,
+            AttributeError) as error:  # fmt: skip
+        raise UserError(f"{path}: {blame(error)}") from None
+
+
+_ASKED = re.compile(r"(?:it asks for|(?i:unsupported global): GLOBAL|unsupported GLOBAL) (\S+)")
+
+
+def blame(error: BaseException) -> str:
+    """What a loader found wrong with a file, and what to do; without torch's advice on how to load it all the same."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError) and (asked := _ASKED.search(text)):
+        return f"refused: it asks for {asked[1]}, which no checkpoint needs; do not load this folder"
+    first = text.partition("\n")[0]
+    return f"damaged, or not of this model ({type(error).__name__}: {first:.200}); write the checkpoint again"
+
+
+@contextlib.contextmanager
+def plain_objects_only() -> Iterator[None]:
+    """While inside, loaders of Megatron-Core, torch and Transformer Engine build tensors and plain data only.
+
+    ``torch.load`` takes ``weights_only`` from the environment, whatever its caller asks for (torch's loader of
+    checkpoints asks for the opposite), and ``.metadata`` goes through ``read_metadata``, once for every folder.
+
+    Raises:
+        RuntimeError: a name that must be replaced does not exist, or torch does not know the variable.
+    """
+    from megatron.core.msc_utils import MultiStorageClientFeature
+
+    from megatron_stepkto.checkpoints.metadata import read_metadata
+
+    if FORCE not in torch.load.__code__.co_consts:
+        raise RuntimeError(f"torch.load of torch {torch.__version__} does not read {FORCE}")
+    if "read_metadata" not in vars(FileSystemReader):
+        raise RuntimeError(f"{FileSystemReader!r} has no read_metadata to replace")
+    known: dict[Path, Metadata] = {}
+
+    def read(self: Any, *_: Any, **__: Any) -> Metadata:
+        folder = Path(self.path)
+        if folder not in known:
+            known[folder] = read_metadata(folder)
+        return known[folder]
+
+    MultiStorageClientFeature.disable()  # it would read through loaders of its own
+    original = FileSystemReader.read_metadata
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    FileSystemReader.read_metadata = read  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FileSystemReader.read_metadata = original  # type: ignore[method-assign]
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+# --- Transformer Engine's state of a layer ---------------------------------------------------------------------
+
+_TE = "transformer_engine.common.recipe"
+# What get_extra_state of Transformer Engine 1 and 2 (transformer_engine/pytorch/module/base.py) puts into a pickle: a
+# dict of tensors, numbers and text, and since 2.0 the recipe of those that a run of ours can have (acceleration.py).
+_LAYER_STATE: Allowed = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): None,
+    ("torch.storage", "_load_from_bytes"): load_plain,  # torch's own loads a tensor's bytes without any limit
+    **dict.fromkeys(
+        (_TE, name)
+        for name in (
+            *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
+            *("Format", "_FormatHelper", "MMParams", "QParams", "_OverrideLinearPrecision"),
+        )
+    ),
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"): None,
+}
+
+
+def plain_layer_state(state: Any, where: str) -> Any:
+    """A layer's ``_extra_state`` as a checkpoint held it, pickled again by us: what Transformer Engine then loads,
+    without a limit of its own, names nothing but what it writes itself.
+
+    Args:
+        state: [n] uint8, a pickle; or an archive, as Transformer Engine 1 keeps it; or None.
+        where: the checkpoint and the entry, for messages.
+
+    Raises:
+        UserError: it would run code, or is damaged.
+    """
+    if state is None or isinstance(state, io.BytesIO):  # an archive, which Transformer Engine gives to torch.load
+        return state
+    if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
+        raise UserError(f"{where}: damaged: expected a layer's state as bytes, got {type(state).__name__}")
+    if state.numel() == 0:  # of a layer that has none
+        return state
+    try:
+        found = RestrictedUnpickler(io.BytesIO(state.numpy().tobytes()), _LAYER_STATE).load()
+    except Exception as error:  # what the bytes of a damaged pickle ask for can fail in any way
+        raise UserError(f"{where}: {blame(error)}") from None
+    return torch.frombuffer(bytearray(pickle.dumps(found)), dtype=torch.uint8)
