@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.storage import writing
 
 
 def content_key(*parts: Any) -> str:
@@ -29,8 +30,9 @@ class AnswerCache:
         self._known: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
         self._file.seek(0)
         whole = 0
         for number, line in enumerate(self._file, 1):
@@ -60,11 +62,15 @@ class AnswerCache:
     def put(self, key: str, value: Any) -> None:
         self._known[key] = value
         # one write of one line to a file opened for appending: a kill leaves it whole or torn at the end
-        self._file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with writing(self.path):
+            try:
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user sees; neither ends in a traceback."""
+"""The kinds of failure that a user sees; none ends in a traceback."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class StageFailed(Exception):
     """A child process of a stage died: names its log and shows the end of it. Exit code 1."""
+
+
+class MachineFault(Exception):
+    """The machine refuses (a full disk, a file server without an answer). Exit code 1: a batch system tries again."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.storage import writing
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -26,16 +27,21 @@ def atomic_writer(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; on a clean exit flush it to disk and rename it to ``path``.
 
     A reader, or a run after a crash, sees the old file or the new one, never a part.
+
+    Raises:
+        MachineFault: the file system is full, or fails.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with writing(path), os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes 0600: a run directory is shared on a cluster
-        os.replace(name, path)
+        with writing(path):
+            os.chmod(name, 0o644)  # mkstemp makes 0600: a run directory is shared on a cluster
+            os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)

@@ -31,6 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.processes import start_time
+from megatron_stepkto.base.storage import check_working_directory, writing
 
 HEARTBEAT_S = 10.0
 SILENCE_S = 90.0  # nine heartbeats: a stalled file server must not pass for a dead owner
@@ -67,12 +69,6 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _started(pid: int) -> str:
-    """Start time of a process from /proc; "" when there is none, or only its zombie."""
-    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
-
-
 def _kernel() -> str:
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -87,7 +83,7 @@ def this_process() -> Owner:
         host=os.uname().nodename,
         kernel=_kernel(),
         pid=os.getpid(),
-        started=_started(os.getpid()),
+        started=start_time(os.getpid()) or "",
         slurm_job=os.environ.get("SLURM_JOB_ID", ""),
         slurm_attempt=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
     )
@@ -120,10 +116,14 @@ class Held:
     owner: Owner
     beat: int
 
-    @property
-    def is_seen_here(self) -> bool:
-        """Does the owner run in this kernel, where its process can be looked up?"""
-        return bool(self.owner.kernel) and self.owner.kernel == _kernel()
+    def runs(self) -> bool | None:
+        """Does the owner's process still run? None: it cannot be looked up here, as it runs on another host, or as
+        this one hides other users' processes (hidepid); only its heartbeat tells.
+        """
+        if not self.owner.kernel or self.owner.kernel != _kernel():
+            return None
+        started = start_time(self.owner.pid)
+        return None if started is None else started == self.owner.started
 
 
 def _look(path: Path) -> Held | None:
@@ -152,8 +152,8 @@ class Watch:
 
     def is_dead(self, held: Held) -> bool:
         """Is the owner dead? Ask again and again: silence is measured between the calls."""
-        if held.is_seen_here:
-            return _started(held.owner.pid) != held.owner.started
+        if (runs := held.runs()) is not None:
+            return not runs
         now = time.monotonic()
         before, since, over = self._seen.get(held.path, (None, now, False))
         if held.beat != before:
@@ -228,19 +228,30 @@ class Lock:
 
 
 def _make(folder: Path) -> bool:
-    """Make the folder of a lock; False where it goes in this instant, with what it guards."""
+    """Make the folder of a lock; False where it goes in this instant, with what it guards.
+
+    Raises:
+        UserError: it can never be made there. MachineFault, OSError: the file system refuses.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError):
+        check_working_directory()
         if folder.is_file():
             raise
+        if link := next((path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()), None):
+            raise UserError(
+                f"{link}: expected a folder, got a link to {link.readlink()}, which does not exist; make that folder, "
+                "or remove the link"
+            ) from None
         return False
     return True
 
 
 def _write_draft(draft: Path, owner: Owner) -> None:
     """On the disk before the link: a node that is lost must not leave an empty file that everybody trips over."""
-    with draft.open("w") as file:
+    with writing(draft), draft.open("w") as file:
         json.dump(asdict(owner), file)
         file.flush()
         os.fsync(file.fileno())
@@ -319,7 +330,7 @@ def exclusive_lock(
         if got is not None:
             if first is None or first.owner != got.owner:
                 first = got
-            if not wait and (got.is_seen_here or got.beat != first.beat):
+            if not wait and (got.runs() or got.beat != first.beat):
                 raise UserError(
                     f"{what} is being written by another process ({got.owner}): "
                     "wait for it or stop it, then run the command again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -21,10 +22,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-from megatron_stepkto.base.errors import StageFailed, UserError
+from megatron_stepkto.base.errors import MachineFault, StageFailed, UserError
 from megatron_stepkto.base.progress import ProgressBar, Report, read_progress, say, warn
+from megatron_stepkto.base.storage import is_nearly_full, refusal, writing
 
 POLL_EVERY_S = 0.3
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
@@ -91,9 +93,9 @@ def run_children(
             before they hear it, SIGTERM and Ctrl-C count all the same; SIGUSR1 (time is short) asks for no more.
 
     Raises:
-        SystemExit: 143, they were stopped. KeyboardInterrupt: by Ctrl-C.
-        UserError: a child reported one. StageFailed: a child died; names its log and shows its end. In both
-            cases, and on Ctrl-C, SIGTERM or any other exception, the remaining children are stopped first.
+        SystemExit: 143, they saved and were stopped. KeyboardInterrupt: by Ctrl-C, or by a signal before they saved.
+        UserError, MachineFault: a child reported one. StageFailed: a child died; names its log and shows its end.
+            In each case, and on any other exception, the remaining children are stopped first.
     """
     running: list[_Running] = []
     signals = _Signals(saves)
@@ -203,11 +205,12 @@ def _start(child: Child, error_file: Path | None = None) -> _Running:
 def _open_log(wanted: Path) -> tuple[Path, BinaryIO]:
     """The first of a.log, a-2.log, ... that is not there; made in the same step, as processes of other hosts may look
     for one, too (elements of a Slurm array), and would take each other's errors for their own."""
-    wanted.parent.mkdir(parents=True, exist_ok=True)
     log, attempt = wanted, 1
     while True:
         try:
-            return log, log.open("xb")
+            with writing(log):
+                log.parent.mkdir(parents=True, exist_ok=True)
+                return log, log.open("xb")
         except FileExistsError:
             attempt += 1
             log = wanted.with_name(f"{wanted.stem}-{attempt}{wanted.suffix}")
@@ -248,11 +251,16 @@ def _failure(title: str, failed: Sequence[_Running]) -> Exception:
     report = _read_report(failed[0].error_file)
     if report and report["kind"] == "user":
         return UserError(report["message"])
+    if report and report["kind"] == "machine":
+        return MachineFault(report["message"])
     child = next((c for c in failed if report and str(c.log) == report["log"]), failed[0])
     code = child.process.returncode
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     log = report["log"] if report else child.log
     text = report["message"] if report else child.log.read_text(encoding="utf-8", errors="replace")
+    if is_nearly_full(child.log):  # the child could not even write why
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return MachineFault(f"{title}: a process ended with {how}: " + refusal(child.log, error))
     end = "\n".join(f"  {line}" for line in text.splitlines()[-LOG_LINES:])
     return StageFailed(f"{title}: a process ended with {how}; the end of its log {log}:\n{end}")
 
@@ -266,8 +274,8 @@ def _read_report(path: Path) -> dict[str, Any] | None:
 class _Signals:
     """Handles SIGTERM and SIGUSR1 inside the ``with`` block (only the main thread gets signals).
 
-    The first one is kept in ``told`` when the children can save; else, and the second time, SystemExit(143) is
-    raised, so that children are stopped first. Ctrl-C likewise where they can save, with KeyboardInterrupt.
+    The first one is kept in ``told`` when the children can save; else, and the second time, KeyboardInterrupt (of the
+    signal's number; without one for Ctrl-C) is raised, so that children are stopped first.
     """
 
     def __init__(self, saves: bool) -> None:
@@ -296,7 +304,7 @@ class _Signals:
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         elif not self._saves or number == signal.SIGTERM:
-            raise SystemExit(STOPPED)
+            raise KeyboardInterrupt(number)
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -312,7 +320,7 @@ def die_with_parent(parent: int | None = None) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL)):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     number, _, node = os.environ.get(PARENT, "").partition("@")
-    gone = node == os.uname().nodename and not _alive(int(number))
+    gone = node == os.uname().nodename and start_time(int(number)) == ""
     if gone or os.getppid() != parent:
         os._exit(1)
 
@@ -330,37 +338,57 @@ def tie_forks() -> None:
     os.register_at_fork(after_in_child=tie)
 
 
-def _alive(pid: int) -> bool:
-    """A zombie is dead, however long nobody reaps it."""
+def start_time(pid: int) -> str | None:
+    """When the process ``pid`` of this kernel started, in clock ticks since boot; "" where none runs (a zombie does
+    not run, however long nobody reaps it); None where it cannot be known, as /proc hides other users' processes.
+    """
+    with contextlib.suppress(OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[19] if fields[0] not in "ZX" else ""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return status.rpartition(")")[2].split()[0] not in "ZX"
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass  # there it is, another user's
+    return None
 
 
 def child_main(function: Callable[[], None]) -> None:
-    """Run a child's main function, tied to its parent and reporting failure to it. Exit code 2: UserError."""
+    """Run a child's main function, tied to its parent and reporting failure to it.
+
+    Exit code 2: UserError. 1: MachineFault, or a crash.
+    """
     die_with_parent()
     try:
         function()
     except UserError as error:
-        _report("user", str(error))
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end("user", str(error), 2)
+    except MachineFault as error:
+        _end("machine", str(error), 1)
     except Exception:
         _report("crash", traceback.format_exc())
         raise
 
 
+def _end(kind: str, message: str, code: int) -> NoReturn:
+    _report(kind, message)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 def _report(kind: str, message: str) -> None:
-    """Tell the parent, unless another rank did: the first failure is the cause, the others follow from it."""
+    """Tell the parent, unless another rank did: the first failure is the cause, the others follow from it.
+
+    On a full disk there is no room for it: the parent sees that by itself.
+    """
     path = os.environ.get(ERROR_FILE)
     if path is None:
         return
     whole = Path(f"{path}.{os.getpid()}")
     report = {"kind": kind, "message": message, "log": os.environ.get(LOG_FILE, "")}
-    whole.write_text(json.dumps(report), encoding="utf-8")
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(OSError):
+        whole.write_text(json.dumps(report), encoding="utf-8")
         os.link(whole, path)
-    whole.unlink()
+    with contextlib.suppress(OSError):
+        whole.unlink()

@@ -17,6 +17,8 @@ from typing import NamedTuple, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_stepkto.base.storage import writing
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 LINE_EVERY_S = 10.0
 
@@ -106,8 +108,9 @@ class ProgressFile:
             self._last = now
             # its own name: processes of several hosts may report on the same work
             temporary = self.path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({"done": done, "total": total, "note": note}))
-            temporary.replace(self.path)
+            with writing(self.path):
+                temporary.write_text(json.dumps({"done": done, "total": total, "note": note}))
+                temporary.replace(self.path)
 
 
 class Report(NamedTuple):

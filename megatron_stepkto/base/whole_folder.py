@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.errors import MachineFault, UserError
 from megatron_stepkto.base.files import flush
 from megatron_stepkto.base.locks import Lock, exclusive_lock
 from megatron_stepkto.base.progress import say
+from megatron_stepkto.base.storage import STORAGE_FAULTS, check_space, refusal
 
 
 @contextlib.contextmanager
@@ -29,7 +29,8 @@ def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Itera
         replace: False: refuse a ``target`` that is there, also one that came while the caller looked at its input.
 
     Raises:
-        UserError: another process writes to ``target`` or has just done so, or the disk lacks space.
+        UserError: another process writes to ``target`` or has just done so.
+        MachineFault: the disk lacks space, or fails.
     """
     partial, old, lock = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old", "lock"))
     with exclusive_lock(lock, str(target), note=say) as held:
@@ -38,7 +39,7 @@ def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Itera
         try:
             partial.mkdir(exist_ok=True)
             _empty(partial)
-            _check_space(partial, num_bytes)
+            check_space(target, num_bytes, "the converted model")
             yield partial
             for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
                 flush(folder)
@@ -49,17 +50,23 @@ def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Itera
             partial.rename(target)
             flush(target.parent)
         except OSError as error:
+            message = refusal(target, error, num_bytes)  # before room is made again
             _remove_if_ours(partial, held)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"{target.parent}: the disk is full; nothing was kept. Free {num_bytes / 1e9:.2f} GB and "
-                    "run the command again"
-                ) from None
-            raise
+            if error.errno not in STORAGE_FAULTS:
+                raise
+            raise MachineFault(f"{message}; nothing was kept") from None
         except BaseException:
             _remove_if_ours(partial, held)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_replaced(target: Path) -> None:
+    """Remove what a kill left of the folder that ``target`` replaced: it may be as large as a model."""
+    old = target.with_name(f".{target.name}.old")
+    if target.exists() and old.exists():
+        with exclusive_lock(target.with_name(f".{target.name}.lock"), str(target), note=say):
+            shutil.rmtree(old)
 
 
 def _remove_if_ours(partial: Path, held: Lock) -> None:
@@ -74,12 +81,3 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise UserError(
-            f"{folder.parent}: {num_bytes / 1e9:.2f} GB will be written, {free / 1e9:.2f} GB are free; "
-            "free some space or choose another disk"
-        )

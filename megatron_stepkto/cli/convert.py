@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import console, say
+from megatron_stepkto.base.whole_folder import remove_replaced
 from megatron_stepkto.checkpoints.convert import (
     COMPANIONS,
     HF_TO_MEGATRON,
@@ -95,6 +96,7 @@ def _convert(source: Path, target: Path, direction: str, force: bool, workers: i
     _check_places(source, target)
     if target.exists() and not force:
         if target.is_dir() and is_finished(source, target, direction, workers):
+            remove_replaced(target)
             say(f"{target}: already the finished result of {source}; nothing to do")
             return
         raise UserError(f"{target}: already there, and not the result of {source}; choose another folder, or --force")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from megatron_stepkto.base.errors import StageFailed, UserError
+from megatron_stepkto.base.errors import MachineFault, StageFailed, UserError
 from megatron_stepkto.base.progress import console
+from megatron_stepkto.base.storage import STORAGE_FAULTS, check_working_directory
 from megatron_stepkto.cli.interrupts import SAID, interruptible
-
-if TYPE_CHECKING:
-    pass
 
 
 def guarded(work: Callable[[], None]) -> None:
@@ -23,9 +20,12 @@ def guarded(work: Callable[[], None]) -> None:
         signal.signal(number, _interrupt)
     try:
         with interruptible():
+            check_working_directory()
             work()
     except UserError as error:
         _fail(f"error: {error}", 2)
+    except MachineFault as error:
+        _fail(f"error: {error}", 1)
     except StageFailed as error:
         _fail(f"failed: {error}", 1)
     except KeyboardInterrupt as stop:
@@ -34,12 +34,8 @@ def guarded(work: Callable[[], None]) -> None:
         if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: nobody reads any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
-        # a fault of the machine may pass, and a batch system tries again; a wrong path does not
-        code = 1 if error.errno in _MACHINE_FAULTS else 2
-        _fail(f"error: {error.filename or ''}: {error.strerror or error}", code)
-
-
-_MACHINE_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EREMOTEIO)
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"error: {place}{error.strerror or error}", 1 if error.errno in STORAGE_FAULTS else 2)
 
 
 def _interrupt(number: int, _: object) -> None:

@@ -7,6 +7,8 @@ Weights alone (``load_weights``, ``save_weights``) are the folders that ``stepkt
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +20,19 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.errors import MachineFault, UserError
+from megatron_stepkto.base.storage import check_space, is_nearly_full, refusal, writing
 from megatron_stepkto.checkpoints.metadata import check_format, read_metadata
 from megatron_stepkto.checkpoints.unpickling import blame, plain_layer_state, plain_objects_only
 from megatron_stepkto.megatron.acceleration import Acceleration
@@ -56,6 +64,7 @@ class Checkpoints:
         self._policies, self._chunks, self._optimizer = policies, chunks, optimizer
         self._dtype, self._acceleration = dtype, acceleration
         self._saves = AsyncCallsQueue()
+        self._saving = Path()  # the newest checkpoint that was begun
 
     def weights(self) -> dict[str, Any]:
         """This rank's shards of the weights, as ``save_weights`` writes them."""
@@ -193,9 +202,10 @@ class Checkpoints:
 
         ``finished`` runs on every rank, in a later ``finish_saving``, when all ranks have written.
         """
-        self._make(directory)
+        state = self._state(loading=False)
+        self._make(directory, state)
         request = dist_checkpointing.save(
-            self._state(loading=False), str(directory), ("torch_dist", 1), async_sharded_save=True, **async_writer()
+            state, str(directory), ("torch_dist", 1), async_sharded_save=True, **async_writer()
         )
         assert request is not None
         request.add_finalize_fn(finished)
@@ -203,16 +213,34 @@ class Checkpoints:
 
     def finish_saving(self, *, wait: bool) -> None:
         """Complete what ``begin_saving_state`` began: all of it, or what is written by now. Every rank calls it."""
-        self._saves.maybe_finalize_async_calls(blocking=wait)
+        with _naming_a_full_disk(self._saving):
+            self._saves.maybe_finalize_async_calls(blocking=wait)
 
-    def _make(self, directory: Path) -> None:
+    def _make(self, directory: Path, state: dict[str, Any]) -> None:
+        """Make the folder of a checkpoint.
+
+        Raises:
+            MachineFault: on every rank, where there is no room for ``state``.
+        """
+        needs = [0] * dist.get_world_size()
+        dist.all_gather_object(needs, _bytes_of(state))
+        refused = [""]
         if dist.get_rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+            try:
+                check_space(directory, sum(needs), "this checkpoint")
+                with writing(directory):
+                    directory.mkdir(parents=True, exist_ok=True)
+            except MachineFault as fault:
+                refused = [str(fault)]
+        dist.broadcast_object_list(refused)
+        if refused[0]:
+            raise MachineFault(refused[0])
+        self._saving = directory
 
     def _save(self, state: dict[str, Any], directory: Path) -> None:
-        self._make(directory)
-        dist_checkpointing.save(state, str(directory), ("torch_dist", 1))
+        self._make(directory, state)
+        with _naming_a_full_disk(directory):
+            dist_checkpointing.save(state, str(directory), ("torch_dist", 1))
         dist.barrier()
 
 
@@ -237,6 +265,27 @@ def _damage_named(directory: Path) -> Iterator[None]:
         if isinstance(fault, UserError | OSError | MemoryError | torch.OutOfMemoryError):
             raise fault from None
     raise UserError(f"{directory}: {blame(faults[0])}") from None
+
+
+def _bytes_of(state: dict[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes."""
+    return sum(
+        value.data.nbytes
+        for asked in nested_values(state)
+        for value in (nested_values(asked.build()) if isinstance(asked, ShardedTensorFactory) else [asked])
+        if isinstance(value, ShardedTensor) and value.data is not None and is_main_replica(value.replica_id)
+    )
+
+
+@contextlib.contextmanager
+def _naming_a_full_disk(directory: Path) -> Iterator[None]:
+    """Megatron's writers report a full disk as what failed next: a position in a file, a process that ended."""
+    try:
+        yield
+    except Exception as error:
+        if not is_nearly_full(directory):
+            raise
+        raise MachineFault(refusal(directory, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))) from error
 
 
 def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> list[str]:

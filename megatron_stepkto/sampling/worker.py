@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from megatron_stepkto.base.files import read_json, read_json_object, stable_hash
 from megatron_stepkto.base.locks import Lock, Watch, try_lock
 from megatron_stepkto.base.processes import child_main
 from megatron_stepkto.base.records import Sample, Sampler, write_records
+from megatron_stepkto.base.storage import check_space, writing
 from megatron_stepkto.recipe.prompts import load_tokenizer
 from megatron_stepkto.sampling.engines import check_completion, end_token_ids, open_engine
 from megatron_stepkto.sampling.interface import Completion, Engine, Request
 from megatron_stepkto.sampling.job import Chunk, Job, Pulse
 
 PULSE_EVERY_S = 0.3
+SCRATCH_BYTES = 64 << 20
 LOOK_AGAIN_S = 1.0  # when all chunks that are left are in others' hands
 
 
@@ -75,6 +78,8 @@ class Worker:
 
     def _open(self, tokenizer: Any) -> Engine:
         self._pulse(busy=True, solutions=0, note="starting the engine", now=True)
+        # without room an engine fails in a library or a compiler, whose messages do not say so
+        check_space(Path(tempfile.gettempdir()), SCRATCH_BYTES, "an engine's temporary files (TMPDIR)")
         begun = time.monotonic()
         engine = open_engine(self._job, end_token_ids(self._job.model, tokenizer))
         self._start_seconds = time.monotonic() - begun
@@ -117,7 +122,7 @@ class Worker:
             pulse = Pulse(busy=busy, solutions=solutions, tokens=self._tokens, note=note)
             path = self._job.pulse_path(self._name)
             draft = path.with_suffix(".tmp")
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), writing(path):
                 draft.write_text(pulse.model_dump_json())
                 draft.replace(path)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer
+from megatron_stepkto.base.storage import writing
 from megatron_stepkto.recipe import keys as recipe
 
 AXES = ("update", "num_updates")
@@ -59,7 +60,7 @@ class Tracker:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row with its ``update``; a group of values (``held_out``) becomes names with its own prefix."""
-        with self._file.open("a", encoding="utf-8") as file:
+        with writing(self._file), self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())  # as durable as the checkpoint that follows: a resumed run writes no row again

@@ -413,3 +413,24 @@ def test_another_fault_of_the_file_system_passes_through(tmp_path: Path, monkeyp
     monkeypatch.setattr(locks.os, "link", fail)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         try_lock(tmp_path / "lock", Watch())
+
+
+# --- a /proc that hides other users' processes ---------------------------------------------------------------------
+
+
+def test_a_living_owner_whom_proc_hides_is_not_dead(tmp_path: Path, repository: Path) -> None:
+    """hidepid=2: the owner is another user's process on this host. Its heartbeat decides, as on another host."""
+    code = (
+        "import os, sys; from pathlib import Path; from megatron_stepkto.base import locks, processes\n"
+        "held = locks._look(next(Path(sys.argv[1]).glob('.held.*')))\n"
+        "os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n"
+        "print(processes.start_time(held.owner.pid), held.runs(), locks.Watch().is_dead(held))\n"
+        "print(repr(processes.start_time(4_000_000)))\n"  # a number that no process has
+    )
+    hide = 'mount -t proc -o hidepid=2 proc /proc && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", hide, "sh", sys.executable, "-c", code, str(tmp_path / "lock")]
+    with exclusive_lock(tmp_path / "lock", "the folder"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=repository)
+    if "unshare:" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.stdout == "None None False\n''\n", done.stderr

@@ -167,14 +167,18 @@ def test_killed_parent_leaves_no_orphan(tmp_path: Path, number: signal.Signals) 
     )
     parent = (
         "import sys; from pathlib import Path; from megatron_stepkto.base.processes import Child, run_children\n"
+        "from megatron_stepkto.cli.guard import guarded\n"
         f"child = Child([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'a.log')!r}))\n"
-        "run_children([child], title='test', unit='units')"
+        "guarded(lambda: run_children([child], title='test', unit='units'))"
     )
-    process = subprocess.Popen([sys.executable, "-c", parent])
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.PIPE, text=True)
     pids = [int(wait_for(path)) for path in (child_pid, grandchild_pid)]
     assert all(map(is_running, pids))
     os.kill(process.pid, number)
-    assert process.wait(WAIT_S) == (-9 if number == signal.SIGKILL else 128 + 15)
+    said = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + 15)
+    if number == signal.SIGTERM:
+        assert said == "interrupted: finished work is kept; run the same command again to go on\n"
     for pid in pids:
         assert_ends(pid)
 

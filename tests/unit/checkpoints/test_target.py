@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_stepkto.base import whole_folder as target_folder
-from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.errors import MachineFault, UserError
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
-from tests.unit.checkpoint_folders import DATA_FILE, assert_same_bits, change_weights, copy, forward_refusal
+from tests.unit.checkpoint_folders import DATA_FILE, assert_same_bits, change_weights, copy
 
 
 def test_an_old_target_stays_until_the_new_one_is_whole(models: dict[str, Path], tmp_path: Path) -> None:
@@ -92,9 +93,13 @@ def test_who_was_taken_for_dead_leaves_the_others_files(tmp_path: Path, ended: s
 def test_a_disk_that_is_too_small_is_refused_at_once(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target_folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 1000))
-    assert "will be written, 0.00 GB are free; free some space" in forward_refusal(models["tied"])
-    assert [path.name for path in models["tied"].parent.glob(".target*")] == [".target.lock"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 1234))
+    with pytest.raises(MachineFault) as refused:
+        hf_to_megatron(models["tied"], tmp_path / "target")
+    assert re.search(
+        r"target: the converted model needs 69\d kB; 1\.23 kB of 1\.00 TB are free on /", str(refused.value)
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [".target.lock"]
 
 
 def test_a_disk_that_becomes_full(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +114,8 @@ def test_a_disk_that_becomes_full(models: dict[str, Path], tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(UserError, match="the disk is full; nothing was kept"):
+        with pytest.raises(
+            MachineFault, match=r"megatron: could not be written: No space .* needs 69\d kB; .*nothing was"
+        ):
             hf_to_megatron(models["tied"], tmp_path / "megatron")
     assert [path.name for path in tmp_path.iterdir()] == [".megatron.lock"]
