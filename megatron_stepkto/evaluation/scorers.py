@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.model_folder import check_model_folder
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.checkpoints.convert import MegatronSide
+from megatron_stepkto.checkpoints.model_folder import check_model_folder
 
 HEAD_ROWS = 512  # tokens whose logits exist at one time: 512 x 128,256 words are 0.26 GB
 SERVER_TIMEOUT_S = 600

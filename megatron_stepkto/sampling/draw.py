@@ -19,10 +19,11 @@ from pydantic import ValidationError
 from megatron_stepkto.base.dtypes import Choice, choose_dtype, has_gpu
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer, read_json, read_json_if_there, write_json
-from megatron_stepkto.base.model_folder import check_model_folder, read_config
+from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import ProgressFile, Report
 from megatron_stepkto.base.records import Problem, Sample, read_records
+from megatron_stepkto.checkpoints.model_folder import check_model_folder
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
 from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse, Speed

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf, read_model_config
-from megatron_stepkto.evaluation.scorers import _one_rank
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
+from megatron_stepkto.megatron.ranks import one_rank
 from megatron_stepkto.recipe import keys as recipe
 
 LLAMA3 = {
@@ -124,7 +124,7 @@ def load_in_megatron(folder: Path, acceleration: Acceleration = PLAIN) -> None:
     from megatron_stepkto.megatron.engine import Engine  # Megatron-Core, which few of these tests need
 
     config, _ = read_model_config(folder / COMPANIONS)
-    with _one_rank(torch.device("cpu")):
+    with one_rank(torch.device("cpu")):
         engine = Engine(config, training_settings(), torch.device("cpu"), train=False)
         engine.checkpoints._acceleration = acceleration
         engine.checkpoints.load_weights(folder)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from megatron_stepkto.base.model_folder import LIMITS, check_model_folder, end_tokens, read_config
+from megatron_stepkto.base.model_folder import LIMITS, end_tokens, read_config
 from megatron_stepkto.checkpoints.convert import COMPANIONS, HFSide, hf_to_megatron, megatron_to_hf, read_model_config
 from megatron_stepkto.checkpoints.metadata import read_metadata
+from megatron_stepkto.checkpoints.model_folder import check_model_folder
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.unpickling import plain_layer_state, plain_objects_only, read_plain
-from megatron_stepkto.evaluation.scorers import _one_rank
 from megatron_stepkto.megatron.acceleration import Acceleration
 from megatron_stepkto.megatron.engine import Engine
+from megatron_stepkto.megatron.ranks import one_rank
 from tests.unit.checkpoint_folders import copy, load_in_megatron, refusal, training_settings
 
 pytestmark = pytest.mark.skipif(
@@ -120,7 +120,7 @@ def test_resuming(models: dict[str, Path], tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     config, _ = read_model_config(models["tied"])
     folder, device = tmp_path / "state", torch.device("cpu")
-    with _one_rank(device):
+    with one_rank(device):
         engine = Engine(config, training_settings(), device)
         engine.checkpoints.load_weights(models["megatron"])
         engine.checkpoints._allocate_optimizer_state()  # as after an update
