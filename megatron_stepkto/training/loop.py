@@ -27,9 +27,16 @@ from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.megatron.engine import Engine
-from megatron_stepkto.methods.metrics import KTO_LIKE, REWARD_SUMS, held_out_metrics_of, metrics_of
+from megatron_stepkto.methods.metrics import (
+    KTO_LIKE,
+    REWARD_SUMS,
+    balance_note,
+    balance_text,
+    held_out_metrics_of,
+    metrics_of,
+)
 from megatron_stepkto.methods.objective import SUMS, kl_sums, reference_points, reward_sums, unit_documents
-from megatron_stepkto.methods.registry import make_objective
+from megatron_stepkto.methods.registry import make_objective, units_of
 from megatron_stepkto.training.job import Job, drop_checkpoint, finished_checkpoints, half_checkpoints
 from megatron_stepkto.training.references import load_references, per_step, per_token, save_references, score_documents
 from megatron_stepkto.training.schedule import learning_rate
@@ -47,16 +54,22 @@ class Trainer:
         self, engine: Engine, job: Job, examples: Sequence[TrainExample], held_out: Sequence[TrainExample]
     ) -> None:
         self.engine, self.job, self.settings = engine, job, job.settings
-        self.objective = make_objective(job.settings.method, job.settings.loss, examples)
-        self.units = self.objective.units(examples)
+        self.units = units_of(job.settings.method, examples)
         self.held_out = list(held_out)
         self.updates = plan_updates(
             len(self.units), job.settings.global_batch_size, job.settings.epochs, job.seed, job.settings.max_updates
         )
+        # As often as they train: epochs may end within one.
+        trained = [example for update in self.updates for i in update for example in self.units[i]]
+        self.objective = make_objective(job.settings.method, job.settings.loss, trained)
         self.references: dict[str, Tensor] = {}
         self.progress = ProgressFile(job.progress)
         self.is_writer = dist.get_rank() == 0
         self.notes: dict[str, Any] = {}
+        if self.objective.balance:
+            self.notes["balance"] = balance_note(self.objective.balance)
+            if self.is_writer:
+                print(balance_text(self.notes["balance"]), flush=True)  # into the log of this attempt
         self.batch_kl = {"kl_outcome": 0.0, "kl_outcome_count": 0.0, "kl_step": 0.0, "kl_step_count": 0.0}
         self.right_history: list[float] = []
         self._asked = False  # this rank, by a signal, at any instant
