@@ -26,6 +26,7 @@ from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
 from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
 from megatron_stepkto.judging.row_tasks import run_task, tokenizer_hash
+from megatron_stepkto.methods.classes import class_warnings
 from megatron_stepkto.recipe.keys import Judging
 from megatron_stepkto.recipe.prompts import load_tokenizer
 
@@ -110,7 +111,7 @@ def _labelled(solution: Solution, verdicts: list[Verdict], settings: Judging) ->
     ]
 
 
-def _count(judged: Sequence[JudgedSample]) -> dict[str, int | float | None]:
+def _count(judged: Sequence[JudgedSample]) -> dict[str, Any]:
     counts = Counter(dict.fromkeys(COUNTS, 0))
     for row in judged:
         counts["samples"] += 1
@@ -120,7 +121,8 @@ def _count(judged: Sequence[JudgedSample]) -> dict[str, int | float | None]:
         for step in row.steps:
             counts[{1: "steps_right", 0: "steps_wrong", None: "steps_unjudged"}[step.label]] += 1
     share = round(counts["right"] / counts["samples"], 4) if counts["samples"] else None  # all may be quarantined
-    return {**counts, "right_share": share}
+    warnings = class_warnings(counts)
+    return {**counts, "right_share": share, **({"warnings": warnings} if warnings else {})}
 
 
 def judge_file(
@@ -139,7 +141,7 @@ def judge_file(
     is undecided (outcome null). "wrong" in the counts includes unparsed.
 
     Returns:
-        counts of samples, outcomes and steps, and "quarantined" when some were.
+        counts of samples, outcomes and steps, "quarantined" when some were, and "warnings" of one-sided labels.
 
     Raises:
         UserError: a sample of an unknown problem, or whose text and tokens disagree (unless ``quarantine``).

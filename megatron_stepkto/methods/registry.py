@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.losses import UNJUDGED, Balance, Level, StepKTOSettings, class_balance, step_divisors
+from megatron_stepkto.methods.classes import check_both_classes
 from megatron_stepkto.methods.objective import Objective
 from megatron_stepkto.methods.preference import Preference
 from megatron_stepkto.methods.rft import Supervised
@@ -22,6 +23,9 @@ def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[
 
     Args:
         examples: those that train, on all ranks; ``balance: auto`` weighs their classes.
+
+    Raises:
+        UserError: Step-KTO or KTO would read right or wrong labels alone.
     """
     if method == "rft":
         return Supervised()
@@ -40,6 +44,7 @@ def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[
         for name, balance, level in (("outcome", outcome, settings.outcome), ("step", step, settings.step))
         if level.weight
     }
+    _check_classes(method, balance)
     return StepKTO(settings, uses_kl=loss.reference_point == "mismatched", balance=balance)
 
 
@@ -61,6 +66,13 @@ def _balances(loss: recipe.Loss, examples: Sequence[TrainExample]) -> tuple[Bala
     )
     step = class_balance(step_label, divisors, loss.desirable_weight_step, loss.undesirable_weight_step)
     return (outcome.balanced(), step.balanced()) if loss.balance == "auto" else (outcome, step)
+
+
+def _check_classes(method: recipe.Method, balance: Mapping[str, Balance]) -> None:
+    """Raises UserError when the loss reads one class only: of a data set that had both, max_updates may leave one."""
+    right, wrong = (sum(getattr(each, name) for each in balance.values()) for name in ("right", "wrong"))
+    had = f"the weights in the loss add up to {right:g} right and {wrong:g} wrong over what max_updates and epochs use"
+    check_both_classes("train", method, right, wrong, had)
 
 
 def units_of(method: recipe.Method, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:

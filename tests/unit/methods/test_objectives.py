@@ -104,6 +104,21 @@ def test_fixed_weights_stay_and_their_ratio_is_known() -> None:
     assert objective.balance["step"].ratio == pytest.approx(1.5 / 1.25)
 
 
+@pytest.mark.parametrize(
+    ("method", "changes", "examples", "message"),
+    [
+        ("kto", {}, labelled([1, 0]), "nothing is wrong: the weights in the loss add up to 1 right and 0 wrong"),
+        ("step_kto", {"step_weight": 0}, labelled([1, 0]), "nothing is wrong: .* 1 right and 0 wrong"),
+        ("step_kto", {"outcome_weight": 0}, MIX[2:4], "nothing is right: .* 0 right and 2 wrong"),
+    ],
+)
+def test_a_loss_that_reads_one_class_is_refused(
+    method: Any, changes: dict[str, Any], examples: list[TrainExample], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"train: {method} learns from right against wrong, and {message}"):
+        make_objective(method, recipe.Loss(**changes), examples)
+
+
 def test_the_balance_in_words() -> None:
     note = balance_note({"outcome": Balance(3, 1, 1.0, 2.25), "step": Balance(1 / 3, 0, 1.0, 0.5)})
     assert note["outcome"] == {
