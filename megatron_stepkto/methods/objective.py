@@ -87,12 +87,11 @@ def solutions_of(batch: MicroBatch, token_log_probs: Tensor) -> Solutions:
     return Solutions(log_ratio, batch.step_document, batch.step_label, batch.outcome)
 
 
-def reward_sums(batch: MicroBatch, token_log_probs: Tensor) -> dict[str, Tensor]:
+def reward_sums(solutions: Solutions) -> dict[str, Tensor]:
     """Sums and counts of log-ratios by label, of solutions and of steps.
 
     ``signs_right`` counts those whose log-ratio has the sign of its label: above 0 where right, below where wrong.
     """
-    solutions = solutions_of(batch, token_log_probs.detach())
     sums: dict[str, Tensor] = {}
     for suffix, values, labels in (
         ("", solutions.log_ratio(), solutions.outcome_label),

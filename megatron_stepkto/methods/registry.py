@@ -9,13 +9,30 @@ from torch import Tensor
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.losses import UNJUDGED, Balance, Level, StepKTOSettings, class_balance, step_divisors
+from megatron_stepkto.losses import UNJUDGED, Balance, Level, Solutions, StepKTOSettings, class_balance, step_divisors
+from megatron_stepkto.megatron.batch import Document
 from megatron_stepkto.methods.classes import check_both_classes
 from megatron_stepkto.methods.objective import Objective
 from megatron_stepkto.methods.preference import Preference
 from megatron_stepkto.methods.rft import Supervised
 from megatron_stepkto.methods.step_kto import StepKTO
 from megatron_stepkto.recipe import keys as recipe
+
+
+def solutions_of_documents(
+    documents: Sequence[Document], log_probs: Mapping[str, Tensor], references: Mapping[str, Tensor]
+) -> Solutions:
+    """Log-ratios and labels of scored documents; both mappings hold [S] float64 of a document's steps by its key."""
+
+    def labels(values: Iterable[int | None]) -> Tensor:
+        return torch.tensor([UNJUDGED if value is None else value for value in values], dtype=torch.int64)
+
+    return Solutions(
+        torch.cat([log_probs[d.key] - references[d.key] for d in documents]),
+        torch.repeat_interleave(torch.tensor([len(d.steps) for d in documents], dtype=torch.int64)),
+        labels(step.label for d in documents for step in d.steps),
+        labels(d.outcome for d in documents),
+    )
 
 
 def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[TrainExample]) -> Objective:
