@@ -108,7 +108,7 @@ def _ranks(directory: Path, settings: recipe.Training, nodes: Nodes) -> list[Chi
         # gloo looks up the host's name to choose an interface, which fails on machines without DNS: name it.
         env["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     command = [
-        sys.executable, "-W", "ignore", "-m", "megatron_stepkto.training.rank", str(directory / "job.json"),
+        sys.executable, "-W", "ignore", "-m", "megatron_stepkto.training.entry", str(directory / "job.json"),
     ]  # fmt: skip
     first = nodes.number * here
     return [

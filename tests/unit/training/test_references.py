@@ -85,7 +85,7 @@ def test_parts_take_two_seconds_or_one_micro_batch(clock: list[float]) -> None:
     assert batches == -(-TOKENS // 100)
     assert [len(call) for call in slow.calls] == [1] * batches
     assert [len(call) for call in fast.calls] == [1, 5, 5, batches - 11]
-    assert [len(call) for call in staged.calls] == [3, batches - 3]
+    assert [len(call) for call in staged.calls] == [3, 3, 3, 3, batches - 12]
 
 
 def test_what_was_found_is_not_scored_again_and_changes_nothing(clock: list[float]) -> None:
