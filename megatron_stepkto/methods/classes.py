@@ -23,7 +23,9 @@ def class_warnings(counts: Mapping[str, Any]) -> list[str]:
     for what, prefix in (("answers", ""), ("steps", "steps_")):
         right, wrong = counts[f"{prefix}right"], counts[f"{prefix}wrong"]
         total, (fewer, name) = right + wrong, min((right, "right"), (wrong, "wrong"))
-        if total and not fewer:
+        if not total and what == "answers":  # whether steps should be judged is the method's affair
+            found.append("no answer is judged")
+        elif total and not fewer:
             found.append(f"all {total:,} judged {what} are {'wrong' if name == 'right' else 'right'}")
         elif total and fewer / total < SMALL_SHARE:
             found.append(f"only {fewer:,} of {total:,} judged {what} are {name}")

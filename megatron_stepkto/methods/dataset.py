@@ -93,10 +93,8 @@ def _warnings(judged: Path, method: recipe.Method, counts: dict[str, Any]) -> li
     had = "{right:,} right and {wrong:,} wrong answers, {steps_right:,} right and {steps_wrong:,} wrong steps"
     check_both_classes(str(judged), method, right, wrong, had.format(**counts))
     found = class_warnings(read)
-    if method == "step_kto":
-        for what, prefix in (("answer", ""), ("step", "steps_")):
-            if not counts[f"{prefix}right"] + counts[f"{prefix}wrong"]:
-                found.append(f"no {what} is judged: step_kto trains on {'steps' if not prefix else 'answers'} alone")
+    if method == "step_kto" and not counts["steps_right"] + counts["steps_wrong"]:
+        found.append("no step is judged: step_kto trains on answers alone")
     return found
 
 

@@ -23,16 +23,16 @@ def solutions_of_documents(
     documents: Sequence[Document], log_probs: Mapping[str, Tensor], references: Mapping[str, Tensor]
 ) -> Solutions:
     """Log-ratios and labels of scored documents; both mappings hold [S] float64 of a document's steps by its key."""
-
-    def labels(values: Iterable[int | None]) -> Tensor:
-        return torch.tensor([UNJUDGED if value is None else value for value in values], dtype=torch.int64)
-
     return Solutions(
         torch.cat([log_probs[d.key] - references[d.key] for d in documents]),
         torch.repeat_interleave(torch.tensor([len(d.steps) for d in documents], dtype=torch.int64)),
-        labels(step.label for d in documents for step in d.steps),
-        labels(d.outcome for d in documents),
+        _labels(step.label for d in documents for step in d.steps),
+        _labels(d.outcome for d in documents),
     )
+
+
+def _labels(values: Iterable[int | None]) -> Tensor:
+    return torch.tensor([UNJUDGED if value is None else value for value in values], dtype=torch.int64)
 
 
 def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[TrainExample]) -> Objective:
@@ -67,12 +67,8 @@ def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[
 
 def _balances(loss: recipe.Loss, examples: Sequence[TrainExample]) -> tuple[Balance, Balance]:
     """Of outcomes and of steps, with the lambdas of the recipe, or those that balance them."""
-
-    def labels(values: Iterable[int | None]) -> Tensor:
-        return torch.tensor([UNJUDGED if value is None else value for value in values], dtype=torch.int64)
-
-    outcome_label = labels(example.outcome for example in examples)
-    step_label = labels(step.label for example in examples for step in example.steps)
+    outcome_label = _labels(example.outcome for example in examples)
+    step_label = _labels(step.label for example in examples for step in example.steps)
     solution = torch.repeat_interleave(torch.tensor([len(example.steps) for example in examples], dtype=torch.int64))
     divisors = step_divisors(step_label, solution, len(examples), loss.step_reduction)
     outcome = class_balance(

@@ -486,7 +486,7 @@ def test_one_class_alone_is_refused(
         (
             "step_kto",
             [sample("p", 0, None, [1]), sample("q", 0, None, [0])],
-            ["no answer is judged: step_kto trains on steps alone"],
+            ["no answer is judged"],
         ),
         (
             "dpo",
