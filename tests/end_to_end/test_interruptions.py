@@ -90,7 +90,8 @@ def contents(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run)
-        if not path.is_file() or path.name in PASSING or {"logs", "tensorboard"} & set(name.parts):
+        # a cache holds its entries in the order in which they came
+        if not path.is_file() or path.name in PASSING or {"logs", "tensorboard", "cache"} & set(name.parts):
             continue
         if path.parent.name.endswith(".lock"):
             continue
