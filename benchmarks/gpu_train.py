@@ -38,7 +38,7 @@ from megatron_stepkto.megatron.batch import kl_document, pack_units, solution_do
 from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.megatron.ranks import choose_device, join_ranks, lay_out
 from megatron_stepkto.methods.objective import kl_sums, unit_documents
-from megatron_stepkto.methods.registry import make_objective
+from megatron_stepkto.methods.registry import make_objective, units_of
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.references import per_step
 
@@ -127,7 +127,7 @@ class Bench:
         self.engine.optimizer.reload_model_params()
         self.objective = make_objective(chosen.method, chosen.loss, examples)
         found = {d.key: torch.zeros(len(d.steps)) for e in examples for d in self.documents(e)}
-        self.units = [unit_documents(u, found, self.objective.uses_kl) for u in self.objective.units(examples)]
+        self.units = [unit_documents(u, found, self.objective.uses_kl) for u in units_of(chosen.method, examples)]
         zero = torch.zeros((), device=device)
         self.points = ReferencePoints(zero, zero)
 

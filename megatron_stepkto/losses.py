@@ -14,7 +14,8 @@ Sources: Step-KTO arXiv 2501.10799; KTO arXiv 2402.01306; DPO arXiv 2305.18290; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -107,10 +108,9 @@ def step_kto_loss(batch: Solutions, points: ReferencePoints, settings: StepKTOSe
     """
     outcome = kto_loss(batch.log_ratio(), batch.outcome_label, points.outcome, settings.outcome)
     step = kto_loss(batch.step_log_ratio, batch.step_label, points.step, settings.step)
-    if settings.step_reduction == "mean":
-        judged = (batch.step_label != UNJUDGED).to(step.dtype)
-        per_solution = torch.zeros_like(outcome).index_add(0, batch.step_solution, judged)
-        step = step / per_solution.clamp(min=1.0)[batch.step_solution]
+    step = step / step_divisors(
+        batch.step_label, batch.step_solution, batch.outcome_label.shape[0], settings.step_reduction
+    )
     total_outcome = settings.outcome.weight * outcome.sum()
     total_step = settings.step.weight * step.sum()
     return LossSum(
@@ -118,6 +118,18 @@ def step_kto_loss(batch: Solutions, points: ReferencePoints, settings: StepKTOSe
         batch.outcome_label.shape[0],
         {"loss_outcome": total_outcome.detach(), "loss_step": total_step.detach()},
     )
+
+
+def step_divisors(label: Tensor, solution: Tensor, num_solutions: int, reduction: str) -> Tensor:
+    """[S] float64: what each step's term is divided by: the judged steps of its solution (``mean``), or 1 (``sum``).
+
+    Args:
+        label, solution: [S] int64, as in ``Solutions``. num_solutions: N.
+    """
+    judged = (label != UNJUDGED).double()
+    if reduction == "sum":
+        return torch.ones_like(judged)
+    return judged.new_zeros(num_solutions).index_add(0, solution, judged).clamp(min=1.0)[solution]
 
 
 @dataclass(frozen=True)
@@ -176,18 +188,45 @@ def nll_loss(token_log_prob: Tensor) -> LossSum:
     return LossSum(-token_log_prob.sum(), token_log_prob.shape[0])
 
 
-def balanced_weights(
-    num_right: int, num_wrong: int, desirable_weight: float, undesirable_weight: float
-) -> tuple[float, float]:
-    """Raise one lambda so that lambda_D n_D / (lambda_U n_U) lies in [1, 4/3] (KTO, section 4.2, eq. 9).
+@dataclass(frozen=True)
+class Balance:
+    """The two classes of one level: how much of each enters the loss, and with which lambda.
 
-    Returns the weights unchanged when a class is empty.
+    right, wrong: n_D and n_U, sums over right and wrong terms of the weights with which they enter the loss before
+    lambda: 1 for an outcome, 1 / (judged steps of its solution) for a step that is averaged within its solution.
     """
-    if not num_right or not num_wrong:
-        return desirable_weight, undesirable_weight
-    ratio = desirable_weight * num_right / (undesirable_weight * num_wrong)
-    if ratio < 1:
-        return desirable_weight / ratio, undesirable_weight
-    if ratio > 4 / 3:
-        return desirable_weight, undesirable_weight * ratio / (4 / 3)
-    return desirable_weight, undesirable_weight
+
+    right: float
+    wrong: float
+    desirable_weight: float
+    undesirable_weight: float
+
+    @property
+    def ratio(self) -> float | None:
+        """lambda_D n_D / (lambda_U n_U), the pull of right over wrong; None when a class is empty."""
+        if not self.right or not self.wrong:
+            return None
+        return self.desirable_weight * self.right / (self.undesirable_weight * self.wrong)
+
+    def balanced(self) -> Balance:
+        """One lambda raised so that the ratio lies in [1, 4/3] (KTO, section 4.2, eq. 9).
+
+        Unchanged when a class is empty.
+        """
+        ratio = self.ratio
+        if ratio is None or 1 <= ratio <= 4 / 3:
+            return self
+        if ratio < 1:
+            return replace(self, desirable_weight=self.desirable_weight / ratio)
+        return replace(self, undesirable_weight=self.undesirable_weight * ratio / (4 / 3))
+
+
+def class_balance(label: Tensor, divisor: Tensor, desirable_weight: float, undesirable_weight: float) -> Balance:
+    """Balance of n terms of one level.
+
+    Args:
+        label: [n] int64. divisor: [n] float64, what each term is divided by in the loss.
+    """
+    # fsum: the same to the last bit on every rank, whatever its number of threads
+    right, wrong = (math.fsum(divisor[label == kind].reciprocal().tolist()) for kind in (RIGHT, WRONG))
+    return Balance(right, wrong, desirable_weight, undesirable_weight)

@@ -148,7 +148,9 @@ def _sum_of(files: Sequence[Path]) -> Report | None:
     if not reports or len(reports) < len(files):
         return None
     notes = "  ".join(report.note for report in reports if report.note)
-    return Report(sum(report.done for report in reports), sum(report.total for report in reports), notes)
+    return Report(
+        sum(report.done for report in reports), sum(report.total for report in reports), notes, reports[0].unit
+    )
 
 
 class _Display:
@@ -163,9 +165,10 @@ class _Display:
     def update(self) -> None:
         if (report := self._measure()) is None:
             return
-        if self._bar is None or self._bar.total != report.total:  # a new phase of the work counts other things
+        unit = report.unit or self._unit
+        if self._bar is None or (self._bar.total, self._bar.unit) != (report.total, unit):  # a new phase of the work
             self._stack.close()
-            self._bar = self._stack.enter_context(ProgressBar(self._title, report.total, self._unit))
+            self._bar = self._stack.enter_context(ProgressBar(self._title, report.total, unit))
         self._bar.update(report.done, report.note)
 
 

@@ -102,14 +102,15 @@ class ProgressFile:
         self._last = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def report(self, done: int, total: int, note: str = "", *, last: bool = False) -> None:
+    def report(self, done: int, total: int, note: str = "", unit: str = "", *, last: bool = False) -> None:
+        """unit: what is counted, where that is another thing than the stage's usual one."""
         now = time.monotonic()
         if last or now - self._last >= self.every_s:
             self._last = now
             # its own name: processes of several hosts may report on the same work
             temporary = self.path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
             with writing(self.path):
-                temporary.write_text(json.dumps({"done": done, "total": total, "note": note}))
+                temporary.write_text(json.dumps({"done": done, "total": total, "note": note, "unit": unit}))
                 temporary.replace(self.path)
 
 
@@ -117,6 +118,10 @@ class Report(NamedTuple):
     done: int
     total: int
     note: str
+    unit: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (f"{self.done}/{self.total}", self.unit, self.note)))
 
 
 def read_progress(path: Path) -> Report | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_stepkto import __version__
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.progress import say
+from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.cli import judge_eval as judging
 from megatron_stepkto.cli import plan as planning
 from megatron_stepkto.cli.arguments import not_negative, positive, positive_number
@@ -380,6 +380,8 @@ def _import(arguments: argparse.Namespace) -> None:
     counts = run_import(
         arguments.format, arguments.file, arguments.tokenizer, arguments.output, arguments.quarantine, Prompt()
     )
+    for warning in counts.pop("warnings", []):
+        warn(warning)
     for name, value in counts.items():
         say(f"{name}: {value}")
 

@@ -13,6 +13,7 @@ from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, Step, read_rows, write_records
+from megatron_stepkto.judging.classes import class_warnings
 from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.imported.solution import ImportedSolution, same_answer
 from megatron_stepkto.recipe import keys as recipe
@@ -206,7 +207,7 @@ def import_all(
     """Import several files as one data set; both outputs are written whole or not at all.
 
     Returns:
-        Counts of problems, solutions, steps and outcomes per file, and of tokens.
+        Counts of problems, solutions, steps and outcomes per file, and of tokens; "warnings" of one-sided labels.
 
     Raises:
         UserError: see ``read_imports`` and ``judged_samples``.
@@ -214,6 +215,7 @@ def import_all(
     imported = read_imports(imports, quarantine=quarantine)
     tokenizer = load_tokenizer(tokenizer_dir)
     tokens: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
 
     def counted() -> Iterator[JudgedSample]:
         with ProgressBar("importing", len(imported.solutions), "solutions") as bar:
@@ -222,13 +224,19 @@ def import_all(
                 tokens["longest_example"] = max(
                     tokens["longest_example"], len(sample.prompt_token_ids) + len(sample.token_ids)
                 )
+                if sample.outcome is not None:
+                    labels["right" if sample.outcome else "wrong"] += 1
+                for step in sample.steps:
+                    if step.label is not None:
+                        labels["steps_right" if step.label else "steps_wrong"] += 1
                 tokens["steps_without_tokens"] += sum(s.token_end == s.token_start for s in sample.steps)
                 bar.update(done)
                 yield sample
 
     write_records(judged_out, counted())
     write_records(problems_out, imported.problems)
-    return {**imported.counts, **tokens}
+    warnings = class_warnings(labels)
+    return {**imported.counts, **tokens, **({"warnings": warnings} if warnings else {})}
 
 
 def import_file(

@@ -22,6 +22,7 @@ from megatron_stepkto.base.records import (
     set_aside,
     write_records,
 )
+from megatron_stepkto.judging.classes import class_warnings
 from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
 from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
@@ -110,7 +111,7 @@ def _labelled(solution: Solution, verdicts: list[Verdict], settings: Judging) ->
     ]
 
 
-def _count(judged: Sequence[JudgedSample]) -> dict[str, int | float | None]:
+def _count(judged: Sequence[JudgedSample]) -> dict[str, Any]:
     counts = Counter(dict.fromkeys(COUNTS, 0))
     for row in judged:
         counts["samples"] += 1
@@ -120,7 +121,8 @@ def _count(judged: Sequence[JudgedSample]) -> dict[str, int | float | None]:
         for step in row.steps:
             counts[{1: "steps_right", 0: "steps_wrong", None: "steps_unjudged"}[step.label]] += 1
     share = round(counts["right"] / counts["samples"], 4) if counts["samples"] else None  # all may be quarantined
-    return {**counts, "right_share": share}
+    warnings = class_warnings(counts)
+    return {**counts, "right_share": share, **({"warnings": warnings} if warnings else {})}
 
 
 def judge_file(
@@ -144,7 +146,7 @@ def judge_file(
         hashes: file that keeps the hashes of large folders (see ``stages.input_hash``).
 
     Returns:
-        counts of samples, outcomes and steps, and "quarantined" when some were.
+        counts of samples, outcomes and steps, "quarantined" when some were, and "warnings" of one-sided labels.
 
     Raises:
         UserError: a sample of an unknown problem, or whose text and tokens disagree (unless ``quarantine``).

@@ -164,13 +164,17 @@ class Slot:
     device: torch.device
     document_multiple: int = 1
 
+    def size(self, documents: Sequence[Document]) -> int:
+        """Tokens that they take in a micro-batch."""
+        step = self.document_multiple
+        return sum(-(-len(document) // step) * step for document in documents)
+
+    def micro_batch(self, documents: Sequence[Document]) -> MicroBatch:
+        return make_micro_batch(documents, self.multiple, self.device, self.document_multiple)
+
 
 def pack_units(units: Sequence[Sequence[Document]], slot: Slot) -> list[MicroBatch]:
     """This rank's micro-batches of one global batch; the documents of a unit (a pair) stay together."""
-    step = slot.document_multiple
-    sizes = [sum(-(-len(document) // step) * step for document in unit) for unit in units]
+    sizes = [slot.size(unit) for unit in units]
     shares = share_out(pack(sizes, slot.capacity), sizes, slot.ranks, slot.bins_multiple)
-    return [
-        make_micro_batch([d for index in members for d in units[index]], slot.multiple, slot.device, step)
-        for members in shares[slot.rank]
-    ]
+    return [slot.micro_batch([d for index in members for d in units[index]]) for members in shares[slot.rank]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import resource
@@ -216,6 +217,27 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             return self._run(batches, collect, forward_only=True) if batches else []
+
+    @contextlib.contextmanager
+    def layer_by_layer(self, done: Callable[[float], None]) -> Iterator[None]:
+        """Within the block ``done`` is called after each layer of a pass with the micro-batches done on this rank.
+
+        The one under way counts by its layers. On a GPU it is what was launched, which runs ahead of what is done.
+        """
+        layers = [layer for policy in self.policies for layer in policy.decoder.layers]
+        passed = 0
+
+        def count(*_: Any) -> None:
+            nonlocal passed
+            passed += 1
+            done(passed / len(layers))
+
+        handles = [layer.register_forward_hook(count) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def calibrate(self, batches: Sequence[MicroBatch]) -> None:
         """Show delayed FP8 scaling some values before its first use: it rounds by the largest of earlier passes.

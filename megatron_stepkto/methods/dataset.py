@@ -9,7 +9,8 @@ from typing import Any
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import JudgedSample, read_records, write_records
-from megatron_stepkto.methods.select import USES_KL, _example, _is_judged, _needs, _usable_right, select
+from megatron_stepkto.judging.classes import SMALL_SHARE, check_both_classes, class_warnings
+from megatron_stepkto.methods.select import USES_KL, USES_PAIRS, _example, _is_judged, _needs, _usable_right, select
 from megatron_stepkto.recipe import keys as recipe
 
 
@@ -24,12 +25,13 @@ def build_dataset(
     *,
     quarantine: Path | None = None,
 ) -> dict[str, Any]:
-    """Write training (and held-out) examples; returns counts.
+    """Write training (and held-out) examples; returns counts, and ``warnings`` of data that teach little.
 
     A problem is held out or not by a hash of its id, so that the split is the same for every method and run.
 
     Raises:
-        UserError: a bad row, or nothing that the method can train on (with what was there instead).
+        UserError: a bad row, or nothing that the method can train on (with what was there instead), or only right or
+            only wrong examples for a method that learns from the difference.
     """
     by_problem: dict[str, list[JudgedSample]] = {}
     seen: set[str] = set()
@@ -49,9 +51,10 @@ def build_dataset(
         outcomes = Counter(sample.outcome for samples in training.values() for sample in samples)
         raise UserError(
             f"{judged}: no example that {method} can train on: it needs {_needs(method)}; got {len(training)} problems "
-            f"with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided samples"
+            f"with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided samples; "
+            "sample more solutions of each problem (sample.num_samples), or problems nearer to what the model can do"
         )
-    counts = {
+    counts: dict[str, Any] = {
         "samples": len(seen),
         "too_long": too_long,
         "problems": len(training),
@@ -65,12 +68,34 @@ def build_dataset(
     }
     if method not in USES_KL:
         counts |= _sides(training, settings)
+    if warnings := _warnings(judged, method, counts):
+        counts["warnings"] = warnings
     write_records(train_out, examples)
     if held_out is not None and held:
         kept = [_example(s) for p in by_problem if p in held for s in by_problem[p] if _is_judged(s)]
         counts["held_out_problems"] = len(held)
         counts["held_out_examples"] = write_records(held_out, kept) if kept else 0
     return counts
+
+
+def _warnings(judged: Path, method: recipe.Method, counts: dict[str, Any]) -> list[str]:
+    """What makes a training weak, in words.
+
+    Raises:
+        UserError: the method needs right and wrong, and has one of them only.
+    """
+    if method not in USES_KL:
+        useful = counts["problems_with_both"] + (0 if method in USES_PAIRS else counts["problems_right_only"])
+        few = useful / counts["problems"] < SMALL_SHARE
+        return [f"only {useful:,} of {counts['problems']:,} problems have {_needs(method)}"] if few else []
+    read = counts if method == "step_kto" else {**counts, "steps_right": 0, "steps_wrong": 0}
+    right, wrong = (read[name] + read[f"steps_{name}"] for name in ("right", "wrong"))
+    had = "{right:,} right and {wrong:,} wrong answers, {steps_right:,} right and {steps_wrong:,} wrong steps"
+    check_both_classes(str(judged), method, right, wrong, had.format(**counts))
+    found = class_warnings(read)
+    if method == "step_kto" and not counts["steps_right"] + counts["steps_wrong"]:
+        found.append("no step is judged: step_kto trains on answers alone")
+    return found
 
 
 def _sides(by_problem: dict[str, list[JudgedSample]], settings: recipe.Dataset) -> dict[str, int]:

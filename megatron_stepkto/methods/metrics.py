@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the report shows these numbers, and needs no torch
+    from megatron_stepkto.losses import Balance
 
 KINDS = ("right", "wrong", "right_steps", "wrong_steps")
 # What ``objectives.reward_sums`` counts of a micro-batch.
@@ -63,3 +67,31 @@ def held_out_metrics_of(sums: Mapping[str, float]) -> Row:
         judged = sums[f"num_right{suffix}"] + sums[f"num_wrong{suffix}"]
         row[f"sign_accuracy{suffix}"] = sums[f"signs_right{suffix}"] / judged if judged else None
     return row | {f"num_{k}": int(sums[f"num_{k}"]) for k in KINDS}
+
+
+def balance_note(balance: Mapping[str, Balance]) -> dict[str, dict[str, float | None]]:
+    """Right against wrong in the loss by level, to four digits, for the manifest."""
+
+    def short(value: float | None) -> float | None:
+        return None if value is None else float(f"{value:.4g}")
+
+    return {
+        level: {
+            "right": short(each.right),
+            "wrong": short(each.wrong),
+            "desirable_weight": short(each.desirable_weight),
+            "undesirable_weight": short(each.undesirable_weight),
+            "ratio": short(each.ratio),
+        }
+        for level, each in balance.items()
+    }
+
+
+def balance_text(note: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line from ``balance_note``: per level the sum of each class's weights in the loss times its lambda."""
+    return "pull of right over wrong: " + "; ".join(
+        f"{level}s {'none' if each['ratio'] is None else each['ratio']} "
+        f"(right {each['right']:g} x {each['desirable_weight']:g}, "
+        f"wrong {each['wrong']:g} x {each['undesirable_weight']:g})"
+        for level, each in note.items()
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.losses import (
     RIGHT,
     WRONG,
+    Balance,
     LossSum,
     PooledMean,
     ReferencePoints,
@@ -67,13 +68,14 @@ class Objective(Protocol):
     @property
     def uses_kl(self) -> bool: ...
 
-    def units(self, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
-        """Examples grouped into what must stay together."""
-        ...
-
     @property
     def betas(self) -> tuple[float, float]:
         """Of a solution's and of a step's log-ratio: beta times it is the implicit reward."""
+        ...
+
+    @property
+    def balance(self) -> Mapping[str, Balance]:
+        """Right against wrong in the loss, by level (outcome, step) of those that take part; empty without classes."""
         ...
 
     def loss(self, batch: MicroBatch, token_log_probs: Tensor, points: ReferencePoints) -> LossSum: ...
@@ -85,12 +87,11 @@ def solutions_of(batch: MicroBatch, token_log_probs: Tensor) -> Solutions:
     return Solutions(log_ratio, batch.step_document, batch.step_label, batch.outcome)
 
 
-def reward_sums(batch: MicroBatch, token_log_probs: Tensor) -> dict[str, Tensor]:
+def reward_sums(solutions: Solutions) -> dict[str, Tensor]:
     """Sums and counts of log-ratios by label, of solutions and of steps.
 
     ``signs_right`` counts those whose log-ratio has the sign of its label: above 0 where right, below where wrong.
     """
-    solutions = solutions_of(batch, token_log_probs.detach())
     sums: dict[str, Tensor] = {}
     for suffix, values, labels in (
         ("", solutions.log_ratio(), solutions.outcome_label),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.losses import LossSum, ReferencePoints, dpo_loss, irpo_loss
+from megatron_stepkto.losses import Balance, LossSum, ReferencePoints, dpo_loss, irpo_loss
 from megatron_stepkto.megatron.batch import MicroBatch
 from megatron_stepkto.methods.objective import solutions_of
 
@@ -21,16 +20,11 @@ class Preference:
     nll_weight: float | None
     uses_kl: bool = False
     uses_reference: bool = True
+    balance: Mapping[str, Balance] = field(default_factory=dict)
 
     @property
     def betas(self) -> tuple[float, float]:
         return self.beta, self.beta
-
-    def units(self, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
-        pairs: dict[str, dict[str, TrainExample]] = {}
-        for example in examples:
-            pairs.setdefault(example.pair_id or "", {})[example.side or ""] = example
-        return [[pair["chosen"], pair["rejected"]] for pair in pairs.values()]
 
     def loss(self, batch: MicroBatch, token_log_probs: Tensor, points: ReferencePoints) -> LossSum:
         log_ratio = solutions_of(batch, token_log_probs).log_ratio()

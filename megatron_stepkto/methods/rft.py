@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.losses import LossSum, ReferencePoints, nll_loss
+from megatron_stepkto.losses import Balance, LossSum, ReferencePoints, nll_loss
 from megatron_stepkto.megatron.batch import MicroBatch
 
 
@@ -19,9 +18,7 @@ class Supervised:
     uses_kl: bool = False
     uses_reference: bool = False
     betas: tuple[float, float] = (0.0, 0.0)
-
-    def units(self, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
-        return [[example] for example in examples]
+    balance: Mapping[str, Balance] = field(default_factory=dict)
 
     def loss(self, batch: MicroBatch, token_log_probs: Tensor, points: ReferencePoints) -> LossSum:
         return nll_loss(token_log_probs)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.losses import LossSum, ReferencePoints, StepKTOSettings, step_kto_loss
+from megatron_stepkto.losses import Balance, LossSum, ReferencePoints, StepKTOSettings, step_kto_loss
 from megatron_stepkto.megatron.batch import MicroBatch
 from megatron_stepkto.methods.objective import solutions_of
 
@@ -19,14 +18,12 @@ class StepKTO:
 
     settings: StepKTOSettings
     uses_kl: bool
+    balance: Mapping[str, Balance]
     uses_reference: bool = True
 
     @property
     def betas(self) -> tuple[float, float]:
         return self.settings.outcome.beta, self.settings.step.beta
-
-    def units(self, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
-        return [[example] for example in examples]
 
     def loss(self, batch: MicroBatch, token_log_probs: Tensor, points: ReferencePoints) -> LossSum:
         return step_kto_loss(solutions_of(batch, token_log_probs), points, self.settings)

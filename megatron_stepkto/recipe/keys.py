@@ -284,7 +284,9 @@ class Loss(Section):
     undesirable_weight_outcome: float = Field(1.0, gt=0)
     desirable_weight_step: float = Field(1.0, gt=0)
     undesirable_weight_step: float = Field(1.0, gt=0)
-    balance: Literal["fixed", "auto"] = Field("fixed", description="auto raises one class's weights as the counts ask")
+    balance: Literal["fixed", "auto"] = Field(
+        "fixed", description="auto raises one lambda per level until right over wrong pulls with 1 to 4/3 (KTO)"
+    )
     outcome_weight: float = Field(1.0, ge=0)
     step_weight: float = Field(1.0, ge=0)
     step_reduction: Literal["mean", "sum"] = "mean"

@@ -105,6 +105,7 @@ class Report:
     calibration: Sequence[AgreementRow]
     browser: Browser
     missing: Sequence[str]
+    warnings: Sequence[str]
 
 
 def collect(run_dir: Path) -> Report:
@@ -157,6 +158,13 @@ def collect(run_dir: Path) -> Report:
         calibration=calibration(judged),
         browser=browser,
         missing=_missing(finished, summary, trainings[method], solutions, problems),
+        # those of trainings stand beside their curves
+        warnings=[
+            f"{stage.name}: {warning}"
+            for stage in summary.stages
+            if not stage.name.endswith("train")
+            for warning in stage.counts.get("warnings", [])
+        ],
     )
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import describe, read_json
+from megatron_stepkto.methods.metrics import balance_text
 from megatron_stepkto.training.job import Notes
 
 MAX_POINTS = 400  # per training: more than a chart has pixels for
@@ -120,9 +121,12 @@ def read_training(path: Path, label: str) -> Training:
     broken = sum(1 for row in rows for name in _numbers(Update) if _infinite(getattr(row, name)))
     if broken:
         notes.append(f"{label}: {broken} values are not finite (NaN or infinity): the training diverged.")
-    warnings = path.with_name("notes.json")  # the trainer's own, left at its end
-    if warnings.is_file():
-        notes += [f"{label}, {warning}" for warning in read_json(warnings, Notes).get("warnings", [])]
+    left = path.with_name("notes.json")  # the trainer's own, left at its end
+    if left.is_file():
+        trainer = read_json(left, Notes)
+        notes += [f"{label}, {warning}" for warning in trainer.get("warnings", [])]
+        if balance := trainer.get("balance"):
+            notes.append(f"{label}, {balance_text(balance)}.")
     return Training(
         label=label,
         num_updates=len(rows),

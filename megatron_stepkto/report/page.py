@@ -197,4 +197,5 @@ def counts(values: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key.replace('_', ' ')} " + (f"({counts(value)})" if isinstance(value, Mapping) else str(value))
         for key, value in values.items()
+        if key != "warnings"  # they stand where nobody misses them
     )

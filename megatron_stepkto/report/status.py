@@ -36,7 +36,7 @@ def _line(run: Path, directory: Path) -> str:
         return f"done     {name:<28} {took}  {_counts(manifest['counts'])}"
     found = sorted(find_files(directory, "progress.json"))
     reports = [report for path in found if (report := read_progress(path))]
-    shown = ", ".join(f"{report[0]}/{report[1]} {report[2]}".strip() for report in reports)
+    shown = ", ".join(map(str, reports))
     logs = find_files(directory / "logs", "*.log")
     return f"begun    {name:<28} {shown}" + (f"  log: {logs[-1]}" if logs else "")
 

@@ -17,7 +17,7 @@ import yaml
 
 from megatron_stepkto.base.files import atomic_writer, read_json, stable_hash, write_json
 from megatron_stepkto.base.locks import exclusive_lock
-from megatron_stepkto.base.progress import say
+from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
 from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.methods.dataset import build_dataset
@@ -142,8 +142,15 @@ def judge_stage(run: Run, t: int) -> None:
         )
         return Result([out], counts)
 
-    run.run(Stage(_title(run, t, "judge"), directory, settings, {"problems": problems, "samples": samples}), work)
+    stage = Stage(_title(run, t, "judge"), directory, settings, {"problems": problems, "samples": samples})
+    _show_warnings(stage, run.run(stage, work))
     return None
+
+
+def _show_warnings(stage: Stage, manifest: dict[str, Any]) -> None:
+    """Of a finished stage, too: a run that goes on repeats them."""
+    for warning in manifest["counts"].get("warnings", []):
+        warn(f"{stage.title}: {warning}")
 
 
 def _import_stage(run: Run) -> None:
@@ -165,7 +172,8 @@ def _import_stage(run: Run) -> None:
         counts = import_all(sources, tokenizer, run.recipe.prompt, problems, judged, quarantine=run.quarantine)
         return Result([problems, judged], counts | shared)
 
-    run.run(Stage("import", directory, settings, inputs), work)
+    stage = Stage("import", directory, settings, inputs)
+    _show_warnings(stage, run.run(stage, work))
 
 
 def dataset_stage(run: Run, t: int) -> None:
@@ -186,7 +194,8 @@ def dataset_stage(run: Run, t: int) -> None:
         )
         return Result([path for path in (train, held_out) if path.exists()], counts)
 
-    run.run(Stage(_title(run, t, "dataset"), directory, settings, {"judged": judged}), work)
+    stage = Stage(_title(run, t, "dataset"), directory, settings, {"judged": judged})
+    _show_warnings(stage, run.run(stage, work))
 
 
 # --- train, convert, evaluate ----------------------------------------------------------------------------------

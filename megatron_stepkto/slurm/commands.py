@@ -235,7 +235,7 @@ def _progress(step: Step) -> str:
     if directory is None:
         return ""
     reports = [report for path in find_files(directory, "progress.json") if (report := read_progress(path))]
-    return f"{reports[-1].done}/{reports[-1].total} {reports[-1].note}"[:40] if reports else "begun"
+    return str(reports[-1])[:40] if reports else "begun"
 
 
 # --- cancel ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.base.stage import Result, Stage
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
+from megatron_stepkto.methods.metrics import balance_text
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job, Notes, finished_checkpoints
 from megatron_stepkto.training.tracking import check_trackers
@@ -59,6 +60,8 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
     notes = read_json(job.notes, Notes)
     for warning in notes.get("warnings", []):
         warn(warning)
+    if balance := notes.get("balance"):
+        say(f"{stage.title}: {balance_text(balance)}")
     if gap := notes.get("gap"):
         say(
             f"{stage.title}: sampler and trainer differ by {gap['mean']:.1e} nats on average, "
@@ -105,7 +108,7 @@ def _ranks(directory: Path, settings: recipe.Training, nodes: Nodes) -> list[Chi
         # gloo looks up the host's name to choose an interface, which fails on machines without DNS: name it.
         env["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     command = [
-        sys.executable, "-W", "ignore", "-m", "megatron_stepkto.training.rank", str(directory / "job.json"),
+        sys.executable, "-W", "ignore", "-m", "megatron_stepkto.training.entry", str(directory / "job.json"),
     ]  # fmt: skip
     first = nodes.number * here
     return [

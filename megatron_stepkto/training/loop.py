@@ -7,7 +7,8 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,16 +27,22 @@ from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.megatron.engine import Engine
-from megatron_stepkto.methods.metrics import KTO_LIKE, REWARD_SUMS, held_out_metrics_of, metrics_of
-from megatron_stepkto.methods.objective import SUMS, kl_sums, reference_points, reward_sums, unit_documents
-from megatron_stepkto.methods.registry import make_objective
+from megatron_stepkto.methods.metrics import KTO_LIKE, balance_note, balance_text, held_out_metrics_of, metrics_of
+from megatron_stepkto.methods.objective import (
+    SUMS,
+    kl_sums,
+    reference_points,
+    reward_sums,
+    solutions_of,
+    unit_documents,
+)
+from megatron_stepkto.methods.registry import make_objective, solutions_of_documents, units_of
 from megatron_stepkto.training.job import Job, State, drop_checkpoint, finished_checkpoints, half_checkpoints
-from megatron_stepkto.training.references import load_references, per_step, per_token, save_references, score_documents
+from megatron_stepkto.training.references import find_references, per_step, per_token, score_documents
 from megatron_stepkto.training.schedule import learning_rate
 from megatron_stepkto.training.tracking import Tracker
 from megatron_stepkto.training.watch import WINDOW, falling_below_zero
 
-SAVE_REFERENCES_EVERY_S = 60.0
 MAX_BLAMED = 20  # records named when a number is not finite
 
 
@@ -46,18 +53,25 @@ class Trainer:
         self, engine: Engine, job: Job, examples: Sequence[TrainExample], held_out: Sequence[TrainExample]
     ) -> None:
         self.engine, self.job, self.settings = engine, job, job.settings
-        self.objective = make_objective(job.settings.method, job.settings.loss, examples)
-        self.units = self.objective.units(examples)
+        self.units = units_of(job.settings.method, examples)
         self.held_out = list(held_out)
         self.updates = plan_updates(
             len(self.units), job.settings.global_batch_size, job.settings.epochs, job.seed, job.settings.max_updates
         )
+        # As often as they train: epochs may end within one.
+        trained = [example for update in self.updates for i in update for example in self.units[i]]
+        self.objective = make_objective(job.settings.method, job.settings.loss, trained)
         self.references: dict[str, Tensor] = {}
         self.progress = ProgressFile(job.progress)
         self.is_writer = dist.get_rank() == 0
         self.notes: dict[str, Any] = {}
+        if self.objective.balance:
+            self.notes["balance"] = balance_note(self.objective.balance)
+            if self.is_writer:
+                print(balance_text(self.notes["balance"]), flush=True)  # into the log of this attempt
         self.batch_kl = {"kl_outcome": 0.0, "kl_outcome_count": 0.0, "kl_step": 0.0, "kl_step_count": 0.0}
         self.right_history: list[float] = []
+        self.saved = 0  # updates in the newest checkpoint
         self._asked = False  # this rank, by a signal, at any instant
         self._stop = False  # all ranks have agreed, in _meet: decisions that they take together look at this alone
         self.tracker: Tracker | None = None
@@ -77,12 +91,11 @@ class Trainer:
         """All updates that are left. Leaves the weights in the engine."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
-        examples = [example for unit in self.units for example in unit]
         self.engine.checkpoints.load_weights(self.job.initial)
-        first = [solution_document(example) for example in examples[: self.settings.global_batch_size]]
+        first = [solution_document(example) for example in self._trained()[: self.settings.global_batch_size]]
         self.engine.calibrate(pack_units([[document] for document in first], self.engine.slot()))
-        self._measure_gap(examples)
-        self._find_references(examples)
+        self._measure_gap([example for unit in self.units for example in unit])
+        self._find_references(self._trained())
         done = self._resume()
         if self.is_writer:
             name = f"{stable_hash(self.job.fingerprint, str(self.job.directory)):016x}"
@@ -91,23 +104,33 @@ class Trainer:
             )
         if done == 0:
             self._show_gradients()
-        if self.held_out and done == 0:
-            self._log_held_out(0)
+        self._log_held_out(done)
         for update in range(done, len(self.updates)):
             self._update(update)
             self.engine.checkpoints.finish_saving(wait=False)
-            finished = update + 1 == len(self.updates)
-            due = (update + 1) % self.settings.checkpoint_every == 0
-            if not finished and due and self.held_out:  # before the checkpoint: a resumed run keeps the rows up to it
-                self._log_held_out(update + 1)
-            if not finished and (self._stop or due):
+            if self._stop:
+                self._save_and_end(update + 1)
+            self._log_held_out(update + 1)  # before the checkpoint: a resumed run keeps the rows up to it
+            if self._due(update + 1) and update + 1 < len(self.updates):
                 self._checkpoint(update + 1)
-            if self._stop and not finished:
-                if self.tracker:
-                    self.tracker.close()
-                raise SystemExit(STOPPED)
-        if self.held_out:
-            self._log_held_out(len(self.updates))
+
+    def _trained(self) -> list[TrainExample]:
+        """Examples that an update uses (``max_updates`` may leave out most), in the order of the file."""
+        used = {i for update in self.updates for i in update}
+        return [example for i in sorted(used) for example in self.units[i]]
+
+    def _due(self, update: int) -> bool:
+        """Whether a checkpoint follows this update, or the end."""
+        return update % self.settings.checkpoint_every == 0 or update == len(self.updates)
+
+    def _save_and_end(self, update: int) -> NoReturn:
+        """All ranks were asked to stop after ``update``."""
+        if update:
+            self._checkpoint(update)
+        self._close_tracker()
+        raise SystemExit(STOPPED)
+
+    def _close_tracker(self) -> None:
         if self.tracker:
             self.tracker.close()
 
@@ -131,9 +154,40 @@ class Trainer:
         self._stop = bool(both[0].item())
         return float(both[1].item())
 
-    def _report(self, done: int, total: int, note: str, *, last: bool = False) -> None:
+    def _report(self, done: int, total: int, note: str = "", unit: str = "") -> None:
         if self.is_writer:
-            self.progress.report(done, total, note, last=last)
+            self.progress.report(done, total, note, unit=unit, last=done == total)
+
+    def _score(
+        self,
+        title: str,
+        documents: Sequence[Document],
+        what: Callable[[MicroBatch, Tensor], list[Tensor]],
+        *,
+        known: Mapping[str, Tensor] | None = None,
+        keep: Callable[[dict[str, Tensor], bool], None] = lambda *_: None,
+        update: int = 0,
+    ) -> dict[str, Tensor]:
+        """``score_documents`` with its progress.
+
+        Args:
+            keep: called with what is found so far, and whether the pass ends with it because it was asked to stop.
+            update: updates done, which are saved when asked to stop.
+
+        Raises:
+            SystemExit: asked to stop.
+        """
+
+        def after_part(found: dict[str, Tensor]) -> None:
+            self._meet()
+            keep(found, self._stop)
+            if self._stop:
+                self._save_and_end(update)
+
+        return score_documents(
+            self.engine, documents, what, known=known, after_part=after_part,
+            progress=lambda done, total: self._report(done, total, unit=f"tokens of {title}"),
+        )  # fmt: skip
 
     def _measure_gap(self, examples: Sequence[TrainExample]) -> None:
         """Compare the sampler's log-probs with this model's: the model trained must be the model sampled."""
@@ -141,7 +195,7 @@ class Trainer:
         if not given:
             return
         documents = [solution_document(e) for e in examples if e.example_id in given]
-        ours = score_documents(self.engine, documents, per_token)
+        ours = self._score("the comparison with the sampler", documents, per_token)
         gaps = torch.cat([(ours[key] - given[key]).abs() for key in given])
         self.notes["gap"] = {"tokens": gaps.numel(), "mean": gaps.mean().item(), "max": gaps.max().item()}
         if self.notes["gap"]["mean"] > self.settings.max_gap:
@@ -152,7 +206,7 @@ class Trainer:
             )
 
     def _find_references(self, examples: Sequence[TrainExample]) -> None:
-        """Reference log-probs of all documents, from the file of an earlier attempt or by a pass of the reference."""
+        """Reference log-probs of all documents that an update or a measurement reads."""
         documents: list[Document] = [solution_document(e) for e in self.held_out]
         if self.objective.uses_reference:
             documents += [solution_document(e) for e in examples]
@@ -160,48 +214,12 @@ class Trainer:
             documents += [kl_document(e, e.kl_partner) for e in examples if e.kl_partner]
             if not any(e.kl_partner for e in examples):
                 raise UserError(
-                    f"{self.job.train_examples}: no example has a KL pair, but train.loss.reference_point is "
-                    "mismatched; raise dataset.kl_pair_share or set reference_point to none"
+                    f"{self.job.train_examples}: no example that trains has a KL pair, but train.loss.reference_point "
+                    "is mismatched; raise dataset.kl_pair_share or set reference_point to none"
                 )
-        if not documents:
-            return
-        found = load_references(self.job.references, self.job.fingerprint)
-        counts = [0] * dist.get_world_size()
-        dist.all_gather_object(counts, len(found))
-        if len(set(counts)) > 1:  # some node's cache holds an older file: ranks must score the same documents
-            found = {}
-        missing = [document for document in documents if document.key not in found]
-        if missing:
-            if self.job.reference is not None:
-                self.engine.checkpoints.load_weights(self.job.reference)
-            found |= self._score_references(missing, found)
-            if self.job.reference is not None:
-                self.engine.checkpoints.load_weights(self.job.initial)
-        self.references = found
-        if bad := sorted(key for key, values in found.items() if not values.isfinite().all()):
-            raise UserError(
-                f"the reference's log-probs of {len(bad)} of {len(found)} documents are not finite: "
-                f"{', '.join(bad[:20])}; remove these records, or check the weights of "
-                f"{self.job.reference or self.job.initial}"
-            )
-
-    def _score_references(self, documents: Sequence[Document], known: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A pass of the reference over ``documents``. What it found is saved now and then, and when asked to stop."""
-        saved = time.monotonic()
-
-        def after_part(found: dict[str, Tensor]) -> None:
-            nonlocal saved
-            done, total = len(known) + len(found), len(known) + len(documents)
-            self._report(0, len(self.updates), f"reference log-probs {done}/{total}")
-            self._meet()
-            due = done == total or time.monotonic() - saved > SAVE_REFERENCES_EVERY_S
-            if self.is_writer and (self._stop or due):
-                save_references(self.job.references, known | found, self.job.fingerprint)
-                saved = time.monotonic()
-            if self._stop:
-                raise SystemExit(STOPPED)
-
-        return score_documents(self.engine, documents, per_step, after_part)
+        if documents:
+            score = partial(self._score, "the reference's log-probs")
+            self.references = find_references(self.engine, self.job, documents, score)
 
     # --- one update ------------------------------------------------------------------------------------------
 
@@ -234,7 +252,7 @@ class Trainer:
             result = self.objective.loss(batch, log_probs, points)
             sums = {"loss": result.total.detach(), **result.parts}
             if self.objective.uses_reference:
-                sums |= reward_sums(batch, log_probs)
+                sums |= reward_sums(solutions_of(batch, log_probs.detach()))
                 if self.settings.loss.reference_point == "batch":
                     sums |= kl_sums(batch, log_probs.detach())
             return result.total, result.num_units, sums | {"units": torch.tensor(float(result.num_units))}
@@ -334,7 +352,6 @@ class Trainer:
             update + 1,
             len(self.updates),
             f"loss {row['loss']:.4f}  {sums['tokens'] / seconds:,.0f} tokens/s",
-            last=update + 1 == len(self.updates),
         )
 
     def _watch_collapse(self, update: int, right: float | None) -> None:
@@ -361,13 +378,18 @@ class Trainer:
             self.tracker.log(row)
 
     def _log_held_out(self, update: int) -> None:
-        """Log-ratios of right and wrong solutions and steps on examples that never train."""
-        documents = [solution_document(e, self.references[e.example_id]) for e in self.held_out]
-        sums = dict.fromkeys(REWARD_SUMS, 0.0)
-        for part in self.engine.score(pack_units([[d] for d in documents], self.engine.slot()), reward_sums):
-            for name, value in part.items():
-                sums[name] += value.item()
-        self._append({"update": update, "held_out": held_out_metrics_of(self.engine.pool(sums))})
+        """Log-ratios of right and wrong solutions and steps on examples that never train; where due, and once."""
+        if not self.held_out or not self._due(update):
+            return
+        measured = [self.tracker is not None and self.tracker.measured == update]
+        dist.broadcast_object_list(measured, src=0)  # only the writer sees the rows of an earlier attempt
+        if measured[0]:
+            return
+        documents = [solution_document(example) for example in self.held_out]
+        found = self._score("held-out examples", documents, per_step, update=update)
+        solutions = solutions_of_documents(documents, found, self.references)
+        sums = {name: value.item() for name, value in reward_sums(solutions).items()}
+        self._append({"update": update, "held_out": held_out_metrics_of(sums)})
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
@@ -383,6 +405,7 @@ class Trainer:
         if newest[0] is None:
             return 0
         done, directory = newest[0]
+        self.saved = done
         self.engine.checkpoints.load_state(directory)
         state = read_json(directory / "state.json", State)
         self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]
@@ -401,6 +424,9 @@ class Trainer:
     def _checkpoint(self, update: int) -> None:
         """Save under a temporary name; the rename makes it count. Then drop all but the newest few."""
         self.engine.checkpoints.finish_saving(wait=True)
+        if update == self.saved:
+            return
+        self.saved = update
         final = self.job.checkpoints / f"update_{update:06d}"
         temporary = final.with_name(f".{final.name}.partial")
         state = {"batch_kl": self.batch_kl, "right_history": self.right_history, "notes": copy.deepcopy(self.notes)}
@@ -424,14 +450,16 @@ class Trainer:
         """Per-step log-ratios of the first training examples under the final weights, for a reader of the report."""
         if not self.objective.uses_reference:
             return
-        examples = [example for unit in self.units for example in unit][:MAX_LOG_RATIOS]
-        scored = score_documents(self.engine, [solution_document(e) for e in examples], per_step)
+        examples = self._trained()[:MAX_LOG_RATIOS]
+        documents = [solution_document(example) for example in examples]
+        scored = self._score("the log-ratios for the report", documents, per_step, update=len(self.updates))
         if self.is_writer:
             rows = ((e.example_id, scored[e.example_id] - self.references[e.example_id]) for e in examples)
             write_records(self.job.log_ratios, (LogRatios(example_id=key, steps=r.tolist()) for key, r in rows))
 
     def _finish(self) -> None:
         self._log_ratios()
+        self._close_tracker()
         self.engine.checkpoints.finish_saving(wait=True)
         temporary = self.job.final.with_name(".final.partial")
         if self.is_writer and temporary.exists():

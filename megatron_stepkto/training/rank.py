@@ -1,4 +1,4 @@
-"""Entry point of one rank: ``torchrun -m megatron_stepkto.training.rank JOB``."""
+"""One rank of a training, from its job file to its final weights (entry.py starts it)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
-from megatron_stepkto.base.processes import child_main, die_with_parent, tie_forks
 from megatron_stepkto.base.records import TrainExample, read_records
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.megatron import onednn
@@ -25,7 +24,6 @@ from megatron_stepkto.training.loop import Trainer
 
 
 def main() -> None:
-    tie_forks()
     parser = argparse.ArgumentParser()
     parser.add_argument("job", type=Path)
     job = Job.model_validate(read_json(parser.parse_args().job))
@@ -101,11 +99,3 @@ def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int
                 f"{job.train_examples}: {example.example_id} holds a token id past the model's vocabulary "
                 f"({vocab_size}); the data were made with another tokenizer"
             )
-
-
-# Saving a checkpoint starts a spawn-context process that imports this module again, under another name. It serves
-# a queue, and would outlive a rank that is killed.
-if __name__ == "__mp_main__":
-    die_with_parent()
-if __name__ == "__main__":
-    child_main(main)

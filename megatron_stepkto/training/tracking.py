@@ -36,13 +36,17 @@ class Tracker:
     Args:
         done: updates that are in the checkpoint that the run goes on from; later rows are dropped.
         identity: the same for every attempt at one training.
+
+    measured: the last update after which held-out examples were measured; -1: none.
     """
 
     def __init__(self, directory: Path, log: recipe.Log, done: int, identity: str, settings: Mapping[str, Any]) -> None:
         self._file = directory / "metrics.jsonl"
         lines = self._file.read_text(encoding="utf-8").splitlines() if done and self._file.exists() else []
+        kept = [line for line in lines if _update_of(line) <= done]
+        self.measured = max((_update_of(line) for line in kept if "held_out" in json.loads(line)), default=-1)
         with atomic_writer(self._file) as file:
-            file.writelines(line + "\n" for line in lines if _update_of(line) <= done)
+            file.writelines(line + "\n" for line in kept)
         self._board: Any = None
         self._run: Any = None
         if log.tensorboard:

@@ -89,8 +89,9 @@ def test_a_gradient_that_is_not_finite_names_the_record(tmp_path: Path) -> None:
     """A norm without epsilon of values of 1e-20 has a finite value and a gradient of 1e20; its square is infinite."""
     model = write_poisoned(tmp_path / "model", 1e-20, rms_norm_eps=1e-45)
     training = settings(parallel={"ranks": 2, "tensor": 2}, loss={"outcome_weight": 1e8, "step_weight": 0})
+    *right, last = examples_with_poison(7)
     with pytest.raises(UserError, match=r"update 1: the gradient is not finite; records concerned: e7; last good"):
-        run(tmp_path / "run", model, examples_with_poison(7), training)
+        run(tmp_path / "run", model, [*right, last.model_copy(update={"outcome": 0})], training)
 
 
 def test_a_reference_point_that_is_not_finite_names_the_pair(tmp_path: Path) -> None:

@@ -108,6 +108,31 @@ def test_import_faults(repository: Path, tmp_path: Path) -> None:
     )
 
 
+def test_solutions_of_which_none_is_right_do_not_train(repository: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": n, "problem": f"Max has {20 + n} coins. Tom has {3 + n} more than Max. How many coins does Tom have?",
+         "answer": str(23 + 2 * n), "model": "m", "correct": False,
+         "response": f"Tom has {20 + n} + {3 + n} = {24 + 2 * n}.\nAnswer: \\boxed{{{24 + 2 * n}}}"}
+        for n in range(6)
+    ]  # fmt: skip
+    (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {
+        "name": "wrong", "initial_model": str(repository / "recipes" / "mini_cpu_m0"),
+        "problems": {"source": "imports", "imports": [{"format": "gsm8k_solutions", "path": "wrong.jsonl"}]},
+        "train": {"optimizer": {"lr": 1e-4}, "global_batch_size": 2},
+    }  # fmt: skip
+    (tmp_path / "wrong.yaml").write_text(json.dumps(keys))
+    done = stepkto("run", "wrong.yaml", cwd=tmp_path)
+    refused(
+        done,
+        "warning: import: all 6 judged answers are wrong",
+        "judged.jsonl: step_kto learns from right against wrong, and nothing is right: 0 right and 6 wrong answers",
+    )
+    assert not (tmp_path / "runs/wrong/iteration_1/train").exists()
+    assert stepkto("report", "runs/wrong", cwd=tmp_path).returncode == 0
+    assert "all 6 judged answers are wrong</li>" in (tmp_path / "runs/wrong/report.html").read_text()
+
+
 def test_changed_recipe_is_refused_with_the_difference(mini: Path, tmp_path: Path) -> None:
     run = ("problems", mini, "--iteration", 1)
     assert stepkto(*run, "--set", "problems.per_iteration=3", cwd=tmp_path).returncode == 0

@@ -30,7 +30,7 @@ def steps_of(run: Path, stage: str) -> Iterator[psutil.Process]:
 
 
 def ranks_of(run: Path) -> list[psutil.Process]:
-    words = {"megatron_stepkto.training.rank", str(run / "iteration_1" / "train" / "job.json")}
+    words = {"megatron_stepkto.training.entry", str(run / "iteration_1" / "train" / "job.json")}
     found = [p for p in psutil.process_iter(["cmdline", "ppid"]) if words <= set(p.info["cmdline"] or [])]
     numbers = {process.pid for process in found}
     return [process for process in found if process.info["ppid"] not in numbers]  # not what they fork to write files

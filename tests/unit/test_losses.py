@@ -10,19 +10,22 @@ import pytest
 import torch
 
 from megatron_stepkto.losses import (
+    UNJUDGED,
+    Balance,
     Level,
     LossSum,
     PooledMean,
     ReferencePoints,
     Solutions,
     StepKTOSettings,
-    balanced_weights,
     clamp_reference,
+    class_balance,
     dpo_loss,
     irpo_loss,
     kto_loss,
     nll_loss,
     pool_reference,
+    step_divisors,
     step_kto_loss,
 )
 
@@ -205,16 +208,38 @@ def test_dpo_irpo_nll_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "expected"),
+    ("right", "wrong", "expected", "ratio"),
     [
-        (10, 10, (1.0, 1.0)),
-        (12, 10, (1.0, 1.0)),
-        (5, 10, (2.0, 1.0)),
-        (40, 10, (1.0, 3.0)),
-        (0, 10, (1.0, 1.0)),
-        (10, 0, (1.0, 1.0)),
+        (10, 10, (1.0, 1.0), 1.0),
+        (12, 10, (1.0, 1.0), 1.2),
+        (5, 10, (2.0, 1.0), 1.0),
+        (40, 10, (1.0, 3.0), 4 / 3),
+        (0, 10, (1.0, 1.0), None),
+        (10, 0, (1.0, 1.0), None),
     ],
 )
-def test_balanced_weights(right: int, wrong: int, expected: tuple[float, float]) -> None:
+def test_balanced_weights(right: float, wrong: float, expected: tuple[float, float], ratio: float | None) -> None:
     """Ratios 1, 1.2 (both inside [1, 4/3]), 0.5 -> 1, 4 -> 4/3."""
-    assert balanced_weights(right, wrong, 1.0, 1.0) == pytest.approx(expected)
+    balance = Balance(right, wrong, 1.0, 1.0).balanced()
+    assert (balance.desirable_weight, balance.undesirable_weight) == pytest.approx(expected)
+    assert balance.ratio == (None if ratio is None else pytest.approx(ratio))
+
+
+@pytest.mark.parametrize(("reduction", "expected"), [("mean", (2 + 2 / 3, 1 + 1 / 3)), ("sum", (8, 2))])
+def test_the_pull_of_a_class_is_the_gradient_of_its_terms(reduction: str, expected: tuple[float, float]) -> None:
+    """Solutions of 3 right and an unjudged step, of 3 right steps, of 2 right and a wrong one, of a wrong one.
+
+    At log-ratio and reference point 0 each term has slope beta / 4 times its lambda and its weight in the loss.
+    """
+    label = torch.tensor([1, 1, 1, -1, 1, 1, 1, 1, 1, 0, 0])
+    solution = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
+    balance = class_balance(label, step_divisors(label, solution, 4, reduction), 0.5, 2.0)
+    assert (balance.right, balance.wrong) == pytest.approx(expected)
+    log_ratio = torch.zeros(11, dtype=torch.float64, requires_grad=True)
+    batch = Solutions(log_ratio, solution, label, torch.full((4,), UNJUDGED))
+    zero = torch.zeros((), dtype=torch.float64)
+    settings = StepKTOSettings(Level(1, 1, 1, 1), Level(0.8, 0.5, 2.0, 1), reduction)
+    step_kto_loss(batch, ReferencePoints(zero, zero), settings).total.backward()
+    pulls = [-log_ratio.grad[label == 1].sum().item(), log_ratio.grad[label == 0].sum().item()]
+    assert pulls == pytest.approx([0.5 * expected[0] * 0.2, 2.0 * expected[1] * 0.2])
+    assert balance.ratio == pytest.approx(pulls[0] / pulls[1])

@@ -16,6 +16,7 @@ import pytest
 from megatron_stepkto.base import processes
 from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.processes import Child, run_children
+from megatron_stepkto.base.progress import read_progress
 
 WAIT_S = 120.0  # on a busy machine
 
@@ -239,6 +240,28 @@ def test_progress_of_several_children_is_summed(tmp_path: Path, capsys: pytest.C
     children = [python(script, tmp_path / f"{n}.log") for n, script in enumerate(scripts)]
     run_children(children, title="drawing", unit="solutions", progress=files)
     assert "drawing: 17/20 solutions" in capsys.readouterr().err
+
+
+def test_a_phase_that_counts_other_things_has_a_bar_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, seen = tmp_path / "progress.json", tmp_path / "seen"
+    script = (
+        "import time; from pathlib import Path; from megatron_stepkto.base.progress import ProgressFile\n"
+        f"file, seen = ProgressFile(Path({str(file)!r})), Path({str(seen)!r})\n"
+        "file.report(3, 9, unit='tokens', last=True)\n"
+        "while not seen.exists(): time.sleep(0.01)\n"
+        "file.report(1, 9, 'loss 1', last=True)"
+    )
+
+    def see() -> None:
+        if (report := read_progress(file)) and report.unit:
+            assert str(report) == "3/9 tokens"
+            seen.touch()
+
+    run_children([python(script, tmp_path / "a.log")], title="train", unit="updates", progress=[file], poll=see)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["train: 3/9 tokens", "train: 1/9 updates"]
 
 
 def test_a_stuck_child_is_killed_and_started_again_a_few_times(

@@ -97,6 +97,14 @@ def test_what_the_sampler_wrote_is_kept(folder: Folder) -> None:
     assert {name: getattr(row, name) for name in Sample.model_fields} == dict(sample)
 
 
+def test_one_sided_labels_are_named(folder: Folder) -> None:
+    assert folder.judge([folder.sample(0, WRONG), folder.sample(1, WRONG)])["warnings"] == [
+        "all 2 judged answers are wrong",
+        "all 4 judged steps are wrong",
+    ]
+    assert "warnings" not in folder.judge([folder.sample(0, RIGHT), folder.sample(1, WRONG)])
+
+
 def test_an_answer_that_cannot_be_compared_is_null(folder: Folder) -> None:
     write_records(folder.problems, [PROBLEM.model_copy(update={"answer": r"\frac{"})])
     counts = folder.judge([folder.sample(0, RIGHT)])

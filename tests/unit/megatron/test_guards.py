@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -69,10 +71,23 @@ def test_local_layers_have_packed_attention_and_a_norm_for_sequence_parallelism(
 
 def test_a_module_that_saves_starts_nothing_when_it_is_imported_again() -> None:
     """Saving starts a process that imports the main module under the name __mp_main__."""
-    for path in ("megatron_stepkto/training/rank.py", "tests/gpu/worker.py"):
+    for path in ("megatron_stepkto/training/entry.py", "tests/gpu/worker.py"):
         text = (ROOT / path).read_text()
         assert 'if __name__ == "__main__":\n    child_main(main)' in text, path
         assert not re.search(r"^(main|child_main)\(", text, re.MULTILINE), path
+
+
+def test_a_process_that_a_save_starts_is_tied_to_its_rank_before_slow_imports() -> None:
+    """Left by a killed rank, it would live on for the seconds that torch takes."""
+    script = (
+        "import runpy, sys\n"
+        "from megatron_stepkto.base import processes\n"
+        "processes.die_with_parent = lambda: print('tied')\n"
+        "runpy.run_module('megatron_stepkto.training.entry', run_name='__mp_main__', alter_sys=True)\n"
+        "print('torch' in sys.modules, 'megatron.core' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["tied", "False", "False"]
 
 
 def test_transformer_engine_is_asked_for_where_it_is_used_alone() -> None:

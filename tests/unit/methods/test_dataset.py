@@ -314,7 +314,7 @@ def test_counts_by_hand(tmp_path: Path) -> None:
 
 
 def test_max_tokens_counts_prompt_and_response(tmp_path: Path) -> None:
-    rows = [sample("p", 0, 1, [1], [5] * 4), sample("q", 0, 1, [1], [5] * 5), sample("r", 0, 1, [1], [5] * 6)]
+    rows = [sample("p", 0, 1, [1], [5] * 4), sample("q", 0, 0, [1], [5] * 5), sample("r", 0, 1, [1], [5] * 6)]
     counts = build(tmp_path, rows, max_tokens=8)
     assert (counts["samples"], counts["too_long"], counts["examples"]) == (3, 1, 2)
 
@@ -405,6 +405,103 @@ def test_nothing_to_train_on_says_what_was_there(
     with pytest.raises(UserError) as caught:
         build(tmp_path, rows, method)
     assert str(caught.value) == (
-        f"{tmp_path / 'judged.jsonl'}: no example that {method} can train on: it needs {needs}; got {had} samples"
+        f"{tmp_path / 'judged.jsonl'}: no example that {method} can train on: it needs {needs}; got {had} samples; "
+        "sample more solutions of each problem (sample.num_samples), or problems nearer to what the model can do"
     )
     assert not (tmp_path / method).exists()
+
+
+# --- one class -----------------------------------------------------------------------------------------------
+
+WRONG_EQUATION = [sample(f"p{n}", 0, 0, [0, None]) for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "lacks", "had"),
+    [
+        ("step_kto", WRONG_EQUATION, "right", "0 right and 6 wrong answers, 0 right and 6 wrong steps"),
+        # as solutions whose steps nobody judged are imported
+        (
+            "step_kto",
+            [sample(f"p{n}", 0, 0, [None]) for n in range(6)],
+            "right",
+            "0 right and 6 wrong answers, 0 right and 0 wrong steps",
+        ),
+        (
+            "step_kto",
+            [sample("p", 0, None, [1, 1]), sample("q", 0, 1, [None])],
+            "wrong",
+            "1 right and 0 wrong answers, 2 right and 0 wrong steps",
+        ),
+        # kto reads no step: a right one does not help
+        (
+            "kto",
+            [sample("p", 0, 0, [1, 0]), sample("q", 0, 0, [1]), sample("r", 0, None, [1])],
+            "right",
+            "0 right and 2 wrong answers, 2 right and 1 wrong steps",
+        ),
+        ("kto", [sample("p", 0, 1), sample("q", 0, 1)], "wrong", "2 right and 0 wrong answers, 2 right and 0 wrong"),
+        # the only right solution is too long to train
+        (
+            "kto",
+            [*WRONG_EQUATION, sample("r", 0, 1, [1], [5] * 30)],
+            "right",
+            "0 right and 6 wrong answers, 0 right and 6 wrong steps",
+        ),
+    ],
+)
+def test_one_class_alone_is_refused(
+    tmp_path: Path, method: Any, rows: list[JudgedSample], lacks: str, had: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, rows, method, max_tokens=30)
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'judged.jsonl'}: {method} learns from right against wrong, and nothing is {lacks}: {had}"
+    )
+    assert not (tmp_path / method).exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "warnings"),
+    [
+        ("step_kto", [sample("p", 0, 1, [1, 0]), sample("q", 0, 0)], []),
+        # 1 of 100 is a share of 0.01: enough; 1 of 101 is not
+        ("kto", [sample(f"p{n}", 0, int(n > 0)) for n in range(100)], []),
+        ("kto", [sample(f"p{n}", 0, int(n > 0)) for n in range(101)], ["only 1 of 101 judged answers are wrong"]),
+        (
+            "step_kto",
+            [sample("p", 0, 0, [1, 0]), sample("q", 0, 0, [1])],
+            ["all 2 judged answers are wrong"],
+        ),
+        (
+            "step_kto",
+            [sample("p", 0, 1, [1, 1]), sample("q", 0, 0, [1])],
+            ["all 3 judged steps are right"],
+        ),
+        (
+            "step_kto",
+            [sample("p", 0, 1, [None]), sample("q", 0, 0, [None])],
+            ["no step is judged: step_kto trains on answers alone"],
+        ),
+        (
+            "step_kto",
+            [sample("p", 0, None, [1]), sample("q", 0, None, [0])],
+            ["no answer is judged"],
+        ),
+        (
+            "dpo",
+            [sample("p", 0, 1), sample("p", 1, 0), *(sample(f"q{n}", 0, 1) for n in range(100))],
+            ["only 1 of 101 problems have a right and a wrong sample of one problem"],
+        ),
+        (
+            "rft",
+            [sample("p", 0, 1), *(sample(f"q{n}", 0, 0) for n in range(100))],
+            ["only 1 of 101 problems have a right sample"],
+        ),
+        ("rft", [sample("p", 0, 1), sample("q", 0, 1)], []),
+    ],
+)
+def test_data_that_teach_little_bring_a_warning(
+    tmp_path: Path, method: Any, rows: list[JudgedSample], warnings: list[str]
+) -> None:
+    assert build(tmp_path, rows, method).get("warnings", []) == warnings

@@ -284,6 +284,26 @@ def test_the_trainers_warnings_are_shown(tmp_path: Path) -> None:
     assert list(read_training(path, "Iteration 1").notes) == ["Iteration 1, update 30: the log-ratio fell"]
 
 
+def test_the_balance_is_shown(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "metrics.jsonl", [{"update": 1, "loss": 1.0}])
+    weights = {"right": 3.0, "wrong": 1.0, "desirable_weight": 1.0, "undesirable_weight": 2.25, "ratio": 1.333}
+    write_json(tmp_path / "notes.json", {"balance": {"outcome": weights}})
+    assert list(read_training(path, "Iteration 1").notes) == [
+        "Iteration 1, pull of right over wrong: outcomes 1.333 (right 3 x 1, wrong 1 x 2.25)."
+    ]
+
+
+def test_one_sided_labels_stand_in_a_banner(run_dir: Path) -> None:
+    """Also of a run that stopped there, and has no summary."""
+    (run_dir / "summary.json").unlink()
+    counts = {"samples": 6, "wrong": 6, "warnings": ["all 6 judged answers are wrong"]}
+    write_json(run_dir / "iteration_1/judge/manifest.json", {"seconds": 1.0, "counts": counts})
+    html = write_report(run_dir).read_text()
+    banner = re.search(r'<ul class="notice alarm" id="warnings" role="alert">(.*?)</ul>', html)
+    assert banner and banner[1] == "<li>iteration_1/judge: all 6 judged answers are wrong</li>"
+    assert "samples 6, wrong 6<" in html
+
+
 def test_thinning_takes_means_and_leaves_nulls_out() -> None:
     assert thin([1.0, 3.0, None, 5.0, None, None], limit=3) == [2.0, 5.0, None]
     assert thin([1.0, None], limit=2) == [1.0, None]

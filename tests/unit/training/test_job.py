@@ -70,6 +70,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatc
     trainer.job = SimpleNamespace(checkpoints=tmp_path / "checkpoints")
     trainer.settings = SimpleNamespace(keep_checkpoints=1, async_checkpoints=False)
     trainer.is_writer, trainer.batch_kl, trainer.right_history, trainer.notes = True, {}, [], {}
+    trainer.saved = 0
     monkeypatch.setattr(files.os, "fsync", note)
     monkeypatch.setattr(Path, "rename", publish)
     monkeypatch.setattr(loop.dist, "barrier", lambda: None)
