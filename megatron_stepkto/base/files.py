@@ -47,7 +47,7 @@ def read_json(path: Path) -> Any:
     """Parse one JSON document.
 
     Raises:
-        UserError: the file is missing or not JSON (with its line).
+        UserError: the file is missing or not JSON (with its line), see ``parse_json``.
     """
     try:
         text = path.read_bytes()
@@ -56,10 +56,30 @@ def read_json(path: Path) -> Any:
     return _parse(path, text)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """One JSON document of a user.
+
+    Raises:
+        ValueError: it does not parse (``json.JSONDecodeError``), names a key twice, or is nested too deep to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'key "{next(name for name in names if names.count(name) > 1)}" is given twice')
+    return found
+
+
 def _parse(path: Path, text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(text.decode("utf-8"))
+    except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path}:{line}: expected JSON, got text that does not parse ({error})") from None
 

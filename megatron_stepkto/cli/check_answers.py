@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from megatron_stepkto.answers.equivalence import EquivalenceChecker, Verdict
 from megatron_stepkto.answers.text import stated_answer
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import parse_json
 from megatron_stepkto.base.progress import say
 
 BATCH = 256  # lines decided together: output comes this late at most
@@ -85,7 +86,7 @@ def _batches(handle: int) -> Iterator[list[tuple[int, bytes]]]:
 def _read(number: int, line: bytes) -> dict[str, Any]:
     """The line as a row to fill, with gold and pred as text; or its error."""
     try:
-        given = json.loads(line)
+        given = parse_json(line)
         if not isinstance(given, dict):
             raise ValueError(f"expected a JSON object, got {type(given).__name__}")
         for key in ("gold", "pred"):
@@ -99,7 +100,7 @@ def _read(number: int, line: bytes) -> dict[str, Any]:
             if expected != "undecided" and not (isinstance(expected, bool | int | str) and expected in _VERDICTS):
                 raise ValueError(f"expected: must be true, false, right, wrong or undecided, got {expected!r:.60}")
             given["expected"] = _VERDICTS.get(expected, expected)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         reason = f"broken JSON at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         return {"line": number, "error": "an empty line" if not line.strip() else reason}
     ours = ("line", "verdict", "how", "milliseconds", "answer", "agrees", "error")
