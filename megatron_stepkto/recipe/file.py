@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.cli.command_keys import check_overrides
 from megatron_stepkto.recipe.keys import Judging, ModelEvaluation, ProcessJudge, Recipe, nearest_place
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -126,27 +128,29 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
 
 
-def model_evaluation(name: str, num_problems: int, chat: bool, overrides: list[str]) -> ModelEvaluation:
+def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEvaluation:
     """The settings of an evaluation without a recipe: defaults, and ``--set section.key=value``.
 
     Raises:
-        UserError: an unknown key or a value that does not fit.
+        UserError: an unknown key, one that such an evaluation does not read, or a value that does not fit.
     """
     tree: dict[str, Any] = {
         "name": name,
         "prompt": {"template": "boxed", "chat": chat},
         "sample": {"max_tokens": 2048, "gap_problems": 0},
         "judge": {"split": "blank_line", "process": "none"},
-        "evaluate": {"num_problems": num_problems},
+        "evaluate": {},
     }
     places: dict[tuple[str | int, ...], str] = {(): "--set"}
     for assignment in overrides:
         _override(tree, assignment)
         places[tuple(assignment.partition("=")[0].split("."))] = f"--set {assignment}"
     try:
-        return ModelEvaluation.model_validate(tree, context={"folder": Path()})
+        settings = ModelEvaluation.model_validate(tree, context={"folder": Path()})
     except ValidationError as error:
         raise UserError(_explain(error, places)) from None
+    check_overrides("evaluate MODEL", overrides)
+    return settings
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -176,9 +180,11 @@ def load_judging(path: Path, overrides: list[str] | None = None) -> Judging:
     """
     tree, places = _read_tree(path, overrides)
     try:
-        return _JudgeAlone.model_validate(tree, context={"folder": path.parent}).judge
+        judging = _JudgeAlone.model_validate(tree, context={"folder": path.parent}).judge
     except ValidationError as error:
         raise UserError(_explain(error, places)) from None
+    check_overrides("judge-eval", overrides or [])
+    return judging
 
 
 def _read_tree(path: Path, overrides: list[str] | None) -> tuple[dict[str, Any], dict[tuple[str | int, ...], str]]:

@@ -388,12 +388,19 @@ class Training(Section):
         return self
 
 
-class Evaluation(Section):
+class _Measure(Section):
     split: Literal["dev", "test"] = "test"
-    num_problems: int = Field(ge=1)
     k: int = Field(8, ge=1, description="samples per problem for maj@k")
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
+
+
+class Evaluation(_Measure):
+    num_problems: int = Field(ge=1)
+
+
+class FolderEvaluation(_Measure):
+    num_problems: int | None = Field(None, ge=1, description="of each data set, from its beginning; null: all")
 
 
 class ModelEvaluation(Section):
@@ -403,7 +410,7 @@ class ModelEvaluation(Section):
     prompt: Prompt
     sample: Sampling
     judge: Judging
-    evaluate: Evaluation
+    evaluate: FolderEvaluation
 
 
 class WarmUp(Section):
