@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import yaml
-
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.recipe.yaml_text import read_yaml
 
 _RUN = ("name", "output")
 _HELD_OUT = ("problems.source", "problems.dev", "problems.test")
@@ -67,10 +66,10 @@ def check_overrides(command: str, overrides: Sequence[str]) -> None:
     """
     for assignment in overrides:
         key, _, value = assignment.partition("=")
-        if is_read(command, key) or (key in Recipe.model_fields and yaml.safe_load(value) is None):
+        if is_read(command, key) or (key in Recipe.model_fields and read_yaml(value)[0] is None):
             continue
         readers = [name for name in READS if is_read(name, key)]
         raise UserError(
-            f"--set {assignment}: `stepkto {command}` does not read {key}; leave it out, or give it to "
+            f"--set {assignment:.200}: `stepkto {command}` does not read {key}; leave it out, or give it to "
             f"{', '.join(f'`stepkto {name}`' for name in (*readers, 'run'))}"
         )

@@ -2,6 +2,7 @@
 
 An unknown key, a wrong type or a value out of range is an error that names file and line, and for a misspelt key the
 nearest one. ``--set section.key=value`` overrides a key. ``${NAME}`` and ``${NAME:-default}`` read the environment.
+Types are strict: neither ``true`` nor ``"3"`` is a whole number.
 """
 
 from __future__ import annotations
@@ -13,52 +14,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.command_keys import check_overrides
-from megatron_stepkto.recipe.keys import Judging, ModelEvaluation, ProcessJudge, Recipe, nearest_place
+from megatron_stepkto.evaluation.settings import ModelEvaluation
+from megatron_stepkto.recipe.keys import Judging, ProcessJudge, Recipe, nearest_place
+from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def _expand(value: Any, places: dict[tuple[str | int, ...], str], prefix: tuple[str | int, ...] = ()) -> Any:
-    if isinstance(value, dict):
-        return {key: _expand(item, places, (*prefix, key)) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, places, (*prefix, index)) for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-
+def _expand(text: str, path: Path, line: int) -> str:
     def replace(match: re.Match[str]) -> str:
         name, default = match.groups()
         found = os.environ.get(name, default)
         if found is None:
-            where = nearest_place(prefix, places)
-            raise UserError(f"{where}: environment variable {name} is not set and has no default; set it")
+            raise UserError(f"{path}:{line}: environment variable {name} is not set and has no default; set it")
         return found
 
-    return _VARIABLE.sub(replace, value)
-
-
-def _lines(node: yaml.Node, prefix: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
-    """Line (1-based) of every key path of a YAML document."""
-    found: dict[tuple[str | int, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*prefix, key.value)
-            if path in found:
-                raise UserError(
-                    f"line {key.start_mark.line + 1}: key {'.'.join(map(str, path))} stands twice; keep one"
-                )
-            found[path] = key.start_mark.line + 1
-            found.update(_lines(value, path))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            found[(*prefix, index)] = value.start_mark.line + 1
-            found.update(_lines(value, (*prefix, index)))
-    return found
+    return _VARIABLE.sub(replace, text)
 
 
 def _section_keys(location: tuple[str | int, ...]) -> list[str]:
@@ -107,10 +82,14 @@ def _explain(error: ValidationError, places: dict[tuple[str | int, ...], str]) -
             messages.append(f"{place}: key {dotted} is missing; add it")
         else:
             got = item["input"]
-            shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+            shown = "" if isinstance(got, dict | BaseModel) else f", got {_shortened(repr(got))}"
             message = item["msg"].removeprefix("Value error, ")
             messages.append(f"{place}: {dotted + ': ' if dotted else ''}{message}{shown}")
     return "\n".join(messages)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _override(tree: dict[str, Any], assignment: str) -> None:
@@ -123,9 +102,9 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
             raise UserError(f"--set {assignment}: {part} is a value, not a section")
         tree = tree[part]
     try:
-        tree[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # a bare ValueError comes from a date that does not exist
-        raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
+        tree[last] = read_yaml(text)[0]
+    except BadYAML as error:
+        raise UserError(f"--set {_shortened(assignment)}: {error}; quote the value") from None
 
 
 def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEvaluation:
@@ -144,7 +123,7 @@ def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEv
     places: dict[tuple[str | int, ...], str] = {(): "--set"}
     for assignment in overrides:
         _override(tree, assignment)
-        places[tuple(assignment.partition("=")[0].split("."))] = f"--set {assignment}"
+        places[tuple(assignment.partition("=")[0].split("."))] = f"--set {_shortened(assignment)}"
     try:
         settings = ModelEvaluation.model_validate(tree, context={"folder": Path()})
     except ValidationError as error:
@@ -194,27 +173,15 @@ def _read_tree(path: Path, overrides: list[str] | None) -> tuple[dict[str, Any],
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
         raise UserError(f"{path}: expected a recipe (a YAML file), found none; see recipes/") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{path}:{line}: not YAML: character {error.character!r}: {error.reason}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a bare ValueError comes from a date that does not exist
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise UserError(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(tree, dict) or node is None:
+        tree, lines = read_yaml(text, lambda value, line: _expand(value, path, line))
+    except BadYAML as error:
+        raise UserError(f"{path}:{error.line}: {error}") from None
+    if not isinstance(tree, dict):
         raise UserError(f"{path}:1: expected a mapping of recipe keys, got {type(tree).__name__}")
-    try:
-        places = {(): f"{path}:1", **{key: f"{path}:{line}" for key, line in _lines(node).items()}}
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}:1: a section holds itself through a YAML alias; write it out") from None
-    tree = _expand(tree, places)
+    places = {(): f"{path}:1", **{key: f"{path}:{line}" for key, line in lines.items()}}
     for assignment in overrides or []:
         _override(tree, assignment)
         key = tuple(assignment.partition("=")[0].split("."))
         places = {k: v for k, v in places.items() if k[: len(key)] != key}  # a whole section may be replaced
-        places[key] = f"--set {assignment}"
+        places[key] = f"--set {_shortened(assignment)}"
     return tree, places

@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_stepkto.base.files import atomic_writer, read_json, stable_hash, write_json
 from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import say
@@ -23,6 +21,7 @@ from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.source import check_training_problems, write_problems
 from megatron_stepkto.recipe import keys as recipes
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
+from megatron_stepkto.recipe.yaml_text import write_yaml
 from megatron_stepkto.run import warm_up
 from megatron_stepkto.run.folder import Run, _title, dataset_key, training_key
 
@@ -359,7 +358,7 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
         for method in compare:
             run_iterations(replace(run, compared=method))
         with atomic_writer(run.base / "recipe.yaml") as file:
-            yaml.safe_dump(run.recipe.model_dump(mode="json"), file, sort_keys=False)
+            write_yaml(run.recipe.model_dump(mode="json"), file)
         stages = dict(run.finished)
         summary: dict[str, Any] = {
             "recipe": run.recipe.name,
