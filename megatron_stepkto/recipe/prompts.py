@@ -8,11 +8,17 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.records import Problem
 from megatron_stepkto.recipe import keys as recipe
 
+# What a Jinja template may raise: it is a program of the user's.
+TEMPLATE_FAULTS = (
+    TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError,
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # Llama 3.2's and 3.3's templates write today's date: a run would have other prompts after midnight. This is the date
 # that Llama 3.1's template writes.
@@ -79,15 +85,11 @@ def render_chat(
     Raises:
         UserError: the template does not parse, refuses the turns or fails, or none of several is the default.
     """
-    from jinja2 import TemplateError
-
     try:
         text: str = tokenizer.apply_chat_template(
             list(turns), add_generation_prompt=generation_prompt, tokenize=False, strftime_now=DATE.strftime
         )
-    except (
-        TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError,
-    ) as error:  # fmt: skip
+    except TEMPLATE_FAULTS as error:
         templates = tokenizer.chat_template
         if isinstance(templates, dict) and "default" not in templates:
             raise UserError(
