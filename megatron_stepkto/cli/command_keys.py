@@ -1,4 +1,4 @@
-"""Which keys of a recipe each command reads: ``--set`` of another one would do nothing, and is refused.
+"""Which keys of a recipe and which options each command reads: another one would do nothing, and is refused.
 
 A recipe may hold any key, for it describes the whole run; an explicit ``--set`` is meant for the command at hand.
 """
@@ -49,6 +49,13 @@ READS: dict[str, tuple[str, ...]] = {
     ),
     "judge-eval": ("judge",),
 }  # fmt: skip
+
+# Options of commands that take a recipe -> those for which it does something.
+TAKES: dict[str, tuple[str, ...]] = {
+    "--from-scratch": ("run", "prepare", "problems", "sample", "judge", "train", "evaluate"),
+    "--quarantine": ("run", "prepare", "warm-up", "problems", "judge", "dataset", "evaluate"),
+    "--allow-overlap": ("run", "prepare", "warm-up", "problems", "judge"),
+}
 
 
 def is_read(command: str, key: str) -> bool:

@@ -15,7 +15,7 @@ from megatron_stepkto.base.progress import say
 from megatron_stepkto.cli import judge_eval as judging
 from megatron_stepkto.cli import plan as planning
 from megatron_stepkto.cli.arguments import not_negative, positive, positive_number
-from megatron_stepkto.cli.command_keys import check_overrides
+from megatron_stepkto.cli.command_keys import TAKES, check_overrides
 from megatron_stepkto.cli.compare import add_comparison_command
 from megatron_stepkto.cli.conversion_options import LAYOUT, add_conversion_options
 from megatron_stepkto.cli.guard import guarded
@@ -168,11 +168,17 @@ def _recipe_command(
     parser = commands.add_parser(name, help=text, description=text)
     _add_recipe(parser)
     parser.add_argument("--force", action="store_true", help="redo stages whose settings or inputs changed")
-    parser.add_argument("--from-scratch", action="store_true", help="make M0 by warm_up, though initial_model is given")
-    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad input rows aside there and go on")
-    parser.add_argument(
-        "--allow-overlap", action="store_true", help="train on problems of an evaluation set; the manifest says so"
-    )
+    if name in TAKES["--from-scratch"]:
+        parser.add_argument(
+            "--from-scratch", action="store_true", help="make M0 by warm_up, though initial_model is given"
+        )
+    if name in TAKES["--quarantine"]:
+        parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad input rows aside there and go on")
+    if name in TAKES["--allow-overlap"]:
+        parser.add_argument(
+            "--allow-overlap", action="store_true", help="train on problems of an evaluation set; the manifest says so"
+        )
+    parser.set_defaults(from_scratch=False, quarantine=None, allow_overlap=False)
     parser.set_defaults(command=command, name=name)
     return parser
 
@@ -249,7 +255,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         return
     if arguments.recipe.suffix in (".yaml", ".yml"):
         raise UserError(f"convert {arguments.recipe}: --iteration T is missing")
-    _refuse(arguments, ("set", "method", "from_scratch", "quarantine", "allow_overlap"), "convert RECIPE --iteration T")
+    _refuse(arguments, ("set", "method"), "convert RECIPE --iteration T")
     from megatron_stepkto.cli.convert import run_conversion
 
     arguments.source = arguments.recipe
@@ -268,7 +274,7 @@ def _evaluate_folder(arguments: argparse.Namespace) -> None:
 
     if arguments.iteration is not None:
         raise UserError(f"{arguments.recipe} is a folder: --iteration goes with a recipe")
-    _refuse(arguments, ("method", "from_scratch", "allow_overlap"), "evaluate RECIPE --iteration T")
+    _refuse(arguments, ("method", "from_scratch"), "evaluate RECIPE --iteration T")
     if arguments.output is None:
         raise UserError("--output DIR is missing: where solutions and metrics go")
     overrides = list(arguments.set)

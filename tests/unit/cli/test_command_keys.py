@@ -114,6 +114,18 @@ def test_keys_that_are_not_read(command: str, assignment: str, readers: str) -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("sample", "--quarantine=f"), ("train", "--allow-overlap"), ("dataset", "--from-scratch"),
+     ("warm-up", "--from-scratch"), ("convert", "--quarantine=f"), ("evaluate", "--allow-overlap")],
+)  # fmt: skip
+def test_options_that_would_do_nothing(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, str(MINI), option, *(["--iteration", "1"] if command != "warm-up" else [])])
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err
+
+
 def test_every_way_to_set_a_key_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("problems", "sample", "judge", "dataset", "convert"):
         with pytest.raises(SystemExit) as ended:
