@@ -20,6 +20,7 @@ _DRAWING = (
 )  # fmt: skip
 _PREPARE = (
     *_RUN, *_TRAIN_PROBLEMS, "problems.train", "problems.imports", "seed", "initial_model", "prompt", "warm_up",
+    "dataset", "problems.held_out_share",  # a warm-up on imports trains on their examples
     "train.parallel", "evaluate.split", "evaluate.num_problems",
 )  # fmt: skip
 

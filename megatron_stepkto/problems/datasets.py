@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def to_problem(row: dict[str, Any]) -> Problem:
         answer = extract_answer(solution)
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
         raise ValueError(f"expected the answer as a text or a number, got {answer!r:.60}")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"expected the answer as a text or a finite number, got {answer}")
     if answer is None or str(answer).strip() == "":
         raise ValueError(f"expected the answer under {', '.join(_ANSWER_KEYS)} or in the solution, found none")
     known = next((row[key] for key in _ID_KEYS if row.get(key) is not None), None)

@@ -138,7 +138,7 @@ class Prompts:
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         # An unknown token is what a small vocabulary makes of ordinary text.
         self._control = (special | set(tokenizer.all_special_ids) | set(end_ids)) - {tokenizer.unk_token_id}
-        words = tokenizer.convert_ids_to_tokens(sorted(self._control))
+        words = filter(None, tokenizer.convert_ids_to_tokens(sorted(self._control)))
         self._literal = re.compile("|".join(map(re.escape, words)))
         text = self._text("1 + 1 = ?")
         ids = self._encode(text)
@@ -248,7 +248,8 @@ class Prompts:
         return [token for token in ids if token in self._control]
 
     def _show(self, ids: Sequence[int]) -> str:
-        return " ".join(self._tokenizer.convert_ids_to_tokens(list(ids)))
+        words = self._tokenizer.convert_ids_to_tokens(list(ids))  # None: config.json names a token that it lacks
+        return " ".join(str(word or token) for word, token in zip(words, ids, strict=True))
 
     def _visible(self, ids: Sequence[int]) -> list[int]:
         """Without tokens of white space alone."""

@@ -95,14 +95,22 @@ def test_keys_that_are_read(command: str, assignment: str) -> None:
     [
         ("sample", "train.optimizer.lr=1", "`stepkto train`, `stepkto run`"),
         ("train", "sample.num_samples=4", "`stepkto sample`, `stepkto run`"),
-        ("problems", "problems.held_out_share=0.1", "`stepkto dataset`, `stepkto run`"),
+        (
+            "problems",
+            "problems.held_out_share=0.1",
+            "`stepkto dataset`, `stepkto prepare`, `stepkto warm-up`, `stepkto run`",
+        ),
         ("evaluate", "sample.temperature=0.5", "`stepkto sample`, `stepkto run`"),
         (
             "evaluate MODEL",
             "evaluate.split=dev",
             "`stepkto evaluate`, `stepkto prepare`, `stepkto warm-up`, `stepkto run`",
         ),
-        ("judge-eval", "dataset.max_tokens=9", "`stepkto dataset`, `stepkto run`"),
+        (
+            "judge-eval",
+            "dataset.max_tokens=9",
+            "`stepkto dataset`, `stepkto prepare`, `stepkto warm-up`, `stepkto run`",
+        ),
     ],
 )
 def test_keys_that_are_not_read(command: str, assignment: str, readers: str) -> None:

@@ -278,6 +278,12 @@ def test_a_response_ends_as_the_chat_template_closes_turns(chat: Any) -> None:
     ]
 
 
+def test_an_end_token_that_the_tokenizer_lacks(chat: Any) -> None:
+    """config.json of a larger vocabulary: it is shown by its number."""
+    prompts = Prompts(Prompt(chat=True), chat, [70_000], "M")
+    assert "not an end token (70000)" in prompts.warnings[0]
+
+
 def test_end_tokens_of_all_files(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert end_token_ids(tmp_path, tokenizer) == [2]
