@@ -23,7 +23,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 # Llama 3.2's and 3.3's templates write today's date: a run would have other prompts after midnight. This is the date
 # that Llama 3.1's template writes.
 DATE = datetime.datetime(2024, 7, 26)
-THINK, END_THINK = "<think>", "</think>"
+THINK = "<think>"
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -146,7 +146,7 @@ class Prompts:
         self._check_begin(ids)
         self._check_end(ids)
         self._check_contents(text)
-        self.thinks = text.rfind(THINK) > text.rfind(END_THINK)
+        self.thinks = text.rstrip().endswith(THINK)
         closing = self._closing_token() if prompt.chat else None
         self._closes = closing if closing in end_ids else tokenizer.eos_token_id
         self.warnings: list[str] = []
@@ -256,8 +256,8 @@ class Prompts:
         return [token for token in ids if token in self._control or self._tokenizer.decode([token]).strip()]
 
     def _check_begin(self, ids: Sequence[int]) -> None:
-        begin = self._tokenizer.bos_token_id
-        if begin is not None and self._visible(ids)[:2] == [begin, begin]:
+        first, second, *_ = *self._visible(ids), None, None
+        if first == second and first in self._control:  # whether the tokenizer calls it bos_token or not
             fix = (
                 "correct the chat template, which writes both"
                 if self._prompt.chat

@@ -136,6 +136,9 @@ def test_bos_twice_is_refused(chat: Any) -> None:
         f"M: expected a prompt with one BOS token, got {BOS} {BOS} Ġ 1 Ġ + Ġ 1 ...; "
         "remove it from prompt.template: the tokenizer adds it"
     )
+    chat.bos_token = None  # it is still what the tokenizer puts before a text
+    assert "expected a prompt with one BOS token" in refusal(chat, template=BOS + "{problem}")
+    chat.bos_token = BOS
     chat.chat_template = "{{ bos_token }}\n" + CHAT
     assert f"one BOS token, got {BOS} Ċ {BOS} {USER} 1" in refusal(chat, chat=True)
 
@@ -201,6 +204,7 @@ def test_a_template_that_opens_a_think_block(chat: Any) -> None:
         prompts.check_response("<think>\nIt is 2.")
     chat.chat_template = CHAT.replace("<|assistant|>{%", "<|assistant|><think>\n\n</think>\n\n{%")
     assert not opened(chat, chat=True).thinks
+    assert not opened(chat, chat=True, system="Think between <think> and the answer.").thinks
 
 
 # --- chat templates --------------------------------------------------------------------------------------------
