@@ -55,24 +55,18 @@ def test_recipe_faults(mini: Path, tmp_path: Path) -> None:
     )
 
 
-def test_recipes_that_cannot_be_read(mini: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_be_read(mini: Path, tmp_path: Path) -> None:
     text = mini.read_text()
-    mini.write_text(text + "deep: " + "[" * 3000 + "]" * 3000 + "\n")
-    refused(stepkto("run", mini, cwd=tmp_path), f"mini.yaml:{len(text.splitlines()) + 1}: expected at most 50 levels")
-    mini.write_text(text + "k0: &k0 [1]\n" + "".join(f"k{n}: &k{n} [*k{n - 1}, *k{n - 1}]\n" for n in range(1, 40)))
-    refused(stepkto("run", mini, cwd=tmp_path), "expected at most 20000 keys and values")
-    mini.write_text(text)
-    refused(
-        stepkto("run", mini, "--set", "iterations=true", cwd=tmp_path), "iterations: Input should be a valid integer"
-    )
     refused(
         stepkto("sample", mini, "--iteration", 1, "--set", "train.optimizer.lr=1", cwd=tmp_path),
         "`stepkto sample` does not read train.optimizer.lr", "`stepkto train`, `stepkto run`",
     )  # fmt: skip
+    mini.write_text(text + "deep: " + "[" * 3000 + "]" * 3000 + "\n")
+    refused(stepkto("run", mini, cwd=tmp_path), f"mini.yaml:{len(text.splitlines()) + 1}: expected at most 50 levels")
 
 
 def test_prompt_faults(mini: Path, tmp_path: Path) -> None:
-    """One line and exit code 2: Slurm tries a job again that ends with another."""
+    """One line and exit code 2: a job that ends with another code is tried again."""
     model = shutil.copytree(mini.parent / "mini_cpu_m0", tmp_path / "model")
     problems = tmp_path / "p.jsonl"
     rows = [{"problem_id": name, "problem": text, "answer": "2"} for name, text in (("a", "1 + 1?"), ("b", "2</s>?"))]
@@ -82,19 +76,14 @@ def test_prompt_faults(mini: Path, tmp_path: Path) -> None:
     refused(stepkto(*choose, cwd=tmp_path), "p.jsonl:2: the problem holds the text of special tokens (</s>)")
     done = stepkto(*choose, "--quarantine", tmp_path / "aside", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    draw = ("sample", mini, "--iteration", 1, "--set", f"initial_model={model}")
-    chat = (*draw, "--set", "prompt={chat: true, system: You are.}")
-    refused(stepkto(*chat, cwd=tmp_path), "prompt.chat is true, but the model's tokenizer has no chat template")
     config = json.loads((model / "tokenizer_config.json").read_text())
-    for template, said in (
-        ("{{ raise_exception('no system') }}", "the chat template fails (turns: system, user): no system"),
-        ("{% for m in messages %}{{ m.content", "the chat template fails in line 1"),
-        ([{"name": "rag", "template": "x"}], "expected one chat template or one named default, got rag"),
-        ("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "one that ends with the end token: ..."),
-        ("{{ bos_token * 2 }}{% for m in messages %}{{ m.content }}{% endfor %}", "one BOS token, got <s> <s>"),
-    ):
-        (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-        refused(stepkto(*chat, cwd=tmp_path), said)
+    template = "{{ raise_exception('no system') }}"
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    draw = ("sample", mini, "--iteration", 1, "--set", f"initial_model={model}")
+    refused(
+        stepkto(*draw, "--set", "prompt={chat: true, system: You are.}", cwd=tmp_path),
+        "the chat template fails (turns: system, user): no system",
+    )
 
 
 def test_model_faults(mini: Path, tmp_path: Path) -> None:
