@@ -65,13 +65,36 @@ def read_json(path: Path, shape: type[BaseModel] | None = None) -> Any:
         shape: the object that it must hold; further keys are left alone.
 
     Raises:
-        UserError: the file is missing, is a folder or far too large, is not JSON (with its line), gives one key two
-            values, or has another shape.
+        UserError: the file is missing, is a folder or far too large, is not JSON (with its line; see
+            ``parse_json``), or has another shape.
     """
     content = _content(path)
     if content is None:
         raise UserError(f"{path}: expected a JSON file, found none")
     return _parse(path, content, shape)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """One JSON document of a user.
+
+    Raises:
+        ValueError: it does not parse (``json.JSONDecodeError``), names a key twice, or is nested too deep to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # programs differ in which value they take
+        for number, (key, value) in enumerate(pairs):
+            if found[key] != value:
+                raise ValueError(f"the key {key} has two values, {value!r:.80} and {found[key]!r:.80}; remove one")
+            if any(key == other for other, _ in pairs[:number]):
+                raise ValueError(f'key "{key}" is given twice')
+    return found
 
 
 def read_json_if_there(path: Path, shape: type[BaseModel] | None = None) -> Any:
@@ -105,21 +128,12 @@ def _content(path: Path) -> bytes | None:
 
 def _parse(path: Path, content: bytes, shape: type[BaseModel] | None) -> Any:
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and endless numbers
+        found = parse_json(content.decode("utf-8"))
+    except ValueError as error:  # also of bytes that are not UTF-8, and of endless numbers
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path}:{line}: expected JSON, got text that does not parse ({error})") from None
     if shape is not None:
         _check_shape(path, found, shape)
-    return found
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # programs differ in which value they take
-        for key, value in pairs:
-            if found[key] != value:
-                raise ValueError(f"the key {key} has two values, {value!r:.80} and {found[key]!r:.80}; remove one")
     return found
 
 

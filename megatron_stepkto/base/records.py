@@ -7,19 +7,50 @@ Spans are half-open. Token positions index the response (``token_ids``), not the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import atomic_writer, describe
+from megatron_stepkto.base.files import atomic_writer, describe, parse_json
 from megatron_stepkto.base.locks import exclusive_lock
 
 Label = Literal[0, 1] | None
 # strict: neither "5" nor true is a token
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+
+
+# White space aside. Form feeds and backspaces are LaTeX whose backslashes were lost: "\frac", "\boxed".
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+# JSON can spell what UTF-8 cannot hold: such a row would pass, and then fail to be written.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+
+
+def written(text: str) -> str:
+    """The text as it is. Raises ValueError: it is blank or holds control characters."""
+    if not text.strip():
+        raise ValueError("must not be blank")
+    if found := _CONTROL.search(text):
+        raise ValueError(
+            f"holds the control character U+{ord(found[0]):04X} (character {found.start()}, counted from 0); remove it"
+            + (r', or write its command with two backslashes, such as "\\frac"' if found[0] in "\b\f" else "")
+        )
+    return text
+
+
+def _named(text: str) -> str:
+    if any(character in text for character in "\t\n\r"):
+        raise ValueError("must be one line without tabs")
+    return written(text)
+
+
+Written = Annotated[str, AfterValidator(written)]
+Name = Annotated[str, AfterValidator(_named)]
 
 
 class Record(BaseModel):
@@ -31,9 +62,9 @@ class Problem(Record):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    problem_id: str
-    problem: str = Field(min_length=1)
-    answer: str | None = Field(min_length=1, description="null: only a reward model can judge the outcome")
+    problem_id: Name
+    problem: Written
+    answer: Written | None = Field(description="null: only a reward model can judge the outcome")
     solution: str | None = None
     split: str | None = None
 
@@ -184,6 +215,38 @@ class LogRatios(Record):
 
 
 R = TypeVar("R", bound=BaseModel)
+T = TypeVar("T")
+
+
+def parse_row(line: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
+    """One line of a JSON-lines file through ``parse``.
+
+    Raises:
+        ValueError: what is wrong with the row, as one clause.
+    """
+    try:
+        row = parse_json(line.rstrip())  # behind a newline json counts columns from 1 again
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+        if _SURROGATE.search(line):
+            json.dumps(row, ensure_ascii=False).encode()
+        return parse(row)
+    except ValidationError as error:
+        raise ValueError(describe(error)) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON at column {error.colno}: {error.msg}") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half a surrogate pair, which is not a character") from None
+    except KeyError as error:
+        raise ValueError(f"missing key {error}") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except (TypeError, AttributeError) as error:  # values of other types than the parser of a layout expects
+        raise ValueError(f"of another layout: {error}") from None
+
+
+def bad_row(path: Path, number: int, reason: object) -> UserError:
+    return UserError(f"{path}:{number}: {reason}; correct the row, or pass --quarantine FILE to set bad rows aside")
 
 
 def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None) -> Iterator[R]:
@@ -204,26 +267,18 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: P
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.rstrip())  # behind a newline json counts columns from 1 again
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-                record = parse(row)
-            except (ValueError, KeyError, RecursionError) as error:
-                if isinstance(error, ValidationError):
-                    reason = describe(error)
-                elif isinstance(error, json.JSONDecodeError):
-                    reason = f"broken JSON at column {error.colno}: {error.msg}"
-                elif isinstance(error, KeyError):
-                    reason = f"missing key {error}"
-                else:
-                    reason = str(error)
+                record = parse_row(raw, parse)
+            except ValueError as error:
                 if quarantine is None:
-                    raise UserError(
-                        f"{path}:{number}: {reason}; correct the row, or pass --quarantine FILE to set bad rows aside"
-                    ) from None
+                    raise bad_row(path, number, error) from None
                 bad += 1
                 rejected.append(
-                    {"file": str(path), "line": number, "error": reason, "row": raw.decode("utf-8", "replace").strip()}
+                    {
+                        "file": str(path),
+                        "line": number,
+                        "error": str(error),
+                        "row": raw.decode("utf-8", "replace").strip(),
+                    }
                 )
                 continue
             good += 1
@@ -249,7 +304,7 @@ def set_aside(quarantine: Path, source: Path, rejected: Sequence[dict[str, Any]]
         kept = []
         for line in quarantine.read_bytes().splitlines() if quarantine.is_file() else []:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 same = row["file"] == str(source) and set(row) == set(rejected[0])
             except (ValueError, TypeError, KeyError):
                 raise UserError(

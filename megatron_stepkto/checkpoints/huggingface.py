@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.files import parse_json, read_json
 from megatron_stepkto.base.model_folder import check_small_files, read_config, read_small_file
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.stream import Bytes, Files
@@ -64,7 +64,7 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"its header has {length} bytes, the file {size}")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         found, spans = {}, []
         for name, entry in header.items():
             if name == "__metadata__":

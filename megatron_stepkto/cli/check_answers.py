@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import parse_json
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 
@@ -86,7 +87,7 @@ def _batches(handle: int) -> Iterator[list[tuple[int, bytes]]]:
 def _read(number: int, line: bytes) -> dict[str, Any]:
     """The line as a row to fill, with gold and pred as text; or its error."""
     try:
-        given = json.loads(line)
+        given = parse_json(line)
         if not isinstance(given, dict):
             raise ValueError(f"expected a JSON object, got {type(given).__name__}")
         for key in ("gold", "pred"):
@@ -100,7 +101,7 @@ def _read(number: int, line: bytes) -> dict[str, Any]:
             if expected != "undecided" and not (isinstance(expected, bool | int | str) and expected in _VERDICTS):
                 raise ValueError(f"expected: must be true, false, right, wrong or undecided, got {expected!r:.60}")
             given["expected"] = _VERDICTS.get(expected, expected)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         reason = f"broken JSON at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         return {"line": number, "error": "an empty line" if not line.strip() else reason}
     ours = ("line", "verdict", "how", "milliseconds", "answer", "agrees", "error")

@@ -15,6 +15,7 @@ from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.cli import judge_eval as judging
 from megatron_stepkto.cli import plan as planning
 from megatron_stepkto.cli.arguments import not_negative, positive, positive_number
+from megatron_stepkto.cli.command_keys import TAKES, check_overrides
 from megatron_stepkto.cli.compare import add_comparison_command
 from megatron_stepkto.cli.conversion_options import LAYOUT, add_conversion_options
 from megatron_stepkto.cli.guard import guarded
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         help="for a folder: a file of problems, or hub:math500 to download one; repeatable",
     )  # fmt: skip
     evaluate.add_argument("--output", type=Path, metavar="DIR", help="for a folder: where solutions and metrics go")
+    evaluate.add_argument("--limit", type=positive, metavar="N", help="for a folder: the first N problems of each SET")
     compare = commands.add_parser("compare-evaluations", help="two models on the same problems, paired")
     compare.add_argument("first", type=Path, metavar="A", help="an evaluation's folder, such as runs/NAME/evaluate/M0")
     compare.add_argument("second", type=Path, metavar="B")
@@ -93,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(command=_compare)
     doctor = commands.add_parser("doctor", help="is this machine (or each node, by srun) fit for the recipe?")
     _add_recipe(doctor)
-    doctor.set_defaults(command=_doctor)
+    doctor.set_defaults(command=_doctor, name="doctor")
     _recipe_command(commands, "prepare", _prepare, "check the layout, make M0, choose all problems: no GPU needed")
     _recipe_command(commands, "warm-up", _warm_up, "make M0 from random weights (section warm_up)")
 
@@ -143,7 +145,7 @@ def _slurm_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser
         help="your cluster's settings, a copy of slurm/site.example.sh (default: $STEPKTO_SITE or slurm/site.sh)",
     )  # fmt: skip
     submit.add_argument("--dry-run", action="store_true", help="print the exact sbatch commands instead")
-    submit.set_defaults(command=_slurm_submit)
+    submit.set_defaults(command=_slurm_submit, name="slurm submit")
     for name, command, text in (
         ("status", _slurm_status, "each job: state, attempts, progress, why it waits, its log"),
         ("cancel", _slurm_cancel, "cancel this run's jobs and no others"),
@@ -166,12 +168,18 @@ def _recipe_command(
     parser = commands.add_parser(name, help=text, description=text)
     _add_recipe(parser)
     parser.add_argument("--force", action="store_true", help="redo stages whose settings or inputs changed")
-    parser.add_argument("--from-scratch", action="store_true", help="make M0 by warm_up, though initial_model is given")
-    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad input rows aside there and go on")
-    parser.add_argument(
-        "--allow-overlap", action="store_true", help="train on problems of an evaluation set; the manifest says so"
-    )
-    parser.set_defaults(command=command)
+    if name in TAKES["--from-scratch"]:
+        parser.add_argument(
+            "--from-scratch", action="store_true", help="make M0 by warm_up, though initial_model is given"
+        )
+    if name in TAKES["--quarantine"]:
+        parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad input rows aside there and go on")
+    if name in TAKES["--allow-overlap"]:
+        parser.add_argument(
+            "--allow-overlap", action="store_true", help="train on problems of an evaluation set; the manifest says so"
+        )
+    parser.set_defaults(from_scratch=False, quarantine=None, allow_overlap=False)
+    parser.set_defaults(command=command, name=name)
     return parser
 
 
@@ -189,7 +197,9 @@ def _load(arguments: argparse.Namespace) -> Recipe:
     overrides = list(arguments.set)
     if getattr(arguments, "iterations", None):
         overrides.append(f"iterations={arguments.iterations}")
-    return load_recipe(arguments.recipe, overrides)
+    recipe = load_recipe(arguments.recipe, overrides)
+    check_overrides(arguments.name, arguments.set)  # last: a misspelt key is read by no command
+    return recipe
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -245,7 +255,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         return
     if arguments.recipe.suffix in (".yaml", ".yml"):
         raise UserError(f"convert {arguments.recipe}: --iteration T is missing")
-    _refuse(arguments, ("set", "method", "from_scratch", "quarantine", "allow_overlap"), "convert RECIPE --iteration T")
+    _refuse(arguments, ("set", "method"), "convert RECIPE --iteration T")
     from megatron_stepkto.cli.convert import run_conversion
 
     arguments.source = arguments.recipe
@@ -264,11 +274,14 @@ def _evaluate_folder(arguments: argparse.Namespace) -> None:
 
     if arguments.iteration is not None:
         raise UserError(f"{arguments.recipe} is a folder: --iteration goes with a recipe")
-    _refuse(arguments, ("method", "from_scratch", "allow_overlap"), "evaluate RECIPE --iteration T")
+    _refuse(arguments, ("method", "from_scratch"), "evaluate RECIPE --iteration T")
     if arguments.output is None:
         raise UserError("--output DIR is missing: where solutions and metrics go")
+    overrides = list(arguments.set)
+    if arguments.limit:
+        overrides.append(f"evaluate.num_problems={arguments.limit}")
     row = evaluate_folder(
-        arguments.recipe, arguments.data, arguments.output, arguments.set, force=arguments.force,
+        arguments.recipe, arguments.data, arguments.output, overrides, force=arguments.force,
         quarantine=arguments.quarantine,
     )  # fmt: skip
     sys.stdout.write(results_table({"iterations": rows_by_data(row)}) + "\n")
@@ -290,8 +303,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.evaluation.table import results_table
     from megatron_stepkto.run.pipeline import evaluate_stage, evaluation_problems_stage
 
-    if arguments.data or arguments.output:
-        raise UserError(f"{arguments.recipe} is no folder: --data and --output go with a model, a recipe has its own")
+    _refuse(arguments, ("data", "output", "limit"), "evaluate MODEL")
     if arguments.iteration is None:
         raise UserError("--iteration T is missing: which model of the recipe (0 is M0)")
     run = _one(arguments)

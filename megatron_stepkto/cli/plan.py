@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from megatron_stepkto.base.errors import UserError
@@ -19,6 +18,7 @@ from megatron_stepkto.cli.arguments import positive, positive_number
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
 from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.recipe.keys import METHODS, Parallel, Recipe, Training
+from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 if TYPE_CHECKING:
     from megatron_stepkto.planning.search import Plan
@@ -174,8 +174,8 @@ def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
         if not separator:
             raise UserError(f"--layout {assignment}: expected KEY=VALUE, such as tensor=8")
         try:
-            keys[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            keys[key.strip()] = read_yaml(value)[0]
+        except BadYAML:
             raise UserError(f"--layout {assignment}: expected a number, true or false behind =") from None
     beside = ("recompute", "micro_batch_tokens", "dtype")  # keys of train itself
     outside: dict[str, Any] = {name: keys.pop(name) for name in beside if name in keys}

@@ -16,7 +16,7 @@ from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.judging.process import judging_key
 from megatron_stepkto.problems.datasets import data_name, load_problems
 from megatron_stepkto.recipe.file import model_evaluation
-from megatron_stepkto.recipe.prompts import load_tokenizer
+from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts, load_tokenizer
 
 
 def evaluate_folder(
@@ -35,9 +35,10 @@ def evaluate_folder(
         raise UserError(f"{model}: expected a Hugging Face folder, found no config.json")
     if not data:
         raise UserError("--data is missing: name files of problems, or hub:math500 and the like to download them")
-    problems = _problems(data, quarantine)
     chat = bool(load_tokenizer(model).chat_template)
-    settings = model_evaluation(model.resolve().name, len(problems), chat, list(overrides))
+    settings = model_evaluation(model.resolve().name, chat, overrides)
+    check = Prompts.of(settings.prompt, model).check
+    problems = _problems(data, quarantine, settings.evaluate.num_problems, check)
     if chat and settings.prompt.chat:
         say("the model has a chat template, and it is used; --set prompt.chat=false asks without it")
     asked = output / "asked" / "problems.jsonl"
@@ -54,6 +55,7 @@ def evaluate_folder(
         return Result([output / "results" / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
     key = settings.model_dump(mode="json", exclude={"sample": {"workers"}, "judge": True})
+    key["evaluate"]["num_problems"] = len(problems)
     key["judge"] = judging_key(settings.judge, model, hashes)
     stage = Stage(
         f"evaluate {settings.name}", output / "results", {**key, "seed": SEED}, {"model": model, "problems": asked},
@@ -63,15 +65,15 @@ def evaluate_folder(
     return dict(read_json(output / "results" / "metrics.json", Row))
 
 
-def _problems(data: Sequence[str], quarantine: Path | None) -> list[Problem]:
-    """All problems, each with the name of its data set and an id that begins with it."""
+def _problems(data: Sequence[str], quarantine: Path | None, limit: int | None, check: ProblemCheck) -> list[Problem]:
+    """The first ``limit`` problems of each set, each with the name of its data set and an id that begins with it."""
     names = [data_name(source) for source in data]
     if len(set(names)) < len(names):
         raise UserError(f"--data: two sets are called {max(names, key=names.count)}; rename a file")
     return [
         problem.model_copy(update={"problem_id": f"{name}/{problem.problem_id}", "data": name})
         for name, source in zip(names, data, strict=True)
-        for problem in load_problems(source, quarantine=quarantine)
+        for problem in load_problems(source, quarantine=quarantine, limit=limit, check=check)
     ]
 
 

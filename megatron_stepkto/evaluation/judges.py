@@ -28,7 +28,7 @@ from megatron_stepkto.judging.imported import GOLD_SOURCES, judged_samples, read
 from megatron_stepkto.judging.process import Solution, Workplace, cut_after_first_error, judging_key, process_judge
 from megatron_stepkto.problems.imported.solution import ImportedSolution
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.recipe.prompts import load_tokenizer
+from megatron_stepkto.recipe.prompts import Prompts
 
 RESAMPLES = 2000
 REPORT = "judge_eval.json"
@@ -208,7 +208,7 @@ def _as_seen_by_judge(
             Solution(s.solution_id, problem, s.text, _steps(s.steps), finished=s.finished)
             for s, problem in zip(solutions, problems, strict=True)
         ]
-    samples = judged_samples(solutions, load_tokenizer(tokenizer), prompt)
+    samples = judged_samples(solutions, Prompts.of(prompt, tokenizer))
     return [
         Solution(
             s.solution_id, problem, s.text, tuple(step.model_copy(update={"label": None}) for step in sample.steps),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import parse_json
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.checkpoints.convert import MegatronSide
 from megatron_stepkto.checkpoints.model_folder import check_model_folder
@@ -205,7 +206,7 @@ class ServerScorer:
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_S) as answer:
-                found: dict[str, Any] = json.load(answer)
+                found: dict[str, Any] = parse_json(answer.read())
                 return found
         except urllib.error.HTTPError as error:
             raise UserError(f"{self._url}{path}: {error}: {error.read(500).decode(errors='replace')}") from None

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.progress import ProgressBar
+from megatron_stepkto.base.progress import ProgressBar, warn
 from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, Step, read_rows, write_records
 from megatron_stepkto.judging.classes import class_warnings
 from megatron_stepkto.problems.imported.formats import importer_of
-from megatron_stepkto.problems.imported.solution import ImportedSolution, same_answer
+from megatron_stepkto.problems.imported.solution import ImportedRow, ImportedSolution, same_answer
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
+from megatron_stepkto.recipe.prompts import BadText, Prompts
 
 STATES: dict[Label, str] = {1: "right", 0: "wrong", None: "unjudged"}
 GOLD_SOURCES = frozenset({"bigbench_mistake", "gsm8k_solutions", "mrben", "omegaprm", "prm800k"})
@@ -33,7 +33,9 @@ class Imported:
     counts: dict[str, Any] = field(default_factory=dict)
 
 
-def read_imports(imports: Sequence[recipe.Import], *, quarantine: Path | None = None) -> Imported:
+def read_imports(
+    imports: Sequence[recipe.Import], *, quarantine: Path | None = None, prompts: Prompts | None = None
+) -> Imported:
     """Read files of public formats and bring them together.
 
     Two problems are the same where their texts are equal up to white space. A problem's answer is the gold
@@ -42,6 +44,7 @@ def read_imports(imports: Sequence[recipe.Import], *, quarantine: Path | None = 
 
     Args:
         quarantine: JSON-lines file for bad rows; without it the first bad row ends the reading.
+        prompts: what the solutions will be tokenised with; a row that holds its special tokens is a bad one.
 
     Raises:
         UserError: unknown format, a bad row (file:line), or one solution id with two texts.
@@ -54,7 +57,7 @@ def read_imports(imports: Sequence[recipe.Import], *, quarantine: Path | None = 
     duplicates = 0
     for item in imports:
         counts = sources.setdefault(str(item.path), _no_counts(item.format))
-        for row in read_rows(item.path, importer_of(item.format), quarantine=quarantine):
+        for row in read_rows(item.path, _parser(item.format, prompts), quarantine=quarantine):
             counts["rows"] += 1
             if row.skipped:
                 counts["skipped"][row.skipped] = counts["skipped"].get(row.skipped, 0) + 1
@@ -85,6 +88,21 @@ def read_imports(imports: Sequence[recipe.Import], *, quarantine: Path | None = 
             "sources": sources,
         },
     )
+
+
+def _parser(name: str, prompts: Prompts | None) -> Callable[[dict[str, Any]], ImportedRow]:
+    importer = importer_of(name)
+    if prompts is None:
+        return importer
+
+    def parse(row: dict[str, Any]) -> ImportedRow:
+        parsed = importer(row)
+        for solution in parsed.solutions:
+            prompts.check_problem(solution.problem)
+            prompts.check_response(solution.text)
+        return parsed
+
+    return parse
 
 
 def _no_counts(name: str) -> dict[str, Any]:
@@ -126,9 +144,7 @@ def _num_conflicts(solutions: Sequence[ImportedSolution]) -> int:
     return len(conflicting)
 
 
-def judged_samples(
-    solutions: Sequence[ImportedSolution], tokenizer: Any, prompt: recipe.Prompt
-) -> Iterator[JudgedSample]:
+def judged_samples(solutions: Sequence[ImportedSolution], prompts: Prompts) -> Iterator[JudgedSample]:
     """Tokenise each solution once and lay its labelled steps over the tokens, in order.
 
     A finished solution gets the end token, and finish_reason "stop"; a beginning has "length". A token that
@@ -136,26 +152,30 @@ def judged_samples(
     holds its end and the step before) keeps an empty span and loses its label: it has no log-prob of its own.
 
     Raises:
-        UserError: the tokenizer gives no character offsets or has no end token.
+        UserError: the tokenizer gives no character offsets or has no end token, or a text holds special tokens.
     """
+    tokenizer = prompts.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("the tokenizer gives no character offsets; expected one with a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end token; set eos_token in its tokenizer_config.json")
-    prompts: dict[str, list[int]] = {}
+    end_token = prompts.end_token
+    asked: dict[str, list[int]] = {}
     for begin in range(0, len(solutions), BATCH):
         batch = solutions[begin : begin + BATCH]
         texts = [solution.text for solution in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         rows = zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         for solution, token_ids, offsets in rows:
-            if solution.problem_id not in prompts:
-                prompts[solution.problem_id] = prompt_token_ids(prompt, solution.problem, tokenizer)
-            end = [tokenizer.eos_token_id] if solution.finished else []
+            try:
+                if solution.problem_id not in asked:
+                    asked[solution.problem_id] = prompts.token_ids(solution.problem)
+                prompts.check_response(solution.text, token_ids)
+            except BadText as error:
+                raise UserError(f"solution {solution.solution_id}: {error}") from None
+            end = [end_token] if solution.finished else []
             yield JudgedSample(
                 problem_id=solution.problem_id,
                 sample_id=solution.solution_id,
-                prompt_token_ids=prompts[solution.problem_id],
+                prompt_token_ids=asked[solution.problem_id],
                 token_ids=[*token_ids, *end],
                 text=solution.text,
                 finish_reason="stop" if solution.finished else "length",
@@ -212,14 +232,20 @@ def import_all(
     Raises:
         UserError: see ``read_imports`` and ``judged_samples``.
     """
-    imported = read_imports(imports, quarantine=quarantine)
-    tokenizer = load_tokenizer(tokenizer_dir)
+    prompts = Prompts.of(prompt, tokenizer_dir)
+    for message in prompts.warnings:
+        warn(message)
+    if prompts.thinks:
+        warn(
+            f"{tokenizer_dir}: prompts end inside a <think> block: the model learns the imported solutions as thoughts"
+        )
+    imported = read_imports(imports, quarantine=quarantine, prompts=prompts)
     tokens: Counter[str] = Counter()
     labels: Counter[str] = Counter()
 
     def counted() -> Iterator[JudgedSample]:
         with ProgressBar("importing", len(imported.solutions), "solutions") as bar:
-            for done, sample in enumerate(judged_samples(imported.solutions, tokenizer, prompt), 1):
+            for done, sample in enumerate(judged_samples(imported.solutions, prompts), 1):
                 tokens["response_tokens"] += len(sample.token_ids)
                 tokens["longest_example"] = max(
                     tokens["longest_example"], len(sample.prompt_token_ids) + len(sample.token_ids)

@@ -87,7 +87,7 @@ def _kl_partners(chosen: dict[str, list[JudgedSample]], settings: recipe.Dataset
     problems = list(chosen)
     if len(problems) < 2:
         raise UserError(
-            "KL pairs need at least two problems; got one. Sample more problems, or set "
+            "KL pairs need at least two problems; got one. Give more problems, or set "
             "train.loss.reference_point to none and dataset.kl_pair_share to 0"
         )
     partners = {}

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.records import Problem, read_rows
+from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.records import Problem, describe, read_rows
+from megatron_stepkto.problems.distinct import check_distinct
+from megatron_stepkto.recipe.prompts import ProblemCheck
+
+Parse = Callable[[dict[str, Any]], Problem]
 
 HUB = "hub:"
 # short names behind "hub:" -> repository, configuration, split
@@ -42,6 +49,10 @@ def to_problem(row: dict[str, Any]) -> Problem:
         solution, answer = answer, extract_answer(answer)
     if answer is None and isinstance(solution, str):
         answer = extract_answer(solution)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+        raise ValueError(f"expected the answer as a text or a number, got {answer!r:.60}")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"expected the answer as a text or a finite number, got {answer}")
     if answer is None or str(answer).strip() == "":
         raise ValueError(f"expected the answer under {', '.join(_ANSWER_KEYS)} or in the solution, found none")
     known = next((row[key] for key in _ID_KEYS if row.get(key) is not None), None)
@@ -55,38 +66,48 @@ def to_problem(row: dict[str, Any]) -> Problem:
     )  # fmt: skip
 
 
-def load_problems(source: str, *, quarantine: Path | None = None) -> list[Problem]:
+def load_problems(
+    source: str, *, quarantine: Path | None = None, limit: int | None = None, check: ProblemCheck | None = None
+) -> list[Problem]:
     """The problems of a data set: JSON lines, another file or folder that ``datasets`` reads, or ``hub:NAME``.
 
     ``hub:`` takes ``math500``, ``gsm8k``, ``aime24``, ``amc23`` or REPOSITORY[:CONFIGURATION[:SPLIT]], and is the only
     form that downloads.
 
+    Args:
+        limit: only the first so many.
+        check: refuses a problem by a ValueError: its row is a bad one.
+
     Raises:
-        UserError: there is no such file, a row is of no known layout (file:line), or two problems share an id.
+        UserError: there is no such file, a row is of no known layout (file:line), two problems share an id, or there
+            are fewer than ``limit``.
     """
-    problems = list(_hub(source) if source.startswith(HUB) else _local(source, quarantine))
-    seen: set[str] = set()
-    for problem in problems:
-        if problem.problem_id in seen:
-            raise UserError(f"{source}: problem id {problem.problem_id} stands twice; ids must be unique")
-        seen.add(problem.problem_id)
+
+    def parse(row: dict[str, Any]) -> Problem:
+        return check(to_problem(row)) if check else to_problem(row)
+
+    problems = list(_hub(source, parse) if source.startswith(HUB) else _local(source, quarantine, parse))
+    if limit is not None and limit > len(problems):
+        raise UserError(f"{source}: --limit (evaluate.num_problems) is {limit}, it holds {len(problems)}; lower it")
+    problems = problems[:limit]
+    check_distinct(problems, source, train=False)
     return problems
 
 
-def _local(source: str, quarantine: Path | None) -> Iterator[Problem]:
+def _local(source: str, quarantine: Path | None, parse: Parse) -> Iterator[Problem]:
     path = Path(source)
     if path.suffix in (".jsonl", ".ndjson") and path.is_file():
-        yield from read_rows(path, to_problem, quarantine=quarantine)
+        yield from read_rows(path, parse, quarantine=quarantine)
         return
     if not path.exists():
         hint = f"; to download it, write {HUB}{source}" if source in KNOWN or source.count("/") == 1 else ""
         raise UserError(f"{source}: expected a file of problems (JSON lines, parquet, csv), found none{hint}")
-    yield from _rows(_read_local(path), source)
+    yield from _rows(_read_local(path), source, parse)
 
 
 def _read_local(path: Path) -> Iterable[dict[str, Any]]:
     if path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, list):
             raise UserError(f"{path}: expected a JSON list of problems, got {type(content).__name__}")
         return content
@@ -106,7 +127,7 @@ def _read_local(path: Path) -> Iterable[dict[str, Any]]:
         return list(readers[path.suffix](str(path), cache_dir=cache))
 
 
-def _hub(source: str) -> Iterator[Problem]:
+def _hub(source: str, parse: Parse) -> Iterator[Problem]:
     import datasets
 
     name = source.removeprefix(HUB)
@@ -116,13 +137,17 @@ def _hub(source: str) -> Iterator[Problem]:
         found = datasets.load_dataset(repository, configuration, split=split or "test")
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: does not load: {' '.join(str(error).split())[:300]}") from None
-    yield from _rows(found, source)
+    yield from _rows(found, source, parse)
 
 
-def _rows(rows: Iterable[dict[str, Any]], source: str) -> Iterator[Problem]:
+def _rows(rows: Iterable[Any], source: str, parse: Parse) -> Iterator[Problem]:
     for number, row in enumerate(rows, 1):
         try:
-            yield to_problem(dict(row))
+            if not isinstance(row, dict):
+                raise ValueError(f"expected an object, got {type(row).__name__}")
+            yield parse(row)
+        except ValidationError as error:
+            raise UserError(f"{source}: row {number}: {describe(error)}") from None
         except ValueError as error:
             raise UserError(f"{source}: row {number}: {error}") from None
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import describe, stable_hash
-from megatron_stepkto.base.records import Problem, read_records, write_records
+from megatron_stepkto.base.files import stable_hash
+from megatron_stepkto.base.records import Problem, bad_row, parse_row, read_rows, write_records
 from megatron_stepkto.problems import overlap as contamination
 from megatron_stepkto.problems.chained_arithmetic.generate import Split, generate
 from megatron_stepkto.problems.datasets import to_problem
+from megatron_stepkto.problems.distinct import check_distinct
 from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.overlap import check_apart
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import ProblemCheck
 
 
 def write_problems(
@@ -29,24 +28,36 @@ def write_problems(
     iteration: int,
     output: Path,
     quarantine: Path | None = None,
-) -> int:
+    check: ProblemCheck | None = None,
+) -> dict[str, Any]:
     """Write ``count`` problems (None: all) of a split; iteration t gets other train problems than t - 1.
 
+    Args:
+        check: refuses a problem by a ValueError: its row is a bad one.
+
+    Returns:
+        {"problems": how many, and what ``check_distinct`` counts in the whole file}.
+
     Raises:
-        UserError: a problem_id stands twice, or a file has too few problems.
+        UserError: a row is bad, a problem_id is given twice, one text to train on has two answers, or a file has too
+            few problems.
     """
     if source.source == "chained_arithmetic":
         assert count is not None
         problems = generate(split, count, stable_hash(seed, split, iteration) % 2**31)
-        return write_records(output, problems)
+        return {"problems": write_records(output, problems)}
     path = getattr(source, split)
-    problems = list(read_records(path, Problem, quarantine=quarantine))
-    _check_unique(problems, path)
+    problems = list(read_rows(path, _parser(check), quarantine=quarantine))
+    repeated = check_distinct(problems, str(path), train=split == "train")
     if split == "train":
-        return write_records(output, take_turns(problems, count, seed, iteration))
-    if count is not None and count > len(problems):
+        problems = take_turns(problems, count, seed, iteration)
+    elif count is not None and count > len(problems):
         raise UserError(f"{path}: evaluate.num_problems is {count}, the file holds {len(problems)}; lower it")
-    return write_records(output, problems[:count])
+    return {"problems": write_records(output, problems[:count]), **repeated}
+
+
+def _parser(check: ProblemCheck | None) -> Callable[[dict[str, Any]], Problem]:
+    return lambda row: check(Problem.model_validate(row)) if check else Problem.model_validate(row)
 
 
 def take_turns(problems: list[Problem], count: int | None, seed: int, iteration: int) -> list[Problem]:
@@ -58,14 +69,6 @@ def take_turns(problems: list[Problem], count: int | None, seed: int, iteration:
     order = list(problems)
     random.Random(stable_hash(seed, "problems", cycle)).shuffle(order)
     return order[place * count : (place + 1) * count]
-
-
-def _check_unique(problems: list[Problem], path: Path) -> None:
-    seen: set[str] = set()
-    for problem in problems:
-        if problem.problem_id in seen:
-            raise UserError(f"{path}: problem_id {problem.problem_id} stands twice; ids must be unique")
-        seen.add(problem.problem_id)
 
 
 def check_training_problems(source: recipe.Problems, *, allow: bool, skip_bad: bool) -> dict[str, object]:
@@ -108,12 +111,11 @@ def _texts(
             if not line.strip():
                 continue
             try:
-                found = list(parse(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                found = parse_row(line, lambda row: list(parse(row)))
+            except ValueError as error:
                 if skip_bad:
                     continue
-                reason = describe(error) if isinstance(error, ValidationError) else str(error)
-                raise UserError(f"{path}:{number}: no problem to compare with: {reason}; correct the row") from None
+                raise bad_row(path, number, error) from None
             for item in found:
                 if item.problem not in seen:
                     seen.add(item.problem)

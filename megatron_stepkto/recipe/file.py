@@ -2,6 +2,7 @@
 
 An unknown key, a wrong type or a value out of range is an error that names file and line, and for a misspelt key the
 nearest one. ``--set section.key=value`` overrides a key. ``${NAME}`` and ``${NAME:-default}`` read the environment.
+Types are strict: neither ``true`` nor ``"3"`` is a whole number.
 """
 
 from __future__ import annotations
@@ -9,54 +10,30 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe.keys import Judging, ModelEvaluation, ProcessJudge, Recipe, nearest_place
+from megatron_stepkto.cli.command_keys import check_overrides
+from megatron_stepkto.evaluation.settings import ModelEvaluation
+from megatron_stepkto.recipe.keys import Judging, ProcessJudge, Recipe, nearest_place
+from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def _expand(value: Any, places: dict[tuple[str | int, ...], str], prefix: tuple[str | int, ...] = ()) -> Any:
-    if isinstance(value, dict):
-        return {key: _expand(item, places, (*prefix, key)) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, places, (*prefix, index)) for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-
+def _expand(text: str, path: Path, line: int) -> str:
     def replace(match: re.Match[str]) -> str:
         name, default = match.groups()
         found = os.environ.get(name, default)
         if found is None:
-            where = nearest_place(prefix, places)
-            raise UserError(f"{where}: environment variable {name} is not set and has no default; set it")
+            raise UserError(f"{path}:{line}: environment variable {name} is not set and has no default; set it")
         return found
 
-    return _VARIABLE.sub(replace, value)
-
-
-def _lines(node: yaml.Node, prefix: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
-    """Line (1-based) of every key path of a YAML document."""
-    found: dict[tuple[str | int, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*prefix, key.value)
-            if path in found:
-                raise UserError(
-                    f"line {key.start_mark.line + 1}: key {'.'.join(map(str, path))} stands twice; keep one"
-                )
-            found[path] = key.start_mark.line + 1
-            found.update(_lines(value, path))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            found[(*prefix, index)] = value.start_mark.line + 1
-            found.update(_lines(value, (*prefix, index)))
-    return found
+    return _VARIABLE.sub(replace, text)
 
 
 def _section_keys(location: tuple[str | int, ...]) -> list[str]:
@@ -105,10 +82,14 @@ def _explain(error: ValidationError, places: dict[tuple[str | int, ...], str]) -
             messages.append(f"{place}: key {dotted} is missing; add it")
         else:
             got = item["input"]
-            shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+            shown = "" if isinstance(got, dict | BaseModel) else f", got {_shortened(repr(got))}"
             message = item["msg"].removeprefix("Value error, ")
             messages.append(f"{place}: {dotted + ': ' if dotted else ''}{message}{shown}")
     return "\n".join(messages)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _override(tree: dict[str, Any], assignment: str, places: dict[tuple[str | int, ...], str]) -> None:
@@ -122,36 +103,38 @@ def _override(tree: dict[str, Any], assignment: str, places: dict[tuple[str | in
             raise UserError(f"--set {assignment}: {part} is a value, not a section")
         tree = tree[part]
     try:
-        tree[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # a bare ValueError comes from a date that does not exist
-        raise UserError(f"--set {assignment}: the value is not YAML; quote it") from None
+        tree[last] = read_yaml(text)[0]
+    except BadYAML as error:
+        raise UserError(f"--set {_shortened(assignment)}: {error}; quote the value") from None
     path = tuple(key.split("."))
     for place in [place for place in places if place[: len(path)] == path]:  # a whole section may be replaced
         del places[place]
     for end in range(1, len(path) + 1):
-        places.setdefault(path[:end], f"--set {assignment}")
+        places.setdefault(path[:end], f"--set {_shortened(assignment)}")
 
 
-def model_evaluation(name: str, num_problems: int, chat: bool, overrides: list[str]) -> ModelEvaluation:
+def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEvaluation:
     """The settings of an evaluation without a recipe: defaults, and ``--set section.key=value``.
 
     Raises:
-        UserError: an unknown key or a value that does not fit.
+        UserError: an unknown key, one that such an evaluation does not read, or a value that does not fit.
     """
     tree: dict[str, Any] = {
         "name": name,
         "prompt": {"template": "boxed", "chat": chat},
         "sample": {"max_tokens": 2048, "gap_problems": 0},
         "judge": {"split": "blank_line", "process": "none"},
-        "evaluate": {"num_problems": num_problems},
+        "evaluate": {},
     }
     places: dict[tuple[str | int, ...], str] = {(): "--set"}
     for assignment in overrides:
         _override(tree, assignment, places)
     try:
-        return ModelEvaluation.model_validate(tree, context={"folder": Path()})
+        settings = ModelEvaluation.model_validate(tree, context={"folder": Path()})
     except ValidationError as error:
         raise UserError(_explain(error, places)) from None
+    check_overrides("evaluate MODEL", overrides)
+    return settings
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -181,9 +164,11 @@ def load_judging(path: Path, overrides: list[str] | None = None) -> Judging:
     """
     tree, places = _read_tree(path, overrides)
     try:
-        return _JudgeAlone.model_validate(tree, context={"folder": path.parent}).judge
+        judging = _JudgeAlone.model_validate(tree, context={"folder": path.parent}).judge
     except ValidationError as error:
         raise UserError(_explain(error, places)) from None
+    check_overrides("judge-eval", overrides or [])
+    return judging
 
 
 def _read_tree(path: Path, overrides: list[str] | None) -> tuple[dict[str, Any], dict[tuple[str | int, ...], str]]:
@@ -198,24 +183,12 @@ def _read_tree(path: Path, overrides: list[str] | None) -> tuple[dict[str, Any],
         found = "UTF-16" if utf_16 else f"byte 0x{error.object[error.start]:02x}"
         raise UserError(f"{path}:{line}: expected text in UTF-8, got {found}; save the file as UTF-8") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{path}:{line}: not YAML: character {error.character!r}: {error.reason}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a bare ValueError comes from a date that does not exist
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise UserError(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(tree, dict) or node is None:
+        tree, lines = read_yaml(text, lambda value, line: _expand(value, path, line))
+    except BadYAML as error:
+        raise UserError(f"{path}:{error.line}: {error}") from None
+    if not isinstance(tree, dict):
         raise UserError(f"{path}:1: expected a mapping of recipe keys, got {type(tree).__name__}")
-    try:
-        places = {(): f"{path}:1", **{key: f"{path}:{line}" for key, line in _lines(node).items()}}
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}:1: a section holds itself through a YAML alias; write it out") from None
-    tree = _expand(tree, places)
+    places = {(): f"{path}:1", **{key: f"{path}:{line}" for key, line in lines.items()}}
     for assignment in overrides or []:
         _override(tree, assignment, places)
     return tree, places

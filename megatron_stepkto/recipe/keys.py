@@ -33,12 +33,20 @@ def _resolve(path: Path, info: ValidationInfo) -> Path:
     return Path(os.path.abspath(folder / path))
 
 
-RecipePath = Annotated[Path, AfterValidator(_resolve)]
+def _path(value: object) -> object:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("expected a path")
+    return Path(value)
+
+
+TextPath = Annotated[Path, BeforeValidator(_path)]
+RecipePath = Annotated[TextPath, AfterValidator(_resolve)]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # strict: true is no number, "3" neither, and a list is no text
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Import(Section):
@@ -90,6 +98,8 @@ class Prompt(Section):
     def _check_template(self) -> Self:
         if "{problem}" not in self.template:
             raise ValueError(f"template must contain {{problem}} or be one of {', '.join(TEMPLATES)}")
+        if self.system is not None and not self.chat:
+            raise ValueError("system goes with chat: true; write it into template, or set chat: true")
         return self
 
 
@@ -395,22 +405,15 @@ class Training(Section):
         return self
 
 
-class Evaluation(Section):
+class Measure(Section):
     split: Literal["dev", "test"] = "test"
-    num_problems: int = Field(ge=1)
     k: int = Field(8, ge=1, description="samples per problem for maj@k")
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
 
 
-class ModelEvaluation(Section):
-    """What ``stepkto evaluate MODEL`` does; its keys are a recipe's, all with defaults, changed by ``--set``."""
-
-    name: str
-    prompt: Prompt
-    sample: Sampling
-    judge: Judging
-    evaluate: Evaluation
+class Evaluation(Measure):
+    num_problems: int = Field(ge=1)
 
 
 class WarmUp(Section):
@@ -436,7 +439,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
     iterations: int = Field(1, ge=1)
-    output: Path = Path("runs")
+    output: TextPath = Path("runs")
     initial_model: RecipePath | None = None
     problems: Problems
     prompt: Prompt = Prompt()

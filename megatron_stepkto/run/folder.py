@@ -57,6 +57,11 @@ class Run:
         given = None if self.from_scratch else self.recipe.given_model()
         return given or self.base / "M0" / "convert" / "model"
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer of M0, and so of every M_t: a warm-up makes it before M0."""
+        return self.base / "M0" / "tokenizer" / "model" if self.makes_m0 else self.model(0)
+
     def name(self, t: int) -> str:
         return f"M{t}"
 

@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_stepkto.base.files import atomic_writer, read_json, stable_hash, write_json
 from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import say, warn
@@ -23,6 +21,8 @@ from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.source import check_training_problems, write_problems
 from megatron_stepkto.recipe import keys as recipes
+from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
+from megatron_stepkto.recipe.yaml_text import write_yaml
 from megatron_stepkto.run import warm_up
 from megatron_stepkto.run.folder import Run, _title, dataset_key, training_key
 
@@ -41,6 +41,17 @@ def _apart_from(source: recipes.Problems, settings: dict[str, Any]) -> dict[str,
     return {f"apart_from-{number}": path for number, path in enumerate(source.apart_from)}
 
 
+def _prompt_check(run: Run) -> ProblemCheck | None:
+    """A check of problems against the tokenizer that will ask them, or hours later sampling would refuse one.
+
+    None: the problems are the generator's, or M0's tokenizer is not there yet.
+    """
+    folder = run.tokenizer_folder
+    if run.recipe.problems.source == "chained_arithmetic" or not folder.is_dir():
+        return None
+    return Prompts.of(run.recipe.prompt, folder).check
+
+
 def problems_stage(run: Run, t: int) -> None:
     directory = run.base / f"iteration_{t}" / "problems"
     source = run.recipe.problems
@@ -57,24 +68,26 @@ def problems_stage(run: Run, t: int) -> None:
 
     def work() -> Result:
         shared = check_training_problems(source, allow=run.allow_overlap, skip_bad=run.quarantine is not None)
-        count = write_problems(source, "train", source.per_iteration, run.recipe.seed, t, out, run.quarantine)
-        return Result([out], {"problems": count, **shared})
+        counts = write_problems(
+            source, "train", source.per_iteration, run.recipe.seed, t, out, run.quarantine, _prompt_check(run)
+        )
+        return Result([out], {**counts, **shared})
 
     run.run(Stage(f"iteration {t} problems", directory, settings, inputs), work)
 
 
 def evaluation_problems_stage(run: Run) -> None:
-    assert run.recipe.evaluate is not None
+    evaluation = run.recipe.evaluate
+    assert evaluation is not None
     directory = run.base / "evaluate" / "problems"
-    source, split = run.recipe.problems, run.recipe.evaluate.split
+    source, split, count = run.recipe.problems, evaluation.split, evaluation.num_problems
     out = directory / "problems.jsonl"
     file = getattr(source, split)
-    settings = {**_source_settings(source), "split": split, "num_problems": run.recipe.evaluate.num_problems}
+    settings = {**_source_settings(source), "split": split, "num_problems": count}
 
     def work() -> Result:
         # a fixed seed: every run of a recipe, whatever its own seed, is measured on the same problems
-        count = write_problems(source, split, run.recipe.evaluate.num_problems, 0, 1, out, run.quarantine)  # type: ignore[union-attr]
-        return Result([out], {"problems": count})
+        return Result([out], write_problems(source, split, count, 0, 1, out, run.quarantine, _prompt_check(run)))
 
     run.run(Stage("evaluation problems", directory, settings, {split: file} if file else {}), work)
 
@@ -159,7 +172,7 @@ def _import_stage(run: Run) -> None:
 
     directory = run.sampled_at(1) / "judge"
     sources = run.recipe.problems.imports
-    tokenizer = run.base / "M0" / "tokenizer" / "model" if run.makes_m0 else run.model(0)
+    tokenizer = run.tokenizer_folder
     problems, judged = directory / "problems.jsonl", directory / "judged.jsonl"
     settings = {"prompt": run.recipe.prompt.model_dump(mode="json"), "formats": [s.format for s in sources]}
     inputs = {f"{i}-{s.format}": s.path for i, s in enumerate(sources)} | {"tokenizer": tokenizer}
@@ -360,7 +373,7 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
         for method in compare:
             run_iterations(replace(run, compared=method))
         with atomic_writer(run.base / "recipe.yaml") as file:
-            yaml.safe_dump(run.recipe.model_dump(mode="json"), file, sort_keys=False)
+            write_yaml(run.recipe.model_dump(mode="json"), file)
         stages = dict(run.finished)
         summary: dict[str, Any] = {
             "recipe": run.recipe.name,

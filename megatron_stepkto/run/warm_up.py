@@ -14,7 +14,7 @@ from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.chained_arithmetic.student import corpus
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
+from megatron_stepkto.recipe.prompts import Prompts, load_tokenizer
 
 if TYPE_CHECKING:
     from megatron_stepkto.run.folder import Run
@@ -151,15 +151,15 @@ def initialise(architecture: dict[str, Any], tokenizer: Path, output: Path, seed
 
 def write_corpus(size: int, seed: int, tokenizer: Path, prompt: recipe.Prompt, output: Path) -> int:
     """The simulated student's solutions as training examples: one step each, for the supervised loss has no steps."""
-    tokens = load_tokenizer(tokenizer)
+    prompts = Prompts.of(prompt, tokenizer)
 
     def examples() -> Iterable[TrainExample]:
         for number, (problem, solution) in enumerate(corpus(size, stable_hash(seed, "corpus") % 2**31)):
-            response = [*tokens.encode(solution, add_special_tokens=False), tokens.eos_token_id]
+            response = [*prompts.tokenizer.encode(solution, add_special_tokens=False), prompts.end_token]
             yield TrainExample(
                 example_id=f"corpus/{number}",
                 problem_id=problem.problem_id,
-                prompt_token_ids=prompt_token_ids(prompt, problem.problem, tokens),
+                prompt_token_ids=prompts.token_ids(problem.problem),
                 token_ids=response,
                 steps=[TrainStep(token_start=0, token_end=len(response), label=None)],
                 outcome=1,

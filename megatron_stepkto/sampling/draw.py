@@ -21,11 +21,11 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer, read_json, read_json_if_there, write_json
 from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.base.processes import Child, run_children
-from megatron_stepkto.base.progress import ProgressFile, Report
+from megatron_stepkto.base.progress import ProgressFile, Report, warn
 from megatron_stepkto.base.records import Problem, Sample, read_records
 from megatron_stepkto.checkpoints.model_folder import check_model_folder
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.recipe.prompts import load_tokenizer, prompt_token_ids
+from megatron_stepkto.recipe.prompts import BadText, Prompts
 from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse, Speed
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 
@@ -44,12 +44,21 @@ class DrawResult:
 
 
 def read_prompts(problems: Path, prompt: recipe.Prompt, tokenizer_dir: Path) -> list[PromptRow]:
-    """The prompt tokens of a file of Problem rows, in its order."""
-    tokenizer = load_tokenizer(tokenizer_dir)
-    return [
-        PromptRow(problem_id=problem.problem_id, token_ids=prompt_token_ids(prompt, problem.problem, tokenizer))
-        for problem in read_records(problems, Problem)
-    ]
+    """The prompt tokens of a file of Problem rows, in its order.
+
+    Raises:
+        UserError: the prompt cannot be (see ``Prompts``), or a problem's text cannot be in one.
+    """
+    prompts = Prompts.of(prompt, tokenizer_dir)
+    for message in prompts.warnings:
+        warn(message)
+    rows = []
+    for problem in read_records(problems, Problem):
+        try:
+            rows.append(PromptRow(problem_id=problem.problem_id, token_ids=prompts.token_ids(problem.problem)))
+        except BadText as error:
+            raise UserError(f"{problems}: problem {problem.problem_id}: {error}") from None
+    return rows
 
 
 def sampling_dtype(settings: recipe.Sampling, model: Path) -> Choice:

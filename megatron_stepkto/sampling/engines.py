@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.model_folder import end_tokens
 from megatron_stepkto.sampling.interface import Completion, Engine
 from megatron_stepkto.sampling.job import Job
 
@@ -26,23 +23,6 @@ def open_engine(job: Job, end_ids: Sequence[int]) -> Engine:
     from megatron_stepkto.sampling.transformers_engine import TransformersEngine
 
     return TransformersEngine(job, end_ids)
-
-
-def end_token_ids(model: Path, tokenizer: Any) -> list[int]:
-    """Tokens that end a response: the tokenizer's, config.json's and generation_config.json's, sorted.
-
-    Raises:
-        UserError: there is none, so no response would end by itself.
-    """
-    found = end_tokens(model)
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    if not found:
-        raise UserError(
-            f"{model}: expected an end token, found eos_token_id in none of config.json, "
-            "generation_config.json and the tokenizer; set it in config.json"
-        )
-    return sorted(found)
 
 
 def check_completion(completion: Completion, vocab_size: int | None, where: str) -> None:

@@ -20,8 +20,8 @@ from megatron_stepkto.base.locks import Lock, Watch, try_lock
 from megatron_stepkto.base.processes import child_main
 from megatron_stepkto.base.records import Sample, Sampler, write_records
 from megatron_stepkto.base.storage import check_space, writing
-from megatron_stepkto.recipe.prompts import load_tokenizer
-from megatron_stepkto.sampling.engines import check_completion, end_token_ids, open_engine
+from megatron_stepkto.recipe.prompts import end_token_ids, load_tokenizer
+from megatron_stepkto.sampling.engines import check_completion, open_engine
 from megatron_stepkto.sampling.interface import Completion, Engine, Request
 from megatron_stepkto.sampling.job import Chunk, Job, Pulse
 

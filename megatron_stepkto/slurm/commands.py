@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, RootModel
 
 from megatron_stepkto.base.errors import UserError
@@ -18,6 +17,7 @@ from megatron_stepkto.base.progress import read_progress, say
 from megatron_stepkto.base.stage import MANIFEST, STARTED
 from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.recipe.yaml_text import read_yaml, write_yaml
 from megatron_stepkto.run.folder import Run
 from megatron_stepkto.run.pipeline import check_fits
 from megatron_stepkto.slurm.chain import Step, chain, command, folder, is_finished, log_path
@@ -61,7 +61,7 @@ def _write_recipe(recipe: Recipe, run: Path, queued: list[Queued]) -> None:
     path = folder(run) / "recipe.yaml"
     content = recipe.model_dump(mode="json")
     if path.is_file() and queued:
-        old = yaml.safe_load(path.read_text())
+        old, _ = read_yaml(path.read_text())
         changed = sorted(key for key in content if content[key] != old.get(key) and key != "iterations")
         if changed:
             raise UserError(
@@ -69,7 +69,7 @@ def _write_recipe(recipe: Recipe, run: Path, queued: list[Queued]) -> None:
                 f"cancel them first: stepkto slurm cancel {run}"
             )
     with atomic_writer(path) as file:
-        yaml.safe_dump(content, file, sort_keys=False)
+        write_yaml(content, file)
 
 
 def _dry_run(steps: list[Step], recipe: Recipe, site: Site) -> str:

@@ -43,6 +43,8 @@ from megatron_stepkto.training.schedule import learning_rate
 from megatron_stepkto.training.tracking import Tracker
 from megatron_stepkto.training.watch import WINDOW, falling_below_zero
 
+# what of a method's own keys holds right solutions up; the others are the Step-KTO family
+AGAINST_COLLAPSE = {"dpo": "raise loss.dpo_beta", "irpo": "raise loss.nll_weight or loss.dpo_beta", "rft": "epochs"}
 MAX_BLAMED = 20  # records named when a number is not finite
 
 
@@ -316,7 +318,7 @@ class Trainer:
             f"update {update + 1}: {what} is not finite; "
             f"{names if blamed else 'it is finite for each record alone: together they overflow'}; last good "
             f"checkpoint: {saved[-1][1] if saved else self.job.initial}. Remove these records from "
-            f"{self.job.train_examples}, or lower train.optimizer.lr or the betas"
+            f"{self.job.train_examples}, or lower optimizer.lr"
         )
 
     # --- log -------------------------------------------------------------------------------------------------
@@ -366,8 +368,8 @@ class Trainer:
             self.notes["collapse"] = {"update": update + 1, "log_ratio_right": now}
             self._warn(
                 f"update {update + 1}: the log-ratio of right solutions is {now:.2f} nats and falling "
-                f"(it was {before:.2f}): probability leaves right answers too. Raise train.loss.beta_*, lower "
-                "undesirable_weight_* or lower train.optimizer.lr"
+                f"(it was {before:.2f}): probability leaves right answers too. Lower optimizer.lr or "
+                f"{AGAINST_COLLAPSE.get(self.job.settings.method, 'loss.undesirable_weight_*, or raise loss.beta_*')}"
             )
 
     def _warn(self, message: str) -> None:

@@ -87,12 +87,13 @@ def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int
             raise UserError(
                 f"{job.train_examples}: {example.example_id} has {padded} tokens (with its KL partner"
                 f"{' and padding' if step > 1 else ''}), "
-                f"a micro-batch has room for {room}; raise train.micro_batch_tokens or lower sample.max_tokens"
+                f"a micro-batch has room for {room}; raise micro_batch_tokens, or set dataset.max_tokens, which drops "
+                "longer examples"
             )
         if max(lengths) > max_positions:
             raise UserError(
                 f"{job.train_examples}: {example.example_id} has {max(lengths)} tokens, the model's "
-                f"max_position_embeddings is {max_positions}; lower sample.max_tokens"
+                f"max_position_embeddings is {max_positions}; set dataset.max_tokens, which drops longer examples"
             )
         if max(*example.prompt_token_ids, *example.token_ids) >= vocab_size:
             raise UserError(

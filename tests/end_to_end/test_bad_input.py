@@ -55,6 +55,37 @@ def test_recipe_faults(mini: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_recipe_that_cannot_be_read(mini: Path, tmp_path: Path) -> None:
+    text = mini.read_text()
+    refused(
+        stepkto("sample", mini, "--iteration", 1, "--set", "train.optimizer.lr=1", cwd=tmp_path),
+        "`stepkto sample` does not read train.optimizer.lr", "`stepkto train`, `stepkto run`",
+    )  # fmt: skip
+    mini.write_text(text + "deep: " + "[" * 3000 + "]" * 3000 + "\n")
+    refused(stepkto("run", mini, cwd=tmp_path), f"mini.yaml:{len(text.splitlines()) + 1}: expected at most 50 levels")
+
+
+def test_prompt_faults(mini: Path, tmp_path: Path) -> None:
+    """One line and exit code 2: a job that ends with another code is tried again."""
+    model = shutil.copytree(mini.parent / "mini_cpu_m0", tmp_path / "model")
+    problems = tmp_path / "p.jsonl"
+    rows = [{"problem_id": name, "problem": text, "answer": "2"} for name, text in (("a", "1 + 1?"), ("b", "2</s>?"))]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choose = ("problems", mini, "--iteration", 1, "--set", f"problems={{source: files, train: {problems}}}",
+              "--set", "evaluate=null", "--set", f"initial_model={model}")  # fmt: skip
+    refused(stepkto(*choose, cwd=tmp_path), "p.jsonl:2: the problem holds the text of special tokens (</s>)")
+    done = stepkto(*choose, "--quarantine", tmp_path / "aside", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    template = "{{ raise_exception('no system') }}"
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    draw = ("sample", mini, "--iteration", 1, "--set", f"initial_model={model}")
+    refused(
+        stepkto(*draw, "--set", "prompt={chat: true, system: You are.}", cwd=tmp_path),
+        "the chat template fails (turns: system, user): no system",
+    )
+
+
 def test_model_faults(mini: Path, tmp_path: Path) -> None:
     refused(stepkto("run", mini, "--set", "initial_model=nowhere", cwd=tmp_path), "initial_model", "nowhere")
     pickled = shutil.copytree(mini.parent / "mini_cpu_m0", tmp_path / "pickled")

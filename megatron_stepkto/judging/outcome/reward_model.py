@@ -15,7 +15,7 @@ from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.judging.process.interface import Workplace
 from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, score_job
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.recipe.prompts import load_tokenizer
+from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
 
 
 class OutcomeRewardModel:
@@ -61,5 +61,6 @@ class OutcomeRewardModel:
 
     def _row(self, problem: str, text: str) -> PRMRow:
         turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": text}]
-        ids = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        chat = render_chat(self._tokenizer, turns, "judge.outcome.reward_model", generation_prompt=False)
+        ids = self._tokenizer(chat, add_special_tokens=False)["input_ids"]
         return PRMRow(token_ids=[int(token) for token in ids], positions=[len(ids) - 1])

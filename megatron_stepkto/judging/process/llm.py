@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_stepkto.base.cache import AnswerCache, content_key
@@ -30,6 +30,7 @@ from megatron_stepkto.judging.process.client import (
 )
 from megatron_stepkto.judging.process.interface import Solution, Verdicts, majority
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import TEMPLATE_FAULTS
 
 WORDS: dict[str, Label] = {"right": 1, "wrong": 0, "unsure": None}
 FEW = 20  # answers after which a judge whose answers are mostly useless is stopped
@@ -62,7 +63,7 @@ class PromptTemplate:
         self._where = str(path or "the built-in prompt")
         try:
             self._template = environment.from_string(template_text(path))
-        except TemplateError as error:
+        except TEMPLATE_FAULTS as error:
             raise self._error(error) from None
 
     def render(self, solution: Solution, comments: bool) -> str:
@@ -74,12 +75,13 @@ class PromptTemplate:
                 steps=[text.strip() for text in solution.step_texts],
                 comments=comments,
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except TEMPLATE_FAULTS as error:
             raise self._error(error) from None
 
     def _error(self, error: Exception) -> UserError:
         line = getattr(error, "lineno", None)
-        return UserError(f"judge.process.prompt: {self._where}{f':{line}' if line else ''}: {error}; correct it")
+        where = f"{self._where}:{line}" if line else self._where
+        return UserError(f"judge.process.prompt: {where}: {' '.join(str(error).split())[:200]}; correct it")
 
 
 def answer_schema(num_steps: int, comment_chars: int) -> dict[str, Any]:

@@ -111,10 +111,13 @@ class MonteCarloJudge:
             [row.model_dump() for row in rows], sampling.model_dump(mode="json", exclude=HOW_DRAWN), self._place.seed,
             self._place.hash_of(self._model), code_hash(worker.__name__), engine_versions(),
         )  # fmt: skip
-        result = draw(
-            self._model, "rollout", rows, [pass_], sampling, self._place.seed,
-            self._place.directory / "cache" / f"rollouts-{job[:12]}", title="rollouts",
-        )  # fmt: skip
+        try:
+            result = draw(
+                self._model, "rollout", rows, [pass_], sampling, self._place.seed,
+                self._place.directory / "cache" / f"rollouts-{job[:12]}", title="rollouts",
+            )  # fmt: skip
+        except UserError as error:  # it names keys of the sample stage
+            raise UserError(f"judge.process (sample.* is judge.process.sample.* here): {error}") from None
         self._counts = {name: result.counts[name] for name in ("solutions", "tokens", "finish_reasons", "dtype")}
         tokenizer = load_tokenizer(self._model)
         texts = []

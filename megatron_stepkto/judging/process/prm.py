@@ -29,7 +29,7 @@ from megatron_stepkto.base.records import Label
 from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.recipe.prompts import load_tokenizer
+from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
 
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 QWEN_TAG, SHEPHERD_TAG = "<extra_0>", "ки"
@@ -94,7 +94,7 @@ def qwen_math_prm_row(solution: Solution, tokenizer: Any) -> PRMRow:
         {"role": "user", "content": solution.problem.problem},
         {"role": "assistant", "content": "".join(step.strip() + QWEN_TAG for step in solution.step_texts)},
     ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    text = render_chat(tokenizer, messages, "judge.process.model", generation_prompt=False)
     return _row(solution, tokenizer(text, add_special_tokens=False)["input_ids"], tag)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from megatron_stepkto.answers.text import normalise
-from megatron_stepkto.base.records import Label, Record
+from megatron_stepkto.base.records import Label, Record, written
 
 
 class ImportedSolution(Record):
@@ -37,6 +37,11 @@ class ImportedSolution(Record):
             raise ValueError("the problem is empty; give its text")
         if not self.text.strip():
             raise ValueError("the solution is empty; give at least one step with text")
+        for name, text in (("problem", self.problem), ("solution", self.text)):
+            try:
+                written(text)
+            except ValueError as error:
+                raise ValueError(f"the {name} {error}") from None
         if len(self.labels) != len(self.steps):
             raise ValueError(f"expected one label per step, got {len(self.labels)} labels for {len(self.steps)} steps")
         if blank := [number for number, step in enumerate(self.steps) if not step.strip()]:

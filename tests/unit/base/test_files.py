@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from megatron_stepkto.base import files
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import find_files, flush, flush_tree, read_json, read_json_if_there, write_json
+from megatron_stepkto.base.records import Problem, read_records
+from megatron_stepkto.problems.datasets import load_problems
 from megatron_stepkto.report.collect import collect
 from megatron_stepkto.report.status import status_text
 from megatron_stepkto.slurm.chain import Step
@@ -113,3 +116,31 @@ def test_a_file_system_that_cannot_flush_folders(tmp_path: Path, monkeypatch: py
     flush(tmp_path)
     with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
         flush(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000 + "]" * 100_000, ":1: expected JSON, got text that does not parse (nested too deep)"),
+        ('{"a": ' * 100_000 + "1" + "}" * 100_000, "(nested too deep)"),
+        ('{"a": 1, "b": {"c": 2, "c": 2}}', '(key "c" is given twice)'),
+        ('{"a": 1,\n"b"}', ":2: expected JSON, got text that does not parse (Expecting ':' delimiter"),
+        ("9" * 6000, "expected JSON, got text that does not parse (Exceeds the limit"),
+    ],
+    ids=["lists", "objects", "key", "broken", "number"],
+)
+def test_json_that_cannot_be_read_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    """A configuration, and a row of JSON lines."""
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    for read in (read_json, read_json_if_there):
+        with pytest.raises(UserError) as caught:
+            read(path)
+        assert str(caught.value).startswith(f"{path}:")
+        assert said in str(caught.value)
+    path.write_text(text.replace("\n", " "))
+    with pytest.raises(UserError, match=re.escape(f"{path}:1: ")) as caught:
+        list(read_records(path, Problem))
+    assert "correct the row, or pass --quarantine FILE" in str(caught.value)
+    with pytest.raises(UserError, match=r"file\.json"):
+        load_problems(str(path))

@@ -161,7 +161,7 @@ def test_the_number_of_further_faults_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", [{**PROBLEM, "problem": ""}, {**PROBLEM, "answer": ""}])
 def test_a_problem_says_something(tmp_path: Path, row: dict[str, Any]) -> None:
-    assert "String should have at least 1 character, got ''" in refusal(write(tmp_path / "rows.jsonl", row))
+    assert "must not be blank, got ''" in refusal(write(tmp_path / "rows.jsonl", row))
 
 
 def test_a_problem_keeps_keys_of_its_own(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,26 @@ def test_an_answer_may_stand_in_the_solution_alone() -> None:
         to_problem({"problem": "x?", "solution": "so 7"})
     with pytest.raises(ValueError, match="expected the problem under"):
         to_problem({"text": "x?", "answer": "7"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"answer": [7]}, r"expected the answer as a text or a number, got \[7\]"),
+        ({"answer": True}, "expected the answer as a text or a number, got True"),
+        ({"answer": float("nan")}, "expected the answer as a text or a finite number, got nan"),
+        ({"problem": "  "}, "must not be blank"),
+        ({"problem": "x\0?"}, r"holds the control character U\+0000"),
+        ({"id": ""}, "must not be blank"),
+    ],
+)
+def test_rows_that_are_no_problem(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
+    """In JSON lines and in a list, whose rows have no line."""
+    row = {"problem": "x?", "answer": "7", **keys}
+    for name, text in (("a.jsonl", json.dumps(row)), ("a.json", json.dumps([row]))):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name}:? ?(row )?1: .*{said}"):
+            load_problems(str(tmp_path / name))
 
 
 def test_parquet_csv_and_json(tmp_path: Path) -> None:

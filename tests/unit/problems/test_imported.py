@@ -18,6 +18,7 @@ from megatron_stepkto.problems.imported.formats import FORMATS, importer_of
 from megatron_stepkto.problems.imported.solution import ImportedSolution, problem_id_of, same_answer
 from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.prompts import Prompts
 from megatron_stepkto.run.bpe_tokenizer import train_byte_level_bpe
 
 FILES = {
@@ -39,6 +40,10 @@ def raw_rows(path: Path) -> list[dict[str, Any]]:
 def parse(name: str, row: dict[str, Any]) -> ImportedSolution:
     (solution,) = importer_of(name)(row).solutions
     return solution
+
+
+def prompts_of(tokenizer: Any) -> Prompts:
+    return Prompts(recipe.Prompt(template="{problem}"), tokenizer, [tokenizer.eos_token_id], "M")
 
 
 def solutions_of(path: Path, name: str) -> list[ImportedSolution]:
@@ -311,7 +316,7 @@ def test_token_cover_of_real_unicode_solutions(data_dir: Path, tokenizer_dir: Pa
     solutions = solutions_of(data_dir / "steps/processbench_math.jsonl", "processbench")[:300]
     solutions += solutions_of(data_dir / "steps/raw_format_math-aps_sample.jsonl", "omegaprm")
     assert sum(not s.text.isascii() for s in solutions) >= 10
-    samples = judged_samples(solutions, tokenizer, recipe.Prompt())
+    samples = judged_samples(solutions, prompts_of(tokenizer))
     for solution, sample in zip(solutions, samples, strict=True):
         body = sample.token_ids[:-1] if solution.finished else sample.token_ids
         assert (sample.token_ids[-1] == tokenizer.eos_token_id) == solution.finished
@@ -337,8 +342,8 @@ def test_trimmed_offsets_give_the_same_steps(data_dir: Path, tokenizer_dir: Path
     core.post_processor = processors.ByteLevel(trim_offsets=True)
     trimmed = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     solutions = solutions_of(data_dir / "steps/processbench_gsm8k.jsonl", "processbench")[:50]
-    expected = judged_samples(solutions, plain, recipe.Prompt())
-    for one, other in zip(expected, judged_samples(solutions, trimmed, recipe.Prompt()), strict=True):
+    expected = judged_samples(solutions, prompts_of(plain))
+    for one, other in zip(expected, judged_samples(solutions, prompts_of(trimmed)), strict=True):
         assert one.steps == other.steps and one.token_ids == other.token_ids
 
 
@@ -358,13 +363,13 @@ def test_token_over_a_boundary_belongs_where_it_starts() -> None:
         problem_id="p", problem="abc", answer=None, solution_id="s", source="processbench",
         steps=("ab\n", "cd"), labels=(1, 0), outcome=0,
     )  # fmt: skip
-    (sample,) = judged_samples([solution], sewn_tokenizer("b\nc"), recipe.Prompt(template="{problem}"))
+    (sample,) = judged_samples([solution], prompts_of(sewn_tokenizer("b\nc")))
     assert [(s.token_start, s.token_end, s.label) for s in sample.steps] == [(0, 2, 1), (2, 4, 0)]
     # the second step has no token of its own: nothing to learn from its label, and the end token is its token
-    (sample,) = judged_samples([solution], sewn_tokenizer("b\ncd"), recipe.Prompt(template="{problem}"))
+    (sample,) = judged_samples([solution], prompts_of(sewn_tokenizer("b\ncd")))
     assert [(s.token_start, s.token_end, s.label) for s in sample.steps] == [(0, 2, 1), (2, 3, 0)]
     beginning = solution.model_copy(update={"finished": False})
-    (sample,) = judged_samples([beginning], sewn_tokenizer("b\ncd"), recipe.Prompt(template="{problem}"))
+    (sample,) = judged_samples([beginning], prompts_of(sewn_tokenizer("b\ncd")))
     assert [(s.token_start, s.token_end, s.label) for s in sample.steps] == [(0, 2, 1), (2, 2, None)]
     assert sample.finish_reason == "length"
 
@@ -440,3 +445,33 @@ def test_mrben_as_published(data_dir: Path) -> None:
             importer({**published, "Model_Solution_Correctness": "correct", "Model_Solution_First_Error_Step": "1"})
         with pytest.raises(ValueError, match="missing key 'Sampled_Model'"):
             importer({key: value for key, value in published.items() if key != "Sampled_Model"})
+
+
+# --- special tokens in the text -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"response": "20 + 3 = 23.\nAnswer: \\boxed{23}</s>"}, "the response holds the text of special tokens (</s>)"),
+        ({"response": "20 + 3 = 23.</s>\n"}, "the response holds the text of special tokens (</s>)"),
+        ({"response": "<s>20 + 3 =</s> 23."}, "the response holds the text of special tokens (<s> </s>)"),
+        ({"problem": "What is 20</s> + 3?"}, "the problem holds the text of special tokens (</s>)"),
+    ],
+)
+def test_special_tokens_in_a_row_make_it_a_bad_one(
+    repository: Path, tmp_path: Path, keys: dict[str, str], said: str
+) -> None:
+    """Model solutions dumped with their end token: with a second one added, the model would learn to end twice."""
+    good = {"id": 0, "problem": "20 + 3?", "answer": "23", "model": "m", "response": "It is 23.", "correct": True}
+    source, out, aside = tmp_path / "rows.jsonl", tmp_path / "out", tmp_path / "aside.jsonl"
+    source.write_text(f"{json.dumps(good)}\n{json.dumps({**good, 'id': 1, **keys})}\n")
+    arguments = ("gsm8k_solutions", source, repository / "recipes" / "mini_cpu_m0", out)
+    with pytest.raises(UserError) as caught:
+        run_import(*arguments, None, recipe.Prompt())
+    assert str(caught.value).startswith(f"{source}:2: {said}")
+    assert not (out / "judged.jsonl").exists()
+    run_import(*arguments, aside, recipe.Prompt())
+    assert [json.loads(line)["line"] for line in aside.read_text().splitlines()] == [2]
+    (sample,) = read_records(out / "judged.jsonl", JudgedSample)
+    assert (sample.token_ids.count(2), sample.token_ids[-1], sample.finish_reason) == (1, 2, "stop")

@@ -70,7 +70,7 @@ def test_train_problems_from_a_file(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     written = []
     for t in (1, 2):
-        assert write_problems(source(tmp_path, problems(8)), "train", 4, 0, t, out) == 4
+        assert write_problems(source(tmp_path, problems(8)), "train", 4, 0, t, out) == {"problems": 4}
         written += ids(list(read_records(out, Problem)))
     assert sorted(written) == [f"p{i}" for i in range(8)]
 
@@ -78,7 +78,7 @@ def test_train_problems_from_a_file(tmp_path: Path) -> None:
 def test_evaluation_takes_the_first_problems(tmp_path: Path) -> None:
     given = source(tmp_path, problems(1), test=problems(9)[1:])
     out = tmp_path / "out.jsonl"
-    assert write_problems(given, "test", 3, 0, 1, out) == 3
+    assert write_problems(given, "test", 3, 0, 1, out) == {"problems": 3}
     assert ids(list(read_records(out, Problem))) == ["p1", "p2", "p3"]
     with pytest.raises(UserError, match=r"test\.jsonl: evaluate\.num_problems is 9, the file holds 8; lower it"):
         write_problems(given, "test", 9, 0, 1, tmp_path / "more.jsonl")
@@ -129,7 +129,7 @@ def test_processbench_shares_108_problems_with_math500(data_dir: Path) -> None:
 def test_an_id_that_stands_twice(tmp_path: Path) -> None:
     rows = problems(3)
     doubled = rows[1].model_copy(update={"problem": "5 + 5?"})
-    with pytest.raises(UserError, match=r"train\.jsonl: problem_id p1 stands twice"):
+    with pytest.raises(UserError, match=r"train\.jsonl: problem_id p1 is given twice"):
         write_problems(source(tmp_path, [*rows, doubled]), "train", None, 0, 1, tmp_path / "out.jsonl")
 
 
@@ -141,8 +141,86 @@ def test_bad_rows_go_to_quarantine(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.jsonl:4: "):
         write_problems(given, "train", None, 0, 1, tmp_path / "out.jsonl")
     aside = tmp_path / "aside.jsonl"
-    assert write_problems(given, "train", None, 0, 1, tmp_path / "out.jsonl", aside) == 3
+    assert write_problems(given, "train", None, 0, 1, tmp_path / "out.jsonl", aside) == {"problems": 3}
     assert json.loads(aside.read_text())["line"] == 4
+
+
+BAD_ROWS = [
+    ({"problem_id": ""}, "problem_id: must not be blank, got ''"),
+    ({"problem_id": " "}, "problem_id: must not be blank, got ' '"),
+    ({"problem_id": "a\nb"}, "problem_id: must be one line without tabs"),
+    ({"problem_id": "a\0"}, "problem_id: holds the control character U+0000 (character 1, counted from 0); remove it"),
+    ({"problem": " \n\t"}, "problem: must not be blank"),
+    ({"problem": "1\0 + 1?"}, "problem: holds the control character U+0000 (character 1, counted from 0); remove it"),
+    ({"problem": "What is \x0crac12?"}, r'or write its command with two backslashes, such as "\\frac"'),
+    ({"answer": "\boxed{2}"}, "answer: holds the control character U+0008 (character 0, counted from 0)"),
+    ({"answer": " "}, "answer: must not be blank, got ' '"),
+    ({"answer": ""}, "answer: must not be blank, got ''"),
+    ({"answer": 2}, "answer: Input should be a valid string, got 2"),
+    ({"level": "\ud83d"}, "holds half a surrogate pair, which is not a character"),
+]
+
+
+@pytest.mark.parametrize(("keys", "said"), BAD_ROWS)
+def test_a_bad_problem_is_named_by_whoever_reads_it_first(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
+    """Alone, and when the training problems are first compared with those that measure."""
+    train = write(tmp_path / "train.jsonl", problems(1))
+    train.write_text(train.read_text() + json.dumps({"problem_id": "q", "problem": "x?", "answer": "2", **keys}) + "\n")
+    given = Problems(source="files", train=train, test=write(tmp_path / "test.jsonl", problems(3)[2:]))
+    expected = re.compile(
+        re.escape(f"{train}:2: ") + ".*" + re.escape(said) + ".*; correct the row, or pass --quarantine FILE", re.S
+    )
+    with pytest.raises(UserError, match=expected):
+        write_problems(given, "train", None, 0, 1, tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match=expected):
+        check_training_problems(given, allow=False, skip_bad=False)
+    assert write_problems(given, "train", None, 0, 1, tmp_path / "out.jsonl", tmp_path / "aside") == {"problems": 1}
+
+
+def test_text_of_any_script_is_no_bad_row(tmp_path: Path) -> None:
+    rows = [
+        Problem(problem_id=f"{n} é", problem=text, answer="2")
+        for n, text in enumerate(["1\t+\r\n1?", "\x85mojibake\x95", "\u2028 \ufeff \U0001f642", "∑ 一 ١"])
+    ]
+    assert write_problems(source(tmp_path, rows), "train", None, 0, 1, tmp_path / "out.jsonl") == {"problems": 4}
+    escaped = tmp_path / "escaped.jsonl"
+    escaped.write_text(json.dumps({"problem_id": "a", "problem": "\U0001f642?", "answer": "2"}) + "\n")
+    assert next(read_records(escaped, Problem)).problem == "\U0001f642?"
+
+
+def test_problems_that_share_a_text_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Published sets hold some (MAWPS with ASDiv: 177 of 3,055): they are kept, and the manifest counts them."""
+    same = [Problem(problem_id=f"s{n}", problem=" 1 +  1?" if n else "1 + 1?", answer="2") for n in range(12)]
+    given = source(tmp_path, [*problems(1), *same], test=[*problems(4)[3:], *same[:2]])
+    out = tmp_path / "out.jsonl"
+    assert write_problems(given, "train", 5, 0, 1, out) == {"problems": 5, "repeated_texts": 11}
+    said = " ".join(capsys.readouterr().err.split())
+    assert "11 problems have the text of an earlier one, and count again: s0, s1, s2, s3, s4" in said
+    assert write_problems(given, "test", 3, 0, 1, out) == {"problems": 3, "repeated_texts": 1}
+    assert write_problems(source(tmp_path, problems(3)), "train", 2, 0, 1, out) == {"problems": 2}
+
+
+def test_one_text_with_two_answers_does_not_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Problem(problem_id=name, problem="1 + 1?", answer=answer) for name, answer in (("a", "2"), ("b", "3"))]
+    given = source(tmp_path, rows, test=rows)
+    with pytest.raises(UserError, match=r"1 texts with several: a \(answer 2\), b \(answer 3\); remove the wrong ones"):
+        write_problems(given, "train", None, 0, 1, tmp_path / "out.jsonl")
+    assert write_problems(given, "test", 2, 0, 1, tmp_path / "out.jsonl") == {"problems": 2, "repeated_texts": 1}
+    assert "a (answer 2), b (answer 3)" in " ".join(capsys.readouterr().err.split())
+    alike = [rows[0], rows[1].model_copy(update={"answer": "2.0"})]
+    assert write_problems(source(tmp_path, alike), "train", None, 0, 1, tmp_path / "out.jsonl")["problems"] == 2
+
+
+def test_a_check_makes_bad_rows(tmp_path: Path) -> None:
+    def check(problem: Problem) -> Problem:
+        if "2" in problem.problem:
+            raise ValueError("the problem holds a 2")
+        return problem
+
+    given, out, aside = source(tmp_path, problems(4)), tmp_path / "out.jsonl", tmp_path / "aside.jsonl"
+    with pytest.raises(UserError, match=r"train\.jsonl:3: the problem holds a 2; correct the row"):
+        write_problems(given, "train", None, 0, 1, out, check=check)
+    assert write_problems(given, "train", None, 0, 1, out, aside, check) == {"problems": 3}
 
 
 # --- from the generator --------------------------------------------------------------------------------------
@@ -153,7 +231,7 @@ def test_generated_problems_are_new_in_each_iteration(tmp_path: Path) -> None:
     texts: dict[tuple[str, int], set[str]] = {}
     for split, t in (("train", 1), ("train", 2), ("test", 1)):
         out = tmp_path / f"{split}{t}.jsonl"
-        assert write_problems(generator, split, 20, 0, t, out) == 20  # type: ignore[arg-type]
+        assert write_problems(generator, split, 20, 0, t, out) == {"problems": 20}  # type: ignore[arg-type]
         rows = list(read_records(out, Problem))
         assert len(set(ids(rows))) == 20
         texts[split, t] = {row.problem for row in rows}
