@@ -11,8 +11,9 @@ from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.records import Problem, read_records, write_records
 from megatron_stepkto.base.stage import Result, Stage, run_stage
-from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model
+from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model, evaluation_drawing
 from megatron_stepkto.judging.process import judging_key
+from megatron_stepkto.judging.stage import check_judge
 from megatron_stepkto.problems.datasets import data_name, load_problems
 from megatron_stepkto.recipe.file import model_evaluation
 from megatron_stepkto.recipe.prompts import load_tokenizer
@@ -55,7 +56,12 @@ def evaluate_folder(
     stage = Stage(
         f"evaluate {settings.name}", output / "results", {**key, "seed": SEED}, {"model": model, "problems": asked}
     )
-    run_stage(stage, work, force=force)
+
+    def check() -> None:
+        evaluation_drawing(model, settings.name, asked, settings, stage.directory).check()
+        check_judge(settings.judge, model, stage.directory, asked)
+
+    run_stage(stage, work, force=force, check=check)
     return dict(read_json(output / "results" / "metrics.json"))
 
 

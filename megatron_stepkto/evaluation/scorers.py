@@ -132,8 +132,8 @@ class MegatronScorer:
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
         from megatron_stepkto.base.records import TrainStep
+        from megatron_stepkto.megatron.acceleration import choose_device
         from megatron_stepkto.megatron.batch import Document, make_micro_batch
-        from megatron_stepkto.megatron.engine import choose_device
 
         device = choose_device("auto")
         found = []

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
+from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Engine
 from megatron_stepkto.sampling.job import Job
 
@@ -26,6 +27,25 @@ def open_engine(job: Job, end_ids: Sequence[int]) -> Engine:
     from megatron_stepkto.sampling.transformers_engine import TransformersEngine
 
     return TransformersEngine(job, end_ids)
+
+
+def check_engines(settings: Sampling, model: Path) -> None:
+    """Whatever ``open_engine`` refuses that shows without opening one: packages, GPUs, keys that do not go together.
+
+    Args:
+        model: the folder that will be opened; what depends on its config.json is left out while there is none.
+
+    Raises:
+        UserError: names the key, or the package.
+    """
+    if settings.backend == "vllm":
+        from megatron_stepkto.sampling.vllm_engine import check_vllm
+
+        check_vllm(settings, model)
+    else:
+        from megatron_stepkto.sampling.transformers_engine import check_transformers
+
+        check_transformers(settings)
 
 
 def end_token_ids(model: Path, tokenizer: Any) -> list[int]:

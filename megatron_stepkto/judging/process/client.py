@@ -227,6 +227,12 @@ class Client:
         )
 
 
+async def check_servers(service: Service, model: str) -> None:
+    """``Client.check_model``, of a client that asks nothing else."""
+    async with Client(service) as client:
+        await client.check_model(model)
+
+
 def _url(server: _Server, path: str) -> str:
     return server.url.removesuffix("/v1") + path[1:] if path.startswith("//") else server.url + path
 

@@ -18,7 +18,15 @@ from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import ProgressBar, warn
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
+from megatron_stepkto.judging.process.client import (
+    BadAnswer,
+    Client,
+    NoAnswer,
+    Service,
+    TooLong,
+    check_servers,
+    run_async,
+)
 from megatron_stepkto.judging.process.interface import Solution, Verdicts, majority
 from megatron_stepkto.recipe import keys as recipe
 
@@ -118,6 +126,9 @@ class LLMJudge:
 
     def counts(self) -> dict[str, Any]:
         return {"judge": dict(sorted(self._counts.items()))}
+
+    def check(self) -> None:
+        run_async(check_servers(self._service, self._settings.model))
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         votes: dict[tuple[int, int], list[Label]] = {}

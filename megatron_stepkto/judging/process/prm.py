@@ -22,7 +22,15 @@ from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import ProgressBar, Report
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
+from megatron_stepkto.judging.process.client import (
+    BadAnswer,
+    Client,
+    NoAnswer,
+    Service,
+    TooLong,
+    check_servers,
+    run_async,
+)
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer
@@ -149,6 +157,19 @@ class PRMJudge:
     def counts(self) -> dict[str, Any]:
         return {"judge": dict(sorted(self._counts.items()))}
 
+    @property
+    def _served_name(self) -> str:
+        return self._settings.served_name or str(self._settings.model)
+
+    def _service(self) -> Service:
+        settings = self._settings
+        assert settings.base_url is not None
+        return Service(settings.base_url, settings.api_key_env, settings.timeout_s, settings.retries)
+
+    def check(self) -> None:
+        if self._settings.base_url:
+            run_async(check_servers(self._service(), self._served_name))
+
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         make = ROWS[self._settings.convention]
         rows: list[PRMRow] = []
@@ -191,18 +212,16 @@ class PRMJudge:
 
     async def _ask_all(self, rows: list[PRMRow], cache: AnswerCache, found: dict[int, list[float]]) -> None:
         settings = self._settings
-        name = settings.served_name or str(settings.model)
+        name = self._served_name
         for number, row in enumerate(rows):
             known = cache.get(content_key(name, row.token_ids))
             if known is not None:
                 found[number] = known
         self._counts["cached"] = len(found)
         missing = iter([number for number in range(len(rows)) if number not in found])
-        assert settings.base_url is not None
-        service = Service(settings.base_url, settings.api_key_env, settings.timeout_s, settings.retries)
         if len(found) == len(rows):
             return
-        async with Client(service, self._counts) as client:
+        async with Client(self._service(), self._counts) as client:
             await client.check_model(name)
             with ProgressBar("judging steps", len(rows), "solutions") as bar:
                 bar.update(len(found))
