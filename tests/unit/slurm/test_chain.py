@@ -118,9 +118,15 @@ def test_where_a_judge_runs(site: Path, repository: Path, tmp_path: Path, judge:
         repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", "judge.split=line", f"judge.process={judge}"]
     )
     read = read_site(site)
-    [step] = [step for step in chain(recipe, read) if step.name == "judge_1"]
-    words = command(step, recipe.run_dir, read, [], tmp_path)
+    steps = {step.name: step for step in chain(recipe, read)}
     partition, gpus, server = JUDGES[judge]
+    # an evaluation judges, too: on the same GPUs, after the engine of two GPUs that draws
+    words = command(steps["evaluate_1"], recipe.run_dir, read, [], tmp_path)
+    assert [word for word in words if "gpus" in word] == [f"--gpus-per-node={max(2, gpus or 0)}"]
+    assert steps["evaluate_1"].arguments == (["1", "server"] if server else ["1"])
+    assert steps["evaluate_0"].arguments == (["0", "server"] if server else ["0"])
+    step = steps["judge_1"]
+    words = command(step, recipe.run_dir, read, [], tmp_path)
     assert f"--partition={partition}" in words
     assert [word for word in words if "gpus" in word] == ([f"--gpus-per-node={gpus}"] if gpus else [])
     assert step.arguments == (["1", "server"] if server else ["1"])
