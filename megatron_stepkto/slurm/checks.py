@@ -30,6 +30,7 @@ def check_site(recipe: Recipe, site: Site) -> None:
     _check_inputs(recipe)
     _check_limits(site)
     check_options(site.extra, os.environ)
+    _check_devices(recipe, site)
     _check_nodes(recipe, site)
     _check_mounts(recipe, site)
     _check_server(recipe, site)
@@ -72,6 +73,17 @@ def _seconds(text: str) -> float | None:
     else:
         hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or math.inf  # 0 asks for none
+
+
+def _check_devices(recipe: Recipe, site: Site) -> None:
+    """What is asked of GPUs, on a site whose jobs get none."""
+    if site.gpus_per_node:
+        return
+    if recipe.train.device == "cuda":
+        raise UserError("train.device is cuda, and GPUS_PER_NODE is 0; set it in the site file, or train.device: cpu")
+    from megatron_stepkto.megatron.acceleration import Found, Machine, choose
+
+    choose(recipe.train, Machine(Found("any"), Found("any"), None))
 
 
 def _check_nodes(recipe: Recipe, site: Site) -> None:

@@ -54,7 +54,7 @@ def doctor(run: Run, environment: Environment | None = None) -> list[str]:
     faults = _limits(on_gpu)
     devices = 1 if nodes.count > 1 else 2
     if on_gpu:
-        devices = nodes.ranks_here(recipe.train.parallel.ranks)
+        devices = 1 if environment == "sample" else nodes.ranks_here(recipe.train.parallel.ranks)
         faults += _gpus(devices)
     # one line for one cause: that GPUs are missing is known by now
     faults += [line for line in _refusals(run, environment) if not any(line.endswith(fault) for fault in faults)]

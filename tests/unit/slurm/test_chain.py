@@ -77,6 +77,12 @@ def test_flags(site: Path, repository: Path, tmp_path: Path) -> None:
             [],
             "ranks=16: expected the same number on each of 3 nodes, at most 8 (GPUS_PER_NODE); change TRAIN_",
         ),
+        (
+            "\nGPUS_PER_NODE=0",
+            ["train.device=cuda"],
+            "train.device is cuda, and GPUS_PER_NODE is 0; set it in the site",
+        ),
+        ("\nGPUS_PER_NODE=0", ["train.dtype=bfloat16", "train.fp8={}"], "train.fp8 needs an NVIDIA GPU, but training"),
         ("1", [], "train.parallel.ranks=16: expected the same number on each of 1 nodes, at most 8"),
         ("", ["sample.workers=5", "sample.tensor_parallel=2"], "expected at most 8 (GPUS_PER_NODE), got 10; lower"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -36,6 +37,26 @@ def test_a_healthy_machine_has_no_fault_and_its_ranks_add_up(
     said = capsys.readouterr().err
     assert "all-reduce of 8 MiB over 2 ranks on 1 node(s), gloo:" in said
     assert list((recipe.run_dir / "doctor").iterdir()) == []
+
+
+def test_what_a_stage_would_refuse_is_a_fault(repository: Path, tmp_path: Path) -> None:
+    """Of both environments on one machine, of one on a cluster."""
+    sets = [
+        f"output={tmp_path}",
+        "train.device=cpu",
+        "train.dtype=bfloat16",
+        "train.fp8={}",
+        "sample.tensor_parallel=2",
+    ]
+    run = Run(load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", *sets]))
+    name = os.uname().nodename
+    train, sample = doctor.doctor(run)
+    assert train == (
+        f"{name}: iteration 1 train: train.fp8 needs an NVIDIA GPU, but training runs on the CPU; remove train.fp8"
+    )
+    assert sample.startswith(f"{name}: evaluate M0: sample.tensor_parallel is 2, but vLLM's CPU build is installed")
+    assert doctor.doctor(run, "train") == [train]
+    assert doctor.doctor(run, "sample") == [sample]
 
 
 def test_exit_code(recipe: Recipe, repository: Path, tmp_path: Path) -> None:
