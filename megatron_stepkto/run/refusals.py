@@ -109,14 +109,24 @@ def machine_refusals(
         elsewhere: training will run on other machines with the same packages and folders.
     """
     left = list(pending(run, compare))
+    first = _first_of_each_kind(left)  # the later ones ask for the same
     checks: list[tuple[str, Check]] = []
     if environment != "sample":
-        checks += [(item.title, check) for item in left if item.kind == "train" for check in _training(item, elsewhere)]
+        checks += [
+            (item.title, check) for item in first if item.kind == "train" for check in _training(item, elsewhere)
+        ]
         checks += [("M0 train", check) for check in _warm_up(run)]
         checks.append(("checkpoints", partial(check_space, run, [item for item in left if item.kind == "train"])))
     if environment != "train":
-        checks += [(item.title, check) for item in left for check in _engines_and_judges(item)]
+        checks += [(item.title, check) for item in first for check in _engines_and_judges(item)]
     return _collect(checks)
+
+
+def _first_of_each_kind(left: Sequence[Pending]) -> list[Pending]:
+    found: dict[Kind, Pending] = {}
+    for item in left:
+        found.setdefault(item.kind, item)
+    return list(found.values())
 
 
 def check_prepared(run: Run, compare: Sequence[Method] = ()) -> None:
@@ -125,8 +135,11 @@ def check_prepared(run: Run, compare: Sequence[Method] = ()) -> None:
     Raises:
         UserError: names all that is refused.
     """
+    left = list(pending(run, compare))
     checks: list[tuple[str, Check]] = []
-    for item in pending(run, compare):
+    for item in _first_of_each_kind(left):
+        checks += [(item.title, check) for check in (_weights(item) if item.kind == "train" else ())]
+    for item in left:
         checks += [(item.title, check) for check in _of_what_is_prepared(item)]
     _refuse(_collect(checks))
 
@@ -202,10 +215,8 @@ def _of_what_is_prepared(item: Pending) -> Iterator[Check]:
         yield lambda: check_prompts(drawing_of(run, t, model).job)
     elif item.kind == "evaluate":
         yield lambda: check_prompts(evaluation_drawing_of(run, t, model).job)
-    elif item.kind == "train":
-        yield from _weights(item)
-        if run.recipe.sample is not None:
-            yield partial(_check_lengths, run, t)
+    elif item.kind == "train" and run.recipe.sample is not None:
+        yield partial(_check_lengths, run, t)
     if item.kind in ("judge", "evaluate"):
         assert judging is not None
         stage = _STAGE_OF[item.kind](run, t)
@@ -226,22 +237,20 @@ def _check_lengths(run: Run, t: int) -> None:
 # --- disk space ------------------------------------------------------------------------------------------------
 
 
-def checkpoint_bytes(recipe: Recipe, trainings: int | None = None) -> int:
-    """What a run leaves and needs on disk at once, weights and optimizer state; 0 when M0 does not exist yet.
+def checkpoint_bytes(recipe: Recipe, model: Path, trainings: int) -> int:
+    """What a run leaves and needs on disk at once, weights and optimizer state; 0 while its model does not exist.
 
     Per parameter: a weight (w bytes) and AdamW's two moments, and in bfloat16 the float32 main weight. While an
     iteration trains: the input in Megatron's format (and the reference, if it is another model), keep_checkpoints
     and one being written. Left by each iteration: the trained weights in both formats.
 
     Args:
-        trainings: how many are to be done; None: one per iteration.
+        model: M0's folder. trainings: how many are to be done.
     """
     from megatron_stepkto.architectures.sharding import model_parameters
     from megatron_stepkto.checkpoints.convert import read_model_config
 
-    model = recipe.given_model()
-    trainings = recipe.iterations if trainings is None else trainings
-    if model is None or not trainings:
+    if not trainings or not (model / "config.json").is_file():
         return 0
     parameters = model_parameters(read_model_config(model)[1])
     weight, state = (2, 14) if recipe.train.dtype == "bfloat16" else (4, 12)
@@ -253,9 +262,9 @@ def check_space(run: Run, trainings: Sequence[Pending]) -> None:
     """Is there room for what the trainings that are to be done will write? What an attempt left of one counts.
 
     Raises:
-        UserError: there is not, or there is no such model; names both numbers.
+        UserError: there is not; names both numbers.
     """
-    needed = checkpoint_bytes(run.recipe, len(trainings))
+    needed = checkpoint_bytes(run.recipe, run.model(0), len(trainings))
     for item in trainings:
         for path in find_files(_directory(item.run, "train", item.t), "*"):
             with contextlib.suppress(FileNotFoundError):  # a training that is under way drops old checkpoints

@@ -260,11 +260,13 @@ def test_checkpoint_size_by_hand(repository: Path, tmp_path: Path) -> None:
     """fp32: weights 4 bytes, with AdamW 12; one input, 2 + 1 checkpoints, 2 iterations in 2 formats."""
     recipe = load(repository, tmp_path)
     parameters = parameters_of(recipe)
-    assert refusals.checkpoint_bytes(recipe) == parameters * (4 + 3 * 12 + 2 * 2 * 4)
-    assert refusals.checkpoint_bytes(recipe, 1) == parameters * (4 + 3 * 12 + 1 * 2 * 4)
-    assert refusals.checkpoint_bytes(recipe, 0) == 0
+    m0 = Run(recipe).model(0)
+    assert refusals.checkpoint_bytes(recipe, m0, 2) == parameters * (4 + 3 * 12 + 2 * 2 * 4)
+    assert refusals.checkpoint_bytes(recipe, m0, 1) == parameters * (4 + 3 * 12 + 1 * 2 * 4)
+    assert refusals.checkpoint_bytes(recipe, m0, 0) == 0
+    assert refusals.checkpoint_bytes(recipe, tmp_path / "not made yet", 2) == 0
     bf16 = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": "bfloat16"})})
-    assert refusals.checkpoint_bytes(bf16) == parameters * (2 + 3 * 14 + 2 * 2 * 2)
+    assert refusals.checkpoint_bytes(bf16, m0, 2) == parameters * (2 + 3 * 14 + 2 * 2 * 2)
 
 
 def test_full_disk(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
