@@ -93,7 +93,7 @@ class Stage:
                     )
 
     def _remedy(self, path: Path) -> str:
-        """What lies outside of the run's folder was given by the user, not made by a stage."""
+        """An input outside of the run's folder is the user's own: no stage makes it."""
         if self.hashes is not None and not path.is_relative_to(self.hashes.parent):
             return "correct the path in the recipe, or put the file there"
         return "run the stage that makes it first"

@@ -82,9 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--iteration", type=not_negative, metavar="T", help="of a recipe: 0 is M0")
     evaluate.add_argument("--method", choices=METHODS, help="of a recipe")
     evaluate.add_argument(
-        "--draw-only",
+        "--sample-only",
         action="store_true",
-        help="of a recipe: draw the solutions, leave the judging to a later call",
+        help="of a recipe: sample the solutions, leave the judging to a later call",
     )
     evaluate.add_argument(
         "--data", action="append", default=[], metavar="SET",
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe(doctor)
     doctor.add_argument(
         "--environment", choices=("train", "sample"),
-        help="of a cluster: look for what its stages need, and not for what the other's do",
+        help="check only what the stages of this environment of a cluster need; default: both",
     )  # fmt: skip
     doctor.set_defaults(command=_doctor)
     _recipe_command(commands, "prepare", _prepare, "check the layout, make M0, choose all problems: no GPU needed")
@@ -273,7 +273,7 @@ def _evaluate_folder(arguments: argparse.Namespace) -> None:
 
     if arguments.iteration is not None:
         raise UserError(f"{arguments.recipe} is a folder: --iteration goes with a recipe")
-    _refuse(arguments, ("method", "draw_only", "from_scratch", "allow_overlap"), "evaluate RECIPE --iteration T")
+    _refuse(arguments, ("method", "sample_only", "from_scratch", "allow_overlap"), "evaluate RECIPE --iteration T")
     if arguments.output is None:
         raise UserError("--output DIR is missing: where solutions and metrics go")
     row = evaluate_folder(
@@ -297,7 +297,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.recipe.is_dir():
         return _evaluate_folder(arguments)
     from megatron_stepkto.evaluation.table import results_table
-    from megatron_stepkto.run.pipeline import draw_evaluation, evaluate_stage, evaluation_problems_stage
+    from megatron_stepkto.run.pipeline import evaluate_stage, evaluation_problems_stage, sample_for_evaluation
 
     if arguments.data or arguments.output:
         raise UserError(f"{arguments.recipe} is no folder: --data and --output go with a model, a recipe has its own")
@@ -307,8 +307,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if run.recipe.evaluate is None:
         raise UserError(f"{arguments.recipe}: section evaluate is missing; add it (split, num_problems)")
     evaluation_problems_stage(run)
-    if arguments.draw_only:
-        return draw_evaluation(run, arguments.iteration)
+    if arguments.sample_only:
+        return sample_for_evaluation(run, arguments.iteration)
     row = evaluate_stage(run, arguments.iteration)
     sys.stdout.write(results_table({"method": run.method, "iterations": [row]}) + "\n")
     return None

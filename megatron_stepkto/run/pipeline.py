@@ -279,8 +279,8 @@ def evaluation_drawing_of(run: Run, t: int, model: Path) -> Drawing:
     return evaluation_drawing(model, run.name(t), stage.inputs["problems"], run.recipe, stage.directory)
 
 
-def draw_evaluation(run: Run, t: int) -> None:
-    """The part of ``evaluate_stage`` that needs the sampler's GPUs; a later call judges what was drawn."""
+def sample_for_evaluation(run: Run, t: int) -> None:
+    """The part of ``evaluate_stage`` that needs the sampler's GPUs; ``evaluate_stage`` then judges the samples."""
     drawing = functools.cache(lambda: evaluation_drawing_of(run, t, run.model(t)))
     run_stage(
         evaluation_of(run, t), lambda: None, force=run.force, together=lambda: drawing().draw(),

@@ -177,7 +177,7 @@ def check_vllm(settings: Sampling, model: Path) -> None:
 
 
 def _check_gpus(settings: Sampling, engines: int) -> None:
-    """Does this process see the GPUs of so many engines?"""
+    """Does this process see enough GPUs for ``engines`` engines?"""
     import torch
 
     found, needed = torch.cuda.device_count(), settings.tensor_parallel * engines

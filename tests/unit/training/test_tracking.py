@@ -93,7 +93,7 @@ def test_an_absent_tracker_is_an_error_before_anything_starts(monkeypatch: pytes
 
 
 def test_wandb_without_a_key_is_an_error_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would ask for one at a terminal, which ranks have not."""
+    """It would ask for one at a terminal, and ranks have none."""
     import sys
     import types
 
