@@ -130,6 +130,20 @@ def test_what_the_problems_show(
     assert said.format(m0=m0, run=tmp_path / "mini_cpu") in found
 
 
+def test_a_folder_is_not_evaluated_without_its_judge(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem_files(tmp_path, "29")
+    [port] = free_ports(1)
+    judge = (LLM % "").replace("PORT", str(port))
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", str(repository / "recipes" / "mini_cpu_m0"), f"--data={tmp_path}/test.jsonl",
+              f"--output={tmp_path}/out", "--set=sample.max_tokens=96", f"--set={judge}"])  # fmt: skip
+    assert stop.value.code == 2
+    assert "judge.process.base_url: no server answers" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "results").exists()
+
+
 def test_the_longest_example_by_hand() -> None:
     """100 + 50 tokens; padded to 152 = 8 x 19; a pair's sides share the micro-batch; dropped above the limit."""
     padded = training(pad_documents_to=8, micro_batch_tokens=152)
