@@ -265,6 +265,42 @@ def test_the_jobs_own_server_is_started_where_nobody_listens(site: Path, tmp_pat
     assert '"GET /v1/models HTTP/1.1" 200' in (tmp_path / "server.log").read_text()
 
 
+@pytest.mark.parametrize("server", [True, False])
+def test_an_evaluation_samples_before_it_starts_the_judges_server(
+    site: Path, repository: Path, tmp_path: Path, server: bool
+) -> None:
+    """Its engines have released the GPUs by then. What `stepkto` is asked, and whether the server answers then."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    [port] = free_ports(1)
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").write_text("{}")
+    url, run = f"http://127.0.0.1:{port}/v1", tmp_path / "run"
+    programs = {
+        "srun": 'while [[ $1 != bash ]]; do shift; done; exec "$@"',
+        "stepkto": f"echo \"$* $(curl -s --noproxy '*' -o /dev/null -w '%{{http_code}}' {url}/models)\" >>{run}/asked",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    with site.open("a") as file:
+        file.write(f"JUDGE_SERVER=({sys.executable} -m http.server {port} --bind 127.0.0.1 --directory {tmp_path})\n")
+        file.write(f"JUDGE_URL={url}\nenvironment() {{ export PATH={tmp_path}/bin:$PATH; }}\n")
+    (run / "slurm" / "logs").mkdir(parents=True)
+    done = subprocess.run(
+        ["bash", repository / "slurm" / "evaluate.sbatch", site, run, "1", *(["server"] if server else [])],
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NODELIST": "n1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = f"evaluate {run}/slurm/recipe.yaml --iteration 1"
+    expected = [f"{words} --sample-only 000", f"{words} 200"] if server else [f"{words} 000"]
+    assert (run / "asked").read_text().splitlines() == expected
+    assert (run / "slurm" / "logs" / "evaluate_server_1.log").is_file() == server
+
+
 CANCELLED = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 ***"
 
 
