@@ -33,10 +33,10 @@ from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.losses import ReferencePoints
-from megatron_stepkto.megatron.acceleration import choose, describe, find_machine
+from megatron_stepkto.megatron.acceleration import choose, choose_device, describe, find_machine
 from megatron_stepkto.megatron.batch import kl_document, pack_units, solution_document
 from megatron_stepkto.megatron.engine import Engine
-from megatron_stepkto.megatron.ranks import choose_device, join_ranks, lay_out
+from megatron_stepkto.megatron.ranks import join_ranks, lay_out
 from megatron_stepkto.methods.objective import kl_sums, unit_documents
 from megatron_stepkto.methods.registry import make_objective, units_of
 from megatron_stepkto.recipe import keys as recipe

@@ -17,7 +17,8 @@ from benchmarks.workload import BATCH, BETA, LEARNING_RATE, Row, peak_memory_mb,
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep, write_records
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
-from megatron_stepkto.megatron.ranks import choose_device, join_ranks
+from megatron_stepkto.megatron.acceleration import choose_device
+from megatron_stepkto.megatron.ranks import join_ranks
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.loop import Trainer

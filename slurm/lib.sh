@@ -3,6 +3,9 @@
 
 set -u # not while the site file is sourced
 
+# What srun would read of the shell that submitted: it moves a step's output out of the log, or ends it early.
+unset SLURM_STDOUTMODE SLURM_STDERRMODE SLURM_STDINMODE SLURM_TIMELIMIT
+
 MAX_FAILURES=3
 MAX_RESTARTS=100 # preemptions and time limits; more than that is no progress
 
@@ -41,7 +44,8 @@ make_step() {
     # kill-on-bad-exit: when one node fails the others would wait in a collective until its time-out.
     # wait=0: some sites end a step a while after its first task; the first node's has work to do after the others.
     # cpus-per-task: since Slurm 22.05 a step does not inherit it.
-    STEP=(srun --kill-on-bad-exit=1 --wait=0 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
+    # export: a job that was submitted with another --export would keep what it sets itself (MASTER_ADDR) from its steps.
+    STEP=(srun --export=ALL --kill-on-bad-exit=1 --wait=0 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || STEP+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     IFS=, read -ra listed <<<"$MOUNTS"
     for each in "${listed[@]}"; do

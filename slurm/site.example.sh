@@ -42,7 +42,8 @@ environment() {
 }
 
 # JUDGE_SERVER: the command that runs a judge's server in the foreground, and where it listens. Where the recipe's
-# judge.process.base_url names JUDGE_URL, the judge job starts it on its node, in the environment `sample`, and ends it.
+# judge.process.base_url names JUDGE_URL, judge and evaluate start it on their node, in the environment `sample`, and end
+# it.
 JUDGE_SERVER=()                         # such as (vllm serve /models/judge --port 8000 --tensor-parallel-size 8)
 JUDGE_URL=http://127.0.0.1:8000/v1
 

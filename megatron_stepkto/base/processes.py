@@ -260,10 +260,16 @@ def _failure(title: str, failed: Sequence[_Running]) -> Exception:
     code = child.process.returncode
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     log = report["log"] if report else child.log
-    text = report["message"] if report else child.log.read_text(encoding="utf-8", errors="replace")
-    if is_nearly_full(child.log):  # the child could not even write why
+    if is_nearly_full(child.log.parent):  # the child could not even write why
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return MachineFault(f"{title}: a process ended with {how}: " + refusal(child.log, error))
+    try:
+        text = report["message"] if report else child.log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return StageFailed(
+            f"{title}: a process ended with {how}, and its log {log} is gone: the folder was removed while it ran; "
+            "run the same command again"
+        )
     end = "\n".join(f"  {line}" for line in text.splitlines()[-LOG_LINES:])
     return StageFailed(f"{title}: a process ended with {how}; the end of its log {log}:\n{end}")
 

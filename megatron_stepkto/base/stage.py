@@ -91,7 +91,8 @@ class Result:
 class Stage:
     """``settings`` hold everything that decides the outputs, ``inputs`` every file or folder they are made from.
 
-    hashes: file that keeps the hashes of large folders, so that not every stage reads 140 GB of weights again.
+    hashes: file in the run's folder that keeps the hashes of large folders, so that not every stage reads 140 GB of
+    weights again.
     """
 
     title: str
@@ -104,17 +105,34 @@ class Stage:
     def manifest_path(self) -> Path:
         return self.directory / MANIFEST
 
-    def key(self) -> dict[str, Any]:
-        hashes = {}
+    def is_finished(self, *, force: bool = False) -> bool:
+        """Is the work done? With ``force`` a stage that was done with other settings is not: it will be done again."""
+        manifest = read_json_if_there(self.manifest_path)
+        return manifest is not None and not (force and _differences(manifest["key"]["settings"], dict(self.settings)))
+
+    def check_inputs(self) -> None:
+        """Raises UserError for an input that is missing, or that a stage is still making."""
         for name, path in sorted(self.inputs.items()):
             if not path.exists():
-                raise UserError(f"{self.title}: input {name} is missing: {path}; run the stage that makes it first")
+                raise UserError(f"{self.title}: input {name} is missing: {path}; {self._remedy(path)}")
             for folder in (path, path.parent):
                 if (folder / STARTED).is_file() and not (folder / MANIFEST).is_file():
                     raise UserError(
                         f"{self.title}: input {name} is of an unfinished stage ({folder}); run that one first"
                     )
-            hashes[name] = {"path": str(path), "sha256": input_hash(path, self.hashes)}
+
+    def _remedy(self, path: Path) -> str:
+        """An input outside of the run's folder is the user's own: no stage makes it."""
+        if self.hashes is not None and not path.is_relative_to(self.hashes.parent):
+            return "correct the path in the recipe, or put the file there"
+        return "run the stage that makes it first"
+
+    def key(self) -> dict[str, Any]:
+        self.check_inputs()
+        hashes = {
+            name: {"path": str(path), "sha256": input_hash(path, self.hashes)}
+            for name, path in sorted(self.inputs.items())
+        }
         return {"settings": dict(self.settings), "inputs": hashes}
 
 
@@ -164,6 +182,7 @@ def run_stage(
     *,
     force: bool = False,
     together: Callable[[], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run ``work`` unless the stage is finished; returns its manifest ({} where work did only a part).
 
@@ -171,11 +190,16 @@ def run_stage(
         work: returns None when it did only a part of the stage; a later call goes on.
         together: the part before ``work`` that any number of processes, on any hosts, may do at once (it shares
             the work out by itself). One of them then does ``work``, and the others find it done.
+        check: raises UserError for what the work would refuse, where it is still to be done. What is refused here, or
+            for want of an input, leaves no folder behind.
 
     Raises:
         UserError: another process writes the directory, or it holds the work of another key and ``force`` is
             not set, or a finished output was removed.
     """
+    stage.check_inputs()
+    if check is not None and not stage.is_finished(force=force):
+        check()
     lock = stage.directory / ".lock"
     begun = time.time()
     shared = together is not None

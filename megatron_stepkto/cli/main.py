@@ -15,10 +15,10 @@ from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.cli import judge_eval as judging
 from megatron_stepkto.cli import plan as planning
 from megatron_stepkto.cli.arguments import not_negative, positive, positive_number
-from megatron_stepkto.cli.command_keys import TAKES, check_overrides
 from megatron_stepkto.cli.compare import add_comparison_command
 from megatron_stepkto.cli.conversion_options import LAYOUT, add_conversion_options
 from megatron_stepkto.cli.guard import guarded
+from megatron_stepkto.recipe.command_keys import TAKES, check_overrides
 from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.recipe.keys import METHODS, Method, Recipe
 
@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--iteration", type=not_negative, metavar="T", help="of a recipe: 0 is M0")
     evaluate.add_argument("--method", choices=METHODS, help="of a recipe")
     evaluate.add_argument(
+        "--sample-only",
+        action="store_true",
+        help="of a recipe: sample the solutions, leave the judging to a later call",
+    )
+    evaluate.add_argument(
         "--data", action="append", default=[], metavar="SET",
         help="for a folder: a file of problems, or hub:math500 to download one; repeatable",
     )  # fmt: skip
@@ -95,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(command=_compare)
     doctor = commands.add_parser("doctor", help="is this machine (or each node, by srun) fit for the recipe?")
     _add_recipe(doctor)
+    doctor.add_argument(
+        "--environment", choices=("train", "sample"),
+        help="check only what the stages of this environment of a cluster need; default: both",
+    )  # fmt: skip
     doctor.set_defaults(command=_doctor, name="doctor")
     _recipe_command(commands, "prepare", _prepare, "check the layout, make M0, choose all problems: no GPU needed")
     _recipe_command(commands, "warm-up", _warm_up, "make M0 from random weights (section warm_up)")
@@ -274,7 +283,7 @@ def _evaluate_folder(arguments: argparse.Namespace) -> None:
 
     if arguments.iteration is not None:
         raise UserError(f"{arguments.recipe} is a folder: --iteration goes with a recipe")
-    _refuse(arguments, ("method", "from_scratch"), "evaluate RECIPE --iteration T")
+    _refuse(arguments, ("method", "sample_only", "from_scratch"), "evaluate RECIPE --iteration T")
     if arguments.output is None:
         raise UserError("--output DIR is missing: where solutions and metrics go")
     overrides = list(arguments.set)
@@ -301,7 +310,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.recipe.is_dir():
         return _evaluate_folder(arguments)
     from megatron_stepkto.evaluation.table import results_table
-    from megatron_stepkto.run.pipeline import evaluate_stage, evaluation_problems_stage
+    from megatron_stepkto.run.pipeline import evaluate_stage, evaluation_problems_stage, sample_for_evaluation
 
     _refuse(arguments, ("data", "output", "limit"), "evaluate MODEL")
     if arguments.iteration is None:
@@ -310,15 +319,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if run.recipe.evaluate is None:
         raise UserError(f"{arguments.recipe}: section evaluate is missing; add it (split, num_problems)")
     evaluation_problems_stage(run)
+    if arguments.sample_only:
+        return sample_for_evaluation(run, arguments.iteration)
     row = evaluate_stage(run, arguments.iteration)
     sys.stdout.write(results_table({"method": run.method, "iterations": [row]}) + "\n")
     return None
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.run.folder import Run
     from megatron_stepkto.slurm.doctor import report
 
-    report(_load(arguments))
+    report(Run(_load(arguments)), arguments.environment)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -11,9 +11,10 @@ from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.records import Problem, read_records, write_records
 from megatron_stepkto.base.stage import Result, Stage, run_stage
-from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model
+from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model, evaluation_drawing
 from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.judging.process import judging_key
+from megatron_stepkto.judging.stage import check_judge
 from megatron_stepkto.problems.datasets import data_name, load_problems
 from megatron_stepkto.recipe.file import model_evaluation
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts, load_tokenizer
@@ -37,8 +38,8 @@ def evaluate_folder(
         raise UserError("--data is missing: name files of problems, or hub:math500 and the like to download them")
     chat = bool(load_tokenizer(model).chat_template)
     settings = model_evaluation(model.resolve().name, chat, overrides)
-    check = Prompts.of(settings.prompt, model).check
-    problems = _problems(data, quarantine, settings.evaluate.num_problems, check)
+    prompts = Prompts.of(settings.prompt, model)
+    problems = _problems(data, quarantine, settings.evaluate.num_problems, prompts.check)
     if chat and settings.prompt.chat:
         say("the model has a chat template, and it is used; --set prompt.chat=false asks without it")
     asked = output / "asked" / "problems.jsonl"
@@ -61,7 +62,12 @@ def evaluate_folder(
         f"evaluate {settings.name}", output / "results", {**key, "seed": SEED}, {"model": model, "problems": asked},
         hashes,
     )  # fmt: skip
-    run_stage(stage, work, force=force)
+
+    def check() -> None:
+        evaluation_drawing(model, settings.name, asked, settings, stage.directory).check()
+        check_judge(settings.judge, model, stage.directory, asked)
+
+    run_stage(stage, work, force=force, check=check)
     return dict(read_json(output / "results" / "metrics.json", Row))
 
 

@@ -125,8 +125,9 @@ class MegatronScorer:
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
         from megatron_stepkto.base.records import TrainStep
+        from megatron_stepkto.megatron.acceleration import choose_device
         from megatron_stepkto.megatron.batch import Document, make_micro_batch
-        from megatron_stepkto.megatron.ranks import choose_device, one_rank
+        from megatron_stepkto.megatron.ranks import one_rank
 
         device = choose_device("auto")
         found = []

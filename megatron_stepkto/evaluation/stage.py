@@ -12,10 +12,10 @@ from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.records import JudgedSample, Problem, read_records, write_records
 from megatron_stepkto.evaluation.majority import answer_comparison
 from megatron_stepkto.evaluation.metrics import evaluation_row, problem_results
-from megatron_stepkto.evaluation.settings import ModelEvaluation
 from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
 from megatron_stepkto.sampling.draw import Drawing, Pass, fixed_dtype, read_prompts
 from megatron_stepkto.sampling.job import Job
 

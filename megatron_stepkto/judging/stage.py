@@ -190,6 +190,26 @@ def judge_file(
     return counts | ({"quarantined": quarantined} if quarantined else {})
 
 
+def check_judge(settings: Judging, model: Path, directory: Path, problems: Path | None = None) -> None:
+    """Can the judges work here and now? See ``ProcessJudge.check``.
+
+    Args:
+        model: the folder of the model that samples, which need not be there yet. directory: where they work.
+        problems: those whose solutions they judge; None: not known yet.
+
+    Raises:
+        UserError: they cannot.
+    """
+    process_judge(settings.process, Workplace(directory, model)).check()
+    if problems is not None:
+        check_answers_known(problems, settings, model, directory)
+
+
+def check_answers_known(problems: Path, settings: Judging, model: Path, directory: Path) -> None:
+    """Raises UserError where some problems of a file have no answer, and nothing else judges their solutions."""
+    _reward_model(_read_problems(problems), problems, settings, Workplace(directory, model))
+
+
 def _reward_model(
     problems: dict[str, Problem], path: Path, settings: Judging, place: Workplace
 ) -> OutcomeRewardModel | None:

@@ -6,7 +6,10 @@ ignores FP8 flags without Transformer Engine, and trains in full precision witho
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +34,11 @@ _MULTIPLES = {"delayed": 16, "current": 16, "blockwise": 128, "mxfp8": 32}
 
 @dataclass(frozen=True)
 class Found:
-    """A package of this machine; ``reason`` says why it cannot be used."""
+    """A package of this machine; ``reason`` says why it cannot be used. fails: it is there, but does not load."""
 
     version: str | None
     reason: str = ""
+    fails: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,38 @@ class Acceleration:
 PLAIN = Acceleration()
 
 
+def choose_device(wanted: str) -> torch.device:
+    """Raises UserError when a GPU is asked for and none is there: nothing falls back silently."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch sees no GPU; install the CUDA build of torch or set it to cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def find_machine(device: torch.device) -> Machine:
     """Look for the packages by importing what will be used of them: an installed package may still not load."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     # "apex" of the package index is another project; NVIDIA's has these. Each extension is a choice of its build.
     apex = _find("apex.optimizers", "amp_C", "fused_weight_gradient_mlp_cuda")
     return Machine(_find("transformer_engine.pytorch"), apex, capability)
+
+
+def find_packages() -> Machine:
+    """What a machine with the same packages may use whose GPU is as new as any.
+
+    A package that is there but does not load counts: a node without a GPU may lack the driver.
+    """
+    here = find_machine(torch.device("cpu"))
+    te, apex = _believe("transformer-engine", here.transformer_engine), _believe("apex", here.apex)
+    return Machine(te, apex, max(capability for capability, _ in _NEEDS.values()))
+
+
+def _believe(distribution: str, found: Found) -> Found:
+    if found.fails:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return Found(importlib.metadata.version(distribution))
+    return found
 
 
 def _find(*modules: str) -> Found:
@@ -123,7 +153,7 @@ def _find(*modules: str) -> Found:
     # a build for another CUDA or torch; Transformer Engine asserts that its three packages are of one version
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        return Found(None, f"installed, but does not load: {first:.200}")
+        return Found(None, f"installed, but does not load: {first:.200}", fails=True)
     return Found(str(getattr(importlib.import_module(package), "__version__", "of unknown version")))
 
 

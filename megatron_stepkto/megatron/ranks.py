@@ -16,15 +16,6 @@ from megatron_stepkto.megatron import onednn, patches
 from megatron_stepkto.recipe import keys as recipe
 
 
-def choose_device(wanted: str) -> torch.device:
-    """Raises UserError when a GPU is asked for and none is there: nothing falls back silently."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but torch sees no GPU; install the CUDA build of torch or set it to cpu")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 def threads_per_rank(ranks: int) -> int:
     """Cores that this process may use (a container's, not the host's), shared by the ranks."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)

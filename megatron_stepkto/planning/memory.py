@@ -130,11 +130,15 @@ def stage_memory(
     )
 
 
-def rank_capacity(device: torch.device) -> tuple[float, str]:
-    """Bytes that this rank may use, and whose they are: its GPU's, or its share of the host's memory."""
+def rank_capacity(device: torch.device, ranks: int | None = None) -> tuple[float, str]:
+    """Bytes that a rank may use, and whose they are: its GPU's, or its share of the host's memory.
+
+    Args:
+        ranks: that share this host; None: as many as this rank was started with.
+    """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory), "its GPU"
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return psutil.virtual_memory().total / ranks, f"its share (1 of {ranks}) of the host's memory"
 
 

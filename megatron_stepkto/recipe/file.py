@@ -17,9 +17,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.cli.command_keys import check_overrides
-from megatron_stepkto.evaluation.settings import ModelEvaluation
+from megatron_stepkto.recipe.command_keys import check_overrides
 from megatron_stepkto.recipe.keys import Judging, ProcessJudge, Recipe, nearest_place
+from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
 from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

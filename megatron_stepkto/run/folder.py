@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.recipe import keys as recipes
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -77,45 +80,16 @@ class Run:
         return replace(stage, hashes=self.hashes)
 
     def run(
-        self, stage: Stage, work: Callable[[], Result], together: Callable[[], None] | None = None
+        self,
+        stage: Stage,
+        work: Callable[[], Result],
+        together: Callable[[], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        manifest = run_stage(self.known(stage), work, force=self.force, together=together)
+        manifest = run_stage(self.known(stage), work, force=self.force, together=together, check=check)
         self.finished.append((str(stage.directory.relative_to(self.base)), manifest))
         return manifest
 
 
 def _title(run: Run, t: int, stage: str) -> str:
     return f"{run.compared + ' ' if run.compared else ''}iteration {t} {stage}"
-
-
-# Keys that only some methods read: changing another method's does not make a finished stage stale.
-_LOSS_KEYS: dict[str, set[str]] = {"rft": set(), "dpo": {"dpo_beta"}, "irpo": {"dpo_beta", "nll_weight"}}
-
-
-_DATASET_KEYS: dict[str, set[str]] = {
-    "rft": {"max_tokens", "max_examples_per_problem", "right_solutions"},
-    "dpo": {"max_tokens", "pairs_per_problem", "right_solutions"},
-    "irpo": {"max_tokens", "pairs_per_problem", "right_solutions"},
-}
-
-
-_NOT_DECIDING = {"parallel", "device", "micro_batch_tokens", "pad_documents_to", "recompute", "timeout_s", "max_gap",
-                 "checkpoint_every", "keep_checkpoints", "async_checkpoints", "log"}  # fmt: skip
-
-
-def training_key(settings: recipes.Training) -> dict[str, Any]:
-    """What of a training's settings decides its weights, but for rounding: a run may go on at another layout."""
-    key = settings.model_dump(mode="json", exclude=_NOT_DECIDING)
-    # its checkpoints hold the optimizer's state in another form: neither kind goes on from the other's
-    key["distributed_optimizer"] = settings.parallel.distributed_optimizer
-    unread = {"dpo_beta", "nll_weight"}
-    used = _LOSS_KEYS.get(settings.method, set(key["loss"]) - unread)
-    key["loss"] = {name: value for name, value in key["loss"].items() if name in used}
-    return key
-
-
-def dataset_key(settings: recipes.Dataset, method: recipes.Method) -> dict[str, Any]:
-    """What of the dataset section decides the examples of a method."""
-    key = settings.model_dump(mode="json")
-    used = _DATASET_KEYS.get(method, set(key) - {"pairs_per_problem", "right_solutions"})
-    return {name: value for name, value in key.items() if name in used}

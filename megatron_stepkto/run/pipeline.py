@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_stepkto.base.files import atomic_writer, read_json, stable_hash, write_json
 from megatron_stepkto.base.locks import exclusive_lock
@@ -24,7 +24,12 @@ from megatron_stepkto.recipe import keys as recipes
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
 from megatron_stepkto.recipe.yaml_text import write_yaml
 from megatron_stepkto.run import warm_up
-from megatron_stepkto.run.folder import Run, _title, dataset_key, training_key
+from megatron_stepkto.run.folder import Run, _title
+from megatron_stepkto.run.stage_keys import dataset_key, training_key
+
+if TYPE_CHECKING:
+    from megatron_stepkto.sampling.draw import Drawing
+
 
 # --- problems ------------------------------------------------------------------------------------------------
 
@@ -95,68 +100,78 @@ def evaluation_problems_stage(run: Run) -> None:
 # --- sample, judge, dataset ------------------------------------------------------------------------------------
 
 
-def sample_stage(run: Run, t: int) -> None:
-    from megatron_stepkto.sampling.draw import Drawing, sample_drawing
-
+def sampling_of(run: Run, t: int) -> Stage:
     sampling = run.recipe.sample
     assert sampling is not None
-    directory = run.sampled_at(t) / "sample"
-    problems = run.base / f"iteration_{t}" / "problems" / "problems.jsonl"
-    model = run.model(t - 1)
-    seed = stable_hash(run.recipe.seed, "sample", t) % 2**31
     settings = {
         "sample": sampling.model_dump(mode="json", exclude={"workers", "stall_timeout_s"}),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
-        "seed": seed,
+        "seed": stable_hash(run.recipe.seed, "sample", t) % 2**31,
     }
+    inputs = {"problems": run.base / f"iteration_{t}" / "problems" / "problems.jsonl", "model": run.model(t - 1)}
+    return run.known(Stage(_title(run, t, "sample"), run.sampled_at(t) / "sample", settings, inputs))
+
+
+def drawing_of(run: Run, t: int, model: Path) -> Drawing:
+    """What iteration t draws, from the folder ``model``."""
+    from megatron_stepkto.sampling.draw import sample_drawing
+
+    stage, sampling = sampling_of(run, t), run.recipe.sample
+    assert sampling is not None
+    return sample_drawing(
+        model, run.name(t - 1), stage.inputs["problems"], run.recipe.prompt, sampling, stage.settings["seed"],
+        stage.directory, title=stage.title,
+    )  # fmt: skip
+
+
+def sample_stage(run: Run, t: int) -> None:
+    stage = sampling_of(run, t)
 
     @functools.cache
     def drawing() -> Drawing:
         from megatron_stepkto.checkpoints.convert import HFSide
 
-        HFSide(model, one_dtype=False)  # it will be trained on what is drawn
-        return sample_drawing(
-            model,
-            run.name(t - 1),
-            problems,
-            run.recipe.prompt,
-            sampling,
-            seed,
-            directory,
-            title=_title(run, t, "sample"),
-        )
+        model = run.model(t - 1)
+        HFSide(model, one_dtype=False)  # it will be trained on what is sampled
+        return drawing_of(run, t, model)
 
     def work() -> Result:
         result = drawing().finish()
         return Result(list(result.paths.values()), result.counts)
 
-    stage = Stage(_title(run, t, "sample"), directory, settings, {"problems": problems, "model": model})
-    run.run(stage, work, together=lambda: drawing().draw())
+    run.run(stage, work, together=lambda: drawing().draw(), check=lambda: drawing().check())
+
+
+def judging_of(run: Run, t: int) -> Stage:
+    from megatron_stepkto.judging.process import judging_key
+
+    assert run.recipe.judge is not None
+    inputs = {
+        "problems": run.base / f"iteration_{t}" / "problems" / "problems.jsonl",
+        "samples": run.sampled_at(t) / "sample" / "samples.jsonl",
+    }
+    settings = {"judge": judging_key(run.recipe.judge, run.model(t - 1), run.hashes)}
+    return run.known(Stage(_title(run, t, "judge"), run.sampled_at(t) / "judge", settings, inputs))
 
 
 def judge_stage(run: Run, t: int) -> None:
-    from megatron_stepkto.judging.process import judging_key
-    from megatron_stepkto.judging.stage import judge_file
+    from megatron_stepkto.judging.stage import check_judge, judge_file
 
     if run.recipe.problems.source == "imports":
         return _import_stage(run)
-    judging = run.recipe.judge
+    stage, judging = judging_of(run, t), run.recipe.judge
     assert judging is not None
-    directory = run.sampled_at(t) / "judge"
-    problems = run.base / f"iteration_{t}" / "problems" / "problems.jsonl"
-    samples = run.sampled_at(t) / "sample" / "samples.jsonl"
-    out = directory / "judged.jsonl"
-    model = run.model(t - 1)
-    settings = {"judge": judging_key(judging, model, run.hashes)}
+    out, model, problems = stage.directory / "judged.jsonl", run.model(t - 1), stage.inputs["problems"]
 
     def work() -> Result:
         counts = judge_file(
-            problems, samples, out, model, judging, quarantine=run.quarantine, seed=run.recipe.seed, hashes=run.hashes
-        )
+            problems, stage.inputs["samples"], out, model, judging, quarantine=run.quarantine, seed=run.recipe.seed,
+            hashes=run.hashes,
+        )  # fmt: skip
         return Result([out], counts)
 
-    stage = Stage(_title(run, t, "judge"), directory, settings, {"problems": problems, "samples": samples})
-    _show_warnings(stage, run.run(stage, work))
+    manifest = run.run(stage, work, check=lambda: check_judge(judging, model, stage.directory, problems))
+    _show_warnings(stage, manifest)
     return None
 
 
@@ -214,26 +229,29 @@ def dataset_stage(run: Run, t: int) -> None:
 # --- train, convert, evaluate ----------------------------------------------------------------------------------
 
 
-def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
-    """weights_only: the part that needs no GPU, and leaves the rest to a later call."""
-    from megatron_stepkto.base.nodes import tell_others, this_node
-    from megatron_stepkto.training.launch import help_train, prepare_weights, train
-
-    directory = run.iteration(t) / "train"
+def training_of(run: Run, t: int) -> Stage:
     data = run.iteration(t) / "dataset"
     settings = run.recipe.train.model_copy(update={"method": run.method})
-    reference = run.model(0) if settings.reference == "initial" and t > 1 else None
-    seed = stable_hash(run.recipe.seed, "train", t) % 2**31
     inputs = {"model": run.model(t - 1), "train": data / "train.jsonl"}
     held_out = data / "held_out.jsonl"
     if held_out.exists():
         inputs["held_out"] = held_out
-    if reference:
-        inputs["reference"] = reference
+    if settings.reference == "initial" and t > 1:
+        inputs["reference"] = run.model(0)
+    seed = stable_hash(run.recipe.seed, "train", t) % 2**31
+    key = {"train": training_key(settings), "seed": seed}
+    return run.known(Stage(_title(run, t, "train"), run.iteration(t) / "train", key, inputs))
 
-    stage = run.known(
-        Stage(_title(run, t, "train"), directory, {"train": training_key(settings), "seed": seed}, inputs)
-    )  # as it is: train() asks for the key again
+
+def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
+    """weights_only: the part that needs no GPU, and leaves the rest to a later call."""
+    from megatron_stepkto.base.nodes import tell_others, this_node
+    from megatron_stepkto.training.launch import help_train, prepare_weights, train
+    from megatron_stepkto.training.requirements import Ranks, check_training
+
+    stage = training_of(run, t)
+    directory, seed = stage.directory, stage.settings["seed"]
+    settings = run.recipe.train.model_copy(update={"method": run.method})
     if weights_only:
         run_stage(stage, lambda: prepare_weights(stage, settings), force=run.force)
         return
@@ -241,7 +259,8 @@ def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
     if nodes.number > 0:
         help_train(directory, settings, nodes, stage.title)
         return
-    run.run(stage, lambda: train(stage, settings, seed, nodes))
+    here = Ranks(settings=settings, model=run.model(t - 1), ranks=nodes.ranks_here(settings.parallel.ranks))
+    run.run(stage, lambda: train(stage, settings, seed, nodes), check=lambda: check_training(here))
     tell_others(directory, nodes, start=False)
 
 
@@ -258,15 +277,11 @@ def convert_stage(run: Run, t: int) -> None:
     run.run(Stage(_title(run, t, "convert"), directory, {}, {"trained": source}), work)
 
 
-def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
-    from megatron_stepkto.evaluation.stage import OUTPUTS, evaluate_model, evaluation_drawing
+def evaluation_of(run: Run, t: int) -> Stage:
     from megatron_stepkto.judging.process import judging_key
 
-    evaluation = run.recipe.evaluate
+    evaluation, sampling, judging = run.recipe.evaluate, run.recipe.sample, run.recipe.judge
     assert evaluation is not None
-    directory = run.evaluation(t)
-    problems = run.base / "evaluate" / "problems" / "problems.jsonl"
-    sampling, judging = run.recipe.sample, run.recipe.judge
     assert sampling is not None
     assert judging is not None
     settings = {
@@ -279,29 +294,57 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
         "prompt": run.recipe.prompt.model_dump(mode="json"),
     }
 
-    inputs = (run.model(t), run.name(t), problems, run.recipe, directory)
+    title = f"{run.compared + ' ' if run.compared else ''}evaluate {run.name(t)}"
+    inputs = {"problems": run.base / "evaluate" / "problems" / "problems.jsonl", "model": run.model(t)}
+    return run.known(Stage(title, run.evaluation(t), settings, inputs))
+
+
+def evaluation_drawing_of(run: Run, t: int, model: Path) -> Drawing:
+    """What the evaluation of M_t draws, from the folder ``model``."""
+    from megatron_stepkto.evaluation.stage import evaluation_drawing
+
+    stage = evaluation_of(run, t)
+    return evaluation_drawing(model, run.name(t), stage.inputs["problems"], run.recipe, stage.directory)
+
+
+def sample_for_evaluation(run: Run, t: int) -> None:
+    """The part of ``evaluate_stage`` that needs the sampler's GPUs; ``evaluate_stage`` then judges the samples."""
+    drawing = functools.cache(lambda: evaluation_drawing_of(run, t, run.model(t)))
+    run_stage(
+        evaluation_of(run, t), lambda: None, force=run.force, together=lambda: drawing().draw(),
+        check=lambda: drawing().check(),
+    )  # fmt: skip
+
+
+def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
+    from megatron_stepkto.evaluation.stage import OUTPUTS, evaluate_model
+    from megatron_stepkto.judging.stage import check_judge
+
+    stage, model = evaluation_of(run, t), run.model(t)
+    problems = stage.inputs["problems"]
+    drawing = functools.cache(lambda: evaluation_drawing_of(run, t, model))
+
+    def check() -> None:
+        assert run.recipe.judge is not None
+        drawing().check()
+        check_judge(run.recipe.judge, model, stage.directory, problems)
 
     def work() -> Result:
-        row = evaluate_model(*inputs, hashes=run.hashes)
-        return Result([directory / name for name in OUTPUTS], {"dtype": row.get("dtype")})
+        row = evaluate_model(model, run.name(t), problems, run.recipe, stage.directory, hashes=run.hashes)
+        return Result([stage.directory / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
-    title = f"{run.compared + ' ' if run.compared else ''}evaluate {run.name(t)}"
-    stage = Stage(title, directory, settings, {"problems": problems, "model": run.model(t)})
-    run.run(stage, work, together=lambda: evaluation_drawing(*inputs).draw())
-    return dict(read_json(directory / "metrics.json", Row))
+    run.run(stage, work, together=lambda: drawing().draw(), check=check)
+    return dict(read_json(stage.directory / "metrics.json", Row))
 
 
 # --- all of it -------------------------------------------------------------------------------------------------
 
 
 def check_fits(model: Path, recipe: recipes.Recipe) -> None:
-    """Raises UserError, before hours of sampling, for a model that cannot be trained in this layout, or a Megatron-Core
-    that this package is not tested with."""
+    """Raises UserError for a model that cannot be trained in this layout, on whatever machine."""
     from megatron_stepkto.architectures.layout import check_layout
     from megatron_stepkto.checkpoints.convert import read_model_config
-    from megatron_stepkto.megatron.version import check_megatron_version
 
-    check_megatron_version()
     check_layout(read_model_config(model)[0], recipe.train.parallel, recipe.place)
 
 
@@ -317,28 +360,34 @@ STAGES: dict[str, Callable[[Run, int], object]] = {
 
 
 def prepare(run: Run) -> None:
-    """What comes before the first iteration: M0, checked against the layout, and the evaluation's problems."""
-    from megatron_stepkto.checkpoints.convert import HFSide
-
+    """What comes before the first iteration: M0 and the evaluation's problems."""
     if run.makes_m0:
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
         _import_stage(run)
     if run.makes_m0:
         warm_up.make_m0(run)
-    HFSide(run.model(0), one_dtype=False)  # weights that training could not read are named before hours of sampling
-    check_fits(run.model(0), run.recipe)
     if run.recipe.evaluate:
         evaluation_problems_stage(run)
 
 
-def prepare_all(run: Run) -> None:
-    """What needs nothing but the recipe: M0, and the problems of every iteration and of the evaluation."""
-    prepare(run)
-    input_hash(run.model(0), run.hashes)
+def choose_problems(run: Run) -> None:
+    """The problems of every iteration, so that what is wrong with the last ones is found before the first are used."""
     if run.recipe.problems.source != "imports":
         for t in range(1, run.recipe.iterations + 1):
             problems_stage(run, t)
+
+
+def prepare_all(run: Run) -> None:
+    """What needs nothing but the recipe: M0, and the problems of every iteration and of the evaluation."""
+    from megatron_stepkto.run import refusals
+
+    # training is another job's, with GPUs that this machine may not have; the packages are this job's
+    refusals.check_machine(run, environment="train", elsewhere=True)
+    prepare(run)
+    input_hash(run.model(0), run.base / ".hashes.json")
+    choose_problems(run)
+    refusals.check_prepared(run)
 
 
 def run_iterations(run: Run) -> list[dict[str, Any]]:
@@ -364,11 +413,16 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
     Raises:
         UserError: another process is at this run, or see the stages.
     """
+    from megatron_stepkto.run import refusals
+
     begun = time.time()
+    refusals.check_machine(run, compare)
     with exclusive_lock(run.base / ".lock", str(run.base)):
         # Until all is done again there is no summary: an old one beside new stages would be untrue.
         (run.base / "summary.json").unlink(missing_ok=True)
         prepare(run)
+        choose_problems(replace(run, finished=[]))  # `run_iterations` names them, each in its place
+        refusals.check_prepared(run, compare)
         rows = run_iterations(run)
         for method in compare:
             run_iterations(replace(run, compared=method))

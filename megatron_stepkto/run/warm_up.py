@@ -57,8 +57,9 @@ def tokenizer_stage(run: Run) -> None:
 def make_m0(run: Run) -> None:
     """M0/initial (random weights), M0/corpus, M0/train and M0/convert."""
     from megatron_stepkto.checkpoints.convert import megatron_to_hf
-    from megatron_stepkto.run.folder import dataset_key, training_key
+    from megatron_stepkto.run.stage_keys import dataset_key, training_key
     from megatron_stepkto.training.launch import train
+    from megatron_stepkto.training.requirements import Ranks, check_training
 
     warm_up = _settings(run)
     base = run.base / "M0"
@@ -107,7 +108,8 @@ def make_m0(run: Run) -> None:
         {"train": training_key(warm_up.training), "seed": seed},
         {"model": initial / "model", "train": examples},
     )
-    run.run(stage, lambda: train(stage, warm_up.training, seed))
+    here = Ranks(settings=warm_up.training, model=initial / "model", ranks=warm_up.training.parallel.ranks)
+    run.run(stage, lambda: train(stage, warm_up.training, seed), check=lambda: check_training(here))
 
     converted = base / "convert"
 

@@ -26,6 +26,7 @@ from megatron_stepkto.base.records import Problem, Sample, read_records
 from megatron_stepkto.checkpoints.model_folder import check_model_folder
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import BadText, Prompts
+from megatron_stepkto.sampling.engines import check_engines
 from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse, Speed
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 
@@ -103,6 +104,11 @@ class Drawing:
     title: str
     logs: Path
 
+    def check(self) -> None:
+        """Raises UserError for what drawing would refuse: the machine, the prompts."""
+        check_engines(self.job.settings, self.job.model)
+        check_prompts(self.job)
+
     def draw(self) -> None:
         """Take part until every chunk is drawn.
 
@@ -112,7 +118,7 @@ class Drawing:
         """
         try:
             if not self.job.is_merged:
-                _check(self.job)
+                check_prompts(self.job)
                 _claim(self.job)
                 _draw_missing(self.job, self.title, self.logs)
         except (FileNotFoundError, FileExistsError):  # what mkdir, too, says of a folder that goes in this instant
@@ -180,7 +186,12 @@ def draw(
     return drawing.finish()
 
 
-def _check(job: Job) -> None:
+def check_prompts(job: Job) -> None:
+    """Does the job's model take its prompts, and the longest response behind them?
+
+    Raises:
+        UserError: names the first problem whose prompt it does not take.
+    """
     config = read_config(job.model)
     seen: set[str] = set()
     vocab_size, positions = config.get("vocab_size"), config.get("max_position_embeddings")

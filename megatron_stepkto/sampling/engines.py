@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Engine
 from megatron_stepkto.sampling.job import Job
 
@@ -23,6 +25,25 @@ def open_engine(job: Job, end_ids: Sequence[int]) -> Engine:
     from megatron_stepkto.sampling.transformers_engine import TransformersEngine
 
     return TransformersEngine(job, end_ids)
+
+
+def check_engines(settings: Sampling, model: Path) -> None:
+    """Whatever ``open_engine`` refuses that shows without opening one: packages, GPUs, keys that do not go together.
+
+    Args:
+        model: the folder that will be opened; what depends on its config.json is left out while there is none.
+
+    Raises:
+        UserError: names the key, or the package.
+    """
+    if settings.backend == "vllm":
+        from megatron_stepkto.sampling.vllm_engine import check_vllm
+
+        check_vllm(settings, model)
+    else:
+        from megatron_stepkto.sampling.transformers_engine import check_transformers
+
+        check_transformers(settings)
 
 
 def check_completion(completion: Completion, vocab_size: int | None, where: str) -> None:

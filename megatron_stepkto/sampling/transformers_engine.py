@@ -8,10 +8,20 @@ from functools import partial
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Report, Request
 from megatron_stepkto.sampling.job import Job
 
 MAX_SEQUENCES = 64  # in one call of generate
+
+
+def check_transformers(settings: Sampling) -> None:
+    """Raises UserError for settings that this engine cannot do."""
+    if settings.tensor_parallel != 1:
+        raise UserError(
+            f"sample.tensor_parallel is {settings.tensor_parallel}, but sample.backend: transformers "
+            "runs one GPU per worker; set sample.tensor_parallel: 1 or sample.backend: vllm"
+        )
 
 
 class TransformersEngine:
@@ -20,11 +30,7 @@ class TransformersEngine:
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        if job.settings.tensor_parallel != 1:
-            raise UserError(
-                f"sample.tensor_parallel is {job.settings.tensor_parallel}, but sample.backend: transformers "
-                "runs one GPU per worker; set sample.tensor_parallel: 1 or sample.backend: vllm"
-            )
+        check_transformers(job.settings)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(1)  # see vllm_engine: samples must not depend on the number of threads

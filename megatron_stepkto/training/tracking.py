@@ -18,7 +18,7 @@ AXES = ("update", "num_updates")
 
 
 def check_trackers(log: recipe.Log) -> None:
-    """Raises UserError when the recipe asks for a tracker that is not installed."""
+    """Raises UserError when the recipe asks for a tracker that is not installed, or that nobody is logged in to."""
     for key, wanted, package in (
         ("tensorboard", log.tensorboard, "tensorboard"),
         ("wandb", log.wandb is not None, "wandb"),
@@ -27,6 +27,17 @@ def check_trackers(log: recipe.Log) -> None:
             raise UserError(
                 f"train.log.{key} is set, but the package {package} is not installed; `pip install {package}`, "
                 f"or remove the key{' (set it to false)' if key == 'tensorboard' else ''}"
+            )
+
+    if log.wandb is not None and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        # the identity token of a cluster takes the place of a key; a release without this attribute says nothing
+        key = getattr(getattr(wandb, "api", None), "api_key", "")
+        if key is None and "WANDB_IDENTITY_TOKEN_FILE" not in os.environ:
+            raise UserError(
+                "train.log.wandb is set, but Weights & Biases has no key here; run `wandb login`, set WANDB_API_KEY, "
+                "or set WANDB_MODE=offline"
             )
 
 

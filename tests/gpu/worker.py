@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.processes import child_main, die_with_parent
-from megatron_stepkto.megatron.acceleration import choose, describe, find_machine
-from megatron_stepkto.megatron.ranks import choose_device, join_ranks
+from megatron_stepkto.megatron.acceleration import choose, choose_device, describe, find_machine
+from megatron_stepkto.megatron.ranks import join_ranks
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.rank import make_trainer

@@ -1,4 +1,4 @@
-"""The demo's recipe, two iterations, through sbatch on two nodes: the same numbers as the local run."""
+"""The demo's recipe, two iterations, through sbatch on two nodes, in two environments: the numbers of the local run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from megatron_stepkto.base.files import sha256_of
 from tests.slurm.cluster import Cluster, stepkto, write_site
+from tests.slurm.environments import make_environment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.vllm, pytest.mark.distributed]
 LIMIT_S = 600
@@ -29,10 +30,13 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return json.loads((run / "summary.json").read_text())["iterations"]
 
 
-def test_two_iterations_on_two_nodes_equal_the_local_run(
-    cluster: Cluster, tmp_path: Path, repository: Path, python_bin: Path
-) -> None:
-    site = write_site(tmp_path / "site.sh", repository, python_bin)
+def test_two_iterations_on_two_nodes_equal_the_local_run(cluster: Cluster, tmp_path: Path, repository: Path) -> None:
+    """Each job finds in its environment what it needs, also where it gets nothing of the shell that submits."""
+    bins = {kind: make_environment(tmp_path / f"venv-{kind}", kind, repository) for kind in ("train", "sample")}
+    site = write_site(tmp_path / "site.sh", repository, bins["train"], SBATCH_EXTRA="(--export=NONE)")
+    with site.open("a") as file:
+        file.write(f'environment() {{ source "{tmp_path}/venv-$1/bin/activate"; }}\n')
+    python_bin = bins["sample"]  # where `submit` runs, which trains nothing
     recipe = str(repository / "recipes" / "mini_cpu.yaml")
     submitted = stepkto(
         ["slurm", "submit", recipe, *sets(tmp_path / "jobs"), f"--site={site}"],

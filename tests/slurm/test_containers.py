@@ -7,6 +7,7 @@ manuals say is not shown.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -19,35 +20,33 @@ import pytest
 from megatron_stepkto.base.files import read_json
 from tests.end_to_end.test_judges_vllm import COMPACT, SERVER_ENV, server_command, write_chat_model
 from tests.slurm.cluster import Cluster, free_ports, stepkto, write_site
+from tests.slurm.environments import WITHOUT, installed, make_environment
 from tests.slurm.runs import arguments, copy_without, lines, number, state, updates_saved
 
 pytestmark = [pytest.mark.slurm, pytest.mark.vllm, pytest.mark.distributed]
 STAND_INS = Path(__file__).parent / "stand_ins"
-# Each image lacks what the other has.
-WITHOUT = {"train": "vllm", "sample": "megatron"}
 
 
-def write_image(folder: Path, kind: str, repository: Path, python_bin: Path) -> Path:
-    """An image for the stand-ins: this system and Python, a command stepkto that notes where it ran."""
+def write_image(folder: Path, kind: str, repository: Path) -> Path:
+    """An image for the stand-ins: this system and an environment, a command stepkto that notes where it ran."""
     image = folder / kind
-    binaries, absent = image / "root" / "bin", image / "root" / "absent" / WITHOUT[kind]
+    binaries, environment = image / "root" / "bin", folder / f"venv-{kind}"
     binaries.mkdir(parents=True)
-    absent.mkdir(parents=True)
-    absent.joinpath("__init__.py").write_text(f"raise ImportError('no {WITHOUT[kind]} in image {kind}')\n")
-    contents = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc", repository, sys.prefix, sys.base_prefix]
+    make_environment(environment, kind, repository)
+    system = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc"]
+    contents = [*system, repository, sys.prefix, sys.base_prefix, *installed(), environment]
     found = [str(path) for path in contents if os.path.exists(path)]
     image.joinpath("contents").write_text("\n".join(found))
     program = binaries / "stepkto"
     program.write_text(
-        f'#!/bin/bash\necho "$1 {kind} $SAID $PWD" >>"${{2%/*}}/ran_in"\n'
-        f'export PYTHONPATH=/image/absent\nexec {python_bin}/stepkto "$@"\n'
+        f'#!/bin/bash\necho "$1 {kind} $SAID $PWD" >>"${{2%/*}}/ran_in"\nexec {environment}/bin/stepkto "$@"\n'
     )
     program.chmod(0o755)
     return image
 
 
 def write_server(image: Path, starts: Path, model: Path, port: int, repository: Path, python_bin: Path) -> None:
-    """The program judge-server of an image: the first start dies, then it loads for ever, is slow, is a real vLLM."""
+    """The program judge-server of an image: it dies, loads for ever, is slow, is a real vLLM, then is slow again."""
     variables = "\n".join(f"export {name}={value}" for name, value in SERVER_ENV.items())
     vllm = shlex.join(server_command(model, port, "--structured-outputs-config", COMPACT))
     program = image / "root" / "bin" / "judge-server"
@@ -57,7 +56,8 @@ echo start >>{starts}
 case $(wc -l <{starts}) in
 1) echo "no room for the weights"; exit 9 ;;
 2) exec sleep 500 ;;
-3) cd {repository}; exec {python_bin}/python -m tests.slurm.slow_judge {port} ;;
+4) ;;
+*) cd {repository}; exec {python_bin}/python -m tests.slurm.slow_judge {port} ;;
 esac
 {variables}
 exec {vllm}
@@ -77,7 +77,7 @@ def test_a_run_in_containers_whose_judge_has_a_server_of_its_own(
     cluster: Cluster, undisturbed: Path, tmp_path: Path, repository: Path, python_bin: Path
 ) -> None:
     run = copy_without(undisturbed, tmp_path, ["judge", "dataset", "train", "convert"])
-    images = {kind: write_image(tmp_path / "images", kind, repository, python_bin) for kind in WITHOUT}
+    images = {kind: write_image(tmp_path / "images", kind, repository) for kind in WITHOUT}
     model, [port] = tmp_path / "judge model", free_ports(1)
     model.mkdir()
     write_chat_model(model)
@@ -100,11 +100,13 @@ def test_a_run_in_containers_whose_judge_has_a_server_of_its_own(
     recipe = [
         *arguments(repository, tmp_path), "--set=train.global_batch_size=4",
         f"--set=judge.process={{kind: llm, base_url: '{url}', model: judge, max_tokens: 800, comment_chars: 0, "
-        "concurrency: 2}",
+        "concurrency: 2}", "--set=evaluate={split: test, num_problems: 4, k: 2}",
     ]  # fmt: skip
     submit = ["slurm", "submit", *recipe, f"--site={tmp_path / 'site.sh'}"]
     site("apptainer")
     stepkto(submit, python_bin, tmp_path, cluster.environment)
+    # all nodes are this host: two servers at a time would meet at one address
+    cluster.ask("scontrol", "hold", number(cluster, run, "evaluate_0"))
     job, logs = number(cluster, run, "judge_1"), run / "slurm" / "logs"
     attempts, failures = (run / "slurm" / name / "judge_1" for name in ("attempts", "failures"))
     starts, log, server_log = tmp_path / "starts", logs / "judge_1.log", logs / "judge_server_1.log"
@@ -147,12 +149,25 @@ def test_a_run_in_containers_whose_judge_has_a_server_of_its_own(
     stepkto(["slurm", "cancel", str(run)], python_bin, tmp_path, cluster.environment)
     site("enroot")
     stepkto(submit, python_bin, tmp_path, cluster.environment)
+    cluster.ask("scontrol", "hold", number(cluster, run, "evaluate_1"))
+    cluster.wait((run / "evaluate" / "M0" / "manifest.json").is_file, 240, "first evaluation")
+    cluster.ask("scontrol", "release", number(cluster, run, "evaluate_1"))
     cluster.wait((run / "report.html").is_file, 240, "end of the run")
+    # an evaluation draws first, then starts the server, which judges
+    assert len(lines(starts)) == 6
+    for t in (0, 1):
+        rows = [json.loads(line) for line in lines(run / "evaluate" / f"M{t}" / "sampled.jsonl")]
+        assert [row["judge"]["process"] for row in rows] == ["llm:judge"] * 8
+        assert {step["label"] for row in rows for step in row["steps"]} == {1}
+        assert len(lines(run / "slurm" / "attempts" / f"evaluate_{t}")) == 1
+        assert ", server: judge-server\n" in (logs / f"evaluate_server_{t}.log").read_text()
     assert f"going on after update {saved}" in log.read_text()
     assert len(lines(run / "iteration_1" / "train" / "metrics.jsonl")) == 32
-    ran = {tuple(line.split()) for line in lines(run / "slurm" / "ran_in")}
+    ran = [tuple(line.split()) for line in lines(run / "slurm" / "ran_in")]
     here = str(tmp_path)
-    assert ran == {
+    assert ran.count(("evaluate", "sample", "sample-enroot", here)) == 4
+    assert set(ran) == {
+        ("prepare", "train", "train-apptainer", here), ("evaluate", "sample", "sample-enroot", here),
         ("judge", "sample", "sample-apptainer", here), ("dataset", "train", "train-apptainer", here),
         *[(stage, "train", f"train-{name}", here) for stage in ("doctor", "train") for name in ("apptainer", "enroot")],
         ("convert", "train", "train-enroot", here), ("run", "sample", "sample-enroot", here),

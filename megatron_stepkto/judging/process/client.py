@@ -23,7 +23,7 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -36,6 +36,7 @@ T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 120.0
 SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0  # of an outage
+CHECK_OUTAGE_S = 20.0  # how long a check before the work waits for a server
 FEWEST_FAULTS = 3  # answers of status 500 to one request, while others are answered, before it counts as its fault
 # may pass: 5xx but for "not implemented", 500 is told apart; 52x are of proxies such as Cloudflare's
 NOT_NOW = frozenset({408, 409, 425, 429, *range(502, 600)}) - {505}
@@ -332,6 +333,12 @@ class Client:
             f"{server.url} refuses {given} (status {status}: {text[:200]}); "
             f"correct {self.service.key}.api_key_env or the variable that it names"
         )
+
+
+async def check_servers(service: Service) -> None:
+    """``Client.check_model``, of a client that asks nothing else and does not wait long: there is nothing to lose yet."""
+    async with Client(replace(service, max_outage_s=min(service.max_outage_s, CHECK_OUTAGE_S))) as client:
+        await client.check_model()
 
 
 def _url(server: _Server, path: str) -> str:

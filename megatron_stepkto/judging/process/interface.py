@@ -73,6 +73,14 @@ class ProcessJudge(Protocol):
     @property
     def name(self) -> str: ...
 
+    def check(self) -> None:
+        """Find out, before there are solutions, whether anything can be judged here and now.
+
+        Raises:
+            UserError: it cannot, for what ``judge`` would say, too: a server is down, a package is missing.
+        """
+        ...
+
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         """One verdict per step, or the reason why a solution has none; shows its progress.
 

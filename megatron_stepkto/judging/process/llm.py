@@ -26,6 +26,7 @@ from megatron_stepkto.judging.process.client import (
     Service,
     TooLong,
     Unavailable,
+    check_servers,
     run_async,
 )
 from megatron_stepkto.judging.process.interface import Solution, Verdicts, majority
@@ -153,6 +154,9 @@ class LLMJudge:
     def counts(self) -> dict[str, Any]:
         counts: dict[str, Any] = dict(sorted(self._counts.items()))
         return {"judge": counts | ({"last_without_verdict": self._useless} if self._useless else {})}
+
+    def check(self) -> None:
+        run_async(check_servers(self._service))
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         votes: dict[tuple[int, int], list[Label]] = {}

@@ -22,6 +22,7 @@ from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, tokenizer_difference
 from megatron_stepkto.sampling import worker
 from megatron_stepkto.sampling.draw import Pass, PromptRow, draw, sampling_dtype
+from megatron_stepkto.sampling.engines import check_engines
 
 HOW_DRAWN = {"workers", "stall_timeout_s"}  # keys that do not decide what is drawn
 CHUNK = 2048  # completions whose answers are compared together
@@ -61,6 +62,9 @@ class MonteCarloJudge:
 
     def counts(self) -> dict[str, Any]:
         return {"rollouts": self._counts}
+
+    def check(self) -> None:
+        check_engines(self._settings.sample, self._model)
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         """The last step of a finished solution has nothing behind it: its own outcome decides.

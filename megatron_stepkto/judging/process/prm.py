@@ -26,7 +26,15 @@ from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import ProgressBar, Report, warn
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.judging.process.client import BadAnswer, Client, NoAnswer, Service, TooLong, run_async
+from megatron_stepkto.judging.process.client import (
+    BadAnswer,
+    Client,
+    NoAnswer,
+    Service,
+    TooLong,
+    check_servers,
+    run_async,
+)
 from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
@@ -168,6 +176,22 @@ class PRMJudge:
         dtype = {"dtype": self._dtype} if self._dtype else {}
         return {"judge": dict(sorted(self._counts.items())) | dtype}
 
+    @property
+    def _served_name(self) -> str:
+        return self._settings.served_name or str(self._settings.model)
+
+    def _service(self) -> Service:
+        settings = self._settings
+        assert settings.base_url is not None
+        return Service(
+            settings.base_url, self._served_name, settings.api_key_env, settings.timeout_s, settings.retries,
+            settings.max_outage_s, settings.reported_model,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        if self._settings.base_url:
+            run_async(check_servers(self._service()))
+
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         make = ROWS[self._settings.convention]
         rows: list[PRMRow] = []
@@ -214,22 +238,16 @@ class PRMJudge:
 
     async def _ask_all(self, rows: list[PRMRow], cache: AnswerCache, found: dict[int, Scores]) -> None:
         settings = self._settings
-        name = settings.served_name or str(settings.model)
-        keys = self._keys(name, rows)
+        keys = self._keys(self._served_name, rows)
         for number, key in enumerate(keys):
             known = cache.get(key)
             if known is not None:
                 found[number] = known
         self._counts["cached"] = len(found)
         missing = iter([number for number in range(len(rows)) if number not in found])
-        assert settings.base_url is not None
-        service = Service(
-            settings.base_url, name, settings.api_key_env, settings.timeout_s, settings.retries, settings.max_outage_s,
-            settings.reported_model,
-        )  # fmt: skip
         if len(found) == len(rows):
             return
-        async with Client(service, self._counts) as client:
+        async with Client(self._service(), self._counts) as client:
             await client.check_model()
             with ProgressBar("judging steps", len(rows), "solutions") as bar:
                 bar.update(len(found))
@@ -237,7 +255,7 @@ class PRMJudge:
                 async def worker() -> None:
                     for number in missing:
                         row = rows[number]
-                        body = {"model": name, "input": row.token_ids, "task": "token_classify"}
+                        body = {"model": self._served_name, "input": row.token_ids, "task": "token_classify"}
                         scores: Scores
                         try:
                             scores = await client.post(

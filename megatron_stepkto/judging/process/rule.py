@@ -16,6 +16,9 @@ class RuleJudge:
     def __init__(self, name: str, directory: Path, workers: int) -> None:
         self.name, self._directory, self._workers = name, directory, workers
 
+    def check(self) -> None:
+        """A rule needs nothing."""
+
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         from megatron_stepkto.judging.row_tasks import run_task
 

@@ -92,6 +92,17 @@ def test_failure_names_the_log_shows_its_end_and_stops_the_others(tmp_path: Path
     assert_ends(int(pid_file.read_text()))
 
 
+def test_a_folder_that_is_removed_meanwhile_is_named_as_the_cause(tmp_path: Path) -> None:
+    log = tmp_path / "stage" / "logs" / "a.log"
+    script = f"import shutil, sys; shutil.rmtree({str(tmp_path / 'stage')!r}); open({str(log)!r})"
+    with pytest.raises(StageFailed) as caught:
+        run_children([python(script, log)], title="sample", unit="units")
+    assert str(caught.value) == (
+        f"sample: a process ended with exit code 1, and its log {log} is gone: the folder was removed while it ran; "
+        "run the same command again"
+    )
+
+
 def test_a_signal_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="killed by SIGKILL"):
         run_children([python("import os; os.kill(os.getpid(), 9)", tmp_path / "a.log")], title="test", unit="units")

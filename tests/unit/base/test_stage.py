@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,37 @@ def test_an_input_that_is_missing(tmp_path: Path) -> None:
     assert said == (
         f"sample: input problems is missing: {tmp_path / 'absent.jsonl'}; run the stage that makes it first"
     )
+    assert not stage.directory.exists(), "what is refused leaves no folder behind"
+    # no stage makes what is outside of the run's folder
+    given = replace(stage, hashes=tmp_path / "run" / ".hashes.json")
+    assert refusal(given, Work(given)) == (
+        f"sample: input problems is missing: {tmp_path / 'absent.jsonl'}; correct the path in the recipe, or put the "
+        "file there"
+    )
+    made = replace(stage, hashes=tmp_path / ".hashes.json")
+    assert refusal(made, Work(made)).endswith("run the stage that makes it first")
+
+
+def test_what_a_check_refuses_leaves_no_folder_behind(tmp_path: Path) -> None:
+    def check() -> None:
+        raise UserError("no engine here")
+
+    stage = make(tmp_path, seed=1)
+    work = Work(stage)
+    with pytest.raises(UserError, match="no engine here"):
+        run_stage(stage, work, check=check)
+    assert work.calls == 0
+    assert not stage.directory.exists()
+    run_stage(stage, work)
+    assert stage.is_finished()
+    run_stage(stage, work, check=check)  # done: nothing is needed any more
+    run_stage(stage, work, check=check, force=True)
+    changed = make(tmp_path, seed=2)
+    assert changed.is_finished()
+    assert not changed.is_finished(force=True)
+    with pytest.raises(UserError, match="no engine here"):
+        run_stage(changed, Work(changed), check=check, force=True)
+    assert stage.is_finished(force=True), "refused before anything was removed"
 
 
 # --- other settings, other input -----------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
-from megatron_stepkto.run.folder import dataset_key, training_key
 from megatron_stepkto.run.pipeline import check_fits, compared_rows
+from megatron_stepkto.run.stage_keys import dataset_key, training_key
 from tests.builders import evaluation_row, write_llama
 
 

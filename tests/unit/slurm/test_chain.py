@@ -77,6 +77,12 @@ def test_flags(site: Path, repository: Path, tmp_path: Path) -> None:
             [],
             "ranks=16: expected the same number on each of 3 nodes, at most 8 (GPUS_PER_NODE); change TRAIN_",
         ),
+        (
+            "\nGPUS_PER_NODE=0",
+            ["train.device=cuda"],
+            "train.device is cuda, and GPUS_PER_NODE is 0; set it in the site",
+        ),
+        ("\nGPUS_PER_NODE=0", ["train.dtype=bfloat16", "train.fp8={}"], "train.fp8 needs an NVIDIA GPU, but training"),
         ("1", [], "train.parallel.ranks=16: expected the same number on each of 1 nodes, at most 8"),
         ("", ["sample.workers=5", "sample.tensor_parallel=2"], "expected at most 8 (GPUS_PER_NODE), got 10; lower"),
         (
@@ -118,9 +124,15 @@ def test_where_a_judge_runs(site: Path, repository: Path, tmp_path: Path, judge:
         repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", "judge.split=line", f"judge.process={judge}"]
     )
     read = read_site(site)
-    [step] = [step for step in chain(recipe, read) if step.name == "judge_1"]
-    words = command(step, recipe.run_dir, read, [], tmp_path)
+    steps = {step.name: step for step in chain(recipe, read)}
     partition, gpus, server = JUDGES[judge]
+    # an evaluation judges, too: on the same GPUs, after the engine of two GPUs that draws
+    words = command(steps["evaluate_1"], recipe.run_dir, read, [], tmp_path)
+    assert [word for word in words if "gpus" in word] == [f"--gpus-per-node={max(2, gpus or 0)}"]
+    assert steps["evaluate_1"].arguments == (["1", "server"] if server else ["1"])
+    assert steps["evaluate_0"].arguments == (["0", "server"] if server else ["0"])
+    step = steps["judge_1"]
+    words = command(step, recipe.run_dir, read, [], tmp_path)
     assert f"--partition={partition}" in words
     assert [word for word in words if "gpus" in word] == ([f"--gpus-per-node={gpus}"] if gpus else [])
     assert step.arguments == (["1", "server"] if server else ["1"])
@@ -265,6 +277,42 @@ def test_a_step_does_not_outlive_the_jobs_own_server(site: Path, tmp_path: Path)
     assert "error: the judge server has ended; its log:" in log
     assert "=== judge_1: failed (1 of 3), exit code 1\n" in log
     assert asked == ["scontrol requeue 7"]
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_an_evaluation_samples_before_it_starts_the_judges_server(
+    site: Path, repository: Path, tmp_path: Path, server: bool
+) -> None:
+    """Its engines have released the GPUs by then. What `stepkto` is asked, and whether the server answers then."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    [port] = free_ports(1)
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").write_text("{}")
+    url, run = f"http://127.0.0.1:{port}/v1", tmp_path / "run"
+    programs = {
+        "srun": 'while [[ $1 != bash ]]; do shift; done; exec "$@"',
+        "stepkto": f"echo \"$* $(curl -s --noproxy '*' -o /dev/null -w '%{{http_code}}' {url}/models)\" >>{run}/asked",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    with site.open("a") as file:
+        file.write(f"JUDGE_SERVER=({sys.executable} -m http.server {port} --bind 127.0.0.1 --directory {tmp_path})\n")
+        file.write(f"JUDGE_URL={url}\nenvironment() {{ export PATH={tmp_path}/bin:$PATH; }}\n")
+    (run / "slurm" / "logs").mkdir(parents=True)
+    done = subprocess.run(
+        ["bash", repository / "slurm" / "evaluate.sbatch", site, run, "1", *(["server"] if server else [])],
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NODELIST": "n1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = f"evaluate {run}/slurm/recipe.yaml --iteration 1"
+    expected = [f"{words} --sample-only 000", f"{words} 200"] if server else [f"{words} 000"]
+    assert (run / "asked").read_text().splitlines() == expected
+    assert (run / "slurm" / "logs" / "evaluate_server_1.log").is_file() == server
 
 
 CANCELLED = "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 ***"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from megatron_stepkto.base.files import write_json
 from megatron_stepkto.base.nodes import Nodes
 from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.run.folder import Run
 from megatron_stepkto.slurm import doctor
 
 
@@ -33,10 +33,30 @@ def one(faults: list[str]) -> str:
 def test_a_healthy_machine_has_no_fault_and_its_ranks_add_up(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert doctor.doctor(recipe) == []
+    assert doctor.doctor(Run(recipe)) == []
     said = capsys.readouterr().err
     assert "all-reduce of 8 MiB over 2 ranks on 1 node(s), gloo:" in said
     assert list((recipe.run_dir / "doctor").iterdir()) == []
+
+
+def test_what_a_stage_would_refuse_is_a_fault(repository: Path, tmp_path: Path) -> None:
+    """Of both environments on one machine, of one on a cluster."""
+    sets = [
+        f"output={tmp_path}",
+        "train.device=cpu",
+        "train.dtype=bfloat16",
+        "train.fp8={}",
+        "sample.tensor_parallel=2",
+    ]
+    run = Run(load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", *sets]))
+    name = os.uname().nodename
+    train, sample = doctor.doctor(run)
+    assert train == (
+        f"{name}: iteration 1 train: train.fp8 needs an NVIDIA GPU, but training runs on the CPU; remove train.fp8"
+    )
+    assert sample.startswith(f"{name}: evaluate M0: sample.tensor_parallel is 2, but vLLM's CPU build is installed")
+    assert doctor.doctor(run, "train") == [train]
+    assert doctor.doctor(run, "sample") == [sample]
 
 
 def test_exit_code(recipe: Recipe, repository: Path, tmp_path: Path) -> None:
@@ -49,27 +69,6 @@ def test_exit_code(recipe: Recipe, repository: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.startswith("fault: ")
     assert "cannot write (Not a directory); give a shared folder of yours as `output`" in done.stdout
-
-
-def test_checkpoint_size_by_hand(recipe: Recipe) -> None:
-    """fp32: weights 4 bytes, with AdamW 12; one input, 2 + 1 checkpoints, 3 iterations in 2 formats."""
-    from safetensors.torch import load_file
-
-    assert recipe.initial_model is not None
-    parameters = sum(t.numel() for t in load_file(recipe.initial_model / "model.safetensors").values())
-    assert doctor.checkpoint_bytes(recipe) == parameters * (4 + 3 * 12 + 3 * 2 * 4)
-    bf16 = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": "bfloat16"})})
-    assert doctor.checkpoint_bytes(bf16) == parameters * (2 + 3 * 14 + 3 * 2 * 2)
-
-
-def test_full_disk(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    needed = doctor.checkpoint_bytes(recipe)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    assert doctor._space(recipe) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    assert one(doctor._space(recipe)).startswith(
-        f"{tmp_path} has 0.0 GB free, the run's checkpoints need 0.0 GB; make room"
-    )
 
 
 def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +127,7 @@ def test_a_recipe_for_gpus_where_torch_has_no_nccl(
     monkeypatch.setenv("STEPKTO_MODELS", str(tmp_path / "models"))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     recipe = load_recipe(repository / "recipes" / "llama3.1_8b_8xh100.yaml", [f"output={tmp_path}"])
-    faults = " ".join(doctor.doctor(recipe))
+    faults = " ".join(doctor.doctor(Run(recipe)))
     assert "torch sees 0 GPUs, the layout needs 8" in faults
     assert f"initial_model: expected a Hugging Face folder, found none at {tmp_path}/models/Llama" in faults
 

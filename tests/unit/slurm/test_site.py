@@ -15,7 +15,7 @@ import yaml
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.main import main
 from megatron_stepkto.recipe.file import load_recipe
-from megatron_stepkto.slurm.checks import _seconds
+from megatron_stepkto.slurm.checks import _seconds, check_site
 from megatron_stepkto.slurm.site import read_site
 
 PRINT_STEP = """set -eo pipefail
@@ -35,9 +35,9 @@ def test_site_file(site: Path) -> None:
     assert read.extra == []
     assert read.judge_server == []
     with site.open("a") as file:
-        file.write("SBATCH_EXTRA=(--qos=long '--comment=two words')\nJUDGE_SERVER=(vllm serve x)\n")
+        file.write("SBATCH_EXTRA=(--qos=long '--mail-user=two words')\nJUDGE_SERVER=(vllm serve x)\n")
     again = read_site(site)
-    assert again.extra == ["--qos=long", "--comment=two words"]
+    assert again.extra == ["--qos=long", "--mail-user=two words"]
     assert again.judge_server == ["vllm", "serve", "x"]
 
 
@@ -151,7 +151,38 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: float | N
         ("SBATCH_EXTRA=(-e /scratch/log)", "SBATCH_EXTRA: -e: expected"),
         ("SBATCH_EXTRA=(--error=x)", "SBATCH_EXTRA: --error=x: expected"),
         ("SBATCH_EXTRA=(--open-mode=truncate)", "SBATCH_EXTRA: --open-mode=truncate: expected"),
-        ("SBATCH_EXTRA=(--exclusive --export=ALL --oversubscribe --exclude=n3 --comment=-o -A me)", ""),
+        ("SBATCH_EXTRA=(--nice=-o -QW)", "SBATCH_EXTRA: -QW: expected no flag that changes what sbatch does or prints"),
+        ("SBATCH_EXTRA=(--wait)", "SBATCH_EXTRA: --wait: expected no flag that changes what sbatch does"),
+        ("SBATCH_EXTRA=(--parsable)", "SBATCH_EXTRA: --parsable: expected no flag that changes what sbatch does"),
+        ("SBATCH_EXTRA=(--test-only)", "SBATCH_EXTRA: --test-only: expected no flag that changes what sbatch does"),
+        ("SBATCH_EXTRA=(--wrap=true)", "SBATCH_EXTRA: --wrap=true: expected no flag that changes what sbatch does"),
+        (
+            "SBATCH_EXTRA=(--array=0-3)",
+            "SBATCH_EXTRA: --array=0-3: expected no flag that makes arrays of jobs: set SAM",
+        ),
+        ("SBATCH_EXTRA=(-a 0-3)", "SBATCH_EXTRA: -a: expected no flag that makes arrays of jobs"),
+        ("SBATCH_EXTRA=(--dep=afterany:7)", "SBATCH_EXTRA: --dep=afterany:7: expected no flag that orders the jobs"),
+        ("SBATCH_EXTRA=(--kill-on-invalid-dep=no)", "expected no flag that orders the jobs, which the chain does"),
+        ("SBATCH_EXTRA=(--no-requeue)", "SBATCH_EXTRA: --no-requeue: expected no flag that decides what becomes of a"),
+        ("SBATCH_EXTRA=(--requeue)", "SBATCH_EXTRA: --requeue: expected no flag that decides what becomes of a job"),
+        ("SBATCH_EXTRA=(--signal=TERM@9)", "expected no flag that decides when a job is told to stop: set STOP_LEAD"),
+        ("SBATCH_EXTRA=(--job-name=x)", "SBATCH_EXTRA: --job-name=x: expected no flag that names a job"),
+        ("SBATCH_EXTRA=(-Jx)", "SBATCH_EXTRA: -Jx: expected no flag that names a job"),
+        ("SBATCH_EXTRA=('--comment=my run')", "SBATCH_EXTRA: --comment=my run: expected no flag that names a job"),
+        ("SBATCH_EXTRA=(-N2)", "SBATCH_EXTRA: -N2: expected no flag that asks for nodes: set TRAIN_NODES"),
+        ("SBATCH_EXTRA=(--ntasks=2)", "SBATCH_EXTRA: --ntasks=2: expected no flag that starts tasks"),
+        ("SBATCH_EXTRA=(--gpus=8)", "SBATCH_EXTRA: --gpus=8: expected no flag that asks for GPUs: set GPUS_PER_NODE"),
+        (
+            "SBATCH_EXTRA=(--time=9)",
+            "SBATCH_EXTRA: --time=9: expected no flag that limits a job's time: set TIME_SAMPLE",
+        ),
+        ("SBATCH_EXTRA=(-M other)", "SBATCH_EXTRA: -M: expected no flag that sends jobs to another cluster"),
+        ("SBATCH_EXTRA=(--qos=a : --qos=b)", "SBATCH_EXTRA: :: expected flags of one job"),
+        ("SBATCH_EXTRA=(--exclusive --export=NONE --oversubscribe --exclude=n3 --nice=-o -A me)", ""),
+        (
+            "SBATCH_EXTRA=(--export=A=1,B --nodelist=n1 --hold -sv --mem=0 --gres=tmp:1 --constraint=a --get-user-env)",
+            "",
+        ),
     ],
 )
 def test_limits_and_flags_are_judged_at_submission_alone(
@@ -184,6 +215,42 @@ def test_limits_and_flags_are_judged_at_submission_alone(
     assert "not queued" in line
 
 
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("SBATCH_WAIT", "that changes what sbatch does or prints"),
+        ("SBATCH_ARRAY_INX", "that makes arrays of jobs: set SAMPLE_ELEMENTS"),
+        ("SBATCH_ERROR", "that moves a job's log"),
+        ("SBATCH_CLUSTERS", "that sends jobs to another cluster"),
+        ("SBATCH_GPUS_PER_NODE", "that asks for GPUs: set GPUS_PER_NODE"),
+        ("SBATCH_EXPORT", ""),  # steps get all that the job has
+        ("SBATCH_TIMELIMIT", ""),  # our own flag counts
+        ("SBATCH_QOS", ""),
+    ],
+)
+def test_variables_of_the_shell_that_sbatch_reads(
+    site: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
+    if not said:
+        check_site(recipe, read_site(site))
+        return
+    with pytest.raises(UserError, match=re.escape(f"{variable}=1: expected no variable in this shell {said}")):
+        check_site(recipe, read_site(site))
+
+
+def test_steps_write_into_the_log_whatever_the_shell_says(site: Path) -> None:
+    """srun reads these of the shell that submitted, where sbatch passes them on."""
+    redirected = {"SLURM_STDOUTMODE": "none", "SLURM_STDERRMODE": "none", "SLURM_TIMELIMIT": "1"}
+    script = 'source "$1"; source "$STEPKTO_HOME/slurm/lib.sh"; env'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", str(site)], capture_output=True, text=True, check=True,
+        env={**os.environ, **redirected},
+    )  # fmt: skip
+    assert not any(line.partition("=")[0] in redirected for line in done.stdout.splitlines())
+
+
 def test_no_site_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"copy slurm/site\.example\.sh there"):
         read_site(tmp_path / "absent.sh")
@@ -209,10 +276,11 @@ def test_the_step_that_a_stage_runs_as(
         capture_output=True, text=True, check=True, env={**os.environ, "SLURM_CPUS_PER_TASK": "3"},
     )  # fmt: skip
     words = done.stdout.splitlines()
-    flags = ["--kill-on-bad-exit=1", "--wait=0", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=3"]
-    assert words[:7] == ["srun", *flags]
+    flags = ["--export=ALL", "--kill-on-bad-exit=1", "--wait=0"]
+    flags += ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=3"]
+    assert words[:8] == ["srun", *flags]
     own = [word.replace("PWD", str(tmp_path)) for word in expected]
-    assert words[7 : 7 + len(own)] == own
-    rest = words[7 + len(own) :]
+    assert words[8 : 8 + len(own)] == own
+    rest = words[8 + len(own) :]
     assert rest[:2] == ["bash", "-c"]
     assert rest[3:] == [str(site), "sample", "stepkto", "two words"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 from pathlib import Path
@@ -89,6 +90,25 @@ def test_an_absent_tracker_is_an_error_before_anything_starts(monkeypatch: pytes
         UserError, match=r"train\.log\.wandb is set, but the package wandb is not installed; `pip install"
     ):
         check_trackers(recipe.Log(wandb="mine"))
+
+
+def test_wandb_without_a_key_is_an_error_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would ask for one at a terminal, and ranks have none."""
+    import sys
+    import types
+
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.api = types.SimpleNamespace(api_key=None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UserError, match=r"Weights & Biases has no key here; run `wandb login`"):
+        check_trackers(recipe.Log(wandb="mine"))
+    fake.api.api_key = "x"  # type: ignore[attr-defined]
+    check_trackers(recipe.Log(wandb="mine"))
+    fake.api.api_key = None  # type: ignore[attr-defined]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(recipe.Log(wandb="mine"))
 
 
 def test_wandb_gets_the_run_and_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.cli import main as cli
-from megatron_stepkto.cli.command_keys import READS, check_overrides, is_read
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.command_keys import READS, check_overrides, is_read
 from megatron_stepkto.recipe.file import load_judging, load_recipe, model_evaluation
 from megatron_stepkto.run import pipeline
 from tests.conftest import REPOSITORY

@@ -44,10 +44,6 @@ READS: dict[str, tuple[str, ...]] = {
     ),
     "prepare": (*_PREPARE, "problems.per_iteration", "iterations"),
     "warm-up": _PREPARE,
-    "doctor": (
-        *_RUN, "initial_model", "iterations", "train.device", "train.dtype", "train.parallel", "train.reference",
-        "train.keep_checkpoints",
-    ),
     "judge-eval": ("judge",),
 }  # fmt: skip
 

@@ -1,0 +1,277 @@
+"""What later stages of a run will refuse, found before the first one works: hours of sampling must not end in it.
+
+Nothing here decides what is refused: each check is the one that the stage itself makes. A stage that is finished
+needs nothing any more, and is not asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import find_files
+from megatron_stepkto.base.stage import MANIFEST, Stage
+from megatron_stepkto.recipe.keys import Method, Recipe
+from megatron_stepkto.run.folder import Run
+from megatron_stepkto.run.pipeline import (
+    check_fits,
+    drawing_of,
+    evaluation_drawing_of,
+    evaluation_of,
+    judging_of,
+    sampling_of,
+    training_of,
+)
+
+Environment = Literal["train", "sample"]
+Kind = Literal["sample", "judge", "train", "evaluate"]
+Check = Callable[[], object]
+_STAGE_OF: dict[Kind, Callable[[Run, int], Stage]] = {
+    "sample": sampling_of,
+    "judge": judging_of,
+    "train": training_of,
+    "evaluate": evaluation_of,
+}
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A stage that is still to be done."""
+
+    kind: Kind
+    run: Run
+    t: int
+
+    @property
+    def title(self) -> str:
+        method = f"{self.run.compared} " if self.run.compared else ""
+        return (
+            f"{method}{self.kind} M{self.t}" if self.kind == "evaluate" else f"{method}iteration {self.t} {self.kind}"
+        )
+
+
+def pending(run: Run, compare: Sequence[Method] = ()) -> Iterator[Pending]:
+    """The stages of all iterations that ask something of the machine, in the order of ``run_all``."""
+    seen: set[Path] = set()
+    for each in (run, *(replace(run, compared=method) for method in compare)):
+        redone = False
+        for kind, t in _stages(run.recipe):
+            directory = _directory(each, kind, t)
+            if directory in seen:  # a compared method shares the first iteration's samples, and M0's evaluation
+                continue
+            seen.add(directory)
+            done = (directory / MANIFEST).is_file()
+            if done and run.force:  # what changed is done again, and so is what is made of it
+                done = not redone and _STAGE_OF[kind](each, t).is_finished(force=True)
+            if not done:
+                redone = redone or kind != "evaluate"
+                yield Pending(kind, each, t)
+
+
+def _stages(recipe: Recipe) -> Iterator[tuple[Kind, int]]:
+    if recipe.evaluate:
+        yield "evaluate", 0
+    for t in range(1, recipe.iterations + 1):
+        if recipe.problems.source != "imports":
+            yield "sample", t
+            yield "judge", t
+        yield "train", t
+        if recipe.evaluate:
+            yield "evaluate", t
+
+
+def _directory(run: Run, kind: Kind, t: int) -> Path:
+    if kind == "evaluate":
+        return run.evaluation(t)
+    return (run.iteration(t) if kind == "train" else run.sampled_at(t)) / kind
+
+
+def check_machine(
+    run: Run, compare: Sequence[Method] = (), *, environment: Environment | None = None, elsewhere: bool = False
+) -> None:
+    """Raises UserError when ``machine_refusals`` finds something; names all of it."""
+    _refuse(machine_refusals(run, compare, environment=environment, elsewhere=elsewhere))
+
+
+def machine_refusals(
+    run: Run, compare: Sequence[Method] = (), *, environment: Environment | None = None, elsewhere: bool = False
+) -> list[str]:
+    """What this machine lacks for the stages that are to be done: packages, devices, memory, servers, disk space.
+
+    Args:
+        environment: only stages of that environment of a cluster (slurm/site.example.sh); None: of both.
+        elsewhere: training will run on other machines with the same packages and folders.
+    """
+    left = list(pending(run, compare))
+    first = _first_of_each_kind(left)  # the later ones ask for the same
+    checks: list[tuple[str, Check]] = []
+    if environment != "sample":
+        checks += [
+            (item.title, check) for item in first if item.kind == "train" for check in _training(item, elsewhere)
+        ]
+        checks += [("M0 train", check) for check in _warm_up(run)]
+        checks.append(("checkpoints", partial(check_space, run, [item for item in left if item.kind == "train"])))
+    if environment != "train":
+        checks += [(item.title, check) for item in first for check in _engines_and_judges(item)]
+    return _collect(checks)
+
+
+def _first_of_each_kind(left: Sequence[Pending]) -> list[Pending]:
+    found: dict[Kind, Pending] = {}
+    for item in left:
+        found.setdefault(item.kind, item)
+    return list(found.values())
+
+
+def check_prepared(run: Run, compare: Sequence[Method] = ()) -> None:
+    """What depends on M0 and the problems, once they are there: lengths, answers, the weights, the layout.
+
+    Raises:
+        UserError: names all that is refused.
+    """
+    left = list(pending(run, compare))
+    checks: list[tuple[str, Check]] = []
+    for item in _first_of_each_kind(left):
+        checks += [(item.title, check) for check in (_weights(item) if item.kind == "train" else ())]
+    for item in left:
+        checks += [(item.title, check) for check in _of_what_is_prepared(item)]
+    _refuse(_collect(checks))
+
+
+def _refuse(found: list[str]) -> None:
+    if found:
+        raise UserError("\n".join(["refused before anything is sampled:", *found]) if len(found) > 1 else found[0])
+
+
+def _collect(checks: Sequence[tuple[str, Check]]) -> list[str]:
+    """What the checks refuse, each once, with the first stage that it would end."""
+    found: dict[str, str] = {}
+    for title, check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.setdefault(str(error), title)
+    return [f"{title}: {message}" for message, title in found.items()]
+
+
+# --- checks of the stages --------------------------------------------------------------------------------------
+
+
+def _training(item: Pending, elsewhere: bool) -> Iterator[Check]:
+    from megatron_stepkto.base.nodes import this_node
+    from megatron_stepkto.training.requirements import Ranks, training_checks
+
+    settings, model = item.run.recipe.train, item.run.model(0)  # all models of a run are of one shape
+    ranks = settings.parallel.ranks if elsewhere else this_node().ranks_here(settings.parallel.ranks)
+    yield from training_checks(Ranks(settings=settings, model=model, ranks=ranks), elsewhere=elsewhere)
+    if (model / "config.json").is_file():
+        yield from _weights(item)
+
+
+def _weights(item: Pending) -> Iterator[Check]:
+    from megatron_stepkto.checkpoints.convert import HFSide
+
+    model = item.run.model(0)
+    yield partial(HFSide, model, one_dtype=False)
+    yield partial(check_fits, model, item.run.recipe)
+
+
+def _warm_up(run: Run) -> Iterator[Check]:
+    from megatron_stepkto.training.requirements import Ranks, training_checks
+
+    base = run.base / "M0"
+    if run.makes_m0 and run.recipe.warm_up is not None and not (base / "train" / MANIFEST).is_file():
+        settings = run.recipe.warm_up.training
+        model = base / "initial" / "model"
+        yield from training_checks(Ranks(settings=settings, model=model, ranks=settings.parallel.ranks))
+
+
+def _engines_and_judges(item: Pending) -> Iterator[Check]:
+    from megatron_stepkto.judging.stage import check_judge
+    from megatron_stepkto.sampling.engines import check_engines
+
+    sampling, judging = item.run.recipe.sample, item.run.recipe.judge
+    if item.kind in ("sample", "evaluate"):
+        assert sampling is not None
+        yield partial(check_engines, sampling, item.run.model(0))
+    if item.kind in ("judge", "evaluate"):
+        assert judging is not None
+        yield partial(check_judge, judging, item.run.model(0), _directory(item.run, item.kind, item.t))
+
+
+def _of_what_is_prepared(item: Pending) -> Iterator[Check]:
+    from megatron_stepkto.judging.stage import check_answers_known
+    from megatron_stepkto.sampling.draw import check_prompts
+
+    run, t, model = item.run, item.t, item.run.model(0)
+    judging = run.recipe.judge
+    if item.kind == "sample":
+        yield lambda: check_prompts(drawing_of(run, t, model).job)
+    elif item.kind == "evaluate":
+        yield lambda: check_prompts(evaluation_drawing_of(run, t, model).job)
+    elif item.kind == "train" and run.recipe.sample is not None:
+        yield partial(_check_lengths, run, t)
+    if item.kind in ("judge", "evaluate"):
+        assert judging is not None
+        stage = _STAGE_OF[item.kind](run, t)
+        yield partial(check_answers_known, stage.inputs["problems"], judging, model, stage.directory)
+
+
+def _check_lengths(run: Run, t: int) -> None:
+    from megatron_stepkto.training.requirements import check_longest
+
+    recipe, stage = run.recipe, sampling_of(run, t)
+    assert recipe.sample is not None
+    settings = recipe.train.model_copy(update={"method": run.method})
+    longest = max(len(prompt.token_ids) for prompt in drawing_of(run, t, run.model(0)).job.prompts)
+    where = str(stage.inputs["problems"])
+    check_longest(longest, recipe.sample.max_tokens, recipe.dataset.max_tokens, settings, where)
+
+
+# --- disk space ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(recipe: Recipe, model: Path, trainings: int) -> int:
+    """What a run leaves and needs on disk at once, weights and optimizer state; 0 while its model does not exist.
+
+    Per parameter: a weight (w bytes) and AdamW's two moments, and in bfloat16 the float32 main weight. While an
+    iteration trains: the input in Megatron's format (and the reference, if it is another model), keep_checkpoints
+    and one being written. Left by each iteration: the trained weights in both formats.
+
+    Args:
+        model: M0's folder. trainings: how many are to be done.
+    """
+    from megatron_stepkto.architectures.sharding import model_parameters
+    from megatron_stepkto.checkpoints.convert import read_model_config
+
+    if not trainings or not (model / "config.json").is_file():
+        return 0
+    parameters = model_parameters(read_model_config(model)[1])
+    weight, state = (2, 14) if recipe.train.dtype == "bfloat16" else (4, 12)
+    inputs = 2 if recipe.train.reference == "initial" else 1
+    return parameters * (inputs * weight + (recipe.train.keep_checkpoints + 1) * state + trainings * 2 * weight)
+
+
+def check_space(run: Run, trainings: Sequence[Pending]) -> None:
+    """Is there room for what the trainings that are to be done will write? What an attempt left of one counts.
+
+    Raises:
+        UserError: there is not; names both numbers.
+    """
+    needed = checkpoint_bytes(run.recipe, run.model(0), len(trainings))
+    for item in trainings:
+        for path in find_files(_directory(item.run, "train", item.t), "*"):
+            with contextlib.suppress(FileNotFoundError):  # a training that is under way drops old checkpoints
+                needed -= path.stat().st_size
+    place = next((p for p in (run.base, *run.base.parents) if p.is_dir()), None)
+    if place is not None and (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(
+            f"{place} has {free / 1e9:,.1f} GB free, the run's checkpoints need {needed / 1e9:,.1f} GB; "
+            "make room, set output to another file system or lower train.keep_checkpoints"
+        )

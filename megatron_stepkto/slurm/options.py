@@ -1,0 +1,105 @@
+"""Options of sbatch that a chain cannot do with: those that it sets itself, and those that keep it from its jobs.
+
+They come from the site file (SBATCH_EXTRA), which stands behind the chain's own flags on the command line, and from
+variables of the shell that submits, which sbatch reads where no flag says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from megatron_stepkto.base.errors import UserError
+
+_LOG = "moves a job's log, which the jobs read; it is RUN/slurm/logs/STAGE.log"
+_ORDER = "orders the jobs, which the chain does"
+_KNOWN = "names a job, by which the chain finds it"
+_ANSWER = "changes what sbatch does or prints: submit reads the job's number, and does not wait"
+_GPUS = "asks for GPUs: set GPUS_PER_NODE"
+_TASKS = "starts tasks: a job has one on each of its nodes"
+_TIME = "limits a job's time: set TIME_SAMPLE, TIME_JUDGE, TIME_TRAIN, TIME_EVALUATE and TIME_CPU"
+_REQUEUE = "decides what becomes of a job that ends early: the chain puts it back"
+# What an option does to the chain, and what decides it instead.
+REFUSED = {
+    "output": _LOG,
+    "error": _LOG,
+    "open-mode": _LOG,
+    "dependency": _ORDER,
+    "kill-on-invalid-dep": _ORDER,
+    "job-name": _KNOWN,
+    "comment": _KNOWN,
+    "clusters": "sends jobs to another cluster than the one that status and cancel ask",
+    "parsable": _ANSWER,
+    "wait": _ANSWER,
+    "test-only": _ANSWER,
+    "wrap": _ANSWER,
+    "help": _ANSWER,
+    "usage": _ANSWER,
+    "version": _ANSWER,
+    "array": "makes arrays of jobs: set SAMPLE_ELEMENTS",
+    "nodes": "asks for nodes: set TRAIN_NODES and SAMPLE_ELEMENTS",
+    "partition": "chooses a partition: set GPU_PARTITION and CPU_PARTITION",
+    "cpus-per-task": "asks for cores: set CPUS_PER_NODE and CPU_TASK_CPUS",
+    "gpus": _GPUS,
+    "gpus-per-node": _GPUS,
+    "gpus-per-socket": _GPUS,
+    "gpus-per-task": _GPUS,
+    "ntasks": _TASKS,
+    "ntasks-per-core": _TASKS,
+    "ntasks-per-gpu": _TASKS,
+    "ntasks-per-node": _TASKS,
+    "ntasks-per-socket": _TASKS,
+    "time": _TIME,
+    "time-min": _TIME,
+    "signal": "decides when a job is told to stop: set STOP_LEAD",
+    "requeue": _REQUEUE,
+    "no-requeue": _REQUEUE,
+    "chdir": "moves a job to another folder than the one that you submit from",
+}
+_SHORT = {
+    "a": "array", "c": "cpus-per-task", "D": "chdir", "d": "dependency", "e": "error", "G": "gpus", "h": "help",
+    "J": "job-name", "M": "clusters", "N": "nodes", "n": "ntasks", "o": "output", "p": "partition", "t": "time",
+    "V": "version", "W": "wait",
+}  # fmt: skip
+_SHORT_ALONE = "HhkOQsvVW"  # without a value: another one may follow in the same word
+# Variables that sbatch reads and that no flag of ours overrules on every job.
+VARIABLES = {
+    "SBATCH_ARRAY_INX": "array",
+    "SBATCH_CLUSTERS": "clusters",
+    "SBATCH_ERROR": "error",
+    "SBATCH_GPUS": "gpus",
+    "SBATCH_GPUS_PER_NODE": "gpus-per-node",
+    "SBATCH_GPUS_PER_SOCKET": "gpus-per-socket",
+    "SBATCH_GPUS_PER_TASK": "gpus-per-task",
+    "SBATCH_WAIT": "wait",
+}
+
+
+def check_options(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Raises UserError for the first word of SBATCH_EXTRA, or variable of the shell, that would break a chain."""
+    for word in words:
+        if word in (":", "--"):
+            raise UserError(f"SBATCH_EXTRA: {word}: expected flags of one job; remove it from the site file")
+        for name in _options_in(word):
+            if name in REFUSED:
+                raise UserError(
+                    f"SBATCH_EXTRA: {word}: expected no flag that {REFUSED[name]}; remove it from the site file"
+                )
+    for variable, name in VARIABLES.items():
+        if variable in environment:
+            raise UserError(
+                f"{variable}={environment[variable]}: expected no variable in this shell that {REFUSED[name]}; "
+                f"unset {variable}, which sbatch reads"
+            )
+
+
+def _options_in(word: str) -> Iterator[str]:
+    """Long names of the options in a word, as sbatch reads it; nothing where it is the value of the one before."""
+    if word.startswith("--"):
+        name = word[2:].partition("=")[0]
+        # sbatch takes long names cut short
+        yield name if name in REFUSED else next((full for full in REFUSED if name and full.startswith(name)), name)
+        return
+    for letter in word[1:] if word.startswith("-") else "":
+        yield _SHORT.get(letter, letter)
+        if letter not in _SHORT_ALONE:  # the rest of the word is its value
+            return
