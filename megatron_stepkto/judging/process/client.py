@@ -336,7 +336,7 @@ class Client:
 
 
 async def check_servers(service: Service) -> None:
-    """``Client.check_model``, of a client that asks nothing else and does not wait long: there is nothing to lose yet."""
+    """``Client.check_model``, of a client that asks nothing else and does not wait long: nothing is lost yet."""
     async with Client(replace(service, max_outage_s=min(service.max_outage_s, CHECK_OUTAGE_S))) as client:
         await client.check_model()
 
