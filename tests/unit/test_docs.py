@@ -113,12 +113,16 @@ def test_make_targets(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_python_commands(name: str) -> None:
-    """``python FILE`` and ``python -m MODULE`` of this repository."""
+    """``python FILE`` and ``python -m MODULE`` of this repository exist, and define the options that are shown."""
     for line in code((ROOT / name).read_text()):
         if found := re.match(r"(?:\w+=\S+ )*python (-m )?([\w./]+)", line):
             module, path = found.groups()
-            if path != "pytest":
-                assert (ROOT / (path.replace(".", "/") + ".py" if module else path)).exists(), f"{name}: {line}"
+            if path == "pytest":
+                continue
+            script = ROOT / (path.replace(".", "/") + ".py" if module else path)
+            assert script.exists(), f"{name}: {line}"
+            for option in re.findall(r"\s(--[a-z-]+)", line):
+                assert f'"{option}"' in script.read_text(), f"{name}: {line}: no option {option}"
 
 
 @pytest.mark.parametrize("name", NAMES)
