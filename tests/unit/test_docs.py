@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from megatron_stepkto.cli.main import _parser
+from megatron_stepkto.cli.main import _parser as make_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -66,7 +66,7 @@ def refusal(words: list[str]) -> str:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
-            _parser().parse_args(words)
+            make_parser().parse_args(words)
         except SystemExit as end:
             return said.getvalue() if end.code else ""
     return ""
