@@ -17,6 +17,7 @@ from megatron_stepkto.judging.process import judging_key
 from megatron_stepkto.judging.stage import check_judge
 from megatron_stepkto.problems.datasets import data_name, load_problems
 from megatron_stepkto.recipe.file import model_evaluation
+from megatron_stepkto.recipe.keys import Sampling, deciding
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts, load_tokenizer
 
 
@@ -55,7 +56,9 @@ def evaluate_folder(
         row = evaluate_model(model, settings.name, asked, settings, output / "results", hashes)
         return Result([output / "results" / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
-    key = settings.model_dump(mode="json", exclude={"sample": {"workers"}, "judge": True})
+    key = deciding(settings)
+    # it determines nothing, but evaluations that are finished have its default in their keys
+    key["sample"]["stall_timeout_s"] = Sampling.model_fields["stall_timeout_s"].default
     key["evaluate"]["num_problems"] = len(problems)
     key["judge"] = judging_key(settings.judge, model, hashes)
     stage = Stage(

@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.recipe.keys import Recipe, Sampling
+from megatron_stepkto.recipe.section import training_only
 from megatron_stepkto.recipe.yaml_text import read_yaml
 
 _RUN = ("name", "output")
 _HELD_OUT = ("problems.source", "problems.dev", "problems.test")
 _TRAIN_PROBLEMS = (*_HELD_OUT, "problems.apart_from", "problems.overlap")
-_DRAWING = (
-    "sample.backend", "sample.max_tokens", "sample.workers", "sample.chunk_problems", "sample.dtype",
-    "sample.tensor_parallel", "sample.stall_timeout_s",
-)  # fmt: skip
+_DRAWING = tuple(f"sample.{key}" for key in Sampling.model_fields if key not in training_only(Sampling))
 _PREPARE = (
     *_RUN, *_TRAIN_PROBLEMS, "problems.train", "problems.imports", "seed", "initial_model", "prompt", "warm_up",
     "dataset", "problems.held_out_share",  # a warm-up on imports trains on their examples

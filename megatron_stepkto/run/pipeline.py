@@ -104,7 +104,7 @@ def sampling_of(run: Run, t: int) -> Stage:
     sampling = run.recipe.sample
     assert sampling is not None
     settings = {
-        "sample": sampling.model_dump(mode="json", exclude={"workers", "stall_timeout_s"}),
+        "sample": recipes.deciding(sampling),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
         "seed": stable_hash(run.recipe.seed, "sample", t) % 2**31,
     }
@@ -286,10 +286,7 @@ def evaluation_of(run: Run, t: int) -> Stage:
     assert judging is not None
     settings = {
         "evaluate": evaluation.model_dump(mode="json"),
-        # the rest of the section is how training data are drawn, or with how many workers
-        "sample": sampling.model_dump(
-            mode="json", include={"backend", "max_tokens", "chunk_problems", "dtype", "tensor_parallel"}
-        ),
+        "sample": recipes.deciding(sampling, evaluation=True),
         "judge": judging_key(judging, run.model(t), run.hashes),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
     }
