@@ -12,7 +12,7 @@ from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.records import Problem, read_records, write_records
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model, evaluation_drawing
-from megatron_stepkto.evaluation.table import Row
+from megatron_stepkto.evaluation.table import METRICS, Row
 from megatron_stepkto.judging.process import judging_key
 from megatron_stepkto.judging.stage import check_judge
 from megatron_stepkto.problems.datasets import data_name, load_problems
@@ -71,7 +71,7 @@ def evaluate_folder(
         check_judge(settings.judge, model, stage.directory, asked)
 
     run_stage(stage, work, force=force, check=check)
-    return dict(read_json(output / "results" / "metrics.json", Row))
+    return dict(read_json(output / "results" / METRICS, Row))
 
 
 def _problems(data: Sequence[str], quarantine: Path | None, limit: int | None, check: ProblemCheck) -> list[Problem]:

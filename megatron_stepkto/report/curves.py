@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import describe, read_json
 from megatron_stepkto.methods.metrics import balance_text
-from megatron_stepkto.training.job import Notes
+from megatron_stepkto.training.job import NOTES, Notes
 
 MAX_POINTS = 400  # per training: more than a chart has pixels for
 COUNTS = ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "tokens")
@@ -121,7 +121,7 @@ def read_training(path: Path, label: str) -> Training:
     broken = sum(1 for row in rows for name in _numbers(Update) if _infinite(getattr(row, name)))
     if broken:
         notes.append(f"{label}: {broken} values are not finite (NaN or infinity): the training diverged.")
-    left = path.with_name("notes.json")  # the trainer's own, left at its end
+    left = path.with_name(NOTES)  # the trainer's own, left at its end
     if left.is_file():
         trainer = read_json(left, Notes)
         notes += [f"{label}, {warning}" for warning in trainer.get("warnings", [])]

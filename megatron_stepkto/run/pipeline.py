@@ -17,15 +17,16 @@ from megatron_stepkto.base.files import atomic_writer, read_json, stable_hash, w
 from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
-from megatron_stepkto.evaluation.table import Row
+from megatron_stepkto.evaluation.table import METRICS, Row
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.source import check_training_problems, write_problems
 from megatron_stepkto.recipe import keys as recipes
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
 from megatron_stepkto.recipe.yaml_text import write_yaml
 from megatron_stepkto.run import warm_up
-from megatron_stepkto.run.folder import Run, _title
+from megatron_stepkto.run.folder import Run, RunFolder, _title, model_name
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
+from megatron_stepkto.run.summary import Summary
 
 if TYPE_CHECKING:
     from megatron_stepkto.sampling.draw import Drawing
@@ -58,9 +59,7 @@ def _prompt_check(run: Run) -> ProblemCheck | None:
 
 
 def problems_stage(run: Run, t: int) -> None:
-    directory = run.base / f"iteration_{t}" / "problems"
-    source = run.recipe.problems
-    out = directory / "problems.jsonl"
+    out, source = run.folder.problems(t), run.recipe.problems
     settings = {
         **_source_settings(source),
         "per_iteration": source.per_iteration,
@@ -78,15 +77,14 @@ def problems_stage(run: Run, t: int) -> None:
         )
         return Result([out], {**counts, **shared})
 
-    run.run(Stage(f"iteration {t} problems", directory, settings, inputs), work)
+    run.run(Stage(f"iteration {t} problems", out.parent, settings, inputs), work)
 
 
 def evaluation_problems_stage(run: Run) -> None:
     evaluation = run.recipe.evaluate
     assert evaluation is not None
-    directory = run.base / "evaluate" / "problems"
     source, split, count = run.recipe.problems, evaluation.split, evaluation.num_problems
-    out = directory / "problems.jsonl"
+    out = run.folder.evaluation_problems
     file = getattr(source, split)
     settings = {**_source_settings(source), "split": split, "num_problems": count}
 
@@ -94,7 +92,7 @@ def evaluation_problems_stage(run: Run) -> None:
         # a fixed seed: every run of a recipe, whatever its own seed, is measured on the same problems
         return Result([out], write_problems(source, split, count, 0, 1, out, run.quarantine, _prompt_check(run)))
 
-    run.run(Stage("evaluation problems", directory, settings, {split: file} if file else {}), work)
+    run.run(Stage("evaluation problems", out.parent, settings, {split: file} if file else {}), work)
 
 
 # --- sample, judge, dataset ------------------------------------------------------------------------------------
@@ -108,8 +106,8 @@ def sampling_of(run: Run, t: int) -> Stage:
         "prompt": run.recipe.prompt.model_dump(mode="json"),
         "seed": stable_hash(run.recipe.seed, "sample", t) % 2**31,
     }
-    inputs = {"problems": run.base / f"iteration_{t}" / "problems" / "problems.jsonl", "model": run.model(t - 1)}
-    return run.known(Stage(_title(run, t, "sample"), run.sampled_at(t) / "sample", settings, inputs))
+    inputs = {"problems": run.folder.problems(t), "model": run.model(t - 1)}
+    return run.known(Stage(_title(run, t, "sample"), run.folder.stage("sample", t), settings, inputs))
 
 
 def drawing_of(run: Run, t: int, model: Path) -> Drawing:
@@ -119,7 +117,7 @@ def drawing_of(run: Run, t: int, model: Path) -> Drawing:
     stage, sampling = sampling_of(run, t), run.recipe.sample
     assert sampling is not None
     return sample_drawing(
-        model, run.name(t - 1), stage.inputs["problems"], run.recipe.prompt, sampling, stage.settings["seed"],
+        model, model_name(t - 1), stage.inputs["problems"], run.recipe.prompt, sampling, stage.settings["seed"],
         stage.directory, title=stage.title,
     )  # fmt: skip
 
@@ -146,12 +144,9 @@ def judging_of(run: Run, t: int) -> Stage:
     from megatron_stepkto.judging.process import judging_key
 
     assert run.recipe.judge is not None
-    inputs = {
-        "problems": run.base / f"iteration_{t}" / "problems" / "problems.jsonl",
-        "samples": run.sampled_at(t) / "sample" / "samples.jsonl",
-    }
-    settings = {"judge": judging_key(run.recipe.judge, run.model(t - 1), run.hashes)}
-    return run.known(Stage(_title(run, t, "judge"), run.sampled_at(t) / "judge", settings, inputs))
+    inputs = {"problems": run.folder.problems(t), "samples": run.folder.samples(t)}
+    settings = {"judge": judging_key(run.recipe.judge, run.model(t - 1), run.folder.hashes)}
+    return run.known(Stage(_title(run, t, "judge"), run.folder.stage("judge", t), settings, inputs))
 
 
 def judge_stage(run: Run, t: int) -> None:
@@ -161,12 +156,12 @@ def judge_stage(run: Run, t: int) -> None:
         return _import_stage(run)
     stage, judging = judging_of(run, t), run.recipe.judge
     assert judging is not None
-    out, model, problems = stage.directory / "judged.jsonl", run.model(t - 1), stage.inputs["problems"]
+    out, model, problems = run.folder.judged(t), run.model(t - 1), stage.inputs["problems"]
 
     def work() -> Result:
         counts = judge_file(
             problems, stage.inputs["samples"], out, model, judging, quarantine=run.quarantine, seed=run.recipe.seed,
-            hashes=run.hashes,
+            hashes=run.folder.hashes,
         )  # fmt: skip
         return Result([out], counts)
 
@@ -185,10 +180,9 @@ def _import_stage(run: Run) -> None:
     """Solutions judged elsewhere stand in for sampling and judging; all of them are tokenised once, here."""
     from megatron_stepkto.judging.imported import import_all
 
-    directory = run.sampled_at(1) / "judge"
     sources = run.recipe.problems.imports
     tokenizer = run.tokenizer_folder
-    problems, judged = directory / "problems.jsonl", directory / "judged.jsonl"
+    problems, judged = run.folder.imported_problems, run.folder.judged(1)
     settings = {"prompt": run.recipe.prompt.model_dump(mode="json"), "formats": [s.format for s in sources]}
     inputs = {f"{i}-{s.format}": s.path for i, s in enumerate(sources)} | {"tokenizer": tokenizer}
     inputs |= _apart_from(run.recipe.problems, settings)
@@ -200,13 +194,12 @@ def _import_stage(run: Run) -> None:
         counts = import_all(sources, tokenizer, run.recipe.prompt, problems, judged, quarantine=run.quarantine)
         return Result([problems, judged], counts | shared)
 
-    stage = Stage("import", directory, settings, inputs)
+    stage = Stage("import", judged.parent, settings, inputs)
     _show_warnings(stage, run.run(stage, work))
 
 
 def dataset_stage(run: Run, t: int) -> None:
-    directory = run.iteration(t) / "dataset"
-    judged = run.sampled_at(t) / "judge" / "judged.jsonl"
+    directory, judged = run.folder.stage("dataset", t), run.folder.judged(t)
     train, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
     share, seed = run.recipe.problems.held_out_share, run.recipe.seed
     settings = {
@@ -230,7 +223,7 @@ def dataset_stage(run: Run, t: int) -> None:
 
 
 def training_of(run: Run, t: int) -> Stage:
-    data = run.iteration(t) / "dataset"
+    data = run.folder.stage("dataset", t)
     settings = run.recipe.train.model_copy(update={"method": run.method})
     inputs = {"model": run.model(t - 1), "train": data / "train.jsonl"}
     held_out = data / "held_out.jsonl"
@@ -240,7 +233,7 @@ def training_of(run: Run, t: int) -> Stage:
         inputs["reference"] = run.model(0)
     seed = stable_hash(run.recipe.seed, "train", t) % 2**31
     key = {"train": training_key(settings), "seed": seed}
-    return run.known(Stage(_title(run, t, "train"), run.iteration(t) / "train", key, inputs))
+    return run.known(Stage(_title(run, t, "train"), run.folder.stage("train", t), key, inputs))
 
 
 def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
@@ -267,14 +260,13 @@ def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
 def convert_stage(run: Run, t: int) -> None:
     from megatron_stepkto.checkpoints.convert import megatron_to_hf
 
-    directory = run.iteration(t) / "convert"
-    source, out = run.iteration(t) / "train" / "final", directory / "model"
+    source, out = run.folder.stage("train", t) / "final", run.folder.model(t)
 
     def work() -> Result:
         megatron_to_hf(source, out)
         return Result([out])
 
-    run.run(Stage(_title(run, t, "convert"), directory, {}, {"trained": source}), work)
+    run.run(Stage(_title(run, t, "convert"), out.parent, {}, {"trained": source}), work)
 
 
 def evaluation_of(run: Run, t: int) -> Stage:
@@ -287,13 +279,13 @@ def evaluation_of(run: Run, t: int) -> Stage:
     settings = {
         "evaluate": evaluation.model_dump(mode="json"),
         "sample": recipes.deciding(sampling, evaluation=True),
-        "judge": judging_key(judging, run.model(t), run.hashes),
+        "judge": judging_key(judging, run.model(t), run.folder.hashes),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
     }
 
-    title = f"{run.compared + ' ' if run.compared else ''}evaluate {run.name(t)}"
-    inputs = {"problems": run.base / "evaluate" / "problems" / "problems.jsonl", "model": run.model(t)}
-    return run.known(Stage(title, run.evaluation(t), settings, inputs))
+    title = f"{run.compared + ' ' if run.compared else ''}evaluate {model_name(t)}"
+    inputs = {"problems": run.folder.evaluation_problems, "model": run.model(t)}
+    return run.known(Stage(title, run.folder.evaluation(t), settings, inputs))
 
 
 def evaluation_drawing_of(run: Run, t: int, model: Path) -> Drawing:
@@ -301,7 +293,7 @@ def evaluation_drawing_of(run: Run, t: int, model: Path) -> Drawing:
     from megatron_stepkto.evaluation.stage import evaluation_drawing
 
     stage = evaluation_of(run, t)
-    return evaluation_drawing(model, run.name(t), stage.inputs["problems"], run.recipe, stage.directory)
+    return evaluation_drawing(model, model_name(t), stage.inputs["problems"], run.recipe, stage.directory)
 
 
 def sample_for_evaluation(run: Run, t: int) -> None:
@@ -327,11 +319,11 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
         check_judge(run.recipe.judge, model, stage.directory, problems)
 
     def work() -> Result:
-        row = evaluate_model(model, run.name(t), problems, run.recipe, stage.directory, hashes=run.hashes)
+        row = evaluate_model(model, model_name(t), problems, run.recipe, stage.directory, hashes=run.folder.hashes)
         return Result([stage.directory / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
     run.run(stage, work, together=lambda: drawing().draw(), check=check)
-    return dict(read_json(stage.directory / "metrics.json", Row))
+    return dict(read_json(stage.directory / METRICS, Row))
 
 
 # --- all of it -------------------------------------------------------------------------------------------------
@@ -382,7 +374,7 @@ def prepare_all(run: Run) -> None:
     # training is another job's, with GPUs that this machine may not have; the packages are this job's
     refusals.check_machine(run, environment="train", elsewhere=True)
     prepare(run)
-    input_hash(run.model(0), run.base / ".hashes.json")
+    input_hash(run.model(0), run.folder.hashes)
     choose_problems(run)
     refusals.check_prepared(run)
 
@@ -414,16 +406,16 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
 
     begun = time.time()
     refusals.check_machine(run, compare)
-    with exclusive_lock(run.base / ".lock", str(run.base)):
+    with exclusive_lock(run.folder.lock, str(run.base)):
         # Until all is done again there is no summary: an old one beside new stages would be untrue.
-        (run.base / "summary.json").unlink(missing_ok=True)
+        run.folder.summary.unlink(missing_ok=True)
         prepare(run)
         choose_problems(replace(run, finished=[]))  # `run_iterations` names them, each in its place
         refusals.check_prepared(run, compare)
         rows = run_iterations(run)
         for method in compare:
             run_iterations(replace(run, compared=method))
-        with atomic_writer(run.base / "recipe.yaml") as file:
+        with atomic_writer(run.folder.recipe) as file:
             write_yaml(run.recipe.model_dump(mode="json"), file)
         stages = dict(run.finished)
         summary: dict[str, Any] = {
@@ -431,24 +423,24 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
             "seed": run.recipe.seed,
             "method": run.method,
             "iterations": rows,
-            "methods": compared_rows(run.base),
+            "methods": compared_rows(run.folder),
             "stages": [{"name": name, "seconds": m["seconds"], "counts": m["counts"]} for name, m in stages.items()],
             "seconds": round(sum(m["seconds"] for m in stages.values()), 1),
             "seconds_of_this_command": round(time.time() - begun, 1),
         }
         if not summary["methods"]:
             del summary["methods"]
-        write_json(run.base / "summary.json", summary)
+        write_json(run.folder.summary, Summary.model_validate(summary).model_dump(mode="json", exclude_unset=True))
     return summary
 
 
-def compared_rows(base: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every compared method that this run holds, also of earlier commands; M0 is everybody's."""
+def compared_rows(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every compared method that the run holds, of earlier commands too; each begins with the shared M0."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for folder in sorted((base / "methods").glob("*")):
-        files = [base / "evaluate" / "M0" / "metrics.json"]
+    for method in folder.others():
+        files = [method.evaluation(0) / METRICS]
         while files[-1].is_file():
-            files.append(folder / "evaluate" / f"M{len(files)}" / "metrics.json")
+            files.append(method.evaluation(len(files)) / METRICS)
         if len(files) > 2:
-            found[folder.name] = [dict(read_json(file, Row)) for file in files[:-1]]
+            found[str(method.compared)] = [dict(read_json(file, Row)) for file in files[:-1]]
     return found

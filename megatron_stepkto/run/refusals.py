@@ -88,8 +88,8 @@ def _stages(recipe: Recipe) -> Iterator[tuple[Kind, int]]:
 
 def _directory(run: Run, kind: Kind, t: int) -> Path:
     if kind == "evaluate":
-        return run.evaluation(t)
-    return (run.iteration(t) if kind == "train" else run.sampled_at(t)) / kind
+        return run.folder.evaluation(t)
+    return run.folder.stage(kind, t)
 
 
 def check_machine(
@@ -185,10 +185,9 @@ def _weights(item: Pending) -> Iterator[Check]:
 def _warm_up(run: Run) -> Iterator[Check]:
     from megatron_stepkto.training.requirements import Ranks, training_checks
 
-    base = run.base / "M0"
-    if run.makes_m0 and run.recipe.warm_up is not None and not (base / "train" / MANIFEST).is_file():
+    if run.makes_m0 and run.recipe.warm_up is not None and not (run.folder.m0("train") / MANIFEST).is_file():
         settings = run.recipe.warm_up.training
-        model = base / "initial" / "model"
+        model = run.folder.m0("initial") / "model"
         yield from training_checks(Ranks(settings=settings, model=model, ranks=settings.parallel.ranks))
 
 
