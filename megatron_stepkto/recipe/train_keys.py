@@ -155,7 +155,7 @@ class Training(Section):
     )
     fp8: FP8 | None = Field(None, description="8-bit matrix products; null: none")
     max_gap: Unkeyed[float] = Field(
-        0.05, gt=0, description="nats: mean |sampler - trainer| log-prob above which the run warns"
+        0.05, gt=0, description="nats: mean distance of sampler and trainer log-probs above which the run warns"
     )
     log: Unkeyed[Log] = Field(Log(), description="where metrics go besides metrics.jsonl")
     timeout_s: Unkeyed[float] = Field(600.0, gt=0, description="seconds: limit of one collective operation")
