@@ -1,6 +1,6 @@
-"""Which keys of a recipe and which options each command reads: another one would do nothing, and is refused.
+"""Which recipe keys and options each command reads. Any other would have no effect, and is refused.
 
-A recipe may hold any key, for it describes the whole run; an explicit ``--set`` is meant for the command at hand.
+A recipe may hold every key, as it describes the whole run; an explicit ``--set`` is meant for this command.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PREPARE = (
     "train.parallel", "evaluate.split", "evaluate.num_problems",
 )  # fmt: skip
 
-# Command -> keys, each with all below it. A command that is not here reads the whole recipe. train.method tells a
-# compared method's folder, with --method.
+# Command -> keys, each with all below it. A command that is not listed reads the whole recipe. With --method,
+# train.method tells the folder of a compared method.
 READS: dict[str, tuple[str, ...]] = {
     "problems": (
         *_RUN, *_TRAIN_PROBLEMS, "problems.train", "problems.per_iteration", "seed", "initial_model", "prompt",
@@ -45,7 +45,7 @@ READS: dict[str, tuple[str, ...]] = {
     "judge-eval": ("judge",),
 }  # fmt: skip
 
-# Options of commands that take a recipe -> those for which it does something.
+# Option -> the commands on which it has an effect.
 TAKES: dict[str, tuple[str, ...]] = {
     "--from-scratch": ("run", "prepare", "problems", "sample", "judge", "train", "evaluate"),
     "--quarantine": ("run", "prepare", "warm-up", "problems", "judge", "dataset", "evaluate"),

@@ -33,7 +33,7 @@ __all__ = [
 
 
 class Import(Section):
-    """Solutions judged elsewhere: they take the place of the sample and judge stages."""
+    """Solutions judged elsewhere: they replace the sample and judge stages."""
 
     format: str = Field(description="format of the file (docs/data.md)")
     path: RecipePath = Field(description="the file or folder to import")

@@ -1,4 +1,4 @@
-"""Read what a run has produced so far; a part that is absent becomes a sentence, not an error."""
+"""Read what a run has produced so far. A missing part becomes a sentence on the page, not an error."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def collect(run_dir: Path) -> Report:
     """Read a finished or unfinished run.
 
     Raises:
-        UserError: no run there, or a file of it that does not parse.
+        UserError: the folder is not a run, or one of its files does not parse.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: expected the folder of a run, found none; give a folder below runs/")

@@ -53,7 +53,7 @@ def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into the folder of a finished or unfinished run, and return its path.
 
     Raises:
-        UserError: no run there, or one of its files does not parse (with file:line).
+        UserError: the folder is not a run, or one of its files does not parse (with file:line).
     """
     target = RunFolder(run_dir).report
     html = render(collect(run_dir))
@@ -107,7 +107,7 @@ def _hash(text: str) -> str:
 
 
 def embed(value: Any) -> str:
-    """JSON that may stand in a script element: without "<" nothing in it can end the element."""
+    """JSON for a script element: without "<" nothing in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").encode("utf-8", "replace").decode()
 
@@ -118,7 +118,7 @@ def payload(report: Report, metrics: Sequence[Metric]) -> dict[str, Any]:
     return {
         "metrics": [asdict(metric) for metric in metrics],
         "evaluations": {
-            # the page draws neither of those left out
+            # the page shows neither breakdowns nor pass@k
             name: [row.model_dump(exclude={"by", "pass_at_k"}) for row in rows]
             for name, rows in methods.items()
             if rows
@@ -204,5 +204,5 @@ def counts(values: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key.replace('_', ' ')} " + (f"({counts(value)})" if isinstance(value, Mapping) else str(value))
         for key, value in values.items()
-        if key != "warnings"  # shown elsewhere, where they are seen
+        if key != "warnings"  # shown at the top of the page
     )

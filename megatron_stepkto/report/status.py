@@ -1,4 +1,4 @@
-"""``stepkto status RUN``: what is done, what is under way, and the table so far."""
+"""``stepkto status RUN``: finished and running stages, and the table so far."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_stepkto.run.folder import RunFolder
 
 
 def status_text(run: Path) -> str:
-    """Stages in the order they began, progress of the one under way, and the evaluations that are done.
+    """Stages in the order they began, progress of the running one, and the finished evaluations.
 
     Raises:
         UserError: the folder is not a run.

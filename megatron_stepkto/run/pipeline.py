@@ -36,19 +36,19 @@ if TYPE_CHECKING:
 
 
 def _source_settings(source: recipes.Problems) -> dict[str, Any]:
-    """What decides the problems; files count by content, as inputs, not by where they stand."""
+    """The settings that determine the problems. Files are inputs: their content counts, not their path."""
     return {"source": source.source}
 
 
 def _apart_from(source: recipes.Problems, settings: dict[str, Any]) -> dict[str, Path]:
-    """The further evaluation sets as inputs; what counts as overlap joins the settings where it is not the default."""
+    """The further evaluation sets as inputs. Adds problems.overlap to ``settings`` where it is not the default."""
     if source.overlap != "exact":
         settings["overlap"] = source.overlap
     return {f"apart_from-{number}": path for number, path in enumerate(source.apart_from)}
 
 
 def _prompt_check(run: Run) -> ProblemCheck | None:
-    """A check of problems against the tokenizer that will ask them, or hours later sampling would refuse one.
+    """A check of problems against the tokenizer that will encode them: sampling would refuse one only hours later.
 
     None: the problems are the generator's, or M0's tokenizer is not there yet.
     """
@@ -66,7 +66,7 @@ def problems_stage(run: Run, t: int) -> None:
         "seed": run.recipe.seed,
         "iteration": t,
     }
-    # the held-out files too: no problem of theirs may train
+    # the dev and test files too: none of their problems may train
     inputs = {split: path for split in ("train", "dev", "test") if (path := getattr(source, split))}
     inputs |= _apart_from(source, settings)
 
@@ -111,7 +111,7 @@ def sampling_of(run: Run, t: int) -> Stage:
 
 
 def drawing_of(run: Run, t: int, model: Path) -> Drawing:
-    """What iteration t draws, from the folder ``model``."""
+    """The sampling job of iteration t, from the model in the folder ``model``."""
     from megatron_stepkto.sampling.draw import sample_drawing
 
     stage, sampling = sampling_of(run, t), run.recipe.sample
@@ -130,7 +130,7 @@ def sample_stage(run: Run, t: int) -> None:
         from megatron_stepkto.checkpoints.convert import HFSide
 
         model = run.model(t - 1)
-        HFSide(model, one_dtype=False)  # it will be trained on what is sampled
+        HFSide(model, one_dtype=False)  # refuse now a model that training would refuse after the sampling
         return drawing_of(run, t, model)
 
     def work() -> Result:
@@ -171,13 +171,13 @@ def judge_stage(run: Run, t: int) -> None:
 
 
 def _show_warnings(stage: Stage, manifest: dict[str, Any]) -> None:
-    """Of a finished stage, too: a run that goes on repeats them."""
+    """Show the warnings of a stage, also of one that was finished before: a resumed run repeats them."""
     for warning in manifest["counts"].get("warnings", []):
         warn(f"{stage.title}: {warning}")
 
 
 def _import_stage(run: Run) -> None:
-    """Solutions judged elsewhere stand in for sampling and judging; all of them are tokenised once, here."""
+    """Import solutions that were judged elsewhere, in place of sampling and judging, and tokenize them all."""
     from megatron_stepkto.judging.imported import import_all
 
     sources = run.recipe.problems.imports
@@ -237,7 +237,7 @@ def training_of(run: Run, t: int) -> Stage:
 
 
 def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
-    """weights_only: the part that needs no GPU, and leaves the rest to a later call."""
+    """Train. weights_only: do the part that needs no GPU, and leave the rest to a later call."""
     from megatron_stepkto.base.nodes import tell_others, this_node
     from megatron_stepkto.training.launch import help_train, prepare_weights, train
     from megatron_stepkto.training.requirements import Ranks, check_training
@@ -289,7 +289,7 @@ def evaluation_of(run: Run, t: int) -> Stage:
 
 
 def evaluation_drawing_of(run: Run, t: int, model: Path) -> Drawing:
-    """What the evaluation of M_t draws, from the folder ``model``."""
+    """The sampling job of the evaluation of M_t, from the model in the folder ``model``."""
     from megatron_stepkto.evaluation.stage import evaluation_drawing
 
     stage = evaluation_of(run, t)
@@ -326,11 +326,11 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
     return dict(read_json(stage.directory / METRICS, Row))
 
 
-# --- all of it -------------------------------------------------------------------------------------------------
+# --- the whole run -------------------------------------------------------------------------------------------------
 
 
 def check_fits(model: Path, recipe: recipes.Recipe) -> None:
-    """Raises UserError for a model that cannot be trained in this layout, on whatever machine."""
+    """Raises UserError for a model that cannot be trained in this layout on any machine."""
     from megatron_stepkto.architectures.layout import check_layout
     from megatron_stepkto.checkpoints.convert import read_model_config
 
@@ -349,7 +349,7 @@ STAGES: dict[str, Callable[[Run, int], object]] = {
 
 
 def prepare(run: Run) -> None:
-    """What comes before the first iteration: M0 and the evaluation's problems."""
+    """Make what the first iteration needs: M0 and the problems of the evaluation."""
     if run.makes_m0:
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
@@ -361,14 +361,14 @@ def prepare(run: Run) -> None:
 
 
 def choose_problems(run: Run) -> None:
-    """The problems of every iteration, so that what is wrong with the last ones is found before the first are used."""
+    """Choose the problems of all iterations now: a fault in the last ones must show before the first are sampled."""
     if run.recipe.problems.source != "imports":
         for t in range(1, run.recipe.iterations + 1):
             problems_stage(run, t)
 
 
 def prepare_all(run: Run) -> None:
-    """What needs nothing but the recipe: M0, and the problems of every iteration and of the evaluation."""
+    """Make what depends on the recipe alone: M0, and the problems of every iteration and of the evaluation."""
     from megatron_stepkto.run import refusals
 
     # training is another job's, with GPUs that this machine may not have; the packages are this job's
@@ -380,7 +380,7 @@ def prepare_all(run: Run) -> None:
 
 
 def run_iterations(run: Run) -> list[dict[str, Any]]:
-    """All iterations of one method; returns the evaluation's row of M0, M1, ..."""
+    """Run all iterations of one method; returns the evaluation rows of M0, M1, ..."""
     rows = [evaluate_stage(run, 0)] if run.recipe.evaluate else []
     for t in range(1, run.recipe.iterations + 1):
         say(f"--- {_title(run, t, f'of {run.recipe.iterations}')} ---")
@@ -397,17 +397,17 @@ def run_iterations(run: Run) -> list[dict[str, Any]]:
 
 
 def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
-    """The whole recipe, then the methods it is compared with; writes and returns ``summary.json``.
+    """Run the whole recipe, then the methods to compare it with; writes and returns ``summary.json``.
 
     Raises:
-        UserError: another process is at this run, or see the stages.
+        UserError: another process works on this run, or a stage refuses its input.
     """
     from megatron_stepkto.run import refusals
 
     begun = time.time()
     refusals.check_machine(run, compare)
     with exclusive_lock(run.folder.lock, str(run.base)):
-        # Until all is done again there is no summary: an old one beside new stages would be untrue.
+        # An old summary would contradict the new stages: there is none until all of them are finished.
         run.folder.summary.unlink(missing_ok=True)
         prepare(run)
         choose_problems(replace(run, finished=[]))  # `run_iterations` names them, each in its place

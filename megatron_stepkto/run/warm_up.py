@@ -1,4 +1,4 @@
-"""Making M0: a tokenizer, random weights, a corpus of solutions, and supervised training by the same trainer."""
+"""Make M0: a tokenizer, random weights, a corpus of solutions, and supervised training with the same trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def _settings(run: Run) -> recipe.WarmUp:
     if run.recipe.warm_up is None:
-        raise UserError("--from-scratch makes M0 by the recipe's section warm_up, which is missing; add it")
+        raise UserError("--from-scratch makes M0 as the section warm_up says, and the recipe has none; add it")
     return run.recipe.warm_up
 
 
@@ -151,7 +151,7 @@ def initialise(architecture: dict[str, Any], tokenizer: Path, output: Path, seed
 
 
 def write_corpus(size: int, seed: int, tokenizer: Path, prompt: recipe.Prompt, output: Path) -> int:
-    """The simulated student's solutions as training examples: one step each, for the supervised loss has no steps."""
+    """The simulated student's solutions as examples: one step each, as the supervised loss does not read steps."""
     prompts = Prompts.of(prompt, tokenizer)
 
     def examples() -> Iterable[TrainExample]:
