@@ -57,7 +57,7 @@ def evaluate_folder(
         return Result([output / "results" / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
     key = deciding(settings)
-    # it determines nothing, but evaluations that are finished have its default in their keys
+    # not a setting that determines the result, but the keys of finished evaluations hold its default
     key["sample"]["stall_timeout_s"] = Sampling.model_fields["stall_timeout_s"].default
     key["evaluate"]["num_problems"] = len(problems)
     key["judge"] = judging_key(settings.judge, model, hashes)

@@ -50,7 +50,7 @@ class Measures(Flaws):
     pass_at_1_interval: Interval | None
     maj_at_k: float | None
     maj_at_k_interval: Interval | None
-    # these the table needs
+    # required here: the table shows them
     wrong_step_share_of_correct: float | None
     wrong_step_share_of_correct_interval: Interval | None
     wrong_step_rate_in_correct: float | None

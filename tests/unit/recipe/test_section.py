@@ -123,5 +123,8 @@ def test_judge_keys(process: Any, expected: dict[str, Any]) -> None:
 
 
 def test_an_evaluation_without_a_recipe() -> None:
+    plain = recipe.deciding(model_evaluation("m", False, []))
+    assert plain["sample"] == {**TRAINING_SAMPLE, "max_tokens": 2048, "gap_problems": 0}
+    assert plain["evaluate"] == {"split": "test", "k": 8, "temperature": 0.7, "top_p": 1.0, "num_problems": None}
     settings = model_evaluation("m", False, ["sample.workers=3", "sample.stall_timeout_s=5", "judge.workers=4"])
     assert recipe.deciding(settings) == recipe.deciding(model_evaluation("m", False, []))
