@@ -145,6 +145,9 @@ class Run:
         """The tokenizer of M0, and so of every M_t: a warm-up makes it before M0."""
         return self.folder.m0("tokenizer") / "model" if self.makes_m0 else self.model(0)
 
+    def title(self, t: int, stage: str) -> str:
+        return f"{self.compared + ' ' if self.compared else ''}iteration {t} {stage}"
+
     def known(self, stage: Stage) -> Stage:
         return replace(stage, hashes=self.folder.hashes)
 
@@ -158,7 +161,3 @@ class Run:
         manifest = run_stage(self.known(stage), work, force=self.force, together=together, check=check)
         self.finished.append((str(stage.directory.relative_to(self.base)), manifest))
         return manifest
-
-
-def _title(run: Run, t: int, stage: str) -> str:
-    return f"{run.compared + ' ' if run.compared else ''}iteration {t} {stage}"

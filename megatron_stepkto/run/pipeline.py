@@ -24,7 +24,7 @@ from megatron_stepkto.recipe import keys as recipes
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
 from megatron_stepkto.recipe.yaml_text import write_yaml
 from megatron_stepkto.run import warm_up
-from megatron_stepkto.run.folder import Run, RunFolder, _title, model_name
+from megatron_stepkto.run.folder import Run, RunFolder, model_name
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
 from megatron_stepkto.run.summary import Summary
 
@@ -107,7 +107,7 @@ def sampling_of(run: Run, t: int) -> Stage:
         "seed": stable_hash(run.recipe.seed, "sample", t) % 2**31,
     }
     inputs = {"problems": run.folder.problems(t), "model": run.model(t - 1)}
-    return run.known(Stage(_title(run, t, "sample"), run.folder.stage("sample", t), settings, inputs))
+    return run.known(Stage(run.title(t, "sample"), run.folder.stage("sample", t), settings, inputs))
 
 
 def drawing_of(run: Run, t: int, model: Path) -> Drawing:
@@ -146,7 +146,7 @@ def judging_of(run: Run, t: int) -> Stage:
     assert run.recipe.judge is not None
     inputs = {"problems": run.folder.problems(t), "samples": run.folder.samples(t)}
     settings = {"judge": judging_key(run.recipe.judge, run.model(t - 1), run.folder.hashes)}
-    return run.known(Stage(_title(run, t, "judge"), run.folder.stage("judge", t), settings, inputs))
+    return run.known(Stage(run.title(t, "judge"), run.folder.stage("judge", t), settings, inputs))
 
 
 def judge_stage(run: Run, t: int) -> None:
@@ -215,7 +215,7 @@ def dataset_stage(run: Run, t: int) -> None:
         )
         return Result([path for path in (train, held_out) if path.exists()], counts)
 
-    stage = Stage(_title(run, t, "dataset"), directory, settings, {"judged": judged})
+    stage = Stage(run.title(t, "dataset"), directory, settings, {"judged": judged})
     _show_warnings(stage, run.run(stage, work))
 
 
@@ -233,7 +233,7 @@ def training_of(run: Run, t: int) -> Stage:
         inputs["reference"] = run.model(0)
     seed = stable_hash(run.recipe.seed, "train", t) % 2**31
     key = {"train": training_key(settings), "seed": seed}
-    return run.known(Stage(_title(run, t, "train"), run.folder.stage("train", t), key, inputs))
+    return run.known(Stage(run.title(t, "train"), run.folder.stage("train", t), key, inputs))
 
 
 def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
@@ -266,7 +266,7 @@ def convert_stage(run: Run, t: int) -> None:
         megatron_to_hf(source, out)
         return Result([out])
 
-    run.run(Stage(_title(run, t, "convert"), out.parent, {}, {"trained": source}), work)
+    run.run(Stage(run.title(t, "convert"), out.parent, {}, {"trained": source}), work)
 
 
 def evaluation_of(run: Run, t: int) -> Stage:
@@ -383,7 +383,7 @@ def run_iterations(run: Run) -> list[dict[str, Any]]:
     """Run all iterations of one method; returns the evaluation rows of M0, M1, ..."""
     rows = [evaluate_stage(run, 0)] if run.recipe.evaluate else []
     for t in range(1, run.recipe.iterations + 1):
-        say(f"--- {_title(run, t, f'of {run.recipe.iterations}')} ---")
+        say(f"--- {run.title(t, f'of {run.recipe.iterations}')} ---")
         if run.recipe.problems.source != "imports":
             problems_stage(run, t)
             sample_stage(run, t)
