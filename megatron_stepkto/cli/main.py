@@ -227,7 +227,7 @@ def _run(arguments: argparse.Namespace) -> None:
     page = write_report(run.base)
     if summary["iterations"]:
         sys.stdout.write(results_table(summary) + "\n")
-    say(f"summary: {run.base / 'summary.json'}\nreport:  {page}")
+    say(f"summary: {run.folder.summary}\nreport:  {page}")
 
 
 def _one(arguments: argparse.Namespace) -> Run:

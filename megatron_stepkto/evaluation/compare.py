@@ -18,7 +18,7 @@ from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.records import read_records
 from megatron_stepkto.evaluation.metrics import ProblemResult
 from megatron_stepkto.evaluation.statistics import Interval, bootstrap_interval, mcnemar_exact
-from megatron_stepkto.evaluation.table import Row
+from megatron_stepkto.evaluation.table import METRICS, Row
 
 Pairs = Sequence[tuple[ProblemResult, ProblemResult]]
 
@@ -82,10 +82,10 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
 
 
 def _row(folder: Path) -> dict[str, Any]:
-    for name in ("metrics.json", "problems.jsonl"):
+    for name in (METRICS, "problems.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: expected a finished evaluation, {name} is missing; run `stepkto evaluate`")
-    return dict(read_json(folder / "metrics.json", Row))
+    return dict(read_json(folder / METRICS, Row))
 
 
 def _yes_or_no(metric: str, pairs: Pairs, solved: Callable[[ProblemResult], bool]) -> Difference:

@@ -12,11 +12,12 @@ from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.records import Problem, read_records, write_records
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model, evaluation_drawing
-from megatron_stepkto.evaluation.table import Row
+from megatron_stepkto.evaluation.table import METRICS, Row
 from megatron_stepkto.judging.process import judging_key
 from megatron_stepkto.judging.stage import check_judge
 from megatron_stepkto.problems.datasets import data_name, load_problems
 from megatron_stepkto.recipe.file import model_evaluation
+from megatron_stepkto.recipe.keys import Sampling, deciding
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts, load_tokenizer
 
 
@@ -55,7 +56,9 @@ def evaluate_folder(
         row = evaluate_model(model, settings.name, asked, settings, output / "results", hashes)
         return Result([output / "results" / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
-    key = settings.model_dump(mode="json", exclude={"sample": {"workers"}, "judge": True})
+    key = deciding(settings)
+    # not a setting that determines the result, but the keys of finished evaluations hold its default
+    key["sample"]["stall_timeout_s"] = Sampling.model_fields["stall_timeout_s"].default
     key["evaluate"]["num_problems"] = len(problems)
     key["judge"] = judging_key(settings.judge, model, hashes)
     stage = Stage(
@@ -68,7 +71,7 @@ def evaluate_folder(
         check_judge(settings.judge, model, stage.directory, asked)
 
     run_stage(stage, work, force=force, check=check)
-    return dict(read_json(output / "results" / "metrics.json", Row))
+    return dict(read_json(output / "results" / METRICS, Row))
 
 
 def _problems(data: Sequence[str], quarantine: Path | None, limit: int | None, check: ProblemCheck) -> list[Problem]:

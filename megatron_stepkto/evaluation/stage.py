@@ -12,7 +12,7 @@ from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.records import JudgedSample, Problem, read_records, write_records
 from megatron_stepkto.evaluation.majority import answer_comparison
 from megatron_stepkto.evaluation.metrics import evaluation_row, problem_results
-from megatron_stepkto.evaluation.table import Row
+from megatron_stepkto.evaluation.table import GREEDY, METRICS, Row
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
@@ -21,7 +21,7 @@ from megatron_stepkto.sampling.job import Job
 
 # Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same draws.
 SEED = 0
-OUTPUTS = ("greedy.jsonl", "sampled.jsonl", "problems.jsonl", "metrics.json")
+OUTPUTS = (GREEDY, "sampled.jsonl", "problems.jsonl", METRICS)
 
 
 def evaluation_drawing(
@@ -49,7 +49,7 @@ def evaluation_drawing(
         settings=dtype.apply(sampling).model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
         seed=SEED,
         directory=drawn,
-        used_by=directory / "metrics.json",
+        used_by=directory / METRICS,
     )
     return Drawing(job, title, directory / "logs", dtype)
 
@@ -73,9 +73,9 @@ def evaluate_model(
     if evaluation is None or judging is None:
         raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
     drawn = directory / "drawn"
-    if (directory / "metrics.json").is_file():  # written last; an earlier attempt was killed while tidying up
+    if (directory / METRICS).is_file():  # written last; an earlier attempt was killed while tidying up
         shutil.rmtree(drawn, ignore_errors=True)
-        return dict(read_json(directory / "metrics.json", Row))
+        return dict(read_json(directory / METRICS, Row))
     drawing = evaluation_drawing(model, name, problems, recipe, directory)
     drawing.draw()
     result = drawing.finish()
@@ -93,6 +93,6 @@ def evaluate_model(
         write_records(directory / "problems.jsonl", problem_results(asked, judged["greedy"], judged["sampled"], same))
         row = evaluation_row(name, evaluation.split, asked, judged["greedy"], judged["sampled"], same)
     row["dtype"] = result.counts["dtype"]  # of the sampling
-    write_json(directory / "metrics.json", row)
+    write_json(directory / METRICS, Row.checked(row))
     shutil.rmtree(drawn, ignore_errors=True)  # the judged rows hold every sample
     return row

@@ -11,29 +11,67 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+# In the folder of an evaluation: a Row; the judged greedy solutions.
+METRICS, GREEDY = "metrics.json", "greedy.jsonl"
 Interval = tuple[float, float]
 
 
-class Measures(BaseModel):
-    """Numbers that the table shows: shares, null where nothing was counted."""
+class Flaws(BaseModel):
+    """Of a set of solutions: what is wrong inside right answers, and what the solutions look like."""
+
+    wrong_step_share_of_correct: float | None = None
+    wrong_step_share_of_correct_interval: Interval | None = None
+    wrong_step_rate_in_correct: float | None = None
+    wrong_step_rate_in_correct_interval: Interval | None = None
+    num_correct: int | None = None
+    truncated_share: float | None = None
+    unparsed_share: float | None = None
+    undecided_share: float | None = None
+    mean_response_tokens: float | None = None
+
+
+class Sampled(Flaws):
+    """The same over all k samples per problem."""
+
+    accuracy: float | None = None
+    accuracy_interval: Interval | None = None
+
+
+class Estimate(BaseModel):
+    value: float | None
+    value_interval: Interval | None
+
+
+class Measures(Flaws):
+    """Shares in 0..1 of the greedy solutions with 95% intervals, null where nothing was counted."""
 
     num_problems: int
     pass_at_1: float | None
     pass_at_1_interval: Interval | None
     maj_at_k: float | None
     maj_at_k_interval: Interval | None
+    # required here: the table shows them
     wrong_step_share_of_correct: float | None
     wrong_step_share_of_correct_interval: Interval | None
     wrong_step_rate_in_correct: float | None
     wrong_step_rate_in_correct_interval: Interval | None
+    pass_at_k: dict[str, Estimate] = {}
+    sampled: Sampled | None = None
 
 
 class Row(Measures):
-    """What is read of an evaluation's ``metrics.json``."""
+    """An evaluation's ``metrics.json``: one model. ``by`` holds the same by a key of the problems and its value."""
 
     name: str
+    split: str | None = None
     k: int
+    dtype: str | None = None
     by: dict[str, dict[str, Measures]] = {}
+
+    @classmethod
+    def checked(cls, row: Mapping[str, Any]) -> dict[str, Any]:
+        """``row`` as it is written: it has all that a reader needs, and nothing that a reader does not know."""
+        return cls.model_validate(row, extra="forbid").model_dump(mode="json", exclude_unset=True)
 
 
 def results_table(summary: Mapping[str, Any]) -> str:

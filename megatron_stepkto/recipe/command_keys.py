@@ -1,6 +1,6 @@
-"""Which keys of a recipe and which options each command reads: another one would do nothing, and is refused.
+"""Which recipe keys and options each command reads. Any other would have no effect, and is refused.
 
-A recipe may hold any key, for it describes the whole run; an explicit ``--set`` is meant for the command at hand.
+A recipe may hold every key, as it describes the whole run; an explicit ``--set`` is meant for this command.
 """
 
 from __future__ import annotations
@@ -8,24 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.recipe.keys import Recipe, Sampling
+from megatron_stepkto.recipe.section import training_only
 from megatron_stepkto.recipe.yaml_text import read_yaml
 
 _RUN = ("name", "output")
 _HELD_OUT = ("problems.source", "problems.dev", "problems.test")
 _TRAIN_PROBLEMS = (*_HELD_OUT, "problems.apart_from", "problems.overlap")
-_DRAWING = (
-    "sample.backend", "sample.max_tokens", "sample.workers", "sample.chunk_problems", "sample.dtype",
-    "sample.tensor_parallel", "sample.stall_timeout_s",
-)  # fmt: skip
+_DRAWING = tuple(f"sample.{key}" for key in Sampling.model_fields if key not in training_only(Sampling))
 _PREPARE = (
     *_RUN, *_TRAIN_PROBLEMS, "problems.train", "problems.imports", "seed", "initial_model", "prompt", "warm_up",
     "dataset", "problems.held_out_share",  # a warm-up on imports trains on their examples
     "train.parallel", "evaluate.split", "evaluate.num_problems",
 )  # fmt: skip
 
-# Command -> keys, each with all below it. A command that is not here reads the whole recipe. train.method tells a
-# compared method's folder, with --method.
+# Command -> keys, each with all below it. A command that is not listed reads the whole recipe. With --method,
+# train.method tells the folder of a compared method.
 READS: dict[str, tuple[str, ...]] = {
     "problems": (
         *_RUN, *_TRAIN_PROBLEMS, "problems.train", "problems.per_iteration", "seed", "initial_model", "prompt",
@@ -47,7 +45,7 @@ READS: dict[str, tuple[str, ...]] = {
     "judge-eval": ("judge",),
 }  # fmt: skip
 
-# Options of commands that take a recipe -> those for which it does something.
+# Option -> the commands on which it has an effect.
 TAKES: dict[str, tuple[str, ...]] = {
     "--from-scratch": ("run", "prepare", "problems", "sample", "judge", "train", "evaluate"),
     "--quarantine": ("run", "prepare", "warm-up", "problems", "judge", "dataset", "evaluate"),

@@ -16,7 +16,7 @@ from megatron_stepkto.base.model_folder import CONFIG, check_small_files, end_to
 from megatron_stepkto.base.records import Problem
 from megatron_stepkto.recipe import keys as recipe
 
-# What a Jinja template may raise: it is a program of the user's.
+# What a Jinja template may raise: it is a program that the user wrote.
 TEMPLATE_FAULTS = (
     TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError,
 )  # fmt: skip

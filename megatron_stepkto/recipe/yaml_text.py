@@ -1,4 +1,4 @@
-"""YAML that users write: bounded, no key given twice, and the line of every key.
+"""YAML that users write: bounded, without duplicate keys, and with the line of every key.
 
 Plain scalars are read by the core schema of YAML 1.2, as most people expect it: ``1e-6`` is a number, ``off`` and
 ``2024-01-01`` are texts, ``010`` is ten. PyYAML alone reads YAML 1.1.
@@ -33,7 +33,7 @@ _PATTERNS = {  # name: pattern and the characters that it begins with
 
 
 class BadYAML(ValueError):
-    """What is wrong with a text, and where: ``line`` counts from 1."""
+    """A fault of a YAML text. ``line`` counts from 1."""
 
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(reason)
@@ -133,7 +133,7 @@ def _too_deep(line: int) -> BadYAML:
 
 
 class _Walk:
-    """Through all nodes, aliases written out, before anything is built of them."""
+    """Walks all nodes, aliases expanded, before anything is built from them."""
 
     def __init__(self, loader: _Loader, lines: dict[Path, int], expand: Callable[[str, int], str] | None) -> None:
         self._loader, self._lines, self._expand = loader, lines, expand

@@ -8,62 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import describe, read_json
 from megatron_stepkto.methods.metrics import balance_text
-from megatron_stepkto.training.job import Notes
+from megatron_stepkto.training.job import NOTES, Notes
+from megatron_stepkto.training.rows import HeldOut, HeldOutRow, UpdateRow
 
 MAX_POINTS = 400  # per training: more than a chart has pixels for
 COUNTS = ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "tokens")
 
 Column = list[float | None]
-
-
-class Update(BaseModel):
-    """One row of ``metrics.jsonl``; log-ratios in nats, null where the batch had no such example."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    update: int
-    loss: float | None = None
-    loss_outcome: float | None = None
-    loss_step: float | None = None
-    kl_outcome: float | None = None
-    kl_step: float | None = None
-    z_outcome: float | None = None
-    z_step: float | None = None
-    log_ratio_right: float | None = None
-    log_ratio_wrong: float | None = None
-    log_ratio_right_steps: float | None = None
-    log_ratio_wrong_steps: float | None = None
-    grad_norm: float | None = None
-    num_right: int | None = None
-    num_wrong: int | None = None
-    num_right_steps: int | None = None
-    num_wrong_steps: int | None = None
-    tokens: int | None = None
-
-
-class HeldOut(BaseModel):
-    """Measured on examples that are not trained on, in nats."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    log_ratio_right: float | None = None
-    log_ratio_wrong: float | None = None
-    log_ratio_right_steps: float | None = None
-    log_ratio_wrong_steps: float | None = None
-    step_margin: float | None = None
-    outcome_margin: float | None = None
-
-
-class HeldOutRow(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    update: int
-    held_out: HeldOut
 
 
 @dataclass(frozen=True)
@@ -91,7 +47,7 @@ def read_training(path: Path, label: str) -> Training:
         UserError: any other line that does not parse, with file:line.
     """
     notes: list[str] = []
-    updates: dict[int, Update] = {}
+    updates: dict[int, UpdateRow] = {}
     held_out: dict[int, HeldOutRow] = {}
     lines = path.read_bytes().split(b"\n")
     for number, raw in enumerate(lines, start=1):
@@ -102,7 +58,7 @@ def read_training(path: Path, label: str) -> Training:
                 measured = HeldOutRow.model_validate_json(raw)
                 held_out[measured.update] = measured
             else:
-                row = Update.model_validate_json(raw)
+                row = UpdateRow.model_validate_json(raw)
                 updates[row.update] = row
         except ValidationError as error:
             if number == len(lines):
@@ -113,15 +69,15 @@ def read_training(path: Path, label: str) -> Training:
                 "restore the file, or remove the stage folder and train again"
             ) from None
     rows = [updates[key] for key in sorted(updates)]
-    columns = _columns(rows, ("update", *_numbers(Update)))
+    columns = _columns(rows, ("update", *_numbers(UpdateRow)))
     measured_columns = _columns(
         [{"update": key, **held_out[key].held_out.model_dump()} for key in sorted(held_out)],
         ("update", *HeldOut.model_fields),
     )
-    broken = sum(1 for row in rows for name in _numbers(Update) if _infinite(getattr(row, name)))
+    broken = sum(1 for row in rows for name in _numbers(UpdateRow) if _infinite(getattr(row, name)))
     if broken:
         notes.append(f"{label}: {broken} values are not finite (NaN or infinity): the training diverged.")
-    left = path.with_name("notes.json")  # the trainer's own, left at its end
+    left = path.with_name(NOTES)  # the trainer's own, left at its end
     if left.is_file():
         trainer = read_json(left, Notes)
         notes += [f"{label}, {warning}" for warning in trainer.get("warnings", [])]

@@ -14,7 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_stepkto.base.files import atomic_writer
-from megatron_stepkto.report.collect import EvaluationRow, Interval, Report, collect
+from megatron_stepkto.evaluation.table import Interval, Row
+from megatron_stepkto.report.collect import Report, collect
+from megatron_stepkto.run.folder import RunFolder
 
 FOLDER = Path(__file__).parent
 ABSENT = "–"
@@ -29,7 +31,7 @@ class Metric:
     about: str
 
 
-def metrics_of(rows: Sequence[EvaluationRow]) -> list[Metric]:
+def metrics_of(rows: Sequence[Row]) -> list[Metric]:
     k = next((row.k for row in rows if row.k), None)
     return [
         Metric("pass_at_1", "pass@1", "right answers, greedy decoding"),
@@ -51,9 +53,9 @@ def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into the folder of a finished or unfinished run, and return its path.
 
     Raises:
-        UserError: no run there, or one of its files does not parse (with file:line).
+        UserError: the folder is not a run, or one of its files does not parse (with file:line).
     """
-    target = run_dir / "report.html"
+    target = RunFolder(run_dir).report
     html = render(collect(run_dir))
     with atomic_writer(target) as file:
         file.write(html)
@@ -105,7 +107,7 @@ def _hash(text: str) -> str:
 
 
 def embed(value: Any) -> str:
-    """JSON that may stand in a script element: without "<" nothing in it can end the element."""
+    """JSON for a script element: without "<" nothing in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").encode("utf-8", "replace").decode()
 
@@ -115,7 +117,12 @@ def payload(report: Report, metrics: Sequence[Metric]) -> dict[str, Any]:
     methods = {report.method: report.summary.iterations, **report.summary.methods}
     return {
         "metrics": [asdict(metric) for metric in metrics],
-        "evaluations": {name: [row.model_dump() for row in rows] for name, rows in methods.items() if rows},
+        "evaluations": {
+            # the page shows neither breakdowns nor pass@k
+            name: [row.model_dump(exclude={"by", "pass_at_k"}) for row in rows]
+            for name, rows in methods.items()
+            if rows
+        },
         "warm_up": report.warm_up and asdict(report.warm_up),
         "trainings": {name: [asdict(row) for row in rows] for name, rows in report.trainings.items()},
         "positions": {name: [asdict(row) for row in rows] for name, rows in report.positions.items()},
@@ -124,12 +131,12 @@ def payload(report: Report, metrics: Sequence[Metric]) -> dict[str, Any]:
     }
 
 
-def last_of_methods(report: Report) -> list[tuple[str, EvaluationRow]]:
+def last_of_methods(report: Report) -> list[tuple[str, Row]]:
     """(method, row) of the common start and of each method's last model; empty without other methods."""
     summary = report.summary
     if not summary.methods or not summary.iterations:
         return []
-    ends: Mapping[str, Sequence[EvaluationRow]] = {report.method: summary.iterations, **summary.methods}
+    ends: Mapping[str, Sequence[Row]] = {report.method: summary.iterations, **summary.methods}
     return [("start", summary.iterations[0]), *((name, rows[-1]) for name, rows in ends.items() if rows)]
 
 
@@ -141,7 +148,7 @@ def notes(report: Report) -> list[str]:
     return found
 
 
-def finding(rows: Sequence[EvaluationRow]) -> str | None:
+def finding(rows: Sequence[Row]) -> str | None:
     """The result in one sentence: first against last model."""
     if len(rows) < 2:
         return None
@@ -197,5 +204,5 @@ def counts(values: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key.replace('_', ' ')} " + (f"({counts(value)})" if isinstance(value, Mapping) else str(value))
         for key, value in values.items()
-        if key != "warnings"  # they stand where nobody misses them
+        if key != "warnings"  # shown at the top of the page
     )

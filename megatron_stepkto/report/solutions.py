@@ -1,4 +1,4 @@
-"""Solutions of a run: where their errors sit, and the ones that the page carries."""
+"""Solutions of a run: where their errors are, and the ones that the page carries."""
 
 from __future__ import annotations
 

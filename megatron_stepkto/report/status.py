@@ -1,4 +1,4 @@
-"""``stepkto status RUN``: what is done, what is under way, and the table so far."""
+"""``stepkto status RUN``: finished and running stages, and the table so far."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import find_files, numbered, read_json_if_there
+from megatron_stepkto.base.files import find_files, read_json_if_there
 from megatron_stepkto.base.progress import read_progress
 from megatron_stepkto.base.stage import MANIFEST, STARTED, Manifest
-from megatron_stepkto.evaluation.table import Row, results_table
+from megatron_stepkto.evaluation.table import METRICS, Row, results_table
+from megatron_stepkto.run.folder import RunFolder
 
 
 def status_text(run: Path) -> str:
-    """Stages in the order they began, progress of the one under way, and the evaluations that are done.
+    """Stages in the order they began, progress of the running one, and the finished evaluations.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is not a run.
     """
     started = find_files(run, STARTED)
     if not started:
         raise UserError(f"{run}: expected a run's folder (such as runs/mini_cpu), found no stage in it")
     lines = [_line(run, path.parent) for path in started]
-    measured = (read_json_if_there(path / "metrics.json", Row) for path in numbered(run / "evaluate", "M"))
+    folder = RunFolder(run)
+    measured = (read_json_if_there(folder.evaluation(t) / METRICS, Row) for t in folder.evaluated())
     if rows := [row for row in measured if row is not None]:
         lines += ["", results_table({"method": "this run", "iterations": rows})]
     return "\n".join(lines)

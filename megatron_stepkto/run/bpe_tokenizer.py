@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer, for a model that starts from nothing."""
+"""Train a byte-level BPE tokenizer, for a model that starts from random weights."""
 
 from __future__ import annotations
 

@@ -1,26 +1,115 @@
-"""The folder of a run: every path in it, and what decides each stage's output."""
+"""The folder of a run: every path in it is defined here; and a recipe that is being run in one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+from megatron_stepkto.base.files import numbered
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.recipe import keys as recipes
 
-if TYPE_CHECKING:
-    pass
+StageName = Literal["problems", "sample", "judge", "dataset", "train", "convert"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one method in a run's folder ``base``, whether they exist or not.
+
+    A compared method has the folder ``base/methods/<method>``. It shares the problems, M0, its evaluation and the first
+    iteration's samples and judgements with the recipe's own method (compared: None).
+    """
+
+    base: Path
+    compared: str | None = None
+
+    @property
+    def root(self) -> Path:
+        return self.base / "methods" / self.compared if self.compared else self.base
+
+    def stage(self, name: StageName, t: int) -> Path:
+        """The folder of a stage of iteration t, from 1."""
+        shared = name == "problems" or (t == 1 and name in ("sample", "judge"))  # all methods sample first from M0
+        return (self.base if shared else self.root) / f"iteration_{t}" / name
+
+    def problems(self, t: int) -> Path:
+        """The problems of iteration t; imported ones are beside their solutions (``imported_problems``)."""
+        return self.stage("problems", t) / "problems.jsonl"
+
+    def samples(self, t: int) -> Path:
+        return self.stage("sample", t) / "samples.jsonl"
+
+    def judged(self, t: int) -> Path:
+        return self.stage("judge", t) / "judged.jsonl"
+
+    @property
+    def imported_problems(self) -> Path:
+        return self.stage("judge", 1) / "problems.jsonl"
+
+    def model(self, t: int) -> Path:
+        """Hugging Face folder of M_t as the run makes it; M0 by a warm-up."""
+        return (self.stage("convert", t) if t > 0 else self.m0("convert")) / "model"
+
+    def m0(self, stage: Literal["tokenizer", "initial", "corpus", "train", "convert"]) -> Path:
+        """The folder of a stage of the warm-up."""
+        return self.base / "M0" / stage
+
+    def evaluation(self, t: int) -> Path:
+        """The folder of the evaluation of M_t."""
+        return (self.base if t == 0 else self.root) / "evaluate" / model_name(t)
+
+    @property
+    def evaluation_problems(self) -> Path:
+        return self.base / "evaluate" / "problems" / "problems.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.base / "summary.json"
+
+    @property
+    def recipe(self) -> Path:
+        return self.base / "recipe.yaml"
+
+    @property
+    def report(self) -> Path:
+        return self.base / "report.html"
+
+    @property
+    def hashes(self) -> Path:
+        """What ``base.stage.input_hash`` knows of large folders."""
+        return self.base / ".hashes.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.base / ".lock"
+
+    def iterations(self) -> list[int]:
+        """Iterations of this method that have begun."""
+        return _numbers(self.root, "iteration_")
+
+    def evaluated(self) -> list[int]:
+        """t of each M_t whose evaluation by this method has begun."""
+        return _numbers(self.root / "evaluate", "M")
+
+    def others(self) -> list[RunFolder]:
+        """The compared methods that have begun, by name."""
+        folders = sorted(path for path in (self.base / "methods").glob("*") if path.is_dir())
+        return [RunFolder(self.base, path.name) for path in folders]
+
+
+def model_name(t: int) -> str:
+    return f"M{t}"
+
+
+def _numbers(folder: Path, prefix: str) -> list[int]:
+    return [int(path.name.removeprefix(prefix)) for path in numbered(folder, prefix)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe being run with one method.
-
-    ``base`` is the run's folder. A compared method lives in ``base/methods/<method>`` and shares the problems,
-    M0, its evaluation and the first iteration's samples with the recipe's own method.
-    """
+    """A recipe being run with one method: the recipe's own, or the one it is compared with."""
 
     recipe: recipes.Recipe
     from_scratch: bool = False
@@ -35,49 +124,32 @@ class Run:
         return self.compared or self.recipe.train.method
 
     @property
-    def base(self) -> Path:
-        return self.recipe.run_dir
+    def folder(self) -> RunFolder:
+        return RunFolder(self.recipe.run_dir, self.compared)
 
     @property
-    def root(self) -> Path:
-        return self.base / "methods" / self.compared if self.compared else self.base
-
-    def iteration(self, t: int) -> Path:
-        return self.root / f"iteration_{t}"
-
-    def sampled_at(self, t: int) -> Path:
-        """Where iteration t's problems, samples and judgements stand: all methods draw the first from M0."""
-        return (self.base if t == 1 else self.root) / f"iteration_{t}"
+    def base(self) -> Path:
+        return self.folder.base
 
     @property
     def makes_m0(self) -> bool:
         return self.from_scratch or self.recipe.initial_model is None
 
     def model(self, t: int) -> Path:
-        """Hugging Face folder of M_t."""
-        if t > 0:
-            return self.iteration(t) / "convert" / "model"
-        given = None if self.from_scratch else self.recipe.given_model()
-        return given or self.base / "M0" / "convert" / "model"
+        """Hugging Face folder of M_t; M0's is the recipe's initial_model where it has one."""
+        given = self.recipe.given_model() if t == 0 and not self.from_scratch else None
+        return given or self.folder.model(t)
 
     @property
     def tokenizer_folder(self) -> Path:
         """The tokenizer of M0, and so of every M_t: a warm-up makes it before M0."""
-        return self.base / "M0" / "tokenizer" / "model" if self.makes_m0 else self.model(0)
+        return self.folder.m0("tokenizer") / "model" if self.makes_m0 else self.model(0)
 
-    def name(self, t: int) -> str:
-        return f"M{t}"
-
-    def evaluation(self, t: int) -> Path:
-        return (self.base if t == 0 else self.root) / "evaluate" / self.name(t)
-
-    @property
-    def hashes(self) -> Path:
-        """What ``stages.input_hash`` knows of large folders."""
-        return self.base / ".hashes.json"
+    def title(self, t: int, stage: str) -> str:
+        return f"{self.compared + ' ' if self.compared else ''}iteration {t} {stage}"
 
     def known(self, stage: Stage) -> Stage:
-        return replace(stage, hashes=self.hashes)
+        return replace(stage, hashes=self.folder.hashes)
 
     def run(
         self,
@@ -89,7 +161,3 @@ class Run:
         manifest = run_stage(self.known(stage), work, force=self.force, together=together, check=check)
         self.finished.append((str(stage.directory.relative_to(self.base)), manifest))
         return manifest
-
-
-def _title(run: Run, t: int, stage: str) -> str:
-    return f"{run.compared + ' ' if run.compared else ''}iteration {t} {stage}"

@@ -17,15 +17,16 @@ from megatron_stepkto.base.files import atomic_writer, read_json, stable_hash, w
 from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
-from megatron_stepkto.evaluation.table import Row
+from megatron_stepkto.evaluation.table import METRICS, Row
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.source import check_training_problems, write_problems
 from megatron_stepkto.recipe import keys as recipes
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
 from megatron_stepkto.recipe.yaml_text import write_yaml
 from megatron_stepkto.run import warm_up
-from megatron_stepkto.run.folder import Run, _title
+from megatron_stepkto.run.folder import Run, RunFolder, model_name
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
+from megatron_stepkto.run.summary import Summary
 
 if TYPE_CHECKING:
     from megatron_stepkto.sampling.draw import Drawing
@@ -35,19 +36,19 @@ if TYPE_CHECKING:
 
 
 def _source_settings(source: recipes.Problems) -> dict[str, Any]:
-    """What decides the problems; files count by content, as inputs, not by where they stand."""
+    """The settings that determine the problems. Files are inputs: their content counts, not their path."""
     return {"source": source.source}
 
 
 def _apart_from(source: recipes.Problems, settings: dict[str, Any]) -> dict[str, Path]:
-    """The further evaluation sets as inputs; what counts as overlap joins the settings where it is not the default."""
+    """The further evaluation sets as inputs. Adds problems.overlap to ``settings`` where it is not the default."""
     if source.overlap != "exact":
         settings["overlap"] = source.overlap
     return {f"apart_from-{number}": path for number, path in enumerate(source.apart_from)}
 
 
 def _prompt_check(run: Run) -> ProblemCheck | None:
-    """A check of problems against the tokenizer that will ask them, or hours later sampling would refuse one.
+    """A check of problems against the tokenizer that will encode them: sampling would refuse one only hours later.
 
     None: the problems are the generator's, or M0's tokenizer is not there yet.
     """
@@ -58,16 +59,14 @@ def _prompt_check(run: Run) -> ProblemCheck | None:
 
 
 def problems_stage(run: Run, t: int) -> None:
-    directory = run.base / f"iteration_{t}" / "problems"
-    source = run.recipe.problems
-    out = directory / "problems.jsonl"
+    out, source = run.folder.problems(t), run.recipe.problems
     settings = {
         **_source_settings(source),
         "per_iteration": source.per_iteration,
         "seed": run.recipe.seed,
         "iteration": t,
     }
-    # the held-out files too: no problem of theirs may train
+    # the dev and test files too: none of their problems may train
     inputs = {split: path for split in ("train", "dev", "test") if (path := getattr(source, split))}
     inputs |= _apart_from(source, settings)
 
@@ -78,15 +77,14 @@ def problems_stage(run: Run, t: int) -> None:
         )
         return Result([out], {**counts, **shared})
 
-    run.run(Stage(f"iteration {t} problems", directory, settings, inputs), work)
+    run.run(Stage(f"iteration {t} problems", out.parent, settings, inputs), work)
 
 
 def evaluation_problems_stage(run: Run) -> None:
     evaluation = run.recipe.evaluate
     assert evaluation is not None
-    directory = run.base / "evaluate" / "problems"
     source, split, count = run.recipe.problems, evaluation.split, evaluation.num_problems
-    out = directory / "problems.jsonl"
+    out = run.folder.evaluation_problems
     file = getattr(source, split)
     settings = {**_source_settings(source), "split": split, "num_problems": count}
 
@@ -94,7 +92,7 @@ def evaluation_problems_stage(run: Run) -> None:
         # a fixed seed: every run of a recipe, whatever its own seed, is measured on the same problems
         return Result([out], write_problems(source, split, count, 0, 1, out, run.quarantine, _prompt_check(run)))
 
-    run.run(Stage("evaluation problems", directory, settings, {split: file} if file else {}), work)
+    run.run(Stage("evaluation problems", out.parent, settings, {split: file} if file else {}), work)
 
 
 # --- sample, judge, dataset ------------------------------------------------------------------------------------
@@ -104,22 +102,22 @@ def sampling_of(run: Run, t: int) -> Stage:
     sampling = run.recipe.sample
     assert sampling is not None
     settings = {
-        "sample": sampling.model_dump(mode="json", exclude={"workers", "stall_timeout_s"}),
+        "sample": recipes.deciding(sampling),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
         "seed": stable_hash(run.recipe.seed, "sample", t) % 2**31,
     }
-    inputs = {"problems": run.base / f"iteration_{t}" / "problems" / "problems.jsonl", "model": run.model(t - 1)}
-    return run.known(Stage(_title(run, t, "sample"), run.sampled_at(t) / "sample", settings, inputs))
+    inputs = {"problems": run.folder.problems(t), "model": run.model(t - 1)}
+    return run.known(Stage(run.title(t, "sample"), run.folder.stage("sample", t), settings, inputs))
 
 
 def drawing_of(run: Run, t: int, model: Path) -> Drawing:
-    """What iteration t draws, from the folder ``model``."""
+    """The sampling job of iteration t, from the model in the folder ``model``."""
     from megatron_stepkto.sampling.draw import sample_drawing
 
     stage, sampling = sampling_of(run, t), run.recipe.sample
     assert sampling is not None
     return sample_drawing(
-        model, run.name(t - 1), stage.inputs["problems"], run.recipe.prompt, sampling, stage.settings["seed"],
+        model, model_name(t - 1), stage.inputs["problems"], run.recipe.prompt, sampling, stage.settings["seed"],
         stage.directory, title=stage.title,
     )  # fmt: skip
 
@@ -132,7 +130,7 @@ def sample_stage(run: Run, t: int) -> None:
         from megatron_stepkto.checkpoints.convert import HFSide
 
         model = run.model(t - 1)
-        HFSide(model, one_dtype=False)  # it will be trained on what is sampled
+        HFSide(model, one_dtype=False)  # refuse now a model that training would refuse after the sampling
         return drawing_of(run, t, model)
 
     def work() -> Result:
@@ -146,12 +144,9 @@ def judging_of(run: Run, t: int) -> Stage:
     from megatron_stepkto.judging.process import judging_key
 
     assert run.recipe.judge is not None
-    inputs = {
-        "problems": run.base / f"iteration_{t}" / "problems" / "problems.jsonl",
-        "samples": run.sampled_at(t) / "sample" / "samples.jsonl",
-    }
-    settings = {"judge": judging_key(run.recipe.judge, run.model(t - 1), run.hashes)}
-    return run.known(Stage(_title(run, t, "judge"), run.sampled_at(t) / "judge", settings, inputs))
+    inputs = {"problems": run.folder.problems(t), "samples": run.folder.samples(t)}
+    settings = {"judge": judging_key(run.recipe.judge, run.model(t - 1), run.folder.hashes)}
+    return run.known(Stage(run.title(t, "judge"), run.folder.stage("judge", t), settings, inputs))
 
 
 def judge_stage(run: Run, t: int) -> None:
@@ -161,12 +156,12 @@ def judge_stage(run: Run, t: int) -> None:
         return _import_stage(run)
     stage, judging = judging_of(run, t), run.recipe.judge
     assert judging is not None
-    out, model, problems = stage.directory / "judged.jsonl", run.model(t - 1), stage.inputs["problems"]
+    out, model, problems = run.folder.judged(t), run.model(t - 1), stage.inputs["problems"]
 
     def work() -> Result:
         counts = judge_file(
             problems, stage.inputs["samples"], out, model, judging, quarantine=run.quarantine, seed=run.recipe.seed,
-            hashes=run.hashes,
+            hashes=run.folder.hashes,
         )  # fmt: skip
         return Result([out], counts)
 
@@ -176,19 +171,18 @@ def judge_stage(run: Run, t: int) -> None:
 
 
 def _show_warnings(stage: Stage, manifest: dict[str, Any]) -> None:
-    """Of a finished stage, too: a run that goes on repeats them."""
+    """Show the warnings of a stage, also of one that was finished before: a resumed run repeats them."""
     for warning in manifest["counts"].get("warnings", []):
         warn(f"{stage.title}: {warning}")
 
 
 def _import_stage(run: Run) -> None:
-    """Solutions judged elsewhere stand in for sampling and judging; all of them are tokenised once, here."""
+    """Import solutions that were judged elsewhere, in place of sampling and judging, and tokenize them all."""
     from megatron_stepkto.judging.imported import import_all
 
-    directory = run.sampled_at(1) / "judge"
     sources = run.recipe.problems.imports
     tokenizer = run.tokenizer_folder
-    problems, judged = directory / "problems.jsonl", directory / "judged.jsonl"
+    problems, judged = run.folder.imported_problems, run.folder.judged(1)
     settings = {"prompt": run.recipe.prompt.model_dump(mode="json"), "formats": [s.format for s in sources]}
     inputs = {f"{i}-{s.format}": s.path for i, s in enumerate(sources)} | {"tokenizer": tokenizer}
     inputs |= _apart_from(run.recipe.problems, settings)
@@ -200,13 +194,12 @@ def _import_stage(run: Run) -> None:
         counts = import_all(sources, tokenizer, run.recipe.prompt, problems, judged, quarantine=run.quarantine)
         return Result([problems, judged], counts | shared)
 
-    stage = Stage("import", directory, settings, inputs)
+    stage = Stage("import", judged.parent, settings, inputs)
     _show_warnings(stage, run.run(stage, work))
 
 
 def dataset_stage(run: Run, t: int) -> None:
-    directory = run.iteration(t) / "dataset"
-    judged = run.sampled_at(t) / "judge" / "judged.jsonl"
+    directory, judged = run.folder.stage("dataset", t), run.folder.judged(t)
     train, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
     share, seed = run.recipe.problems.held_out_share, run.recipe.seed
     settings = {
@@ -222,7 +215,7 @@ def dataset_stage(run: Run, t: int) -> None:
         )
         return Result([path for path in (train, held_out) if path.exists()], counts)
 
-    stage = Stage(_title(run, t, "dataset"), directory, settings, {"judged": judged})
+    stage = Stage(run.title(t, "dataset"), directory, settings, {"judged": judged})
     _show_warnings(stage, run.run(stage, work))
 
 
@@ -230,7 +223,7 @@ def dataset_stage(run: Run, t: int) -> None:
 
 
 def training_of(run: Run, t: int) -> Stage:
-    data = run.iteration(t) / "dataset"
+    data = run.folder.stage("dataset", t)
     settings = run.recipe.train.model_copy(update={"method": run.method})
     inputs = {"model": run.model(t - 1), "train": data / "train.jsonl"}
     held_out = data / "held_out.jsonl"
@@ -240,11 +233,11 @@ def training_of(run: Run, t: int) -> Stage:
         inputs["reference"] = run.model(0)
     seed = stable_hash(run.recipe.seed, "train", t) % 2**31
     key = {"train": training_key(settings), "seed": seed}
-    return run.known(Stage(_title(run, t, "train"), run.iteration(t) / "train", key, inputs))
+    return run.known(Stage(run.title(t, "train"), run.folder.stage("train", t), key, inputs))
 
 
 def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
-    """weights_only: the part that needs no GPU, and leaves the rest to a later call."""
+    """Train. weights_only: do the part that needs no GPU, and leave the rest to a later call."""
     from megatron_stepkto.base.nodes import tell_others, this_node
     from megatron_stepkto.training.launch import help_train, prepare_weights, train
     from megatron_stepkto.training.requirements import Ranks, check_training
@@ -267,14 +260,13 @@ def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
 def convert_stage(run: Run, t: int) -> None:
     from megatron_stepkto.checkpoints.convert import megatron_to_hf
 
-    directory = run.iteration(t) / "convert"
-    source, out = run.iteration(t) / "train" / "final", directory / "model"
+    source, out = run.folder.stage("train", t) / "final", run.folder.model(t)
 
     def work() -> Result:
         megatron_to_hf(source, out)
         return Result([out])
 
-    run.run(Stage(_title(run, t, "convert"), directory, {}, {"trained": source}), work)
+    run.run(Stage(run.title(t, "convert"), out.parent, {}, {"trained": source}), work)
 
 
 def evaluation_of(run: Run, t: int) -> Stage:
@@ -286,25 +278,22 @@ def evaluation_of(run: Run, t: int) -> Stage:
     assert judging is not None
     settings = {
         "evaluate": evaluation.model_dump(mode="json"),
-        # the rest of the section is how training data are drawn, or with how many workers
-        "sample": sampling.model_dump(
-            mode="json", include={"backend", "max_tokens", "chunk_problems", "dtype", "tensor_parallel"}
-        ),
-        "judge": judging_key(judging, run.model(t), run.hashes),
+        "sample": recipes.deciding(sampling, evaluation=True),
+        "judge": judging_key(judging, run.model(t), run.folder.hashes),
         "prompt": run.recipe.prompt.model_dump(mode="json"),
     }
 
-    title = f"{run.compared + ' ' if run.compared else ''}evaluate {run.name(t)}"
-    inputs = {"problems": run.base / "evaluate" / "problems" / "problems.jsonl", "model": run.model(t)}
-    return run.known(Stage(title, run.evaluation(t), settings, inputs))
+    title = f"{run.compared + ' ' if run.compared else ''}evaluate {model_name(t)}"
+    inputs = {"problems": run.folder.evaluation_problems, "model": run.model(t)}
+    return run.known(Stage(title, run.folder.evaluation(t), settings, inputs))
 
 
 def evaluation_drawing_of(run: Run, t: int, model: Path) -> Drawing:
-    """What the evaluation of M_t draws, from the folder ``model``."""
+    """The sampling job of the evaluation of M_t, from the model in the folder ``model``."""
     from megatron_stepkto.evaluation.stage import evaluation_drawing
 
     stage = evaluation_of(run, t)
-    return evaluation_drawing(model, run.name(t), stage.inputs["problems"], run.recipe, stage.directory)
+    return evaluation_drawing(model, model_name(t), stage.inputs["problems"], run.recipe, stage.directory)
 
 
 def sample_for_evaluation(run: Run, t: int) -> None:
@@ -330,18 +319,18 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
         check_judge(run.recipe.judge, model, stage.directory, problems)
 
     def work() -> Result:
-        row = evaluate_model(model, run.name(t), problems, run.recipe, stage.directory, hashes=run.hashes)
+        row = evaluate_model(model, model_name(t), problems, run.recipe, stage.directory, hashes=run.folder.hashes)
         return Result([stage.directory / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
     run.run(stage, work, together=lambda: drawing().draw(), check=check)
-    return dict(read_json(stage.directory / "metrics.json", Row))
+    return dict(read_json(stage.directory / METRICS, Row))
 
 
-# --- all of it -------------------------------------------------------------------------------------------------
+# --- the whole run -------------------------------------------------------------------------------------------------
 
 
 def check_fits(model: Path, recipe: recipes.Recipe) -> None:
-    """Raises UserError for a model that cannot be trained in this layout, on whatever machine."""
+    """Raises UserError for a model that cannot be trained in this layout on any machine."""
     from megatron_stepkto.architectures.layout import check_layout
     from megatron_stepkto.checkpoints.convert import read_model_config
 
@@ -360,7 +349,7 @@ STAGES: dict[str, Callable[[Run, int], object]] = {
 
 
 def prepare(run: Run) -> None:
-    """What comes before the first iteration: M0 and the evaluation's problems."""
+    """Make what the first iteration needs: M0 and the problems of the evaluation."""
     if run.makes_m0:
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
@@ -372,29 +361,29 @@ def prepare(run: Run) -> None:
 
 
 def choose_problems(run: Run) -> None:
-    """The problems of every iteration, so that what is wrong with the last ones is found before the first are used."""
+    """Choose the problems of all iterations now: a fault in the last ones must show before the first are sampled."""
     if run.recipe.problems.source != "imports":
         for t in range(1, run.recipe.iterations + 1):
             problems_stage(run, t)
 
 
 def prepare_all(run: Run) -> None:
-    """What needs nothing but the recipe: M0, and the problems of every iteration and of the evaluation."""
+    """Make what depends on the recipe alone: M0, and the problems of every iteration and of the evaluation."""
     from megatron_stepkto.run import refusals
 
     # training is another job's, with GPUs that this machine may not have; the packages are this job's
     refusals.check_machine(run, environment="train", elsewhere=True)
     prepare(run)
-    input_hash(run.model(0), run.base / ".hashes.json")
+    input_hash(run.model(0), run.folder.hashes)
     choose_problems(run)
     refusals.check_prepared(run)
 
 
 def run_iterations(run: Run) -> list[dict[str, Any]]:
-    """All iterations of one method; returns the evaluation's row of M0, M1, ..."""
+    """Run all iterations of one method; returns the evaluation rows of M0, M1, ..."""
     rows = [evaluate_stage(run, 0)] if run.recipe.evaluate else []
     for t in range(1, run.recipe.iterations + 1):
-        say(f"--- {_title(run, t, f'of {run.recipe.iterations}')} ---")
+        say(f"--- {run.title(t, f'of {run.recipe.iterations}')} ---")
         if run.recipe.problems.source != "imports":
             problems_stage(run, t)
             sample_stage(run, t)
@@ -408,25 +397,25 @@ def run_iterations(run: Run) -> list[dict[str, Any]]:
 
 
 def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
-    """The whole recipe, then the methods it is compared with; writes and returns ``summary.json``.
+    """Run the whole recipe, then the methods to compare it with; writes and returns ``summary.json``.
 
     Raises:
-        UserError: another process is at this run, or see the stages.
+        UserError: another process works on this run, or a stage refuses its input.
     """
     from megatron_stepkto.run import refusals
 
     begun = time.time()
     refusals.check_machine(run, compare)
-    with exclusive_lock(run.base / ".lock", str(run.base)):
-        # Until all is done again there is no summary: an old one beside new stages would be untrue.
-        (run.base / "summary.json").unlink(missing_ok=True)
+    with exclusive_lock(run.folder.lock, str(run.base)):
+        # An old summary would contradict the new stages: there is none until all of them are finished.
+        run.folder.summary.unlink(missing_ok=True)
         prepare(run)
         choose_problems(replace(run, finished=[]))  # `run_iterations` names them, each in its place
         refusals.check_prepared(run, compare)
         rows = run_iterations(run)
         for method in compare:
             run_iterations(replace(run, compared=method))
-        with atomic_writer(run.base / "recipe.yaml") as file:
+        with atomic_writer(run.folder.recipe) as file:
             write_yaml(run.recipe.model_dump(mode="json"), file)
         stages = dict(run.finished)
         summary: dict[str, Any] = {
@@ -434,24 +423,24 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
             "seed": run.recipe.seed,
             "method": run.method,
             "iterations": rows,
-            "methods": compared_rows(run.base),
+            "methods": compared_rows(run.folder),
             "stages": [{"name": name, "seconds": m["seconds"], "counts": m["counts"]} for name, m in stages.items()],
             "seconds": round(sum(m["seconds"] for m in stages.values()), 1),
             "seconds_of_this_command": round(time.time() - begun, 1),
         }
         if not summary["methods"]:
             del summary["methods"]
-        write_json(run.base / "summary.json", summary)
+        write_json(run.folder.summary, Summary.model_validate(summary).model_dump(mode="json", exclude_unset=True))
     return summary
 
 
-def compared_rows(base: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every compared method that this run holds, also of earlier commands; M0 is everybody's."""
+def compared_rows(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every compared method that the run holds, of earlier commands too; each begins with the shared M0."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for folder in sorted((base / "methods").glob("*")):
-        files = [base / "evaluate" / "M0" / "metrics.json"]
+    for method in folder.others():
+        files = [method.evaluation(0) / METRICS]
         while files[-1].is_file():
-            files.append(folder / "evaluate" / f"M{len(files)}" / "metrics.json")
+            files.append(method.evaluation(len(files)) / METRICS)
         if len(files) > 2:
-            found[folder.name] = [dict(read_json(file, Row)) for file in files[:-1]]
+            found[str(method.compared)] = [dict(read_json(file, Row)) for file in files[:-1]]
     return found

@@ -1,7 +1,6 @@
-"""What later stages of a run will refuse, found before the first one works: hours of sampling must not end in it.
+"""Find what later stages of a run will refuse before the first one starts: hours of sampling must not be lost to it.
 
-Nothing here decides what is refused: each check is the one that the stage itself makes. A stage that is finished
-needs nothing any more, and is not asked.
+Each check is the one that the stage itself makes: nothing more is refused here. Finished stages are not checked.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _STAGE_OF: dict[Kind, Callable[[Run, int], Stage]] = {
 
 @dataclass(frozen=True)
 class Pending:
-    """A stage that is still to be done."""
+    """A stage that is not finished."""
 
     kind: Kind
     run: Run
@@ -57,7 +56,7 @@ class Pending:
 
 
 def pending(run: Run, compare: Sequence[Method] = ()) -> Iterator[Pending]:
-    """The stages of all iterations that ask something of the machine, in the order of ``run_all``."""
+    """The unfinished stages of all iterations that need something of the machine, in the order of ``run_all``."""
     seen: set[Path] = set()
     for each in (run, *(replace(run, compared=method) for method in compare)):
         redone = False
@@ -67,7 +66,7 @@ def pending(run: Run, compare: Sequence[Method] = ()) -> Iterator[Pending]:
                 continue
             seen.add(directory)
             done = (directory / MANIFEST).is_file()
-            if done and run.force:  # what changed is done again, and so is what is made of it
+            if done and run.force:  # a stage with other settings is redone, and so is every stage after it
                 done = not redone and _STAGE_OF[kind](each, t).is_finished(force=True)
             if not done:
                 redone = redone or kind != "evaluate"
@@ -88,21 +87,21 @@ def _stages(recipe: Recipe) -> Iterator[tuple[Kind, int]]:
 
 def _directory(run: Run, kind: Kind, t: int) -> Path:
     if kind == "evaluate":
-        return run.evaluation(t)
-    return (run.iteration(t) if kind == "train" else run.sampled_at(t)) / kind
+        return run.folder.evaluation(t)
+    return run.folder.stage(kind, t)
 
 
 def check_machine(
     run: Run, compare: Sequence[Method] = (), *, environment: Environment | None = None, elsewhere: bool = False
 ) -> None:
-    """Raises UserError when ``machine_refusals`` finds something; names all of it."""
+    """Raises UserError with all that ``machine_refusals`` finds, if it finds anything."""
     _refuse(machine_refusals(run, compare, environment=environment, elsewhere=elsewhere))
 
 
 def machine_refusals(
     run: Run, compare: Sequence[Method] = (), *, environment: Environment | None = None, elsewhere: bool = False
 ) -> list[str]:
-    """What this machine lacks for the stages that are to be done: packages, devices, memory, servers, disk space.
+    """What this machine lacks for the unfinished stages: packages, devices, memory, servers, disk space.
 
     Args:
         environment: only stages of that environment of a cluster (slurm/site.example.sh); None: of both.
@@ -130,10 +129,10 @@ def _first_of_each_kind(left: Sequence[Pending]) -> list[Pending]:
 
 
 def check_prepared(run: Run, compare: Sequence[Method] = ()) -> None:
-    """What depends on M0 and the problems, once they are there: lengths, answers, the weights, the layout.
+    """Check what depends on M0 and the problems, once they exist: lengths, answers, the weights, the layout.
 
     Raises:
-        UserError: names all that is refused.
+        UserError: lists everything that is refused.
     """
     left = list(pending(run, compare))
     checks: list[tuple[str, Check]] = []
@@ -150,7 +149,7 @@ def _refuse(found: list[str]) -> None:
 
 
 def _collect(checks: Sequence[tuple[str, Check]]) -> list[str]:
-    """What the checks refuse, each once, with the first stage that it would end."""
+    """The messages of all failing checks, each once, after the title of the first stage that would fail."""
     found: dict[str, str] = {}
     for title, check in checks:
         try:
@@ -167,7 +166,7 @@ def _training(item: Pending, elsewhere: bool) -> Iterator[Check]:
     from megatron_stepkto.base.nodes import this_node
     from megatron_stepkto.training.requirements import Ranks, training_checks
 
-    settings, model = item.run.recipe.train, item.run.model(0)  # all models of a run are of one shape
+    settings, model = item.run.recipe.train, item.run.model(0)  # all models of a run have the same architecture
     ranks = settings.parallel.ranks if elsewhere else this_node().ranks_here(settings.parallel.ranks)
     yield from training_checks(Ranks(settings=settings, model=model, ranks=ranks), elsewhere=elsewhere)
     if (model / "config.json").is_file():
@@ -185,10 +184,9 @@ def _weights(item: Pending) -> Iterator[Check]:
 def _warm_up(run: Run) -> Iterator[Check]:
     from megatron_stepkto.training.requirements import Ranks, training_checks
 
-    base = run.base / "M0"
-    if run.makes_m0 and run.recipe.warm_up is not None and not (base / "train" / MANIFEST).is_file():
+    if run.makes_m0 and run.recipe.warm_up is not None and not (run.folder.m0("train") / MANIFEST).is_file():
         settings = run.recipe.warm_up.training
-        model = base / "initial" / "model"
+        model = run.folder.m0("initial") / "model"
         yield from training_checks(Ranks(settings=settings, model=model, ranks=settings.parallel.ranks))
 
 
@@ -238,14 +236,14 @@ def _check_lengths(run: Run, t: int) -> None:
 
 
 def checkpoint_bytes(recipe: Recipe, model: Path, trainings: int) -> int:
-    """What a run leaves and needs on disk at once, weights and optimizer state; 0 while its model does not exist.
+    """Peak disk space of a run's weights and optimizer state, in bytes; 0 while its model does not exist.
 
     Per parameter: a weight (w bytes) and AdamW's two moments, and in bfloat16 the float32 main weight. While an
     iteration trains: the input in Megatron's format (and the reference, if it is another model), keep_checkpoints
     and one being written. Left by each iteration: the trained weights in both formats.
 
     Args:
-        model: M0's folder. trainings: how many are to be done.
+        model: M0's folder. trainings: number of iterations that are not trained yet.
     """
     from megatron_stepkto.architectures.sharding import model_parameters
     from megatron_stepkto.checkpoints.convert import read_model_config
@@ -259,15 +257,15 @@ def checkpoint_bytes(recipe: Recipe, model: Path, trainings: int) -> int:
 
 
 def check_space(run: Run, trainings: Sequence[Pending]) -> None:
-    """Is there room for what the trainings that are to be done will write? What an attempt left of one counts.
+    """Check that the unfinished trainings have room on disk. What an earlier attempt has written counts as available.
 
     Raises:
-        UserError: there is not; names both numbers.
+        UserError: there is not enough; names both numbers.
     """
     needed = checkpoint_bytes(run.recipe, run.model(0), len(trainings))
     for item in trainings:
         for path in find_files(_directory(item.run, "train", item.t), "*"):
-            with contextlib.suppress(FileNotFoundError):  # a training that is under way drops old checkpoints
+            with contextlib.suppress(FileNotFoundError):  # a running training removes old checkpoints
                 needed -= path.stat().st_size
     place = next((p for p in (run.base, *run.base.parents) if p.is_dir()), None)
     if place is not None and (free := shutil.disk_usage(place).free) < needed:

@@ -1,4 +1,4 @@
-"""What of a recipe's sections decides a stage's outputs: a change of anything else leaves what is finished as it is."""
+"""The settings that determine the outputs of training and data set stages, for each method."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ _DATASET_KEYS: dict[str, set[str]] = {
 }
 
 
-_NOT_DECIDING = {"parallel", "device", "micro_batch_tokens", "pad_documents_to", "recompute", "timeout_s", "max_gap",
-                 "checkpoint_every", "keep_checkpoints", "async_checkpoints", "log"}  # fmt: skip
-
-
 def training_key(settings: recipes.Training) -> dict[str, Any]:
-    """What of a training's settings decides its weights, but for rounding: a run may go on at another layout."""
-    key = settings.model_dump(mode="json", exclude=_NOT_DECIDING)
-    # its checkpoints hold the optimizer's state in another form: neither kind goes on from the other's
+    """The settings that determine the trained weights, up to rounding: a run may resume at another layout."""
+    key = recipes.deciding(settings)
+    # its checkpoints hold the optimizer's state in another form: neither kind resumes from the other's
     key["distributed_optimizer"] = settings.parallel.distributed_optimizer
     unread = {"dpo_beta", "nll_weight"}
     used = _LOSS_KEYS.get(settings.method, set(key["loss"]) - unread)
@@ -31,7 +27,7 @@ def training_key(settings: recipes.Training) -> dict[str, Any]:
 
 
 def dataset_key(settings: recipes.Dataset, method: recipes.Method) -> dict[str, Any]:
-    """What of the dataset section decides the examples of a method."""
-    key = settings.model_dump(mode="json")
+    """The settings of the section dataset that determine the examples of a method."""
+    key = recipes.deciding(settings)
     used = _DATASET_KEYS.get(method, set(key) - {"pairs_per_problem", "right_solutions"})
     return {name: value for name, value in key.items() if name in used}

@@ -1,4 +1,4 @@
-"""Making M0: a tokenizer, random weights, a corpus of solutions, and supervised training by the same trainer."""
+"""Make M0: a tokenizer, random weights, a corpus of solutions, and supervised training with the same trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def _settings(run: Run) -> recipe.WarmUp:
     if run.recipe.warm_up is None:
-        raise UserError("--from-scratch makes M0 by the recipe's section warm_up, which is missing; add it")
+        raise UserError("--from-scratch makes M0 as the section warm_up says, and the recipe has none; add it")
     return run.recipe.warm_up
 
 
@@ -32,7 +32,7 @@ def tokenizer_stage(run: Run) -> None:
     from megatron_stepkto.run.bpe_tokenizer import train_byte_level_bpe
 
     warm_up = _settings(run)
-    directory = run.base / "M0" / "tokenizer"
+    directory = run.folder.m0("tokenizer")
     out = directory / "model"
     sources = run.recipe.problems.imports
     byte_level = warm_up.tokenizer == "byte_level_bpe"
@@ -62,11 +62,10 @@ def make_m0(run: Run) -> None:
     from megatron_stepkto.training.requirements import Ranks, check_training
 
     warm_up = _settings(run)
-    base = run.base / "M0"
-    tokenizer = base / "tokenizer" / "model"
+    tokenizer = run.folder.m0("tokenizer") / "model"
     seed = run.recipe.seed
 
-    initial = base / "initial"
+    initial = run.folder.m0("initial")
     run.run(
         Stage(
             "M0 initial weights",
@@ -77,9 +76,9 @@ def make_m0(run: Run) -> None:
         lambda: Result([initialise(warm_up.architecture, tokenizer, initial / "model", seed)]),
     )
 
-    data = base / "corpus"
+    data = run.folder.m0("corpus")
     examples = data / "train.jsonl"
-    judged = run.sampled_at(1) / "judge" / "judged.jsonl"
+    judged = run.folder.judged(1)
     imported = run.recipe.problems.source == "imports"
     share = run.recipe.problems.held_out_share
 
@@ -101,7 +100,7 @@ def make_m0(run: Run) -> None:
         settings = {"corpus_size": warm_up.corpus_size, "prompt": prompt, "seed": seed}
     run.run(Stage("M0 corpus", data, settings, inputs), make_corpus)
 
-    training = base / "train"
+    training = run.folder.m0("train")
     stage = Stage(
         "M0 train",
         training,
@@ -111,7 +110,7 @@ def make_m0(run: Run) -> None:
     here = Ranks(settings=warm_up.training, model=initial / "model", ranks=warm_up.training.parallel.ranks)
     run.run(stage, lambda: train(stage, warm_up.training, seed), check=lambda: check_training(here))
 
-    converted = base / "convert"
+    converted = run.folder.m0("convert")
 
     def convert() -> Result:
         megatron_to_hf(training / "final", converted / "model")
@@ -152,7 +151,7 @@ def initialise(architecture: dict[str, Any], tokenizer: Path, output: Path, seed
 
 
 def write_corpus(size: int, seed: int, tokenizer: Path, prompt: recipe.Prompt, output: Path) -> int:
-    """The simulated student's solutions as training examples: one step each, for the supervised loss has no steps."""
+    """The simulated student's solutions as examples: one step each, as the supervised loss does not read steps."""
     prompts = Prompts.of(prompt, tokenizer)
 
     def examples() -> Iterable[TrainExample]:

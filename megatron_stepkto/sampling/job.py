@@ -168,7 +168,7 @@ class Speed(BaseModel):
 def _identity(job: dict[str, Any]) -> dict[str, Any]:
     """What the samples depend on: not who draws them nor where the folders stand."""
     # the passes carry the temperatures
-    others = ("workers", "temperature", "top_p", "stall_timeout_s")
+    others = recipe.unkeyed(recipe.Sampling) | {"temperature", "top_p"}
     settings = {k: v for k, v in job["settings"].items() if k not in others}
     return {key: job[key] for key in ("model_name", "passes", "prompts", "seed")} | {"settings": settings}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.stage import MANIFEST
 from megatron_stepkto.recipe.keys import LLMJudge, MonteCarloJudge, PRMJudge, Recipe
-from megatron_stepkto.report.collect import Summary
 from megatron_stepkto.run.folder import Run
+from megatron_stepkto.run.summary import Summary
 from megatron_stepkto.slurm.queue import comment
 from megatron_stepkto.slurm.site import Site
 
@@ -42,16 +42,16 @@ def log_path(run: Path, name: str) -> Path:
 def chain(recipe: Recipe, site: Site) -> list[Step]:
     """All jobs of a run, each after those that it waits for."""
     run = Run(recipe)
-    base = run.base
+    paths = run.folder
     imported = recipe.problems.source == "imports"
-    chosen = [base / f"iteration_{t}" / "problems" for t in range(1, recipe.iterations + 1)]
+    chosen = [paths.stage("problems", t) for t in range(1, recipe.iterations + 1)]
     first = [] if imported else chosen
     if recipe.evaluate:
-        first = [*first, base / "evaluate" / "problems"]
+        first = [*first, paths.evaluation_problems.parent]
     if run.makes_m0:
-        first = [*first, base / "M0" / "convert"]
+        first = [*first, paths.m0("convert")]
     if imported:
-        first = [*first, run.sampled_at(1) / "judge"]
+        first = [*first, paths.stage("judge", 1)]
     steps = [Step("prepare", "prepare", [], first, _cpu(site))]
     before = "prepare"
     measured = []
@@ -62,26 +62,26 @@ def chain(recipe: Recipe, site: Site) -> list[Step]:
         return f"{stage}_{t}"
 
     if recipe.evaluate:
-        measured.append(add("evaluate", 0, "prepare", run.evaluation(0), _evaluate(recipe, site), *server))
+        measured.append(add("evaluate", 0, "prepare", paths.evaluation(0), _evaluate(recipe, site), *server))
     for t in range(1, recipe.iterations + 1):
         if not imported:
-            before = add("sample", t, before, run.sampled_at(t) / "sample", _sample(recipe, site))
-            before = add("judge", t, before, run.sampled_at(t) / "judge", _judge(recipe, site), *server)
-        before = add("dataset", t, before, run.iteration(t) / "dataset", _cpu(site))
-        before = add("train", t, before, run.iteration(t) / "train", _train(recipe, site))
-        before = add("convert", t, before, run.iteration(t) / "convert", _cpu(site))
+            before = add("sample", t, before, paths.stage("sample", t), _sample(recipe, site))
+            before = add("judge", t, before, paths.stage("judge", t), _judge(recipe, site), *server)
+        before = add("dataset", t, before, paths.stage("dataset", t), _cpu(site))
+        before = add("train", t, before, paths.stage("train", t), _train(recipe, site))
+        before = add("convert", t, before, paths.stage("convert", t), _cpu(site))
         if recipe.evaluate:
-            measured.append(add("evaluate", t, before, run.evaluation(t), _evaluate(recipe, site), *server))
+            measured.append(add("evaluate", t, before, paths.evaluation(t), _evaluate(recipe, site), *server))
     steps.append(Step("finish", "finish", measured or [before], [], _cpu(site)))
     return steps
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Does the summary stand, with a row per iteration?"""
-    summary = recipe.run_dir / "summary.json"
-    if not (summary.is_file() and (recipe.run_dir / "report.html").is_file()):
+    """Is there a report, and a summary with a row per iteration?"""
+    paths = Run(recipe).folder
+    if not (paths.summary.is_file() and paths.report.is_file()):
         return False
-    rows = len(read_json(summary, Summary)["iterations"])
+    rows = len(read_json(paths.summary, Summary)["iterations"])
     return rows == (recipe.iterations + 1 if recipe.evaluate else 0)
 
 

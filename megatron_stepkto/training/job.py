@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from megatron_stepkto.base.files import numbered
 from megatron_stepkto.recipe import keys as recipe
 
+# In the folder of a training, for those who read it without a job: rows per update; log-ratios per example; notes.
+METRICS, LOG_RATIOS, NOTES = "metrics.jsonl", "log_ratios.jsonl", "notes.json"
+
 
 class Gap(BaseModel):
     """How far sampler and trainer are apart, nats per token."""
@@ -59,16 +62,16 @@ class Job(BaseModel):
 
     @property
     def metrics(self) -> Path:
-        return self.directory / "metrics.jsonl"
+        return self.directory / METRICS
 
     @property
     def notes(self) -> Path:
         """Facts that the ranks leave for the manifest: gap, padding, warnings."""
-        return self.directory / "notes.json"
+        return self.directory / NOTES
 
     @property
     def log_ratios(self) -> Path:
-        return self.directory / "log_ratios.jsonl"
+        return self.directory / LOG_RATIOS
 
     @property
     def progress(self) -> Path:

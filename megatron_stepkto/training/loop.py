@@ -39,6 +39,7 @@ from megatron_stepkto.methods.objective import (
 from megatron_stepkto.methods.registry import make_objective, solutions_of_documents, units_of
 from megatron_stepkto.training.job import Job, State, drop_checkpoint, finished_checkpoints, half_checkpoints
 from megatron_stepkto.training.references import find_references, per_step, per_token, score_documents
+from megatron_stepkto.training.rows import HeldOut, HeldOutRow, UpdateRow
 from megatron_stepkto.training.schedule import learning_rate
 from megatron_stepkto.training.tracking import Tracker
 from megatron_stepkto.training.watch import WINDOW, falling_below_zero
@@ -348,7 +349,7 @@ class Trainer:
             "tflops_per_rank": sums["flops"] / seconds / 1e12 / self.settings.parallel.ranks,
             "memory_gb": memory / 1e9,
         }
-        self._append(row)
+        self._append(UpdateRow.model_validate(row))
         self._watch_collapse(update, row["log_ratio_right"])
         self._report(
             update + 1,
@@ -375,9 +376,9 @@ class Trainer:
     def _warn(self, message: str) -> None:
         self.notes.setdefault("warnings", []).append(message)
 
-    def _append(self, row: dict[str, Any]) -> None:
+    def _append(self, row: UpdateRow | HeldOutRow) -> None:
         if self.tracker:
-            self.tracker.log(row)
+            self.tracker.log(row.model_dump(exclude_unset=True))
 
     def _log_held_out(self, update: int) -> None:
         """Log-ratios of right and wrong solutions and steps on examples that never train; where due, and once."""
@@ -391,7 +392,7 @@ class Trainer:
         found = self._score("held-out examples", documents, per_step, update=update)
         solutions = solutions_of_documents(documents, found, self.references)
         sums = {name: value.item() for name, value in reward_sums(solutions).items()}
-        self._append({"update": update, "held_out": held_out_metrics_of(sums)})
+        self._append(HeldOutRow(update=update, held_out=HeldOut.model_validate(held_out_metrics_of(sums))))
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 

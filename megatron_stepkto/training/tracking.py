@@ -13,6 +13,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer
 from megatron_stepkto.base.storage import writing
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.training.job import METRICS
 
 AXES = ("update", "num_updates")
 
@@ -52,7 +53,7 @@ class Tracker:
     """
 
     def __init__(self, directory: Path, log: recipe.Log, done: int, identity: str, settings: Mapping[str, Any]) -> None:
-        self._file = directory / "metrics.jsonl"
+        self._file = directory / METRICS
         lines = self._file.read_text(encoding="utf-8").splitlines() if done and self._file.exists() else []
         kept = [line for line in lines if _update_of(line) <= done]
         self.measured = max((_update_of(line) for line in kept if "held_out" in json.loads(line)), default=-1)

@@ -15,8 +15,8 @@ PACKAGE = "megatron_stepkto"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("slurm",),
+    ("report",),  # it reads the folder that run/folder.py defines
     ("run",),
-    ("report",),
     ("evaluation", "training"),
     ("methods",),
     ("megatron",),

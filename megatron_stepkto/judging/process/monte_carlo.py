@@ -24,7 +24,6 @@ from megatron_stepkto.sampling import worker
 from megatron_stepkto.sampling.draw import Pass, PromptRow, draw, sampling_dtype
 from megatron_stepkto.sampling.engines import check_engines
 
-HOW_DRAWN = {"workers", "stall_timeout_s"}  # keys that do not decide what is drawn
 CHUNK = 2048  # completions whose answers are compared together
 
 
@@ -112,7 +111,7 @@ class MonteCarloJudge:
         )  # fmt: skip
         # a folder per job, as finished rollouts of other solutions, or by another model, would be taken for these
         job = content_key(
-            [row.model_dump() for row in rows], sampling.model_dump(mode="json", exclude=HOW_DRAWN), self._place.seed,
+            [row.model_dump() for row in rows], recipe.deciding(sampling), self._place.seed,
             self._place.hash_of(self._model), code_hash(worker.__name__), engine_versions(),
         )  # fmt: skip
         try:

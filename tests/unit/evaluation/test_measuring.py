@@ -14,7 +14,7 @@ from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, S
 from megatron_stepkto.evaluation.majority import answer_comparison, majority_is_right
 from megatron_stepkto.evaluation.metrics import evaluation_row
 from megatron_stepkto.evaluation.statistics import clustered_share, plain_share, wilson_interval
-from megatron_stepkto.evaluation.table import results_table
+from megatron_stepkto.evaluation.table import Row, results_table
 
 JUDGE = Judge(outcome="answer", process="none")
 
@@ -177,6 +177,7 @@ def test_row_worked_out_by_hand() -> None:
         )
     ]
     row = evaluation_row("M1", "dev", problems(6), greedy, sampled)
+    assert Row.checked(row) == row, "what is written is what a reader knows"
     assert (row["name"], row["split"], row["num_problems"], row["k"]) == ("M1", "dev", 6, 3)
     assert row["pass_at_1"] == pytest.approx(3 / 6)
     assert row["pass_at_1_interval"] == pytest.approx(wilson_interval(3, 6))

@@ -16,6 +16,7 @@ from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.evaluation.compare import compare_evaluations, comparison_table
 from megatron_stepkto.evaluation.metrics import ProblemResult, evaluation_row, problem_results
 from megatron_stepkto.evaluation.statistics import bootstrap_mean, mcnemar_exact, pass_at_k
+from megatron_stepkto.evaluation.table import Row
 from tests.builders import evaluation_row as table_row
 from tests.unit.evaluation.test_measuring import judged, never
 
@@ -72,6 +73,7 @@ def test_row_counts_pass_at_k_and_groups_by_hand() -> None:
         for k in range(4)
     ]
     row = evaluation_row("M", "test", asked(3), greedy, sampled)
+    assert Row.checked(row) == row, "what is written is what a reader knows"
     assert list(row["pass_at_k"]) == ["1", "2", "4"]
     assert [row["pass_at_k"][k]["value"] for k in ("1", "2", "4")] == pytest.approx([5 / 12, 0.5, 2 / 3])
     low, high = row["pass_at_k"]["2"]["value_interval"]

@@ -9,6 +9,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
+from megatron_stepkto.run.folder import RunFolder
 from megatron_stepkto.run.pipeline import check_fits, compared_rows
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
 from tests.builders import evaluation_row, write_llama
@@ -45,7 +46,7 @@ def test_compared_rows_are_found_on_disk(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
     for name in ("evaluate/M0", "methods/kto/evaluate/M1"):
         (tmp_path / name / "metrics.json").write_text(json.dumps(evaluation_row(name[-2:])))
-    assert compared_rows(tmp_path) == {"kto": [evaluation_row("M0"), evaluation_row("M1")]}
+    assert compared_rows(RunFolder(tmp_path)) == {"kto": [evaluation_row("M0"), evaluation_row("M1")]}
 
 
 def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_path: Path, repository: Path) -> None:

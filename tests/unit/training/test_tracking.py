@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.methods.metrics import metrics_of
+from megatron_stepkto.methods.metrics import held_out_metrics_of, metrics_of
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.training.rows import HeldOut, UpdateRow
 from megatron_stepkto.training.tracking import Tracker, check_trackers
 
 SUMS = {
@@ -44,6 +45,17 @@ def test_metrics_of_pairs() -> None:
     )
     assert (row["loss_dpo"], row["loss_nll"], row["pair_accuracy"]) == (1.25, 0.25, 0.75)
     assert (row["loss_outcome"], row["kl_outcome"]) == (None, None)
+
+
+def test_what_is_read_again_is_written() -> None:
+    """A metric that is renamed where it is made must be renamed where the report reads it."""
+    made = metrics_of(SUMS, KL, "step_kto", (0.5, 2.0))
+    of_the_loop = {"update", "z_outcome", "z_step", "grad_norm"}
+    assert set(UpdateRow.model_fields) - of_the_loop <= set(made)
+    assert UpdateRow.model_validate({"update": 1, **made}).model_dump(exclude_unset=True) == {"update": 1, **made}
+    held_out = held_out_metrics_of(SUMS)
+    assert set(HeldOut.model_fields) <= set(held_out)
+    assert HeldOut.model_validate(held_out).model_dump(exclude_unset=True) == held_out
 
 
 def rows_on(board: Path) -> dict[str, list[tuple[int, float]]]:

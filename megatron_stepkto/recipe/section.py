@@ -1,0 +1,82 @@
+"""What every section of a recipe shares: strict types, paths, and the mark that keeps a key out of stage keys."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+
+
+class Section(BaseModel):
+    # strict: true is not a number, "3" is not one either, and a list is not a text
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+def _resolve(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder", Path())
+    return Path(os.path.abspath(folder / path))
+
+
+def _path(value: object) -> object:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("expected a path")
+    return Path(value)
+
+
+TextPath = Annotated[Path, BeforeValidator(_path)]
+RecipePath = Annotated[TextPath, AfterValidator(_resolve)]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+class _Mark:
+    """Metadata of a field, told apart by identity."""
+
+
+_UNKEYED, _TRAINING_ONLY = _Mark(), _Mark()
+T = TypeVar("T")
+
+Unkeyed = Annotated[T, _UNKEYED]
+"""A key that determines how the work is done, not what comes out: changing it leaves finished stages valid."""
+
+TrainingSamples = Annotated[T, _TRAINING_ONLY]
+"""A key of the section sample that only training samples follow: an evaluation has its own, or none."""
+
+
+def deciding(section: Section, *, evaluation: bool = False) -> dict[str, Any]:
+    """The JSON values of a section that determine a stage's outputs: all but the keys marked ``Unkeyed``.
+
+    Sections inside it are treated alike. A path stays a path: a caller that counts a file by its content replaces it.
+
+    Args:
+        evaluation: leave out the keys marked ``TrainingSamples`` as well.
+    """
+    marks = (_UNKEYED, _TRAINING_ONLY) if evaluation else (_UNKEYED,)
+    return section.model_dump(mode="json", exclude=_marked(section, marks))
+
+
+def unkeyed(section: type[Section]) -> frozenset[str]:
+    """Names of the keys that are marked ``Unkeyed``, for a section that another process wrote as JSON."""
+    return frozenset(name for name in section.model_fields if _has(section, name, (_UNKEYED,)))
+
+
+def training_only(section: type[Section]) -> frozenset[str]:
+    """Names of the keys that are marked ``TrainingSamples``: an evaluation does not read them."""
+    return frozenset(name for name in section.model_fields if _has(section, name, (_TRAINING_ONLY,)))
+
+
+def _marked(section: Section, marks: tuple[_Mark, ...]) -> dict[str, Any]:
+    """``exclude`` of ``model_dump``: True for a marked key, the same of a section inside."""
+    found: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if _has(type(section), name, marks):
+            found[name] = True
+        elif isinstance(value, Section) and (inner := _marked(value, marks)):
+            found[name] = inner
+    return found
+
+
+def _has(section: type[Section], name: str, marks: tuple[_Mark, ...]) -> bool:
+    return any(mark in marks for mark in section.model_fields[name].metadata)

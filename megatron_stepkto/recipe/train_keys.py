@@ -1,0 +1,191 @@
+"""The section train of a recipe; a warm-up has the same."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_stepkto.recipe.section import Section, Unkeyed
+
+METHODS = ("step_kto", "kto", "dpo", "irpo", "rft")
+Method = Literal["step_kto", "kto", "dpo", "irpo", "rft"]
+
+
+class Parallel(Section):
+    """Megatron-Core's layout. Data parallel size = ranks / (tensor * pipeline * context).
+
+    expert: ranks that share the experts of a mixture of experts; they are taken from the tensor- and data-parallel
+    ranks of a stage. One expert is never split over ranks.
+    """
+
+    ranks: int = Field(1, ge=1, description="processes of the training, one per GPU")
+    tensor: int = Field(1, ge=1, description="ranks that share each matrix")
+    pipeline: int = Field(1, ge=1, description="ranks that share the layers")
+    virtual_pipeline: int | None = Field(
+        None, ge=2, description="model chunks per pipeline rank; null: not interleaved"
+    )
+    context: int = Field(1, ge=1, description="ranks that share the tokens of each document")
+    expert: int = Field(1, ge=1, description="ranks that share the experts of a mixture of experts")
+    sequence: bool = Field(False, description="share activations between the tensor-parallel ranks along the sequence")
+    distributed_optimizer: bool = Field(False, description="share the optimizer's state between data-parallel ranks")
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> Self:
+        if self.ranks % (self.tensor * self.pipeline * self.context):
+            raise ValueError(
+                f"ranks ({self.ranks}) must be a multiple of tensor x pipeline x context "
+                f"({self.tensor} x {self.pipeline} x {self.context})"
+            )
+        if self.ranks % (self.expert * self.pipeline):
+            raise ValueError(
+                f"ranks ({self.ranks}) must be a multiple of expert x pipeline ({self.expert} x {self.pipeline})"
+            )
+        if self.expert > 1 and self.context > 1:
+            raise ValueError("expert and context parallelism together are not supported: set one of them to 1")
+        if self.virtual_pipeline and self.pipeline == 1:
+            raise ValueError("virtual_pipeline needs pipeline >= 2")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence parallelism needs tensor >= 2")
+        return self
+
+
+class Optimizer(Section):
+    lr: float = Field(gt=0, description="learning rate after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the learning rate falls after the warm-up"
+    )
+    warmup_updates: int = Field(0, ge=0, description="updates over which the learning rate rises linearly")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate of a schedule, as a share of lr")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW; on matrices and embeddings, not on norms and biases")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
+    beta2: float = Field(0.98, ge=0, lt=1, description="decay of AdamW's second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    clip_grad: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
+
+
+class Loss(Section):
+    """Step-KTO's knobs (see losses.py). KTO is Step-KTO with step_weight = 0."""
+
+    beta_outcome: float = Field(0.1, gt=0, description="beta of solutions: how far the policy may move")
+    beta_step: float = Field(0.1, gt=0, description="beta of steps")
+    desirable_weight_outcome: float = Field(1.0, gt=0, description="lambda_D of solutions")
+    undesirable_weight_outcome: float = Field(1.0, gt=0, description="lambda_U of solutions")
+    desirable_weight_step: float = Field(1.0, gt=0, description="lambda_D of steps")
+    undesirable_weight_step: float = Field(1.0, gt=0, description="lambda_U of steps")
+    balance: Literal["fixed", "auto"] = Field(
+        "fixed", description="auto raises one lambda per level until right over wrong pulls with 1 to 4/3 (KTO)"
+    )
+    outcome_weight: float = Field(1.0, ge=0, description="w_o, weight of the solution part of the loss")
+    step_weight: float = Field(1.0, ge=0, description="w_s, weight of the step part of the loss; 0: KTO")
+    step_reduction: Literal["mean", "sum"] = Field("mean", description="over the judged steps of a solution")
+    reference_point: Literal["mismatched", "batch", "none"] = Field(
+        "mismatched", description="z: mean log-ratio of mismatched pairs, of the previous update's batch, or 0"
+    )
+    nll_weight: float = Field(1.0, ge=0, description="alpha of IRPO: weight of the chosen side's likelihood")
+    dpo_beta: float = Field(0.1, gt=0, description="beta of DPO and IRPO")
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.outcome_weight == 0 and self.step_weight == 0:
+            raise ValueError("outcome_weight and step_weight are both 0: nothing would train")
+        return self
+
+
+class FP8(Section):
+    """8-bit matrix products of Transformer Engine. Loss, log-probs, reference points, embedding and head stay as they
+    are; optimizer and main weights stay in fp32."""
+
+    format: Literal["e4m3", "hybrid"] = Field("hybrid", description="hybrid: e4m3 forward, e5m2 gradients")
+    scaling: Literal["delayed", "current", "blockwise", "mxfp8"] = Field(
+        "current", description="scale from a tensor's history, its own maximum, 128-value or 32-value blocks"
+    )
+    bf16_layers_at_start: int = Field(0, ge=0, description="first layers that stay in bfloat16")
+    bf16_layers_at_end: int = Field(0, ge=0, description="last layers that stay in bfloat16")
+    weights: bool = Field(
+        False, description="keep and gather matrices in FP8; checkpoints hold the main weights in bf16"
+    )
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> Self:
+        if self.scaling == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
+            raise ValueError("scaling: delayed cannot leave first or last layers in bf16; choose current or blockwise")
+        if self.weights and self.scaling not in ("current", "blockwise"):
+            # delayed would round the weights that are loaded by a scale of 1; megatron-core cannot gather mxfp8's
+            raise ValueError(f"weights: true goes with scaling: current or blockwise, got {self.scaling}")
+        return self
+
+
+class Log(Section):
+    """Where metrics go besides ``metrics.jsonl``."""
+
+    tensorboard: bool = Field(True, description="event files in the train stage's folder tensorboard/")
+    wandb: str | None = Field(None, min_length=1, description="project of Weights & Biases (package wandb)")
+    entropy: bool = Field(False, description="mean entropy at response tokens (one more pass over the logits)")
+
+
+class Training(Section):
+    method: Method = Field("step_kto", description="what is trained on, and with which loss")
+    parallel: Unkeyed[Parallel] = Field(Parallel(), description="Megatron-Core's layout")
+    optimizer: Optimizer = Field(description="AdamW and its schedule")
+    loss: Loss = Field(Loss(), description="weights of the loss (README, The loss)")
+    epochs: int = Field(1, ge=1, description="passes over the data set per iteration")
+    max_updates: int | None = Field(
+        None, ge=1, description="updates after which an iteration's training ends; null: all"
+    )
+    global_batch_size: int = Field(ge=1, description="examples per update (pairs for DPO and IRPO)")
+    micro_batch_tokens: Unkeyed[int] = Field(4096, ge=1, description="tokens that one packed micro-batch may hold")
+    pad_documents_to: Unkeyed[int] = Field(
+        1, ge=1, description="tokens: each document is padded to a multiple of it; 1: packed without gaps"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations")
+    device: Unkeyed[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: CUDA where there is a GPU")
+    reference: Literal["previous", "initial"] = Field("previous", description="the model the log-ratios are taken to")
+    checkpoint_every: Unkeyed[int] = Field(50, ge=1, description="updates between checkpoints")
+    keep_checkpoints: Unkeyed[int] = Field(2, ge=1, description="the newest ones; older ones are removed")
+    async_checkpoints: Unkeyed[bool] = Field(False, description="write checkpoints in processes beside the training")
+    recompute: Unkeyed[bool] = Field(False, description="recompute activations in the backward pass")
+    transformer_engine: Literal["required", "auto", "off"] = Field(
+        "auto",
+        description="layers of Transformer Engine: insist, use them for bfloat16 on a GPU where installed, or never",
+    )
+    apex: Literal["required", "auto", "off"] = Field(
+        "auto", description="NVIDIA Apex's fused weight gradients and Adam"
+    )
+    fp8: FP8 | None = Field(None, description="8-bit matrix products; null: none")
+    max_gap: Unkeyed[float] = Field(
+        0.05, gt=0, description="nats: mean distance of sampler and trainer log-probs above which the run warns"
+    )
+    log: Unkeyed[Log] = Field(Log(), description="where metrics go besides metrics.jsonl")
+    timeout_s: Unkeyed[float] = Field(600.0, gt=0, description="seconds: limit of one collective operation")
+
+    @property
+    def document_multiple(self) -> int:
+        """Tokens that every document is padded to a multiple of: context parallelism cuts it into twice its ranks."""
+        return math.lcm(self.pad_documents_to, 2 * self.parallel.context if self.parallel.context > 1 else 1)
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.method == "kto" and self.loss.outcome_weight == 0:
+            raise ValueError("method: kto with loss.outcome_weight = 0 has no term left: nothing would train")
+        return self
+
+    @model_validator(mode="after")
+    def _check_acceleration(self) -> Self:
+        if self.transformer_engine == "required" and self.dtype == "float32":
+            raise ValueError(
+                "transformer_engine: required goes with dtype: bfloat16: it would multiply float32 matrices in TF32, "
+                "which keeps 11 bits; set dtype: bfloat16, or transformer_engine: auto"
+            )
+        if self.fp8 is None:
+            return self
+        if self.dtype != "bfloat16":
+            raise ValueError(f"fp8 goes with dtype: bfloat16, got {self.dtype}")
+        if self.transformer_engine == "off":
+            raise ValueError("fp8 needs Transformer Engine: set transformer_engine to required or auto")
+        if self.fp8.weights and not self.parallel.distributed_optimizer:
+            raise ValueError(
+                "fp8.weights needs parallel.distributed_optimizer: true, which holds the fp32 main weights"
+            )
+        return self
