@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.progress import say
 
-# flags of /proc/cpuinfo (of x86 processors, then of Arm's); one of them says that there are units for the format
+# flags of /proc/cpuinfo (of x86 processors, then of Arm's); any one of them means native support
 UNITS = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
     "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
@@ -22,8 +22,8 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Choice:
-    """``dtype``: float32, bfloat16, float16, or auto where the engine chooses. ``reason`` is empty where none was
-    needed."""
+    """``dtype``: float32, bfloat16, float16, or auto where the engine chooses. ``reason``: why; empty where the recipe
+    decides."""
 
     dtype: str
     reason: str = ""
@@ -34,7 +34,7 @@ class Choice:
 
 
 def cpu_flags(cpuinfo: Path | None = None) -> set[str]:
-    """Features that all processors of this machine have; empty where nothing says so."""
+    """Features that all processors of this machine have; empty where /proc does not list them."""
     path = cpuinfo or CPUINFO
     if not path.is_file():
         return set()
@@ -53,7 +53,7 @@ def choose_dtype(asked: str, model: Path, *, on_cpu: bool) -> Choice:
     """The dtype to load a model with.
 
     Args:
-        asked: as the recipe has it.
+        asked: the recipe's value.
         model: Hugging Face folder; its config.json names the format of the weights.
     """
     if asked != "auto" or not on_cpu:

@@ -254,7 +254,7 @@ def test_a_number_of_a_folder_that_was_made_anew_is_anothers(tmp_path: Path, sto
     shutil.rmtree(tmp_path / "lock")
     held = foreign(tmp_path / "lock", number=1)
     os.utime(held, (7, 7))
-    with pytest.raises(UserError, match="another process took over, as this one seemed dead, or the folder was"):
+    with pytest.raises(UserError, match="another process took the lock over because this one seemed dead, or the"):
         got.check()
     assert stopped.wait(LIMIT_S)
     got.release()
@@ -400,7 +400,7 @@ def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError) as caught:
         exclusive_lock(tmp_path / "run" / ".lock", "it").__enter__()
     assert str(caught.value).startswith(
-        f"{tmp_path / 'run'}: its file system makes no hard links ({os.strerror(code)})"
+        f"{tmp_path / 'run'}: its file system does not support hard links ({os.strerror(code)})"
     )
     assert "choose a folder on another file system" in str(caught.value)
     assert not list((tmp_path / "run" / ".lock").iterdir()), "no draft is left"

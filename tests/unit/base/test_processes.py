@@ -300,7 +300,7 @@ def test_a_stuck_child_is_killed_and_started_again_a_few_times(
     assert len(starts.read_text().split()) == 3
     for pid in asked:
         assert_ends(pid)
-    assert capsys.readouterr().err.count("makes no progress: starting it again") == 2
+    assert capsys.readouterr().err.count("makes no progress: restarting it") == 2
     assert sorted(path.name for path in tmp_path.glob("*.log")) == ["a-2.log", "a-3.log", "a.log"]
 
 

@@ -139,7 +139,7 @@ def test_weights_that_stand_twice(models: dict[str, Path], tmp_path: Path) -> No
     (folder / "model.safetensors").unlink()
     said = forward_refusal(folder)
     for name in (GATE, UP):
-        assert f"{name} stands in b.safetensors too, {INDEX} names a.safetensors" in said
+        assert f"{name} is also in b.safetensors, {INDEX} names a.safetensors" in said
     (folder / "b.safetensors").unlink()
     save_file({n: t for n, t in weights.items() if files[n] == "b.safetensors"}, folder / "b.safetensors")
     hf_to_megatron(folder, tmp_path / "megatron")

@@ -95,7 +95,7 @@ def test_a_target_that_comes_while_the_source_is_looked_at_is_not_replaced(
 
     monkeypatch.setattr(convert, "HFSide", slowly)
     assert stepkto("convert", models["tied"], target) == 2
-    assert f"{target}: already there: another process has just written it" in " ".join(capsys.readouterr().err.split())
+    assert f"{target}: already exists: another process has just written it" in " ".join(capsys.readouterr().err.split())
     assert verify(models["untied"], target) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [".megatron.lock", "megatron"]
 
@@ -253,7 +253,7 @@ def test_damage_after_a_conversion_is_found_by_the_next(
         (source / DATA_FILE).write_bytes(content.replace(row, row[:8] + b"\1" + row[9:]))
     assert stepkto("convert", source, tmp_path / "target") == 2
     said = capsys.readouterr().err
-    assert f"{name}: the bytes are not those that conversion.json says were written" in said
+    assert f"{name}: the bytes differ from the checksums in conversion.json" in said
     assert not (tmp_path / "target").exists()
     (source / "conversion.json").unlink()
     assert stepkto("convert", source, tmp_path / "target") == 0

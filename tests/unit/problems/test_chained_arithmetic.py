@@ -50,7 +50,7 @@ def test_parse_reads_the_chain_and_writes_it_back() -> None:
         ("What is 2 + 2?", "at the start"),
         (PROBLEM.replace("than Max", "than Kim"), "in terms of Kim, expected Max"),
         (PROBLEM.replace("How many does Ann", "How many does Kim"), "asks for Kim"),
-        (PROBLEM.replace("Ann", "Max"), "a name stands twice"),
+        (PROBLEM.replace("Ann", "Max"), "a name is duplicated"),
         (PROBLEM + " Hurry!", "expected a link or the question"),
         ("Max has 27 coins. How many does Max have?", "expected a link"),
     ],
