@@ -86,7 +86,7 @@ class Acceleration:
             "fp8_param": self.fp8.weights,
         }
         if self.fp8.scaling == "delayed":
-            # megatron-core's defaults (a history of one) differ from those of Transformer Engine's paper and Megatron-LM.
+            # megatron-core's defaults (a history of one) are not those of Transformer Engine's paper or Megatron-LM.
             fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
         if self.fp8.bf16_layers_at_start or self.fp8.bf16_layers_at_end:
             fields |= {

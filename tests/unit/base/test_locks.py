@@ -203,7 +203,7 @@ def test_who_was_taken_for_dead_stops_and_must_not_count(tmp_path: Path, stopped
     got.check()
     got.path.unlink()
     foreign(tmp_path / "lock", number=2)
-    with pytest.raises(UserError, match="another process took over"):
+    with pytest.raises(UserError, match="another process took the lock over"):
         got.check()
     assert stopped.wait(LIMIT_S)
     got.release()
