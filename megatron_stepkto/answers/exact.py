@@ -139,9 +139,14 @@ def _compare_lists(gold: str, answer: str) -> Exact:
     return False if numbers and False in verdicts else None
 
 
+def _bare(answer: str) -> str:
+    """Without the delimiters of a formula, and a full stop after them."""
+    return unwrap(answer.strip().rstrip("."))
+
+
 def _grouped(answer: str) -> list[str] | None:
     """The groups of '107,113', which is a number or a list. '1,012' and '$1,012' are certainly numbers."""
-    text = unwrap(answer.strip().rstrip("."))
+    text = _bare(answer)
     if not _COMMA_GROUPS.fullmatch(text):
         return None
     groups = text.split(",")
@@ -187,8 +192,8 @@ def _compare_quantities(gold: str, answer: str) -> Exact:
 def _compare_letters_of_units(gold: str, answer: str) -> Exact:
     """ "10 m" is a length or a product: a length if the other side is one, a doubt if it is only a number."""
     for text, other in ((gold, answer), (answer, gold)):
-        match = _VALUE_AND_LETTER.fullmatch(unwrap(text.strip().rstrip(".")))
-        if match and not _VALUE_AND_LETTER.fullmatch(unwrap(other.strip().rstrip("."))):
+        match = _VALUE_AND_LETTER.fullmatch(_bare(text))
+        if match and not _VALUE_AND_LETTER.fullmatch(_bare(other)):
             one, value = unit_of(rf"{match['value']}\text{{ {match['letter']}}}"), to_number(normalise(match["value"]))
             unit, other_value = unit_of(other), to_number(normalise(other))
             if one and unit and not one.clashes(unit) and value is not None and other_value is not None:

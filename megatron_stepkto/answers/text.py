@@ -99,7 +99,7 @@ def unescape(text: str) -> str:
 
 
 def plain_text(answer: str) -> str:
-    """The answer without math delimiters, ``\\text`` and its kin, sizes of LaTeX and a full stop at the end."""
+    """The answer without math delimiters, ``\\text`` and the like, sizes of LaTeX and a full stop at the end."""
     text = _FULL_STOP.sub("", unwrap(_FULL_STOP.sub("", answer.translate(_WIDE).strip())))
     text = unescape(text)
     text = _TEXT.sub(r" \1 ", text)
@@ -111,7 +111,7 @@ def plain_text(answer: str) -> str:
 def normalise(answer: str) -> str:
     """A normal form in which many equal answers are the same text; equal forms differ at most in their units.
 
-    Undone: math delimiters, ``\\text`` and its kin, sizes and spaces of LaTeX, ``\\dfrac``, ``\\frac12``,
+    Undone: math delimiters, ``\\text`` and similar commands, sizes and spaces of LaTeX, ``\\dfrac``, ``\\frac12``,
     currency, percent and degree signs, thousands commas, leading and trailing zeros, units after a value,
     a full stop at the end.
     """

@@ -249,6 +249,25 @@ def bad_row(path: Path, number: int, reason: object) -> UserError:
     return UserError(f"{path}:{number}: {reason}; correct the row, or pass --quarantine FILE to set bad rows aside")
 
 
+def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, bytes, T | ValueError]]:
+    """(line number, row, its record or what is wrong with it) of a JSON-lines file; blank lines are skipped.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: expected a file of JSON lines, found {'a directory' if path.is_dir() else 'none'}")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            try:
+                found: T | ValueError = parse_row(raw, parse)
+            except ValueError as error:
+                found = error
+            yield number, raw, found
+
+
 def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None) -> Iterator[R]:
     """Parse a JSON-lines file row by row with ``parse``.
 
@@ -258,37 +277,23 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: P
     Raises:
         UserError: the file is missing or empty, a row is bad, or no row is good. Names file:line.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: expected a file of JSON lines, found {'a directory' if path.is_dir() else 'none'}")
-    good = bad = 0
+    good = 0
     rejected: list[dict[str, Any]] = []
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                record = parse_row(raw, parse)
-            except ValueError as error:
-                if quarantine is None:
-                    raise bad_row(path, number, error) from None
-                bad += 1
-                rejected.append(
-                    {
-                        "file": str(path),
-                        "line": number,
-                        "error": str(error),
-                        "row": raw.decode("utf-8", "replace").strip(),
-                    }
-                )
-                continue
+    for number, raw, found in parse_rows(path, parse):
+        if not isinstance(found, ValueError):
             good += 1
-            yield record
+            yield found
+        elif quarantine is None:
+            raise bad_row(path, number, found)
+        else:
+            row = raw.decode("utf-8", "replace").strip()
+            rejected.append({"file": str(path), "line": number, "error": str(found), "row": row})
     if rejected and quarantine is not None:
         set_aside(quarantine, path, rejected)
     if not good:
         raise UserError(
-            f"{path}: expected at least one record, got {bad} bad rows and no good ones"
-            if bad
+            f"{path}: expected at least one record, got {len(rejected)} bad rows and no good ones"
+            if rejected
             else f"{path}: expected at least one record, the file is empty"
         )
 

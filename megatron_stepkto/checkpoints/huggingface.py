@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import parse_json, read_json
+from megatron_stepkto.base.files import parse_json, read_json_object
 from megatron_stepkto.base.model_folder import check_small_files, read_config, read_small_file
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.stream import Bytes, Files
@@ -119,8 +119,7 @@ class HFCheckpoint:
                 f"{self.directory}: expected {SINGLE} or {INDEX}, found neither; "
                 "save the model with safetensors (pickled .bin weights are not read)"
             )
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{index}: expected an object weight_map from tensor names to file names, found none")
         faults, headers = [], {}

@@ -101,8 +101,6 @@ def plain_objects_only() -> Iterator[None]:
     Raises:
         RuntimeError: a name that must be replaced does not exist, or torch does not know the variable.
     """
-    from megatron.core.msc_utils import MultiStorageClientFeature
-
     from megatron_stepkto.checkpoints.metadata import read_metadata
 
     if FORCE not in torch.load.__code__.co_consts:
@@ -117,7 +115,6 @@ def plain_objects_only() -> Iterator[None]:
             known[folder] = read_metadata(folder)
         return known[folder]
 
-    MultiStorageClientFeature.disable()  # it would read through loaders of its own
     original = FileSystemReader.read_metadata
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"

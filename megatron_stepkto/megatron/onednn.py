@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_stepkto.base.dtypes import processors
+
 ZEN_5 = 26
 # Products with fewer multiplications than this are faster in MKL, given two Python calls and oneDNN's look-up.
 SMALLEST = 1 << 21
@@ -26,12 +28,9 @@ _library: torch.library.Library | None = None
 _set: list[str] = []  # which of CACHES this module set
 
 
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, int]:
+def processor(cpuinfo: Path | None = None) -> tuple[str, int]:
     """Vendor and family of the first processor (``AuthenticAMD``, 26); empty and 0 where unknown."""
-    if not cpuinfo.is_file():
-        return "", 0
-    lines = (line.partition(":") for line in cpuinfo.read_text().split("\n\n")[0].splitlines())
-    found = {key.strip(): value.strip() for key, _, value in lines}
+    found = next(iter(processors(cpuinfo)), {})
     family = found.get("cpu family", "")
     return found.get("vendor_id", ""), int(family) if family.isdigit() else 0
 

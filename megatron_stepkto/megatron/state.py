@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.msc_utils import MultiStorageClientFeature
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -150,6 +151,7 @@ class Checkpoints:
 
     def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
         check_format(directory)
+        MultiStorageClientFeature.disable()  # its loaders would bypass plain_objects_only
         known = read_metadata(directory).state_dict_metadata
         if not (directory / "common.pt").is_file() and needs_common_pt():
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
-from megatron_stepkto.base.records import Problem, bad_row, parse_row, read_rows, write_records
+from megatron_stepkto.base.records import Problem, bad_row, parse_rows, read_rows, write_records
 from megatron_stepkto.problems import overlap as contamination
 from megatron_stepkto.problems.chained_arithmetic.generate import Split, generate
 from megatron_stepkto.problems.datasets import to_problem
@@ -104,19 +104,12 @@ def _texts(
 ) -> Iterator[contamination.Text]:
     """The problems of a file of JSON lines, each text once, with its line."""
     seen: set[str] = set()
-    if not path.is_file():
-        raise UserError(f"{path}: expected a file of JSON lines, found none")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                found = parse_row(line, lambda row: list(parse(row)))
-            except ValueError as error:
-                if skip_bad:
-                    continue
-                raise bad_row(path, number, error) from None
-            for item in found:
-                if item.problem not in seen:
-                    seen.add(item.problem)
-                    yield contamination.Text(f"{path}:{number}", item.problem_id, item.problem)
+    for number, _, found in parse_rows(path, lambda row: list(parse(row))):
+        if isinstance(found, ValueError):
+            if not skip_bad:
+                raise bad_row(path, number, found)
+            continue
+        for item in found:
+            if item.problem not in seen:
+                seen.add(item.problem)
+                yield contamination.Text(f"{path}:{number}", item.problem_id, item.problem)

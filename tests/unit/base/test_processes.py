@@ -35,7 +35,7 @@ def wait_for(path: Path) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """A zombie is dead: who should reap it is the machine's init, which a container may lack."""
+    """A zombie is dead: reaping it is the task of the machine's init, which a container may lack."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):  # the latter when it goes between the opening and the reading
@@ -231,7 +231,7 @@ def test_a_fork_whose_parent_is_already_gone_ends(tmp_path: Path) -> None:
     assert_ends(pid)
 
 
-def test_a_launcher_that_nobody_has_reaped_yet_is_dead() -> None:
+def test_a_launcher_that_was_not_reaped_yet_is_dead() -> None:
     launcher = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
     script = "from megatron_stepkto.base.processes import die_with_parent; die_with_parent(); print('lives')"

@@ -340,7 +340,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
 
 
 def test_a_finished_output_is_known_by_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recorded hash stands for a file that may be huge: it is not read again."""
+    """The recorded hash is used for a file that may be huge: it is not read again."""
     stage = make(tmp_path)
     run_stage(stage, Work(stage))
     foreign = stage.directory / "not_an_output.txt"

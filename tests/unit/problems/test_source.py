@@ -162,7 +162,7 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("keys", "said"), BAD_ROWS)
-def test_a_bad_problem_is_named_by_whoever_reads_it_first(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
+def test_a_bad_problem_is_named_by_its_first_reader(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
     """Alone, and when the training problems are first compared with those that measure."""
     train = write(tmp_path / "train.jsonl", problems(1))
     train.write_text(train.read_text() + json.dumps({"problem_id": "q", "problem": "x?", "answer": "2", **keys}) + "\n")
