@@ -46,7 +46,7 @@ CLOSE = Fraction(1, 1000)  # relative: a decimal this near to a fraction may be 
 
 
 class Doubt(str):
-    """Why two answers whose values agree may still differ: the pair is undecided, and computer algebra is not asked."""
+    """Why two answers whose values agree may still differ: the pair is undecided, whatever computer algebra finds."""
 
 
 Exact = bool | Doubt | None

@@ -100,9 +100,8 @@ def unit_of(answer: str) -> Unit | None:
             if re.search(rf"(?:{pattern.pattern})\s*$", plain):
                 return _known(sign, 1)
     name = split_unit(_spaced(plain))[1]
-    if not name and (
-        single := _SINGLE.search(answer.strip().rstrip("$."))
-    ):  # \text{ m}: a letter that is not a variable
+    # \text{ m}: a letter that is not a variable
+    if not name and (single := _SINGLE.search(answer.strip().rstrip("$."))):
         name = single["unit"] + single["power"]
     return _named(name) if name else None
 

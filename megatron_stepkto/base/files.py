@@ -98,7 +98,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json_if_there(path: Path, shape: type[BaseModel] | None = None) -> Any:
-    """``read_json``, or None where there is no file. Opened without checking first: another process may remove it."""
+    """``read_json``, or None where there is no file (also where another process removes it meanwhile)."""
     content = _content(path)
     return None if content is None else _parse(path, content, shape)
 

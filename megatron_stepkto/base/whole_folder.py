@@ -70,7 +70,7 @@ def remove_replaced(target: Path) -> None:
 
 
 def _remove_if_ours(partial: Path, held: Lock) -> None:
-    """A process that took the lock over, because this one seemed dead, fills a folder of the same name."""
+    """Remove it, unless another process took the lock over and now fills a folder of the same name."""
     if held.is_ours:
         shutil.rmtree(partial, ignore_errors=True)
 
