@@ -407,7 +407,7 @@ def test_a_request_to_end_counts_where_the_children_were_done_before_they_heard_
     (tmp_path / "told").touch()  # the child ends after the signal was sent, however late that is
     said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == code, said
-    assert ("done, and stopped" in said) == bool(code)
+    assert ("finished, then stopped" in said) == bool(code)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0])

@@ -274,7 +274,7 @@ def test_code_of_the_models_author_is_named_and_left_behind(
     source = change_config(copy(models["tied"], tmp_path / "hf"), auto_map={"AutoModelForCausalLM": "evil.Evil"})
     (source / "evil.py").write_text("raise SystemExit('ran')")
     assert stepkto("convert", source, tmp_path / "megatron") == 0
-    assert "auto_map names code of the model's author: it is neither run nor copied" in capsys.readouterr().err
+    assert "auto_map names the author's own code, which is neither run nor copied" in capsys.readouterr().err
     assert stepkto("convert", tmp_path / "megatron", tmp_path / "back") == 0
     for folder in (tmp_path / "megatron" / "huggingface", tmp_path / "back"):
         assert not (folder / "evil.py").exists()
