@@ -41,7 +41,7 @@ def write_big_llama(
     }
     (directory / "config.json").write_text(json.dumps(config))
     _, entries = read_model_config(directory)
-    shapes = {n: s for slice_ in slices(entries) for n, s in zip(slice_.names, slice_.shapes, strict=True)}
+    shapes = {n: s for slice_ in slices(entries) for n, s in slice_.tensors()}
     writer = HFWriter(directory, [(name, torch.bfloat16, shape) for name, shape in shapes.items()])
     numbers = torch.randn(_BLOCK // 2 + 2 * len(shapes), generator=torch.Generator().manual_seed(0))
     pattern = numbers.mul_(0.02).bfloat16().view(torch.uint8).numpy()

@@ -1,9 +1,9 @@
 r"""Are two expressions equal? Exactly: proven, refuted, or left open. Runs inside the limits of math_verify_worker.
 
 Rationals are compared as such. Any other number is evaluated with sympy's accuracy tracking: a difference whose
-leading bits are certain is no zero. A difference that vanishes is a zero where sympy proves it, or where it
-vanishes to many more digits than an expression of its size needs to show itself. Expressions with unknowns are
-expanded, or compared at points.
+leading bits are certain is not zero. A difference that vanishes is zero where sympy proves it, or where it vanishes to
+many more digits than a nonzero expression of its size would. Expressions with unknowns are expanded, or compared at
+points.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
 from megatron_stepkto.answers.reading import Unreadable
 
 FIRST_BITS = 128
-CERTAIN_BITS = 20  # of the leading digits of a difference that is no zero
+CERTAIN_BITS = 20  # of the leading digits of a nonzero difference
 MAX_BITS = 50_000
-MIN_DECIMALS = 6  # a decimal with fewer is no rounding that we accept for an exact value
+MIN_DECIMALS = 6  # a decimal with fewer is not accepted as a rounding of an exact value
 MAX_RENAMED = 3
-DOUBLE_DECIMALS = 15  # from here on it may be a double's, whose last digits are its own error
+DOUBLE_DECIMALS = 15  # with this many it may be a printed double, whose last digits are rounding error
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
 )
@@ -57,7 +57,7 @@ def matrix(text: str) -> list[list[sympy.Expr]]:
     """The evaluated cells of a computation with matrices.
 
     Raises:
-        Unreadable: it is none.
+        Unreadable: it is not a matrix.
     """
     found = _parsed(text)
     try:
@@ -75,7 +75,7 @@ def _parsed(text: str) -> sympy.Basic:
         )
     except MemoryError:
         raise
-    except Exception as error:  # whatever its grammar raises
+    except Exception as error:  # its grammar may raise anything
         raise Unreadable(f"latex2sympy: {type(error).__name__}") from error
 
 
@@ -90,7 +90,7 @@ def _digits(number: sympy.Float) -> str:
 
 
 def equal(gold: str, answer: str) -> bool | None:
-    """Are two LaTeX expressions equal? None: open.
+    """Are two LaTeX expressions equal? None: undecided.
 
     Raises:
         Unreadable: one of them cannot be read.
@@ -121,7 +121,7 @@ def equal_expressions(a: sympy.Expr, b: sympy.Expr) -> bool | None:
 
 
 def _real_roots(value: sympy.Expr) -> sympy.Expr:
-    """Odd roots of negative numbers as school has them, -2 for the cube root of -8; sympy takes the principal root."""
+    """Odd roots of negative numbers as taught in school, -2 for the cube root of -8; sympy takes the principal root."""
     if value.has(sympy.I):
         return value
     return value.replace(
@@ -147,7 +147,7 @@ def _is_renamed(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 
 def sign(number: sympy.Expr) -> int | None:
-    """-1, 0 or 1 of a real number; None where it is open."""
+    """-1, 0 or 1 of a real number; None where it is undecided."""
     number = number.doit()
     if number in _INFINITIES:
         return 1 if number == sympy.oo else -1
@@ -184,7 +184,7 @@ def _is_zero(number: sympy.Expr) -> bool | None:
 
 
 def _is_certainly_not_zero(number: sympy.Expr, bits: int) -> bool | None:
-    """None: it has no value."""
+    """None: the expression has no value."""
     try:
         value = evalf(number, CERTAIN_BITS, {"maxprec": bits})
     except (NotImplementedError, ValueError, ArithmeticError):
@@ -200,8 +200,8 @@ def _enough_bits(number: sympy.Expr) -> int:
     """Bits to which a difference of this size must vanish to count as zero: 1,000, and 20 for each bit of a number or
     of the magnitude of a sub-expression in it.
 
-    Explicit tiny parts such as 10^{-2000} make it larger than themselves; what is left are coincidences of some
-    hundred digits between short expressions, of which none is known.
+    Explicit tiny parts such as 10^{-2000} raise this number above their own size. What remains possible is a
+    coincidence of hundreds of digits between short expressions; none is known.
     """
     total = 0
     for part in sympy.preorder_traversal(number):
@@ -219,7 +219,7 @@ def _enough_bits(number: sympy.Expr) -> int:
 
 
 def _equal_functions(a: sympy.Expr, b: sympy.Expr) -> bool | None:
-    """Equal as functions of their unknowns? Points of whole numbers decide that they differ; to be equal, they must
+    """Equal as functions of their unknowns? A difference at whole-number points refutes it; to be equal, they must
     agree there, at other positive points and, where both have a value, at negative ones."""
     difference = sympy.expand(a - b)
     if difference.has(sympy.factorial, sympy.binomial, sympy.gamma):
@@ -247,7 +247,7 @@ def _is_zero_at(difference: sympy.Expr, point: dict[sympy.Symbol, int | sympy.Ra
 
 
 def _is_rounding(a: sympy.Expr, b: sympy.Expr, gold: str, answer: str) -> bool:
-    """Is one a decimal of six places or more, and the other an exact value that it is the rounding of?"""
+    """Is one a decimal of six places or more, and the other the exact value that it rounds?"""
     for text, decimal, other_text, other in ((gold, a, answer, b), (answer, b, gold, a)):
         match = _DECIMAL.fullmatch(text.replace(" ", ""))
         if not match or _DECIMAL.fullmatch(other_text.replace(" ", "")) or other.free_symbols or other.is_Integer:

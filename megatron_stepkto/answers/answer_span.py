@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 from megatron_stepkto.answers.boxes import is_placeholder
 
-MAX_LINE = 10_000  # what is longer is no sentence with an answer in it
-MAX_WORDS = 10  # of a text that is an answer without saying so
+MAX_LINE = 10_000  # a longer line is not a sentence that states an answer
+MAX_WORDS = 10  # of a text that is nothing but an answer
 _FILLERS = re.compile(
     r"(?:(?:therefore|thus|then|hence|simply|just|indeed|actually|exactly|clearly|now|still|precisely|approximately|"
     r"about|roughly|for sure|definitely|probably|equal to|given by|as follows|letter)\b"
     r"|(?:option|choice)(?![a-z])(?:\\?_)?|[:,])[ \t]*",
     re.IGNORECASE,
 )
-# How a value begins that can stand for itself: a number, a formula, a choice, "x =". Words may be prose as well.
+# How an unambiguous value begins: a number, a formula, a choice, "x =". Words may also be prose.
 _FIRM = re.compile(
     r"[-+±−<>≤≥~≈]?\s*[$€£¥]?\s*[-+−]?[\d.０-９]|\\|\$|\[|\{|[√π∞∅]|\((?![a-z]{2,})|\|"
     r"|[A-Z](?:[.):,;]|\s*$|\s+(?:or|and)\b)|[A-Za-z](?:['_^(]\S*)?\s*[-=<>≤≥+*/^]|[a-z]\s*[.]?\s*$|[A-Za-z]+\s*=\s"
@@ -33,7 +33,7 @@ _TOKEN = re.compile(
     r"|\\.",
     re.DOTALL,
 )
-# what goes on with a list after a comma: "2, 3", "x = 2, y = 3", "A, B and C", not "72, in total"
+# what continues a list after a comma: "2, 3", "x = 2, y = 3", "A, B and C", not "72, in total"
 _NEXT_ITEM = re.compile(
     r"\s*(?:(?:and|or|且|或)\s*)?(?:[-+±−]?\s*[$€£]?[\d.]|\\|\$|\(|\[|\{|\*\*\d|[A-HJ-Zb-z](?![A-Za-z'])|[A-Za-z]+\s*=\s)"
 )
@@ -47,12 +47,11 @@ _TITLE = re.compile(r"\b(?:St|Mt|Mr|Mrs|Ms|Dr|No|vs|approx)$")
 _WEEKDAY = re.compile(r"\s+(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day\b")
 _FACTORIAL = re.compile(r"\s*[-=/\\*+^$)×·]")
 _BOLD = re.compile(r"(?<![\w*])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?!\w)")
-_BOLD_TEXT = re.compile(r"\\(?:textbf|mathbf|text|emph)\s*\{([^{}]*)\}")
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 _CJK = re.compile(r"[\u3400-\u9fff]")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z][A-Za-z'’]+")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{[^{}]*\}")
-# Words of reasoning: no answer has them. "There are 73 people" is a sentence of a solution, "73 people" is an answer.
+# Words that occur in reasoning, not in answers: "There are 73 people" is a sentence, "73 people" is an answer.
 _REASONING_WORDS = (
     "is are was were be been isn't aren't has have had we he she they it i'm it's that's you his her their our my so "
     "thus hence therefore then because let let's first next step answer answers how what get gets got find "
@@ -69,7 +68,7 @@ _ONE_FORMULA = re.compile(
 
 
 class Value(NamedTuple):
-    """An answer as written; ``firm``: it begins as a value does, so that it is not the rest of a sentence."""
+    """An answer as written; ``firm``: it begins as a value does, so it is not the rest of a sentence."""
 
     text: str
     firm: bool
@@ -78,9 +77,9 @@ class Value(NamedTuple):
 def value_of(text: str) -> Value | None:
     """The answer at the beginning of a text of one line or one formula: up to the end of its sentence or clause.
 
-    Trailing clauses go ("72, in total, so ..." -> "72"); lists, tuples, thousands commas and decimals stay whole
-    ("1,234", "(3, 4)", "x=2, y=3"). None where there is none, it is denied ("not 20"), asked ("20?"), a placeholder
-    or a box, which counts for itself.
+    Trailing clauses are cut ("72, in total, so ..." -> "72"); lists, tuples, thousands commas and decimals stay whole
+    ("1,234", "(3, 4)", "x=2, y=3"). None where there is no answer, or it is negated ("not 20"), a question ("20?"), a
+    placeholder, or a box, which is found separately.
     """
     text = text.strip()
     if len(text) > MAX_LINE:
@@ -112,7 +111,7 @@ def reduced(value: Value) -> Value:
 
 
 def _end(text: str, firm: bool) -> int:
-    """Where the value at the beginning of ``text`` ends; only that of a firm one ends at a comma before prose."""
+    """Where the value at the beginning of ``text`` ends; only a firm one ends at a comma before prose."""
     depth, position = 0, 0
     while token := _TOKEN.search(text, position):
         position = token.end()
@@ -162,7 +161,7 @@ def is_answer(text: str) -> bool:
         return False
     if "\n" in text and not _ONE_FORMULA.fullmatch(text):
         return False
-    if len(text) > 2000:  # hostile or a list: a comparison decides what it is worth
+    if len(text) > 2000:  # a list, or hostile input: the comparison decides
         return not re.search(r"[A-Za-z]{2,} +[A-Za-z]{2,}", text[:2000])
     outside = _TEXT_COMMAND.sub(" ", text)
     words = [word.lower().replace("’", "'") for word in _WORD.findall(outside)]

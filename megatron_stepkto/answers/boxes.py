@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
-# on one line and before something that can be a value: "write \boxed", at the end of a line, quotes the prompt
+# only before something on the same line that can be a value: "write \boxed" at the end of a line quotes the prompt
 _BARE_BOX = re.compile(
     r"\\boxed[ \t]*(?=[-+]?\d|\\[a-zA-Z]|\((?=[-\d])|[A-Zb-z](?![A-Za-z']))(?P<content>(?:[^\s${}]|\{[^{}\n]*\})+)"
 )
-# What may stand between two boxes that state one answer together: "\boxed{1} and \boxed{2}", "... bins and b = ...".
-# Not "or": writers put it between two spellings of one answer as well.
+# What may separate two boxes that state one answer together: "\boxed{1} and \boxed{2}", "... bins and b = ...".
+# Not "or": it also joins two spellings of one answer.
 _BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;]|\\[()\[\]]|\\q?quad|\\text\s*\{\s*and\s*\}|\b(?:[a-z]+ )?and\b)*"
     r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=\s*)?"
@@ -44,7 +44,7 @@ class _Box:
 
 
 def is_placeholder(content: str) -> bool:
-    r"""Whether a box or a line holds no answer, but what a prompt shows in its place: "", "?", "...", "your answer"."""
+    r"""Whether a box or a line holds a prompt's placeholder, not an answer: "", "?", "...", "your answer"."""
     if len(content) > 60:
         return False
     if _BLANK.fullmatch(content):
@@ -58,9 +58,10 @@ def is_placeholder(content: str) -> bool:
 
 
 def last_boxed(text: str) -> Boxed | None:
-    r"""The answer of the box that opens last; boxes of placeholders, open boxes and, beside others, quoted ones aside.
+    r"""The answer of the box that opens last. Placeholders and unclosed boxes are ignored, and quoted boxes where there
+    are others.
 
-    Boxes that follow one another with nothing but "and" or a comma between them are one list. ``\{`` is no brace.
+    Boxes separated only by "and" or a comma form one list. ``\{`` does not count as a brace.
     """
     boxes = [box for box in _boxes(text) if not is_placeholder(box.content)]
     boxes = [box for box in boxes if not box.quoted] or boxes[-1:]

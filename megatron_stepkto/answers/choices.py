@@ -41,7 +41,7 @@ def without_choice(gold: str, answer: str) -> tuple[str, str]:
 
 
 def named_choice(text: str) -> str | None:
-    """The one letter that a text names, "not A" and "can't be A or B" aside; None where it names none or several."""
+    """The one letter that a text names, ignoring "not A" and "can't be A or B"; None where it names none or several."""
     if len(text) > MAX_CHARS:
         return None
     named: set[str] = set()

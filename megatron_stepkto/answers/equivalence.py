@@ -1,9 +1,9 @@
-"""Is an answer equal to the gold answer? A check that cannot be made is "undecided", never "wrong".
+"""Is an answer equal to the gold answer? What cannot be checked is "undecided", never "wrong".
 
-The exact path decides what it is certain of. The rest goes to math-verify in worker processes that hold at
-most 1 GiB and die with this process. Each pair has a limit of *CPU time*, set in the worker by the kernel's
-own clock of that process, so that a loaded machine gives the same verdicts as an idle one; only a worker
-that sleeps is caught by a wall-clock net, far larger (``NET``). Importing math-verify costs seconds, so
+The exact path decides what it can decide with certainty. The rest goes to math-verify in worker processes that hold at
+most 1 GiB and die with this process. Each pair has a limit of *CPU time*, measured by the kernel for
+that process, so that a loaded machine gives the same verdicts as an idle one; only a worker that sleeps is
+ended by a far larger wall-clock limit (``NET``). Importing math-verify costs seconds, so
 workers start with the first pair that needs one.
 """
 
@@ -39,7 +39,7 @@ _LABELS: dict[str, Label] = {"right": 1, "wrong": 0, "undecided": None}
 
 @dataclass(frozen=True)
 class Verdict:
-    """``how`` it was decided: exact or math-verify. Why it was not: unparsed, timeout (CPU), stuck (wall clock),
+    """``how`` it was decided: exact or math-verify; or why it was not: unparsed, timeout (CPU), stuck (wall clock),
     too-long, crashed, "doubt: <units, base, ...>", "failed: <exception>" (MemoryError: past 1 GiB).
     ``milliseconds`` of CPU time.
     """
@@ -75,7 +75,7 @@ class _Worker:
     def send(self, number: int, gold: str, answer: str) -> None:
         assert self._process.stdin is not None
         self.pair, self.since = number, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it died between two pairs: the end of its output says so next
+        with contextlib.suppress(BrokenPipeError):  # it died between two pairs: receive() notices
             self._process.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -112,7 +112,7 @@ class _Worker:
 
 @functools.cache
 def _algebra() -> list[Any]:
-    """All that decides a verdict beside the pair and the limit: code of this package, versions of the libraries."""
+    """What determines a verdict besides the pair and the limit: code of this package, versions of the libraries."""
     return [
         code_hash(math_verify_worker.__name__, exact.__name__),
         versions("math-verify", "latex2sympy2_extended", "sympy", "mpmath"),
@@ -123,9 +123,9 @@ class EquivalenceChecker:
     """Compares answers; a context manager, because it may own processes.
 
     Args:
-        workers: processes at most, each on one pair at a time.
+        workers: maximum number of processes; each handles one pair at a time.
         timeout_s: CPU seconds of one pair; past it the pair is undecided.
-        cache: open; keeps what computer algebra decided.
+        cache: an open cache for verdicts of computer algebra.
     """
 
     def __init__(self, workers: int, timeout_s: float, cache: AnswerCache | None = None) -> None:

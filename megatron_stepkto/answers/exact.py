@@ -6,11 +6,11 @@ import re
 from fractions import Fraction
 
 from megatron_stepkto.answers.choices import bare_choice, choice_and_value, named_choice
-from megatron_stepkto.answers.text import normalise, unwrap
+from megatron_stepkto.answers.text import SCALES, normalise, unwrap
 from megatron_stepkto.answers.units import sum_of_quantities, time_of_day, unit_of
 
-MAX_DIGITS = 1000  # longer numbers cost more than they tell
-MAX_ANSWER_CHARS = 10_000  # what is longer is compared as text
+MAX_DIGITS = 1000  # longer numbers are not worth their cost
+MAX_ANSWER_CHARS = 10_000  # longer answers are compared as text
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)
 _PLAIN = re.compile(r"-?\d{1,100}(?:\.\d{1,100})?", re.ASCII)
 _RATIO = re.compile(r"([-+]?)(?:(\d+)\s*)?\\frac\{(-?\d+)\}\{(-?\d+)\}|([-+]?)(?:(\d+) )?(\d+)/(\d+)", re.ASCII)
@@ -18,10 +18,7 @@ _SCIENTIFIC = re.compile(
     r"(?P<value>[-+]?(?:\d+(?:\.\d*)?|\.\d+))(?:[eE]|(?:\\times|\\cdot|\*|×|x)10\^)\{?(?P<power>[-+]?\d{1,3})\}?",
     re.ASCII,
 )
-_SCALED = re.compile(
-    r"(?P<value>[-+]?\d+(?:\.\d+)?) ?(?P<word>hundred|thousand|million|billion|trillion|dozen)", re.ASCII
-)
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SCALED = re.compile(rf"(?P<value>[-+]?\d+(?:\.\d+)?) ?(?P<word>{'|'.join(SCALES)})", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d\d?", re.ASCII)
 _LONG_DECIMAL_COMMA = re.compile(r"[-+]?\d{4,},\d\d", re.ASCII)
 _VALUE_AND_LETTER = re.compile(r"(?P<value>[-+]?[\d.,/]*\d)(?:\s|\\[ ,;:!]|~)+(?P<letter>[mgshlL])")
@@ -29,9 +26,9 @@ _COMMA_GROUPS = re.compile(r"\d{1,3}(?:,\d{3})+", re.ASCII)
 _LIST = re.compile(r"([(\[])(.*)([)\]])", re.DOTALL)
 _WORDS = re.compile(r"(?:[A-Za-z]{3,}|[Nn]o)(?: [A-Za-z]+)*")
 _WORD = re.compile(r"[A-Za-z]{3,}")
-_UNFINISHED = re.compile(r"\d *[+*×] *[A-Za-z]{4,}")  # 10 + John's age: no value
+_UNFINISHED = re.compile(r"\d *[+*×] *[A-Za-z]{4,}")  # 10 + John's age: not a value
 _FORMULA_WITH_NUMBER = re.compile(r"(?=.*\d)(?:[^A-Za-z\\]|\\[a-z]+|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z]))+", re.ASCII)
-# words that may be a number's
+# words that may name a number
 _COUNTED = (
     "thirty forty fifty sixty seventy eighty ninety hundred thousand million billion half third quarter once twice "
     "thrice dozen pair couple none nil nothing never infinity infinite undefined zero dne"
@@ -42,14 +39,14 @@ _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eig
           "twelve": 12, "sixteen": 16}  # fmt: skip
 _CLOCK = re.compile(r"\d{1,2}:\d\d", re.ASCII)
 _LIST_WORDS = re.compile(r"\s*(?:;|,?\band\b)\s*")
-_LOOSE_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")  # not of "1 2", which is no 12
+_LOOSE_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")  # not in "1 2", which is not 12
 _SET = re.compile(r"\\\{.*\\\}", re.DOTALL)
 _TUPLE = re.compile(r"[(\[].*[)\]]", re.DOTALL)
 CLOSE = Fraction(1, 1000)  # relative: a decimal this near to a fraction may be its rounding
 
 
 class Doubt(str):
-    """Why two answers whose values agree may still differ: the pair is undecided, whoever else is asked."""
+    """Why two answers whose values agree may still differ: the pair is undecided, whatever computer algebra finds."""
 
 
 Exact = bool | Doubt | None
@@ -64,7 +61,7 @@ def to_number(form: str) -> Fraction | None:
     if match := _SCIENTIFIC.fullmatch(form):
         return Fraction(match["value"]) * Fraction(10) ** int(match["power"])
     if match := _SCALED.fullmatch(form):
-        return Fraction(match["value"]) * _SCALES[match["word"]]
+        return Fraction(match["value"]) * SCALES[match["word"]]
     match = _RATIO.fullmatch(form)
     if not match:
         return None
@@ -76,12 +73,12 @@ def to_number(form: str) -> Fraction | None:
 
 
 def _is_rounding(gold: str, answer: str) -> bool:
-    """One is a decimal and the other a fraction: 0.333333 for 1/3 is for others to judge."""
+    """One is a decimal and the other a fraction: whether 0.333333 is 1/3 is left to computer algebra."""
     return ("." in gold) != ("." in answer) and ("/" in gold + answer or "\\frac" in gold + answer)
 
 
 def _compare_numbers(a: Fraction, b: Fraction, gold: str, answer: str) -> Exact:
-    """Values of the normal forms of ``gold`` and ``answer``, which drop units: those come back here."""
+    """Compare the values of two normal forms, which drop units: the units are compared here."""
     one, other = unit_of(gold), unit_of(answer)
     if one and other and one.may_convert(other):
         return Doubt("units")
@@ -111,7 +108,7 @@ def _in_base(form: str) -> tuple[str, int] | None:
 
 
 def _compare_in_base(gold: str, answer: str) -> Exact:
-    """An answer without a base is in the gold's: the problem names it. A gold without one is decimal, or not."""
+    """An answer without a base is in the gold's base, which the problem names. A gold without one is ambiguous."""
     a, b = _in_base(gold), _in_base(answer)
     if a is None and b is None:
         return None
@@ -142,9 +139,14 @@ def _compare_lists(gold: str, answer: str) -> Exact:
     return False if numbers and False in verdicts else None
 
 
+def _bare(answer: str) -> str:
+    """Without the delimiters of a formula, and a full stop after them."""
+    return unwrap(answer.strip().rstrip("."))
+
+
 def _grouped(answer: str) -> list[str] | None:
-    """The groups of '107,113', which is a number or a list. '1,012' and '$1,012' are numbers for certain."""
-    text = unwrap(answer.strip().rstrip("."))
+    """The groups of '107,113', which is a number or a list. '1,012' and '$1,012' are certainly numbers."""
+    text = _bare(answer)
     if not _COMMA_GROUPS.fullmatch(text):
         return None
     groups = text.split(",")
@@ -152,9 +154,10 @@ def _grouped(answer: str) -> list[str] | None:
 
 
 def _compare_grouped(gold: str, answer: str, one: str, other: str) -> Exact:
-    """A number with commas, or a list without spaces? The other side shows it, or it stays a doubt.
+    """A number with commas, or a list without spaces? Decided by the other side, else a doubt.
 
-    A list has numbers of about one size: "107,113" may be one, "1,450" is a number. An answer to a gold number is one.
+    A list has numbers of similar size: "107,113" may be a list, "1,450" is a number. An answer to a gold number is a
+    number.
     """
     gold_groups, answer_groups = _grouped(gold), _grouped(answer)
     for groups, form in ((gold_groups, other), (answer_groups, one)):
@@ -187,10 +190,10 @@ def _compare_quantities(gold: str, answer: str) -> Exact:
 
 
 def _compare_letters_of_units(gold: str, answer: str) -> Exact:
-    """ "10 m" is a length or a product: a length where the other side says so, a doubt where it has only the value."""
+    """ "10 m" is a length or a product: a length if the other side is one, a doubt if it is only a number."""
     for text, other in ((gold, answer), (answer, gold)):
-        match = _VALUE_AND_LETTER.fullmatch(unwrap(text.strip().rstrip(".")))
-        if match and not _VALUE_AND_LETTER.fullmatch(unwrap(other.strip().rstrip("."))):
+        match = _VALUE_AND_LETTER.fullmatch(_bare(text))
+        if match and not _VALUE_AND_LETTER.fullmatch(_bare(other)):
             one, value = unit_of(rf"{match['value']}\text{{ {match['letter']}}}"), to_number(normalise(match["value"]))
             unit, other_value = unit_of(other), to_number(normalise(other))
             if one and unit and not one.clashes(unit) and value is not None and other_value is not None:
@@ -205,7 +208,7 @@ def _quantity(answer: str) -> tuple[Fraction, str] | None:
 
 
 def _compare_choices(gold: str, answer: str) -> bool | None:
-    """One of them is a letter of a multiple-choice question; the other is one or a text that names one."""
+    """One is a letter of a multiple-choice question; the other is a letter, or a text that names one."""
     one = bare_choice(gold) or named_choice(gold)
     other = bare_choice(answer) or named_choice(answer)
     return one == other if one and other else None
@@ -258,7 +261,7 @@ def why_open(gold: str, answer: str) -> Doubt | None:
 
 
 def compare(gold: str, answer: str) -> Exact:
-    """True or False where it is certain, a Doubt where nobody can tell, None where somebody must compute."""
+    """True or False where certain, a Doubt where the notation is ambiguous, None where it takes computer algebra."""
     if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
         return _compare_long(gold, answer)
     if _PLAIN.fullmatch(gold) and _PLAIN.fullmatch(answer):  # most pairs
@@ -280,7 +283,7 @@ def compare(gold: str, answer: str) -> Exact:
     if (verdict := _compare_forms(one, other, gold, answer)) is not None:
         return verdict
     for form, number in ((one, b), (other, a)):
-        # "1000,99" is a number in half of the world, "1,99" may be a list: equal counts, different does not
+        # "1000,99" is a decimal in many countries, "1,99" may be a list: equal is a verdict, different is not
         if number is not None and _DECIMAL_COMMA.fullmatch(form):
             equal = Fraction(form.replace(",", ".")) == number
             return None if not equal else True if _LONG_DECIMAL_COMMA.fullmatch(form) else Doubt("list or number")
@@ -288,21 +291,20 @@ def compare(gold: str, answer: str) -> Exact:
 
 
 def _compare_forms(one: str, other: str, gold: str, answer: str) -> Exact:
-    """Two normal forms of which one is no number: as texts, numerals of a base, choices, words."""
+    """Two normal forms, at least one not a number: as texts, numerals of a base, choices, words."""
     if one == other:
         units = unit_of(gold), unit_of(answer)
         if units[0] and units[1] and not units[0].clashes(units[1]) and units[0].size != units[1].size:
             return None
-        return doubt(gold, answer) if _in_base(one) is None and doubt(gold, answer) else True
+        return (doubt(gold, answer) if _in_base(one) is None else None) or True
     lists = [_LOOSE_SPACE.sub("", _LIST_WORDS.sub(",", form)) for form in (one, other)]
     if lists[0] == lists[1]:
         return True
     if (verdict := _compare_in_base(one, other)) is not None:
         return verdict
     if bare_choice(one) or bare_choice(other):
-        return (
-            _compare_choices(one, other) if _compare_choices(one, other) is not None else _letter_and_value(one, other)
-        )
+        verdict = _compare_choices(one, other)
+        return verdict if verdict is not None else _letter_and_value(one, other)
     if _WORDS.fullmatch(one) and _WORDS.fullmatch(other):
         return _compare_words(one.casefold(), other.casefold())
     if _UNFINISHED.search(other) and to_number(one) is not None:
@@ -314,7 +316,7 @@ def _compare_forms(one: str, other: str, gold: str, answer: str) -> Exact:
 
 
 def _letter_and_value(one: str, other: str) -> Exact:
-    """The letter of a choice whose value is not known, against a number: D may be the right one."""
+    """The letter of a choice whose value is unknown, against a number: the two may be the same choice."""
     return Doubt("choice or value") if to_number(one) is not None or to_number(other) is not None else None
 
 
@@ -327,4 +329,4 @@ def _compare_words(one: str, other: str) -> Exact:
     if " " not in one + other:
         short, long = sorted((one, other), key=len)
         return Doubt("words") if len(long) - len(short) > 1 and long.startswith(short) else False  # Tues, Tuesday
-    return Doubt("words")  # "no solution" and "none": whoever knows the language
+    return Doubt("words")  # "no solution" and "none": takes knowledge of the language

@@ -2,7 +2,7 @@ r"""Finding the final answer in a solution. Nothing is ever evaluated. docs/answ
 
 The last statement of an answer wins, whatever its form: a box, ``<answer>5</answer>``, "#### 5", "Answer: 5", a
 heading "Answer" with the value below, "the answer is 5", "5 is the answer", 答案是 5. A statement that begins as a
-value does (``Value.firm``) goes before one in words, which may be prose: "the answer is a common mistake".
+value does (``Value.firm``) takes precedence over one in words, which may be prose: "the answer is a common mistake".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DECOR = r"[ \t#*_>]{0,12}(?:\d{1,2}[.)][ \t]*)?[*_]{0,3}(?:\\(?:textbf|text|mat
 _MARKERS = re.compile(
     # GSM8K's marker; five signs are a heading
     r"(?<!\#)\#{4}(?![\#])(?![ \t*]*(?:(?:the|final|correct)[ \t]+)*(?:answer|最终答案|答案))[ \t]*(?P<hash>)"
-    # that of the published GSM8K model solutions; "A: B" may be a ratio
+    # marker of the published GSM8K model solutions; "A: B" may be a ratio
     r"|^[ \t]*A:[ \t]+(?P<a>)(?=[-+$\\(\d.])"
     r"|<answer>(?P<tag>)"
     # a line of its own, "### Final Answer"; a formula may follow on it
@@ -36,8 +36,8 @@ _MARKERS = re.compile(
     r"[ \t]+is[ \t]+(?:the|our|my)[ \t]+(?:(?:final|correct|required)[ \t]+)?answer\b",
     re.IGNORECASE | re.MULTILINE,
 )
-# What stands before "answer is" where the statement is none: the wrong answer is, the digits of the answer is, if the
-# answer is, one might think the answer is, I don't think that the answer is
+# Text before "answer is" that makes it not a statement: the wrong answer is, the digits of the answer is, if the answer
+# is, one might think the answer is, I don't think that the answer is
 _SUBJECT = r"(?:(?:the|our|my|your|an?|this)[ \t]+)?(?:(?:final|correct|right|actual|true|real)[ \t]+)*"
 _THINK = r"(?:think|thought|say|guess|believe|assume|expect|conclude|argue|claim|suppose|tempted|mean|true)"
 _NOT_STATED = re.compile(
@@ -65,10 +65,10 @@ _TAG = re.compile(r"<(?P<end>/?)answer>", re.IGNORECASE)
 def extract_answer(text: str) -> str | None:
     """The final answer that a solution states, as written; None where it states none.
 
-    Thoughts (``<think>``) state nothing. A text that is nothing but an answer states itself (``is_answer``).
+    Thoughts (``<think>``) are ignored. A text that is nothing but an answer is the answer (``is_answer``).
     """
     text = _without_thoughts(text)
-    # a base model goes on after a few-shot prompt with problems of its own
+    # after a few-shot prompt a base model continues with problems of its own
     more = _NEXT_PROBLEM.search(text)
     if more and (answer := _stated(text[: more.start()])):
         return answer
@@ -84,7 +84,7 @@ def _without_thoughts(text: str) -> str:
 
 
 def _stated(text: str) -> str | None:
-    """The last firm statement; without one the last of the others; without any the text itself if it is an answer."""
+    """The last firm statement; else the last other one; else the text itself if it is an answer."""
     boxed = last_boxed(text)
     firm_box = boxed if boxed and not boxed.quoted else None
     in_words: str | None = None
@@ -105,7 +105,7 @@ def _stated(text: str) -> str | None:
 
 
 def _value(text: str, marker: re.Match[str], end: int) -> Value | None:
-    """What the statement at ``marker`` says, before ``end``, where the next one begins."""
+    """The value that the statement at ``marker`` gives; ``end``: where the next statement begins."""
     kind = marker.lastgroup or ""
     before = text[max(0, marker.start() - 80) : marker.start()]
     if kind != "tag" and _NOT_STATED.search(before):
@@ -138,7 +138,7 @@ def _value(text: str, marker: re.Match[str], end: int) -> Value | None:
 def _tagged(text: str, start: int) -> Value | None:
     """Between ``<answer>`` and its end, which a stop string may have cut off."""
     closing = _TAG.search(text, start)
-    if closing and not closing["end"]:  # the next tag speaks for itself
+    if closing and not closing["end"]:  # the next tag is a statement of its own
         return None
     inner = text[start : closing.start() if closing else len(text)].strip()
     if answer := _stated(inner):

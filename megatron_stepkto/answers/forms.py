@@ -1,4 +1,4 @@
-"""Do two forms say the same? True: proven. False: both were read and differ. None: open, which is no label."""
+"""Are two forms equal? True: proven. False: both were read and differ. None: undecided, which gives no label."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from megatron_stepkto.answers.reading import (
     Relation,
     Scalar,
     Unreadable,
+    is_equation,
 )
 
 Verdict = bool | None
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 
 def equal(gold: Form, answer: Form) -> Verdict:
-    """Raises Unreadable where a part of one cannot be read."""
+    """Raises Unreadable where a part of either form cannot be read."""
     if gold == answer:
         return True
     gold, answer = _computed(_unwrapped(gold)), _computed(_unwrapped(answer))
@@ -39,7 +40,7 @@ def equal(gold: Form, answer: Form) -> Verdict:
         return _equal_assigned(gold, answer)
     if isinstance(gold, Scalar) and isinstance(answer, Scalar):
         return algebra.equal(gold.text, answer.text)
-    if _is_equation(gold) or _is_equation(answer):
+    if is_equation(gold) or is_equation(answer):
         return _equal_equations(gold, answer)
     if _is_region(gold) or _is_region(answer):
         return _equal_regions(gold, answer)
@@ -80,7 +81,7 @@ def _all(verdicts: Sequence[Verdict]) -> Verdict:
 def _in_order(gold: Sequence[Form], answer: Sequence[Form]) -> Verdict:
     if len(gold) != len(answer):
         return False
-    return _all([_try(equal, a, b) for a, b in zip(gold, answer, strict=True)])
+    return _all([_tried(a, b) for a, b in zip(gold, answer, strict=True)])
 
 
 def _in_any_order(gold: Sequence[T], answer: Sequence[T], same: Callable[[T, T], Verdict]) -> Verdict:
@@ -102,20 +103,16 @@ def _in_any_order(gold: Sequence[T], answer: Sequence[T], same: Callable[[T, T],
 def _distinct(items: Sequence[Form]) -> list[Form]:
     kept: list[Form] = []
     for item in items:
-        if not any(_try(equal, item, other) is True for other in kept):
+        if not any(_tried(item, other) is True for other in kept):
             kept.append(item)
     return kept
 
 
-def _try(compare: Callable[[T, T], Verdict], a: T, b: T) -> Verdict:
+def _tried(a: Form, b: Form) -> Verdict:
     try:
-        return compare(a, b)
+        return equal(a, b)
     except Unreadable:
         return None
-
-
-def _tried(a: Form, b: Form) -> Verdict:
-    return _try(equal, a, b)
 
 
 def _equal_many(gold: Many, answer: Many) -> Verdict:
@@ -184,7 +181,7 @@ def _equal_assigned(gold: Form, answer: Form) -> Verdict:
     assert isinstance(assigned, Assigned)
     names = [name for name, _ in assigned.pairs]
     values = [value for _, value in assigned.pairs]
-    if _is_equation(other):
+    if is_equation(other):
         if len(names) > 1 or not isinstance(values[0], Scalar):
             return None
         equation = Relation((names[0], values[0].text), ("=",))
@@ -204,7 +201,7 @@ def _equal_assigned(gold: Form, answer: Form) -> Verdict:
 
 
 def _equal_systems(gold: Assigned, answer: Assigned) -> Verdict:
-    """The same solutions: x=1, y=2 and x=3, y=4, whatever the order; another name for one value is open."""
+    """The same solutions: x=1, y=2 and x=3, y=4, in any order; a different name for the same value is undecided."""
     one, other = _solutions(gold), _solutions(answer)
     verdict = _in_any_order(one, other, _same_solution)
     names = [{name for name, _ in _single_names(form)} for form in (gold, answer)]
@@ -215,7 +212,7 @@ def _equal_systems(gold: Assigned, answer: Assigned) -> Verdict:
 
 
 def _solutions(form: Assigned) -> list[dict[str, Form]]:
-    """A name that comes again begins the next solution, or is another value of an only name."""
+    """A repeated name begins the next solution, or is another value of the only name."""
     found: list[dict[str, Form]] = [{}]
     for name, value in _single_names(form):
         if name in found[-1]:
@@ -241,17 +238,13 @@ def _same_solution(a: dict[str, Form], b: dict[str, Form]) -> Verdict:
 # --- equations -------------------------------------------------------------------------------------------------
 
 
-def _is_equation(form: Form) -> bool:
-    return isinstance(form, Relation) and set(form.operators) == {"="}
-
-
 def _equal_equations(gold: Form, answer: Form) -> Verdict:
-    """Equations are equal where their polynomials have the same factors. A value is not an equation; where it does
-    not even solve it, it is another answer."""
-    if _is_equation(gold) and _is_equation(answer):
+    """Equations are equal where their polynomials have the same factors. A value against an equation is wrong where it
+    does not solve it, else undecided."""
+    if is_equation(gold) and is_equation(answer):
         factors, others = _factors(_difference(gold)), _factors(_difference(answer))
         return None if factors is None or others is None else factors == others
-    equation, other = (gold, answer) if _is_equation(gold) else (answer, gold)
+    equation, other = (gold, answer) if is_equation(gold) else (answer, gold)
     difference = _difference(equation)
     if not isinstance(other, Scalar) or algebra.expression(other.text).free_symbols:
         return None
@@ -270,7 +263,7 @@ def _difference(form: Form) -> sympy.Expr:
 
 
 def _factors(difference: sympy.Expr) -> set[sympy.Expr] | None:
-    """The factors with unknowns of an equation's numerator, each with leading coefficient 1; None: no polynomial."""
+    """The factors with unknowns of an equation's numerator, each with leading coefficient 1; None: not a polynomial."""
     numerator = sympy.numer(sympy.together(difference))
     if not numerator.is_polynomial(*numerator.free_symbols):
         return None
@@ -298,7 +291,7 @@ def _equal_regions(gold: Form, answer: Form) -> Verdict:
 def _region_and_value(region: Form, value: Form) -> Verdict:
     found = _region(region)
     if isinstance(value, Scalar):
-        if value.text in (r"\phi", r"\varphi", "\\Phi"):  # some write the empty set so
+        if value.text in (r"\phi", r"\varphi", "\\Phi"):  # sometimes used for the empty set
             return None
         if isinstance(found, sympy.FiniteSet) and len(found) == 1:
             return algebra.equal_expressions(found.args[0], algebra.expression(value.text))
@@ -332,7 +325,7 @@ def _region(form: Form) -> sympy.Set:
     """The set of real numbers that a form describes.
 
     Raises:
-        Unreadable: it describes none, or one that cannot be found.
+        Unreadable: it does not describe a set, or the set cannot be computed.
     """
     if isinstance(form, Reals):
         return sympy.S.Reals
@@ -369,8 +362,6 @@ def _interval_or_points(form: Many) -> sympy.Set:
             raise Unreadable("a tuple among sets")
         start, end = (_real(item.text) for item in form.items if isinstance(item, Scalar))
         return sympy.Interval(start, end, form.brackets[0] == "(", form.brackets[1] == ")")
-    if form.kind == "list":  # (1,2), (3,4)
-        return sympy.Union(*[_region(item) for item in form.items])
     return sympy.Union(*[_region(item) for item in form.items])
 
 

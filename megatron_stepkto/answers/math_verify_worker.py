@@ -1,17 +1,15 @@
 """A process that compares answers by computer algebra until it is killed; EquivalenceChecker starts it.
 
 Reads one JSON object {"gold", "answer"} per line and writes one {"verdict", "how", "milliseconds"}; the first
-line it writes is {"ready": true}. math-verify's own time limit returns False, which would turn a slow
-machine into wrong labels. Here a timer of the process's own CPU time (ITIMER_PROF) runs during each pair and
-its signal ends the process, also inside C code: how hard a pair is does not depend on what else the machine
-does. The parent reads the signal as a time-out.
+line it writes is {"ready": true}. math-verify's own time limit returns False, so a slow machine would give wrong
+labels. Here a timer of the process's CPU time (ITIMER_PROF) runs during each pair, and its signal ends the process,
+even inside C code: the limit does not depend on the machine's load. The parent reports the signal as a time-out.
 
 Usage: python -m megatron_stepkto.answers.math_verify_worker PARENT_PID CPU_SECONDS
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -26,10 +24,10 @@ from megatron_stepkto.answers.choices import without_choice
 from megatron_stepkto.answers.reading import Assigned, Form, Scalar, Unreadable, read
 from megatron_stepkto.answers.text import unescape
 from megatron_stepkto.answers.units import unit_of
+from megatron_stepkto.base.processes import die_with_parent
 
-PR_SET_PDEATHSIG = 1
 MEMORY_BYTES = 1 << 30
-CHARS_AROUND = 50  # of a value in a sentence, that must not compare it with another
+CHARS_AROUND = 50  # around a value in a sentence; a word of comparison there makes it unreadable
 HOW = "math-verify"
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[^\x00-\x7f]|[€$£]")
 _COMPARES = re.compile(
@@ -40,21 +38,14 @@ _ONE = r"\frac{1}{1}"
 _NAMED_FACTORS = {"share": r"\frac{1}{100}", "angle": r"\frac{\pi}{180}"}
 
 
-def _die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
-
-
 def _read(answer: str) -> tuple[Form, bool]:
-    """The form of an answer, or of the value that a sentence states; whether it was searched for.
+    """The form of an answer, or of the value that a sentence states; and whether the value was searched for.
 
-    math-verify finds that value. A formula that cannot be read is not searched: some number of it must not stand
-    for all.
+    math-verify finds that value. A formula that cannot be read is not searched: one of its numbers must not count as
+    the whole.
 
     Raises:
-        Unreadable: neither.
+        Unreadable: neither can be read.
     """
     from math_verify import parse
 
@@ -76,7 +67,7 @@ def _read(answer: str) -> tuple[Form, bool]:
 def _readings(gold: str, answer: str) -> list[tuple[str, str]]:
     r"""Factors, as LaTeX, that bring both values to one unit: usually one pair.
 
-    28\% is 28 or 0.28, as the gold answer has it; an angle in degrees meets one in radians, which have no sign.
+    28\% is 28 or 0.28, as the gold answer has it; degrees are converted to radians, which have no sign.
     """
     one, other = unit_of(gold), unit_of(answer)
     if one and other:
@@ -118,7 +109,7 @@ def compare(gold: str, answer: str) -> tuple[str, str]:
         return "undecided", "unparsed"
     if True in verdicts:
         return "right", HOW
-    if searched or also_searched:  # another value of the sentence may be meant
+    if searched or also_searched:  # the sentence may mean another of its values
         return "undecided", "unparsed"
     # normal forms drop the signs of a list's items
     lists = not isinstance(one, Scalar) and not isinstance(other, Scalar)
@@ -127,11 +118,11 @@ def compare(gold: str, answer: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    _die_with_parent(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
     cpu_seconds = float(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # whatever the libraries print must not mix with the answers
+    # output of the libraries must not mix with the replies
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     logging.disable(logging.CRITICAL)
@@ -142,7 +133,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
             verdict, how = compare(pair["gold"], pair["answer"])
-        except Exception as error:  # whatever fails in there is "undecided", and its name is kept
+        except Exception as error:  # any failure is "undecided", with the name of the exception
             verdict, how = "undecided", f"failed: {type(error).__name__}"
         signal.setitimer(signal.ITIMER_PROF, 0)
         milliseconds = (time.process_time() - begun) * 1000

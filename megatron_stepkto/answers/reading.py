@@ -1,6 +1,6 @@
-"""What an answer says, as a form: a scalar, a list, a set, a tuple, an interval, an assignment, a relation.
+"""Parse an answer into a form: a scalar, a list, a set, a tuple, an interval, an assignment, a relation.
 
-Only the structure is read here, from text and without evaluating anything. A scalar stays LaTeX; ``forms`` compares.
+Only the structure is parsed, and nothing is evaluated. A scalar stays LaTeX; ``forms`` compares.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_stepkto.answers.text import normalise
 
 
 class Unreadable(Exception):
-    """The answer is prose, or notation without one certain meaning."""
+    """The answer is prose, or its notation is ambiguous."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Literal:
-    """A part that is no formula, in lower case: equal only to itself."""
+    """A part that is not a formula, in lower case: equal only to itself."""
 
     text: str
 
@@ -42,7 +42,7 @@ class Many:
 
 @dataclass(frozen=True)
 class Assigned:
-    """``name = value`` in the order written; a name that has several values comes several times."""
+    """``name = value`` in the order written; a name with several values is repeated."""
 
     pairs: tuple[tuple[str, Form], ...]
 
@@ -57,7 +57,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Combined:
-    r"""Sets joined by ``\cup``, ``\cap`` or ``\setminus``; ``,`` joins inequalities whose writer said neither."""
+    r"""Sets joined by ``\cup``, ``\cap`` or ``\setminus``; ``,`` joins inequalities without a stated operator."""
 
     operator: str
     parts: tuple[Form, ...]
@@ -94,7 +94,7 @@ _SIGNS = str.maketrans(
         "∧": r"\land ", "{": "{", "–": "-", "∖": r"\setminus ",
     }
 )  # fmt: skip
-# Several spellings of one thing -> the one that the reader and latex2sympy know. In this order.
+# Alternative spellings -> the one that this parser and latex2sympy know. Order matters.
 _SPELLINGS = tuple(
     (re.compile(pattern, re.IGNORECASE if word else 0), spelling)
     for word, pattern, spelling in (
@@ -176,7 +176,7 @@ _FIGURE = re.compile(r"(?:m(?=\s*\\)|m?\\(?:angle|triangle|frac|overline|measure
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
 _FUNCTION_OF_NUMBER = re.compile(r"[fghFGHP]\s*\(\s*-?[\d./]+\s*\)")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
-# what latex2sympy gives a meaning; it takes other commands for symbols
+# commands that latex2sympy interprets; it takes others for symbols
 _KNOWN_COMMANDS = (
     "frac dfrac tfrac sqrt cdot times div pi infty binom sum prod int lim to sin cos tan cot sec csc sinh cosh tanh "
     "arcsin arccos arctan log ln exp max min gcd lcm lfloor rfloor lceil rceil lvert rvert vert mid overline bar bmod "
@@ -197,7 +197,7 @@ def _spell(text: str) -> str:
     text = _GROUPS_IN_BRACES.sub(lambda match: match[0].replace(",", ""), _DELIMITERS.sub(" ", text))
     text = _GROUPS_WITH_ZERO.sub(lambda match: match[0].replace(",", ""), text)
     text = _GROUPS_AFTER_EQUALS.sub(_joined_groups, text)
-    if text.count("{") > text.count("}"):  # a box that was never closed
+    if text.count("{") > text.count("}"):  # an unclosed box
         text = text.removeprefix("\\boxed{")
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
@@ -216,7 +216,7 @@ def _joined_groups(match: re.Match[str]) -> str:
 
 def _fraction(match: re.Match[str]) -> tuple[int, int] | None:
     lead = match["lead"]
-    if match["dots"] is not None:  # the digits themselves must show the period: at least twice, one digit three times
+    if match["dots"] is not None:  # the digits must show the period: at least two repeats, three for a single digit
         found = re.fullmatch(r"(\d*?)(\d)\2{2,}|(\d*?)(\d{2,9}?)\4+", lead)
         if found is None:
             return None
@@ -235,7 +235,7 @@ def _fraction(match: re.Match[str]) -> tuple[int, int] | None:
 def _as_fraction(match: re.Match[str]) -> str:
     value = _fraction(match)
     if value is None:
-        raise Unreadable("a decimal that goes on without a visible period")
+        raise Unreadable("a decimal without a visible period")
     return rf"\frac{{{value[0]}}}{{{value[1]}}}"
 
 
@@ -243,7 +243,7 @@ def read(answer: str) -> Form:
     """The form of an answer, without its unit.
 
     Raises:
-        Unreadable: it is no mathematical notation, or ambiguous.
+        Unreadable: it is not mathematical notation, or ambiguous.
     """
     form = _read(_spell(normalise(answer)))
     if isinstance(form, Literal):
@@ -252,7 +252,7 @@ def read(answer: str) -> Form:
 
 
 def _pieces(text: str, separators: frozenset[str]) -> Iterator[tuple[str, str]]:
-    """(separator before it, piece) at bracket depth 0; the words "and" and "or" separate too where asked."""
+    """(separator before it, piece) at bracket depth 0; ``separators`` may include the marks for "and" and "or"."""
     depth, start, before = 0, 0, ""
     for match in _TOKEN.finditer(text):
         token = match[0]
@@ -271,7 +271,7 @@ def _pieces(text: str, separators: frozenset[str]) -> Iterator[tuple[str, str]]:
 
 
 _WORDS = re.compile(r"(?:,\s*)?(?<![\\a-zA-Z])((?i:and|or))(?![a-z])")
-# stand-ins of one character for the words, so that they separate like signs
+# single characters in place of the words, so that they separate like signs
 _MARKS = {"and": "\x01", "or": "\x02"}
 
 
@@ -307,7 +307,7 @@ def _read_marked(text: str) -> Form:
 
 def _joined(separators: list[str], items: list[Form]) -> Form:
     """Several pieces between commas, "and" and "or" as one form."""
-    regions = [isinstance(item, Relation | Combined) and not _is_equation(item) for item in items]
+    regions = [isinstance(item, Relation | Combined) and not is_equation(item) for item in items]
     if all(regions):
         kinds = set(separators)
         operator = r"\cup" if kinds == {_MARKS["or"]} else ","
@@ -322,12 +322,12 @@ def _joined(separators: list[str], items: list[Form]) -> Form:
     return Many("list", tuple(flat))
 
 
-def _is_equation(form: Form) -> bool:
+def is_equation(form: Form) -> bool:
     return isinstance(form, Relation) and set(form.operators) == {"="}
 
 
 def _assigned(items: list[Form]) -> Form:
-    """``x=2, 4``: what follows an assignment without a name of its own is another value of the last name."""
+    """``x=2, 4``: a value without a name after an assignment is another value of the last name."""
     pairs: list[tuple[str, Form]] = []
     for item in items:
         if isinstance(item, Assigned):
@@ -343,7 +343,7 @@ def _assigned(items: list[Form]) -> Form:
 def _read_one(text: str) -> Form:
     """A piece without a separator at depth 0."""
     approximate = [piece for _, piece in _pieces(text, frozenset((r"\approx",)))]
-    if len(approximate) > 1:  # the exact value, or what a bare name is about
+    if len(approximate) > 1:  # the exact value; after a bare name, the approximate one
         return _read_one(approximate[1] if _NAME.fullmatch(approximate[0]) else approximate[0])
     sides = list(_pieces(text, frozenset(_OPERATORS)))
     if len(sides) > 1:
@@ -390,7 +390,7 @@ def _braced(inner: str) -> Form:
 
 
 def _signs_apart(text: str) -> Form:
-    r"""``3 \pm 1`` is the list of 4 and 2. Several signs of one expression may go together or not."""
+    r"""``3 \pm 1`` is the list of 4 and 2. Several signs in one expression are ambiguous."""
     signs = re.findall(r"\\(?:pm|mp)(?![a-z])", text)
     if not signs:
         try:
@@ -406,10 +406,10 @@ def _signs_apart(text: str) -> Form:
 
 
 def _formula(text: str) -> str:
-    """The text, where it is one.
+    """Return the text if it is a formula.
 
     Raises:
-        Unreadable: words or unknown signs in it; some number of it must not stand for all.
+        Unreadable: it contains words or unknown signs; one of its numbers must not count as the whole.
     """
     bare = re.sub(r"\\(?:begin|end)\{[a-z]+\}", "", text)
     bare = bare.replace("&", "") if bare != text else bare
@@ -425,7 +425,7 @@ def _formula(text: str) -> str:
 
 
 def _related(sides: list[str], operators: list[str]) -> Form:
-    """Sides and the signs between them: an assignment, an inequality, an equation; or what follows a computation."""
+    """Sides and the signs between them: an assignment, an inequality, an equation; or the result of a computation."""
     if not all(sides):
         raise Unreadable("a relation with an empty side")
     if set(operators) != {"="}:

@@ -8,11 +8,11 @@ from functools import lru_cache
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
 _ARTICLE = re.compile(r"^(?:an?|An|[tT]he) (?=[a-z]{3,})")
-_FULL_STOP = re.compile(r"\s*(?<!\.)\.\s*$")  # not of 0.333...
+_FULL_STOP = re.compile(r"\s*(?<!\.)\.\s*$")  # not in 0.333...
 _SPACES = re.compile(r"(?<!\\)\\[ ,;:!]|\\(?:quad|qquad)(?![a-zA-Z])|~|\s+")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\{[^{}]*\})\s*(\d)|(\d)\s*(\{[^{}]*\}))")
 _DEGREES = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°)(?:\s*[CF]\s*$)?")
-# a degree sign inside of a function's argument is part of the value
+# a degree sign inside a function's argument is part of the value
 TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z]{2,})")
 _QUAD = re.compile(r"(?<=[\d)}])[\s,;]*\\q?quad(?![a-zA-Z])\s*(?=[-\d(a-zA-Z]|\\(?!text|mbox|mathrm|q?quad|[ ,;:!]))")
@@ -28,7 +28,7 @@ _COUNTED = (
 )
 _NUMBER_WORDS = {word: str(number) for number, word in enumerate(_COUNTED.split())}
 _DECIMAL = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?")
-# no units of one letter, 5m may be a product, but those that LaTeX sets upright: 5\\text{ m}
+# one-letter units only where LaTeX sets them upright, 5\\text{ m}: 5m may be a product
 _UNIT_LETTER = re.compile(
     r"(?:(?<=[\d}])|(?<=\\pi))(?:\\[ ,;]|\s)*\\(?:text|textrm|mathrm|mbox)\s*\{\s*[mgshlL]\s*\}"
     r"(?:\^\s*\{?[23]\}?)?(?=[\s$.]*$)"
@@ -45,10 +45,11 @@ _UNIT_TAIL = re.compile(
     rf"(?P<value>.*(?:[\d}})]|\\pi(?![a-zA-Z])))\s*(?:(?:{_UNITS})(?:\s*/\s*|\s+|$|(?=\^))(?:\^\s*\{{?[23]\}}?\s*)?)+",
     re.IGNORECASE,
 )
-_SCALE_WORD = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion|dozen)\b", re.IGNORECASE)
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SCALE_WORD = re.compile(rf"\s*(?:{'|'.join(SCALES)})\b", re.IGNORECASE)
 _ARITHMETIC_WORD = re.compile(
-    r"\b(?:times|plus|minus|and|or|over|by|squared|cubed|half|halves|thirds?|quarters?|more|less|than|hundred|thousand|"
-    r"million|billion|trillion|dozen|base|mod|factorial)\b",
+    r"\b(?:times|plus|minus|and|or|over|by|squared|cubed|half|halves|thirds?|quarters?|more|less|than|base|mod|factorial|"
+    rf"{'|'.join(SCALES)})\b",
     re.IGNORECASE,
 )
 _NUMBER_AND_WORDS = re.compile(r"(?P<value>[-+]?[\d.,/]*\d)\s+[a-z]{3,}(?:\s+[a-z]{2,})*", re.IGNORECASE)
@@ -70,7 +71,7 @@ def _plain_number(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """Without the delimiters of one formula: "$5$" -> "5"."""
+    """Strip the delimiters of one formula: "$5$" -> "5"."""
     for opening, closing in _WRAPPERS:
         if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
             inner = text[len(opening) : -len(closing)]
@@ -80,7 +81,7 @@ def unwrap(text: str) -> str:
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """The value and what names a unit after it: '18 dollars' -> ('18', 'dollars'), '5 cm ^2' -> ('5', 'cm ^2')."""
+    """Split off the name of a unit after a value: '18 dollars' -> ('18', 'dollars'), '5 cm ^2' -> ('5', 'cm ^2')."""
     match = _UNIT_TAIL.fullmatch(text) or _NUMBER_AND_WORDS.fullmatch(text)
     if not match:
         return text, ""
@@ -93,12 +94,12 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def unescape(text: str) -> str:
-    r"""Without the second backslash of commands that were escaped twice: ``\\frac``. A matrix ends its rows so."""
+    r"""Undo double escaping of commands: ``\\frac``. Not in a matrix, whose rows end with two backslashes."""
     return text if "\\begin" in text else _ESCAPED_TWICE.sub(r"\\", text)
 
 
 def plain_text(answer: str) -> str:
-    """The answer without math delimiters, ``\\text`` and its kin, sizes of LaTeX and a full stop at the end."""
+    """The answer without math delimiters, ``\\text`` and the like, sizes of LaTeX and a full stop at the end."""
     text = _FULL_STOP.sub("", unwrap(_FULL_STOP.sub("", answer.translate(_WIDE).strip())))
     text = unescape(text)
     text = _TEXT.sub(r" \1 ", text)
@@ -110,7 +111,7 @@ def plain_text(answer: str) -> str:
 def normalise(answer: str) -> str:
     """A normal form in which many equal answers are the same text; equal forms differ at most in their units.
 
-    Undone: math delimiters, ``\\text`` and its kin, sizes and spaces of LaTeX, ``\\dfrac``, ``\\frac12``,
+    Undone: math delimiters, ``\\text`` and similar commands, sizes and spaces of LaTeX, ``\\dfrac``, ``\\frac12``,
     currency, percent and degree signs, thousands commas, leading and trailing zeros, units after a value,
     a full stop at the end.
     """
@@ -122,7 +123,7 @@ def normalise(answer: str) -> str:
     text = _SHORT_FRACTION.sub(_unfold_fraction, text)
     if _THOUSANDS.fullmatch(text):
         text = re.sub(r"[{,} ]", "", text)
-    if not re.search(r"[A-Za-z]\s+[A-Za-z]", text):  # spaces part words; between symbols they mean nothing
+    if not re.search(r"[A-Za-z]\s+[A-Za-z]", text):  # spaces separate words; between symbols they mean nothing
         text = re.sub(r"(?<![\d])\s+|\s+(?![\d])", "", text)
         if _THOUSANDS.fullmatch(text) and ",0" in text:  # 10, 080: no list has such a number
             text = text.replace(",", "")

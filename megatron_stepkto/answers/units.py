@@ -1,4 +1,4 @@
-"""Units behind a value: which two go together, and by what factor."""
+"""Units after a value: which are comparable, and by what factor."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import lru_cache
 
 from megatron_stepkto.answers.text import TRIGONOMETRIC, plain_text, split_unit
 
-# Names of a unit -> its kind and its size in that kind's base unit. "pound" is money and mass, "ton" is two masses:
-# they are in no table. A month has no number of days, so years and months are a kind of their own.
+# Names of a unit -> its kind and its size in that kind's base unit. "pound" is money or mass, "ton" one of two
+# masses: neither is listed. A month has no fixed number of days, so years and months are a kind of their own.
 _TABLE: dict[str, dict[str, str]] = {
     "length": {
         "mm millimeter millimetre": "1/1000", "cm centimeter centimetre": "1/100", "dm decimeter": "1/10",
@@ -64,7 +64,7 @@ _CLOCK = re.compile(
     re.IGNORECASE,
 )
 _NAMED_TIMES = {"noon": 720, "midnight": 0, "12 noon": 720, "12 midnight": 0}
-MAX_CHARS = 200  # a longer answer is no value with a unit
+MAX_CHARS = 200  # a longer answer is not a value with a unit
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Unit:
         return (self.kind, self.power) != (other.kind, other.power)
 
     def may_convert(self, other: Unit) -> bool:
-        """Do the two clash although one could be worth the other: 3 pizzas and 24 slices, a year and 365 days?"""
+        """Do the two clash although they could be equal: 3 pizzas and 24 slices, a year and 365 days?"""
         kinds = {self.kind, other.kind}
         open_kinds = any("named" in kind for kind in kinds) or kinds == {"calendar", "time"}
         return self.clashes(other) and (open_kinds or kinds == {"celsius", "fahrenheit"})
@@ -99,10 +99,15 @@ def unit_of(answer: str) -> Unit | None:
         for pattern, sign in _SIGNS:
             if re.search(rf"(?:{pattern.pattern})\s*$", plain):
                 return _known(sign, 1)
-    name = split_unit(re.sub(r"\\[ ,;:!]|~|\s+", " ", plain).strip())[1]
-    if not name and (single := _SINGLE.search(answer.strip().rstrip("$."))):  # \text{ m}: a letter that is no variable
+    name = split_unit(_spaced(plain))[1]
+    # \text{ m}: a letter that is not a variable
+    if not name and (single := _SINGLE.search(answer.strip().rstrip("$."))):
         name = single["unit"] + single["power"]
     return _named(name) if name else None
+
+
+def _spaced(text: str) -> str:
+    return re.sub(r"\\[ ,;:!]|~|\s+", " ", text).strip()
 
 
 def _named(name: str) -> Unit | None:
@@ -135,7 +140,7 @@ def _known(name: str, power: int) -> Unit | None:
 
 def sum_of_quantities(answer: str) -> tuple[Fraction, str] | None:
     """``1 hour 30 minutes`` as (5400, "time"): two or more known units of one kind, in its base unit; else None."""
-    text = re.sub(r"\\[ ,;:!]|~|\s+", " ", plain_text(answer)).strip() if len(answer) <= MAX_CHARS else ""
+    text = _spaced(plain_text(answer)) if len(answer) <= MAX_CHARS else ""
     total, kinds, end, parts = Fraction(0), set(), 0, 0
     while match := _PART.match(text, end):
         unit = _known(match["unit"].lower(), 1)
@@ -152,7 +157,7 @@ def time_of_day(answer: str) -> tuple[int, bool] | None:
     (270, False); else None."""
     if len(answer) > MAX_CHARS:
         return None
-    text = re.sub(r"\\[ ,;:!]|~|\s+", " ", plain_text(answer)).strip()
+    text = _spaced(plain_text(answer))
     if (named := _NAMED_TIMES.get(text.lower())) is not None:
         return named, True
     match = _CLOCK.fullmatch(text) or _CLOCK.fullmatch(text + ".")

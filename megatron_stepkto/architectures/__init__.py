@@ -1,1 +1,1 @@
-"""Model architectures as facts: names, shapes, sharding, FLOPs. No weights are read here."""
+"""Declarations of model architectures: names, shapes, sharding, FLOPs. No weights are read here."""

@@ -1,4 +1,4 @@
-"""What the decoders in this package share: the keys of config.json, and the weights outside the feed-forward part."""
+"""What the decoders in this package share: keys of config.json, and weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = (
 )
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window"}
 _READ = {*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"}
-# These name things or steer programs; no logit depends on them.
+# Names and settings on which no logit depends.
 _HARMLESS = {
     *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "transformers.js_config"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class", "id2label", "label2id"),
@@ -32,9 +32,9 @@ _HARMLESS = {
     # generation settings that old writers left here; LLaMA's own max_sequence_length
     *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty"),
     "max_sequence_length",
-    "auto_map",  # code of the author: never run, and the conversion says so
+    "auto_map",  # the author's own code: never run, and the conversion warns of it
 }
-# The only value that is modelled.
+# The only supported value.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -50,11 +50,11 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check_keys(hf: Mapping[str, Any], name: str, read: set[str]) -> None:
-    """Raises UserError, naming all keys, for a setting that could change the model's numbers and is not modelled.
+    """Raises UserError, naming all keys, for a setting that could change the model's output and is not supported.
 
     Args:
         name: the architecture, for the message.
-        read: keys that this architecture reads besides the common ones.
+        read: keys that this architecture reads in addition to the common ones.
     """
     faults = []
     for key, value in hf.items():
@@ -63,7 +63,7 @@ def check_keys(hf: Mapping[str, Any], name: str, read: set[str]) -> None:
         if key in _FIXED:
             if value is not None and value != _FIXED[key]:
                 faults.append(f"{key} = {value!r} is not supported for {name}; expected {_FIXED[key]!r}")
-        elif value:  # an unknown switch that is off (null, false, 0, empty) says nothing
+        elif value:  # an unknown switch that is off (null, false, 0, empty) has no effect
             faults.append(
                 f"{key} = {value!r} is not known for {name} and may change the model; "
                 "remove the key from config.json if it does not"
@@ -73,7 +73,7 @@ def check_keys(hf: Mapping[str, Any], name: str, read: set[str]) -> None:
 
 
 def check_sizes(hf: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-    """Raises UserError for a size that is there and is no whole number (or, of some, null)."""
+    """Raises UserError for a size that is set to anything but a positive whole number (some may be null)."""
     for key in keys:
         if key not in hf or (hf[key] is None and key in _MAY_BE_NULL):
             continue
@@ -82,13 +82,13 @@ def check_sizes(hf: Mapping[str, Any], keys: tuple[str, ...]) -> None:
 
 
 def check_switch(hf: Mapping[str, Any], key: str) -> None:
-    """Raises UserError for a switch that is there and is neither true nor false (nor null)."""
+    """Raises UserError for a switch that is set to anything but true, false or null."""
     if not isinstance(hf.get(key), bool | None):
         raise UserError(f"config.json: {key} = {hf[key]!r:.80}: expected true or false")
 
 
 def check_layer_types(hf: Mapping[str, Any]) -> None:
-    """Raises UserError for a kind of attention that no layer here computes, or another number of layers."""
+    """Raises UserError for an unsupported kind of attention, or a list of another length than the number of layers."""
     kinds = hf.get("layer_types") or []
     if not isinstance(kinds, list) or len(kinds) not in (0, hf["num_hidden_layers"]):
         raise UserError(
@@ -127,7 +127,7 @@ def read_decoder(
 
     Args:
         read: further keys that the architecture reads itself.
-        norm_eps, rope_base: transformers' defaults for the architecture, where config.json is silent.
+        norm_eps, rope_base: transformers' defaults for the architecture, where config.json does not set them.
         more: further fields of ModelConfig.
 
     Raises:
@@ -148,7 +148,7 @@ def read_decoder(
     if not hf.get("head_dim") and hf["hidden_size"] % heads:
         raise UserError(
             f"config.json: num_attention_heads = {heads} does not divide hidden_size = {hf['hidden_size']}, "
-            "and there is no head_dim"
+            "and head_dim is not set"
         )
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     if head_dim % 2:
@@ -173,7 +173,7 @@ def read_decoder(
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
-# The norm before the feed-forward part, fused into it or not: which one depends on Megatron-Core's module spec.
+# The norm before the feed-forward part, fused into it or not: Megatron-Core's module spec decides which.
 _MLP_NORMS = (LAYERS + "mlp.linear_fc1.layer_norm_weight", LAYERS + "pre_mlp_layernorm.weight")
 
 
@@ -241,7 +241,7 @@ def expert_entries(c: ModelConfig, block: str, gate: str, up: str, down: str) ->
     assert c.experts is not None
     layers, hidden, number, ffn = c.num_layers, c.hidden_size, c.experts.number, c.experts.ffn_size
     router, experts = LAYERS + "mlp.router.weight", LAYERS + "mlp.experts.experts."
-    # Transformer Engine's spec does not fuse this norm: its own name, which the local spec (megatron/model.py) takes.
+    # Transformer Engine's spec does not fuse this norm and uses this name; so does our local spec (megatron/model.py).
     other, norm = _MLP_NORMS
     gate, up, down = (f"{_LAYER}{block}.experts.{{expert}}.{name}.weight" for name in (gate, up, down))
     return [

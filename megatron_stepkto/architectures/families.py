@@ -1,4 +1,4 @@
-"""Hugging Face <-> Megatron-Core: one declaration per architecture, played both ways."""
+"""Hugging Face <-> Megatron-Core: one declaration per architecture, used in both directions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +14,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, MIXTRAL, PHI3, QWEN2,
 
 
 def find_architecture(hf_config: Mapping[str, Any], where: str) -> Architecture:
-    """Raises UserError when config.json names an architecture without a declaration."""
-    from megatron_stepkto.architectures.families import ARCHITECTURES
-
+    """Raises UserError when config.json names an unsupported architecture."""
     named = hf_config.get("architectures") or [None]
     for architecture in ARCHITECTURES:
         if named[0] in architecture.names:

@@ -13,7 +13,7 @@ def forward_flops(config: ModelConfig, tokens: float, response_tokens: float, le
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     projections = config.hidden_size * (2 * queries + 2 * keys)
     mlp = 3 * config.hidden_size * config.ffn_size
-    if config.experts:  # those that a token goes to, and the router
+    if config.experts:  # the experts that a token is routed to, and the router
         mlp = config.hidden_size * (3 * config.experts.ffn_size * config.experts.per_token + config.experts.number)
     layer = tokens * (2 * (projections + mlp) + 2 * length * queries)
     return layer, response_tokens * 2 * config.hidden_size * config.vocab_size

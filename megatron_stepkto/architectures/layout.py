@@ -1,4 +1,4 @@
-"""Which layouts a model can be trained in. The one check that planning, the pipeline and the trainer share."""
+"""Which layouts a model can be trained in: one check, shared by planning, the pipeline and the trainer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Fault:
 
 
 def layout_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
-    """Everything that keeps a model from being split so; empty when it can be."""
+    """Every reason why the model cannot be split this way; empty when it can."""
     return [*_tensor_faults(config, parallel), *_pipeline_faults(config, parallel), *_expert_faults(config, parallel)]
 
 
@@ -44,7 +44,7 @@ def _tensor_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
             Fault(
                 key,
                 f"{key} = {tensor} is more than the model's vocabulary ({config.vocab_size}): "
-                "a rank would hold no word; lower it",
+                "a rank would hold no token; lower it",
             )
         )
     return faults
@@ -93,10 +93,10 @@ def _expert_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
 
 
 def check_layout(config: ModelConfig, parallel: Parallel, place: Callable[[str], str] | None = None) -> None:
-    """Refuse a layout that the model cannot be split in.
+    """Refuse a layout in which the model cannot be split.
 
     Args:
-        place: where a recipe key stands (``Recipe.place``), for the message.
+        place: location of a recipe key (``Recipe.place``), for the message.
 
     Raises:
         UserError: one line per fault, each naming the key to change.

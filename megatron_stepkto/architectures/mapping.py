@@ -9,11 +9,8 @@ Both directions, and both ways of streaming (by tensor or by slice), follow from
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 LAYERS = "decoder.layers."
 
@@ -37,9 +34,9 @@ class Entry:
         key: Megatron-Core's name.
         lead: the axes over which slices are stacked: (), (layers,) or (layers, experts).
         shape: of one slice.
-        hf: the tensors of one slice, where ``{layer}`` and ``{expert}`` stand for the slice's index.
+        hf: the tensors of one slice, with ``{layer}`` and ``{expert}`` for the slice's index.
         runs: in the order of ``target``; they cover every row of the slice and of the tensors once.
-        pads_rows: whether Megatron-Core may hold more rows (a vocabulary padded for tensor parallelism).
+        pads_rows: whether Megatron-Core may hold more rows (vocabulary padding for tensor parallelism).
         aliases: other names that Megatron-Core's module specs give the same weight.
     """
 
@@ -67,21 +64,6 @@ class Entry:
         """Shapes of the tensors of one slice."""
         rows = [sum(run.count for run in self.runs if run.part == part) for part in range(len(self.hf))]
         return [(count, *self.shape[1:]) for count in rows]
-
-    def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One slice from its Hugging Face tensors."""
-        if len(self.runs) == 1:
-            return tensors[0]
-        return torch.cat([tensors[run.part][run.source : run.source + run.count] for run in self.runs])
-
-    def to_hf(self, tensor: Tensor) -> list[Tensor]:
-        """A slice's Hugging Face tensors, contiguous."""
-        found = []
-        for part in range(len(self.hf)):
-            runs = sorted((run for run in self.runs if run.part == part), key=lambda run: run.source)
-            pieces = [tensor[run.target : run.target + run.count] for run in runs]
-            found.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous())
-        return found
 
 
 def same(

@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo and their kin, and the mixture of experts Mixtral."""
+"""Mistral 7B, Nemo and related models, and the mixture of experts Mixtral."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WINDOW = {"sliding_window", "layer_types"}
 
 
 def read_mistral(hf: Mapping[str, Any]) -> ModelConfig:
-    # transformers' defaults where config.json is silent
+    # transformers' defaults where config.json does not set them
     hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, **hf}
     config = read_decoder(hf, "Mistral", read=_WINDOW)
     check_window(hf, hf["sliding_window"])

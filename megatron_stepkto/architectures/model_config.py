@@ -64,7 +64,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Architecture:
-    """``names`` are the values of config.json's ``architectures`` that it serves."""
+    """``names``: the values of config.json's ``architectures`` that it supports."""
 
     names: tuple[str, ...]
     read_config: Callable[[Mapping[str, Any]], ModelConfig]

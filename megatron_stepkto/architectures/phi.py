@@ -14,7 +14,7 @@ from megatron_stepkto.base.errors import UserError
 
 def read_phi3(hf: Mapping[str, Any]) -> ModelConfig:
     hf = {"max_position_embeddings": 4096, **hf}
-    # the original length serves LongRoPE alone, which is refused
+    # the original length is only used by LongRoPE, which is refused
     config = read_decoder(hf, "Phi-3", read={"sliding_window", "original_max_position_embeddings"}, norm_eps=1e-5)
     if config.rope.scaling is not None:
         raise UserError("config.json: RoPE scaling is not supported for Phi-3; expected RoPE type default")
@@ -23,7 +23,7 @@ def read_phi3(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _fused(entry: Entry, name: str, starts: tuple[int, ...]) -> Entry:
-    """An entry whose tensors stand below each other in one; ``starts`` are their first rows."""
+    """An entry whose tensors are stacked by rows in one; ``starts``: the first row of each."""
     runs = (Run(0, starts[run.part] + run.source, run.target, run.count) for run in entry.runs)
     return replace(entry, hf=(f"model.layers.{{layer}}.{name}",), runs=tuple(runs))
 

@@ -18,7 +18,7 @@ class Scaling(Protocol):
 
     @property
     def attention_factor(self) -> float:
-        """What cosine and sine are multiplied with; a score of query and key takes its square."""
+        """Factor of cosine and sine; attention scores are multiplied by its square."""
         ...
 
 
@@ -96,7 +96,7 @@ class Rope:
 
 
 def check_number(hf: Mapping[str, Any], key: str, where: str = "config.json") -> None:
-    """Raises UserError for a setting that is there and is no positive number."""
+    """Raises UserError for a setting that is set to anything but a positive number."""
     if key in hf and (type(hf[key]) not in (int, float) or not 0 < hf[key] < math.inf):
         raise UserError(f"{where}: {key} = {hf[key]!r}: expected a positive number")
 
@@ -115,19 +115,19 @@ def read_rope(hf: Mapping[str, Any], default_base: float) -> Rope:
     """From ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (before).
 
     Raises:
-        UserError: a RoPE type or one of its settings that is not modelled, or two blocks that differ.
+        UserError: an unsupported RoPE type or setting, or two blocks that differ.
     """
     block = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
     rope = hf.get(block) or {}
     if not isinstance(rope, dict):
         raise UserError(f"config.json: {block} = {rope!r}: expected an object")
     if block == "rope_parameters" and hf.get("rope_scaling"):
-        # transformers takes the older block then, vLLM what transformers read: nobody should have to guess
+        # transformers uses the older block, and vLLM follows transformers; refused rather than guessed
         older = read_rope({**hf, "rope_parameters": None}, default_base)
         if read_rope({**hf, "rope_scaling": None}, default_base) != older:
             raise UserError(
                 f"config.json: rope_scaling = {hf['rope_scaling']!r:.200} and rope_parameters = {rope!r:.200} are both "
-                "there and differ; remove one"
+                "set and differ; remove one"
             )
         return older
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -135,14 +135,14 @@ def read_rope(hf: Mapping[str, Any], default_base: float) -> Rope:
         raise UserError(f"config.json: RoPE type {kind!r} is not supported; expected one of {', '.join(_KEYS)}")
     unknown = set(rope) - _KEYS[kind] - {"rope_type", "type", "rope_theta"}
     unknown = {key for key in unknown if not (key == "partial_rotary_factor" and rope[key] == 1)}
-    # Some writers put the standard keys of one type beside another type: null says nothing.
+    # Some tools write the keys of one type beside another type, as null.
     unknown = {key for key in unknown if rope[key] is not None}
     if unknown:
         raise UserError(
             f"config.json: {block}: {', '.join(f'{key} = {rope[key]!r}' for key in sorted(unknown))} is not supported "
             f"for RoPE type {kind}"
         )
-    # null is no setting; but for these two, of which transformers takes it for a value
+    # null counts as unset, except for these two, where transformers uses it as a value
     rope = {key: value for key, value in rope.items() if value is not None or key in ("rope_theta", "truncate")}
     missing = {"llama3": _KEYS["llama3"], "yarn": {"factor"}}.get(kind, set()) - set(rope)
     if missing:

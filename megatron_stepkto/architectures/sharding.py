@@ -54,7 +54,7 @@ def stage_layers(config: ModelConfig, parallel: Parallel, stage: int) -> list[li
 def rank_shape(entry: Entry, parallel: Parallel) -> tuple[int, ...]:
     """One rank's part of an entry (of one layer where it is stacked over layers)."""
     tensor, shape = parallel.tensor, list(entry.shape)
-    if len(entry.lead) == 2:  # experts: whole ones, shared out over the expert-parallel ranks
+    if len(entry.lead) == 2:  # experts are not split, but distributed over the expert-parallel ranks
         return (entry.lead[1] // parallel.expert, *shape)
     if entry.key in (EMBEDDING, HEAD):
         shape[0] = padded_vocab_size(shape[0], tensor) // tensor
@@ -90,7 +90,7 @@ def model_parameters(entries: list[Entry]) -> int:
 
 
 def data_parallel_size(parallel: Parallel) -> int:
-    """Replicas times context ranks: what gradients are summed over, and the distributed optimizer is cut into."""
+    """Replicas times context ranks: gradients are summed and the distributed optimizer is split over them."""
     return parallel.ranks // (parallel.tensor * parallel.pipeline)
 
 
@@ -103,7 +103,7 @@ def optimizer_shard(parameters: StageParameters, parallel: Parallel) -> int:
     """Elements in the distributed optimizer of data-parallel rank 0, the largest shard.
 
     Each chunk has a gradient buffer for its dense weights and one for its experts. A buffer is padded and cut in
-    equal parts over the ranks that hold the same weights; the padding, at the end, is nobody's.
+    equal parts over the ranks that hold the same weights; the padding, at the end, is not counted.
     """
 
     def part(buffer: int, ranks: int) -> int:
@@ -118,7 +118,7 @@ def optimizer_shard(parameters: StageParameters, parallel: Parallel) -> int:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank was found to hold, in elements. optimizer: its part of the distributed optimizer, if built."""
+    """What one built rank holds, in elements. optimizer: its part of the distributed optimizer, if built."""
 
     rank: int
     tensor_rank: int

@@ -1,1 +1,1 @@
-"""What every other package may use: files, locks, processes, records, stages."""
+"""Shared by every other package: files, locks, processes, records, stages."""

@@ -1,4 +1,4 @@
-"""Answers that were paid for, keyed by what was asked: a file that only grows and survives a kill."""
+"""Cached answers, keyed by the request, in an append-only file that survives a kill."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def content_key(*parts: Any) -> str:
 
 
 class AnswerCache:
-    """``{"key", "value"}`` per line, appended as soon as an answer is there. One process at a time writes.
+    """``{"key", "value"}`` per line, appended as soon as an answer arrives. One process writes at a time.
 
-    A line that a kill left half written is cut off; any other line that does not parse is an error.
+    A last line that a kill cut short is dropped; any other line that does not parse is an error.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The code that decides a cached value, as a part of the value's key: new code must not give an old label."""
+"""A hash of the code that computes a cached value, as part of its key: changed code must not return an old label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_stepkto.base.files import sha256_of
 
 PACKAGE = megatron_stepkto.__name__
 ROOT = Path(megatron_stepkto.__file__).parent
-# They read, write, start and report, whatever the value: a change in them must not cost hours of finished work.
+# They do not affect the value (input and output, processes, progress): changing them must not discard finished work.
 PLUMBING = (f"{PACKAGE}.base", f"{PACKAGE}.recipe.keys")
 
 
@@ -35,7 +35,7 @@ def code_hash(*modules: str) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of installed packages that decide a value.
+    """Versions of installed packages that affect a value.
 
     Raises:
         importlib.metadata.PackageNotFoundError: one is not installed.
@@ -58,13 +58,13 @@ def _find(module: str) -> Path | None:
 
 
 def _imports(source: Path) -> list[str]:
-    """Modules of this package that a file names in its imports, also in those inside of functions."""
+    """Modules of this package that a file names in its imports, including imports inside functions."""
     found = []
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             named = [[alias.name] for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # a name may be a module or something in one
+            # an imported name may be a module, or a name in one
             named = [[f"{node.module}.{alias.name}", node.module] for alias in node.names]
         else:
             continue

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.progress import say
 
-# flags of /proc/cpuinfo (of x86 processors, then of Arm's); one of them says that there are units for the format
+# flags of /proc/cpuinfo (of x86 processors, then of Arm's); any one of them means native support
 UNITS = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
     "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
@@ -22,8 +22,8 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Choice:
-    """``dtype``: float32, bfloat16, float16, or auto where the engine chooses. ``reason`` is empty where none was
-    needed."""
+    """``dtype``: float32, bfloat16, float16, or auto where the engine chooses. ``reason``: why; empty where the recipe
+    decides."""
 
     dtype: str
     reason: str = ""
@@ -33,13 +33,18 @@ class Choice:
             say(f"{title}: dtype auto is {self.dtype}: {self.reason}")
 
 
-def cpu_flags(cpuinfo: Path | None = None) -> set[str]:
-    """Features that all processors of this machine have; empty where nothing says so."""
+def processors(cpuinfo: Path | None = None) -> list[dict[str, str]]:
+    """What /proc/cpuinfo says of each processor, by key; empty where there is no such file."""
     path = cpuinfo or CPUINFO
-    if not path.is_file():
-        return set()
-    lines = (line.partition(":") for line in path.read_text(errors="replace").splitlines())
-    found = [set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")]
+    blocks = path.read_text(errors="replace").split("\n\n") if path.is_file() else []
+    split = ([line.partition(":") for line in block.splitlines()] for block in blocks)
+    return [{key.strip(): value.strip() for key, _, value in lines} for lines in split]
+
+
+def cpu_flags(cpuinfo: Path | None = None) -> set[str]:
+    """Features that all processors of this machine have; empty where /proc does not list them."""
+    listed = (each.get("flags", each.get("Features")) for each in processors(cpuinfo))
+    found = [set(flags.split()) for flags in listed if flags is not None]
     return set.intersection(*found) if found else set()
 
 
@@ -53,7 +58,7 @@ def choose_dtype(asked: str, model: Path, *, on_cpu: bool) -> Choice:
     """The dtype to load a model with.
 
     Args:
-        asked: as the recipe has it.
+        asked: the recipe's value.
         model: Hugging Face folder; its config.json names the format of the weights.
     """
     if asked != "auto" or not on_cpu:

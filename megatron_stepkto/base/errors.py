@@ -1,10 +1,10 @@
-"""The kinds of failure that a user sees; none ends in a traceback."""
+"""Failures that are reported to the user without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Input that cannot be used: says what was expected, what came, where, and what to do. Exit code 2."""
+    """Unusable input. The message says what was expected, what was found, where, and what to do. Exit code 2."""
 
 
 class StageFailed(Exception):
@@ -12,4 +12,4 @@ class StageFailed(Exception):
 
 
 class MachineFault(Exception):
-    """The machine refuses (a full disk, a file server without an answer). Exit code 1: a batch system tries again."""
+    """A fault of the machine (a full disk, an unresponsive file server). Exit code 1: a batch system retries."""

@@ -54,7 +54,7 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
-# Far above a tokenizer or the index of the largest model, far below a machine's memory.
+# Far larger than any tokenizer or weight index, far smaller than a machine's memory.
 MAX_JSON_BYTES = 1 << 28
 
 
@@ -62,11 +62,11 @@ def read_json(path: Path, shape: type[BaseModel] | None = None) -> Any:
     """Parse one JSON document.
 
     Args:
-        shape: the object that it must hold; further keys are left alone.
+        shape: model of the object that it must hold; further keys are ignored.
 
     Raises:
         UserError: the file is missing, is a folder or far too large, is not JSON (with its line; see
-            ``parse_json``), or has another shape.
+            ``parse_json``), or does not match ``shape``.
     """
     content = _content(path)
     if content is None:
@@ -75,30 +75,30 @@ def read_json(path: Path, shape: type[BaseModel] | None = None) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """One JSON document of a user.
+    """Parse one JSON document that a user wrote.
 
     Raises:
-        ValueError: it does not parse (``json.JSONDecodeError``), names a key twice, or is nested too deep to be read.
+        ValueError: it does not parse (``json.JSONDecodeError``), has a duplicate key, or is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError("nested too deeply") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):  # programs differ in which value they take
+    if len(found) < len(pairs):  # parsers differ in which value they keep
         for number, (key, value) in enumerate(pairs):
             if found[key] != value:
                 raise ValueError(f"the key {key} has two values, {value!r:.80} and {found[key]!r:.80}; remove one")
             if any(key == other for other, _ in pairs[:number]):
-                raise ValueError(f'key "{key}" is given twice')
+                raise ValueError(f'key "{key}" is duplicated; keep one')
     return found
 
 
 def read_json_if_there(path: Path, shape: type[BaseModel] | None = None) -> Any:
-    """``read_json``, or None where there is no file: one look, for another process may remove it between two."""
+    """``read_json``, or None where there is no file (also where another process removes it meanwhile)."""
     content = _content(path)
     return None if content is None else _parse(path, content, shape)
 
@@ -169,9 +169,9 @@ def _kind(value: Any) -> str:
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
-    """Files below ``folder`` whose name fits, oldest first.
+    """Files below ``folder`` whose name matches, oldest first.
 
-    A run that is under way makes and removes folders: what goes meanwhile is left out (``rglob`` and ``stat`` raise).
+    A running process creates and removes folders: files that disappear meanwhile are skipped (``rglob`` would raise).
     """
     found = []
     for parent, _, names in os.walk(folder):
@@ -194,14 +194,14 @@ def flush(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems (FUSE, SMB) cannot, of a folder
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems (FUSE, SMB) cannot flush a folder
             raise
     finally:
         os.close(handle)
 
 
 def flush_tree(path: Path) -> None:
-    """A file, or a folder with all in it: what a rename makes count must be whole after a power cut."""
+    """Flush a file, or a folder and all in it, so that it is complete after a power failure."""
     for each in (path, *path.rglob("*")):
         flush(each)
 
@@ -209,8 +209,8 @@ def flush_tree(path: Path) -> None:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, or of a directory's sorted (relative name, SHA-256) list.
 
-    Hidden files do not count (locks, drafts, what a desktop leaves), except a checkpoint's ``.metadata``: it says which
-    bytes are which weight.
+    Hidden files (locks, drafts, desktop files) are ignored, except a checkpoint's ``.metadata``, which maps its bytes
+    to weights.
     """
     if path.is_dir():
         digest = hashlib.sha256()

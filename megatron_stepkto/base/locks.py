@@ -1,18 +1,18 @@
-"""Locks that work on shared file systems: one owner among processes of many hosts, and the dead are found out.
+"""Locks for shared file systems: one owner among processes on many hosts, and detection of dead owners.
 
 ``flock`` is not used: over NFS it may be local to a host, or absent. A lock is a folder of numbered files, one
-per owner that ever was; the newest counts:
+per acquisition; the one with the highest number counts:
 
-    .held.000007   JSON: who owns it; its mtime is set anew every ``HEARTBEAT_S`` seconds
-    .free.000007   the same file after its owner let go (a rename): it stays, so that the next number is known
+    .held.000007   JSON: the owner; its mtime is updated every ``HEARTBEAT_S`` seconds
+    .free.000007   the same file after release (a rename): kept, so that the next number is known
 
-To take the lock a process makes ``.held.<newest + 1>`` by a hard link, which exactly one of any number of
-contenders can. Numbers only grow while the folder stands, so that nobody mistakes a fresh owner for the dead one that
-he looked at. No owner removes the folder; only who removes what it guards does (the claims of drawn chunks).
+To acquire the lock a process creates ``.held.<newest + 1>`` as a hard link, which succeeds for exactly one contender.
+Numbers only grow while the folder exists, so a contender cannot mistake a new owner for the dead one that it looked
+at. No owner removes the folder; only the code that removes what the lock guards does (the claims of sampled chunks).
 
-Whether an owner is dead is decided without comparing clocks: at once when it ran in this kernel and its process is
-gone; else when its heartbeat does not change while *this* process watches, for ``SILENCE_S`` seconds, or for
-``SHORT_SILENCE_S`` when Slurm says that its job is over or was started again.
+Whether an owner is dead is decided without comparing clocks: at once when it ran in this kernel and its process has
+ended; else when its heartbeat does not change while *this* process watches, for ``SILENCE_S`` seconds, or for
+``SHORT_SILENCE_S`` when Slurm reports that its job has ended or was requeued.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HEARTBEAT_S = 10.0
 SILENCE_S = 90.0  # nine heartbeats: a stalled file server must not pass for a dead owner
 SHORT_SILENCE_S = 25.0
 POLL_S = 0.5
-# What a file system without hard links answers; FUSE says EPERM, or ENOSYS in some kernels.
+# Errors of a file system without hard links; FUSE returns EPERM, or ENOSYS in some kernels.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # A file that another process removed or renamed; over NFS also one that it removed while it was read.
 _GONE = (errno.ENOENT, errno.ESTALE)
@@ -47,13 +47,13 @@ _HELD, _FREE = ".held.", ".free."
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, so that any other can tell whether it still lives. ``kernel``: boot and pid namespace."""
+    """Identifies a process, so that any other can tell whether it is alive. ``kernel``: boot id and pid namespace."""
 
     token: str
     host: str
     kernel: str
     pid: int
-    started: str  # of the process, in clock ticks since boot: a pid is used again
+    started: str  # start time in clock ticks since boot: pids are reused
     slurm_job: str
     slurm_attempt: int
 
@@ -110,14 +110,14 @@ def _slurm_says_over(owner: Owner) -> bool:
 
 @dataclass(frozen=True)
 class Held:
-    """A lock in another's hands, as one look found it. ``beat``: the heartbeat, its file's mtime in ns."""
+    """Snapshot of a lock that another process holds. ``beat``: its heartbeat, the file's mtime in ns."""
 
     path: Path
     owner: Owner
     beat: int
 
     def runs(self) -> bool | None:
-        """Does the owner's process still run? None: it cannot be looked up here, as it runs on another host, or as
+        """Is the owner's process still running? None: it cannot be looked up here, because it runs on another host or
         this one hides other users' processes (hidepid); only its heartbeat tells.
         """
         if not self.owner.kernel or self.owner.kernel != _kernel():
@@ -127,7 +127,7 @@ class Held:
 
 
 def _look(path: Path) -> Held | None:
-    """Who holds the lock ``path``; None when it was let go or taken over since the folder was listed.
+    """The holder of the lock ``path``; None when it was released or taken over since the folder was listed.
 
     Raises:
         UserError: the file is damaged.
@@ -151,7 +151,7 @@ class Watch:
         self._seen: dict[Path, tuple[int, float, bool]] = {}
 
     def is_dead(self, held: Held) -> bool:
-        """Is the owner dead? Ask again and again: silence is measured between the calls."""
+        """Is the owner dead? Call repeatedly: silence is measured between calls."""
         if (runs := held.runs()) is not None:
             return not runs
         now = time.monotonic()
@@ -163,7 +163,7 @@ class Watch:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The files that count; none where the folder is gone."""
+    """The numbered files; none where the folder was removed."""
     try:
         return [path for path in folder.iterdir() if path.name.startswith((_HELD, _FREE))]
     except FileNotFoundError:
@@ -171,7 +171,8 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _newest(folder: Path) -> Path | None:
-    # Of one number the freed one counts: who makes it again, having slept while it was held and freed, steps back.
+    # Where a number is both held and freed, the freed file counts: a contender that was suspended meanwhile and created
+    # the number a second time must withdraw.
     return max(_numbered(folder), key=lambda path: (_number(path), path.name.startswith(_FREE)), default=None)
 
 
@@ -180,7 +181,7 @@ def _number(path: Path) -> int:
 
 
 class Lock:
-    """A lock that this process holds; a thread keeps its heart beating until ``release``."""
+    """A lock that this process holds; a thread updates its heartbeat until ``release``."""
 
     def __init__(self, path: Path, owner: Owner) -> None:
         self.path, self.owner = path, owner
@@ -195,32 +196,32 @@ class Lock:
                     os.utime(self.path)
                     continue
                 if not self.path.parent.exists():
-                    continue  # it went with what it guards (chunks that were merged): nobody writes beside us
+                    continue  # removed with what it guards (merged chunks): no other process writes here
             except OSError:
-                continue  # the file server does not answer: the next beat tells
+                continue  # the file server does not answer: the next beat decides
             if not self._over.is_set():
-                # Somebody took us for dead (this host hung for minutes). Two writers are worse than none: at once, and
-                # with all children (see processes), for on SIGTERM a training would save once more.
+                # Another process considered this one dead (this host hung for minutes). Two writers are worse than
+                # none: exit at once with all children (see processes); on SIGTERM a training would save once more.
                 print(f"error: {self.path} was taken over by another process: stopping", file=sys.stderr, flush=True)
-                os._exit(143)  # as one that was told to stop: a batch system puts it back
+                os._exit(143)  # the code of a requested stop: a batch system requeues it
             return
 
     @property
     def is_ours(self) -> bool:
-        """By its content: where the folder was removed and made anew, our number may be another's."""
+        """Compares contents: where the folder was removed and created again, another process may hold this number."""
         held = _look(self.path)
         return held is not None and held.owner == self.owner
 
     def check(self) -> None:
-        """Raises UserError when the lock is lost: what this process made must not count."""
+        """Raises UserError when the lock is lost: the work of this process must not be used."""
         if not self.is_ours:
             raise UserError(
-                f"{self.path.parent.parent}: another process took over, as this one seemed dead, or the folder was "
-                "removed; stopping"
+                f"{self.path.parent.parent}: another process took the lock over because this one seemed dead, or the "
+                "folder was removed; stopping"
             )
 
     def release(self) -> None:
-        """Let go; the number stays behind, freed."""
+        """Release the lock; its number is kept, as freed."""
         self._over.set()
         with contextlib.suppress(FileNotFoundError):
             if self.is_ours:
@@ -228,10 +229,10 @@ class Lock:
 
 
 def _make(folder: Path) -> bool:
-    """Make the folder of a lock; False where it goes in this instant, with what it guards.
+    """Create the folder of a lock; False where it is being removed at this moment, with what it guards.
 
     Raises:
-        UserError: it can never be made there. MachineFault, OSError: the file system refuses.
+        UserError: it cannot be created there. MachineFault, OSError: the file system refuses.
     """
     try:
         with writing(folder):
@@ -250,7 +251,7 @@ def _make(folder: Path) -> bool:
 
 
 def _write_draft(draft: Path, owner: Owner) -> None:
-    """On the disk before the link: a node that is lost must not leave an empty file that everybody trips over."""
+    """Flush before linking: a lost node must not leave an empty lock file behind."""
     with writing(draft), draft.open("w") as file:
         json.dump(asdict(owner), file)
         file.flush()
@@ -261,24 +262,24 @@ def _link(draft: Path, mine: Path) -> None:
     try:
         os.link(draft, mine)
     except FileExistsError:
-        # NFS: the answer may get lost, and the request that is sent again finds the link that the first one made.
+        # NFS: the reply may be lost, and the repeated request then finds the link that the first one created.
         if draft.stat().st_nlink == 1:
             raise
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
         raise UserError(
-            f"{mine.parent.parent}: its file system makes no hard links ({error.strerror}), by which a lock keeps a "
-            "second writer out; choose a folder on another file system (a local disk, NFS, Lustre; not exFAT, nor a "
-            "mounted bucket)"
+            f"{mine.parent.parent}: its file system does not support hard links ({error.strerror}), which the lock "
+            "needs to exclude a second writer; choose a folder on another file system (a local disk, NFS, Lustre; not "
+            "exFAT or a mounted bucket)"
         ) from None
 
 
 def try_lock(folder: Path, watch: Watch) -> Lock | Held | None:
-    """Take the lock, or tell who holds it and is not known to be dead (None: just changing hands, try again).
+    """Acquire the lock, or return the holder that is not known to be dead (None: it is changing hands, try again).
 
     Raises:
-        UserError: the file system makes no hard links, or a damaged lock.
+        UserError: the file system does not support hard links, or the lock is damaged.
     """
     if not _make(folder):
         return None
@@ -293,12 +294,12 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Held | None:
     try:
         _write_draft(draft, ours)
         _link(draft, mine)
-    except (FileExistsError, FileNotFoundError):  # taken, or the folder went with what it guards
+    except (FileExistsError, FileNotFoundError):  # taken, or the folder was removed with what it guards
         return None
     finally:
         draft.unlink(missing_ok=True)
-    # A contender that slept since it listed the folder may have made a number that is long past, or one of a folder
-    # that was removed and made anew.
+    # A contender that was suspended since it listed the folder may have created an outdated number, or one in a folder
+    # that was removed and created again.
     if _newest(folder) != mine or (newest is not None and not newest.exists()):
         mine.unlink(missing_ok=True)
         return None
@@ -312,14 +313,14 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Held | None:
 def exclusive_lock(
     folder: Path, what: str, *, wait: bool = False, note: Callable[[str], None] | None = None
 ) -> Iterator[Lock]:
-    """Hold the lock in ``folder``. An owner that may be dead is watched until that is known.
+    """Hold the lock in ``folder``. Waits until it is known whether an owner is dead.
 
     Args:
-        wait: for an owner that lives too, as long as it takes.
-        note: is told once when there is something to wait for.
+        wait: also wait for a live owner, without limit.
+        note: called once with a message when there is something to wait for.
 
     Raises:
-        UserError: a process that is alive holds it (unless ``wait``), or what ``try_lock`` raises.
+        UserError: a live process holds it (unless ``wait``); see also ``try_lock``.
     """
     watch, told = Watch(), False
     first: Held | None = None
@@ -337,7 +338,7 @@ def exclusive_lock(
                 )
             if note and not told:
                 told = True
-                note(f"{what} is held by {got.owner}: " + ("waiting" if wait else "watching whether it is alive"))
+                note(f"{what} is held by {got.owner}: " + ("waiting" if wait else "checking whether it is alive"))
         time.sleep(POLL_S if got is not None else 0.05)
     try:
         yield got

@@ -1,7 +1,7 @@
-"""The first look at a Hugging Face folder, of every command that reads one: is it what its files say?
+"""First check of a Hugging Face folder, by every command that reads one: are its small files consistent?
 
-Programs allocate by the numbers of config.json, and fail in their own words on what they did not expect. Here only
-small files and the headers of weights are read, of any architecture; ``architecture.py`` knows what ours mean.
+Other libraries allocate by the numbers of config.json and fail on unexpected ones with messages of their own. This
+module works for any architecture; ``architectures/`` knows what the settings of supported ones mean.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import MAX_JSON_BYTES, read_json_object
 
 CONFIG = "config.json"
-# Of these every program takes the content; each holds an object.
+# Every library reads these; each holds a JSON object.
 _OBJECTS = (
     "generation_config.json",
     "tokenizer.json",
@@ -23,7 +23,7 @@ _OBJECTS = (
     "added_tokens.json",
     "vocab.json",
 )
-# The largest values that a config may give: well above any model, and small enough to count with.
+# The largest values accepted: well above any model, small enough to compute with.
 LIMITS = {
     "num_hidden_layers": 4096,
     "hidden_size": 1 << 20,
@@ -40,20 +40,20 @@ LIMITS = {
 }
 _POSITIVE = {"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"}
 MAX_EXPERTS = 1 << 16  # layers x experts
-# One setting under the names of two generations of a format.
+# One setting under an old and a new name.
 _TWO_NAMES = (("torch_dtype", "dtype"), ("num_local_experts", "num_experts"))
 _ROPE_BLOCKS = ("rope_scaling", "rope_parameters")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json, whose sizes are numbers to count with and which gives no setting two values.
+    """Read config.json and check that its sizes are usable numbers and that no setting has two values.
 
     Raises:
-        UserError: it is not; names every fault.
+        UserError: names every fault.
     """
     path = directory / CONFIG
     config = read_json_object(path)
-    inner = config.get("text_config")  # of a model that also takes images
+    inner = config.get("text_config")  # of a multimodal model
     if faults := [*_faults(config), *(_faults(inner) if isinstance(inner, dict) else ())]:
         raise UserError(f"{path}: " + "; ".join(faults))
     return config
@@ -102,16 +102,16 @@ def _rope_faults(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _differing(one: str, first: Any, other: str, second: Any) -> Iterator[str]:
-    """One setting in two places: programs differ in which one they take. null says nothing."""
+    """One setting in two places: libraries differ in which one they use. null counts as absent."""
     if first is not None and second is not None and first != second:
         yield f"{one} = {first!r:.80} and {other} = {second!r:.80} differ; remove the wrong one"
 
 
 def end_tokens(directory: Path) -> set[int]:
-    """Tokens that end a response, of config.json and generation_config.json.
+    """Ids of the tokens that end a response, from config.json and generation_config.json.
 
     Raises:
-        UserError: one of them names something else.
+        UserError: eos_token_id is neither a token id nor a list of them.
     """
     found: set[int] = set()
     for name in (CONFIG, "generation_config.json"):
@@ -126,14 +126,14 @@ def end_tokens(directory: Path) -> set[int]:
 
 
 def check_small_files(directory: Path) -> None:
-    """Raises UserError for a file of the tokenizer or of generation settings that holds no JSON object."""
+    """Raises UserError for a tokenizer or generation settings file that is not a JSON object."""
     for name in _OBJECTS:
         if (path := directory / name).exists():
             read_json_object(path)
 
 
 def read_small_file(path: Path) -> bytes:
-    """Raises UserError for a file far too large for what travels with a model."""
+    """Read a file that is copied with a model. Raises UserError where it is far too large for one."""
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise UserError(
             f"{path}: expected at most {MAX_JSON_BYTES >> 20} MiB, got {size >> 20} MiB; move it out of the folder"

@@ -1,8 +1,8 @@
-"""One launcher per node: who this process is among them, and how the first tells the others to start.
+"""One launcher per node: this process's place among them, and how the first node tells the others to start.
 
 ``srun --ntasks-per-node=1 stepkto train ...`` runs the same command on every node of a job. The first node's does
 the stage's work: it holds the lock, converts the weights, writes the job file and the manifest. The others wait for
-its word and start their node's ranks.
+its signal and start the ranks of their node.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ POLL_S = 0.3
 
 @dataclass(frozen=True)
 class Nodes:
-    """``number`` of ``count`` nodes; where rank 0 listens; ``attempt``: the same on all nodes, another each time.
+    """``number`` of ``count`` nodes, and rank 0's address and port.
 
-    reserved: keeps others off the port for as long as this object lives.
+    attempt: the same on all nodes, different for each launch.
+    reserved: keeps the port from other processes while this object lives.
     """
 
     number: int = 0
@@ -60,14 +61,14 @@ def this_node() -> Nodes:
     """From Slurm's variables inside a step of more than one task; otherwise this machine alone.
 
     Raises:
-        UserError: a step with several tasks per node, or without MASTER_ADDR and MASTER_PORT.
+        UserError: the step has several tasks per node, or MASTER_ADDR or MASTER_PORT is not set.
     """
-    # not SLURM_NNODES: it is also set in a shell of salloc, where nobody starts the other launchers
+    # not SLURM_NNODES: it is also set in a shell of salloc, where no other launchers are started
     count = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != count:
         raise UserError(
             f"expected one task per node (srun --ntasks-per-node=1), got {os.environ['SLURM_STEP_NUM_TASKS']} tasks "
-            f"on {count} nodes: each starts its node's ranks by itself"
+            f"on {count} nodes: that task starts all ranks of its node"
         )
     if count == 1:
         reserved = _reserve_port()
@@ -82,13 +83,15 @@ def this_node() -> Nodes:
             f".{os.environ['SLURM_STEP_ID']}",
         )
     except KeyError as error:
-        raise UserError(f"{error.args[0]} is not set: several nodes need it; see slurm/train.sbatch") from None
+        raise UserError(
+            f"{error.args[0]} is not set, but training on several nodes needs it; see slurm/train.sbatch"
+        ) from None
 
 
 def _reserve_port() -> socket.socket:
-    """A socket that holds a free port without listening. A port that is only looked for is somebody else's by the time
-    that rank 0 has imported torch. With SO_REUSEADDR, which torch sets too, rank 0 may listen on it beside the holder,
-    and the kernel gives it to nobody else."""
+    """A socket bound to a free port without listening. A port that is only looked up may be taken when rank 0 has
+    imported torch. With SO_REUSEADDR, which torch sets too, rank 0 may listen on it beside this socket, and the kernel
+    assigns it to no other process."""
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     holder.bind(("127.0.0.1", 0))
@@ -104,13 +107,13 @@ def _word(directory: Path, nodes: Nodes) -> Path:
 
 
 def tell_others(directory: Path, nodes: Nodes, *, start: bool) -> None:
-    """The first node's word: start your ranks, or there is nothing to do. Only the first word counts."""
+    """The first node's signal: start your ranks, or there is nothing to do. Only the first one counts."""
     if nodes.count > 1 and not _word(directory, nodes).is_file():
         write_json(_word(directory, nodes), {"start": start})
 
 
 def wait_for_word(directory: Path, nodes: Nodes) -> bool:
-    """Wait for it on another node. When the first fails before, srun ends this process (--kill-on-bad-exit)."""
+    """Wait for the signal on another node. If the first node fails, srun kills this process (--kill-on-bad-exit)."""
     while not _word(directory, nodes).is_file():
         time.sleep(POLL_S)
     return bool(read_json(_word(directory, nodes), _Word)["start"])

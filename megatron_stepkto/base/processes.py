@@ -1,7 +1,7 @@
 """Child processes of a stage: started together, watched, and never left behind.
 
 The parent calls ``run_children``; a child that is Python of this package wraps its main function in
-``child_main``. A child dies with its parent, however that dies: the kernel sends SIGKILL.
+``child_main``. A child dies with its parent, however the parent dies: the kernel sends SIGKILL.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_stepkto.base.storage import is_nearly_full, refusal, writing
 POLL_EVERY_S = 0.3
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
 RESTARTS = 3
-STOPPED = 143  # exit code of who was told to stop, saved and ended
+STOPPED = 143  # exit code of a process that was asked to stop, saved and exited
 LOG_LINES = 15
 ERROR_FILE = "STEPKTO_ERROR_FILE"
 LOG_FILE = "STEPKTO_LOG_FILE"
@@ -52,10 +52,10 @@ _LAUNCHER = (
 
 @dataclass(frozen=True)
 class Child:
-    """A command, the log of all it prints (each attempt has its own), additions to the environment.
+    """A command, the log of its output (one per attempt), and additions to its environment.
 
-    stalled: asked about three times a second; True: the child is stuck. It is then killed and started again, at
-    most ``RESTARTS`` times in a row.
+    stalled: polled about three times a second; True: the child is stuck. It is then killed and restarted, at most
+    ``RESTARTS`` times in a row.
     """
 
     command: list[str]
@@ -86,15 +86,15 @@ def run_children(
 
     Args:
         progress: a ``ProgressFile`` per child (some children may have none), whose sums are shown; or a function
-            that knows how far the work is.
+            that returns the progress.
         poll: called about three times a second.
-        saves: on SIGTERM, SIGUSR1 or Ctrl-C the children are asked by SIGUSR1 to save and end with exit code 143,
-            and are given the time that they need; SIGTERM or Ctrl-C a second time stops them. When all end well
-            before they hear it, SIGTERM and Ctrl-C count all the same; SIGUSR1 (time is short) asks for no more.
+        saves: on SIGTERM, SIGUSR1 or Ctrl-C the children are asked by SIGUSR1 to save and exit with code 143, and
+            get the time that they need; a second SIGTERM or Ctrl-C stops them. If all finish before they receive it,
+            SIGTERM and Ctrl-C still end this process; SIGUSR1 (the time limit is near) does not.
 
     Raises:
         SystemExit: 143, they saved and were stopped. KeyboardInterrupt: by Ctrl-C, or by a signal before they saved.
-        UserError, MachineFault: a child reported one. StageFailed: a child died; names its log and shows its end.
+        UserError, MachineFault: a child reported one. StageFailed: a child died; shows the end of its log.
             In each case, and on any other exception, the remaining children are stopped first.
     """
     running: list[_Running] = []
@@ -110,7 +110,7 @@ def run_children(
                 for child in [child for child in left if _ended(child.process)]:
                     left.remove(child)
                     if child.process.returncode and not (signals.told and _was_stopped(child.process)):
-                        # one that broke because another one did may be seen first: the culprit ends in this instant
+                        # a child that failed because of another may be seen first: give the culprit time to end
                         time.sleep(POLL_EVERY_S)
                         failed = [child, *(other for other in left if _ended(other.process))]
                         _stop(left)
@@ -120,9 +120,9 @@ def run_children(
                     running.append(_restart(title, child))
                     left.append(running[-1])
                 if signals.told:
-                    # again and again: a child that still imports ignores it (see _LAUNCHER)
+                    # repeatedly: a child that is still importing ignores it (see _LAUNCHER)
                     for child in left:
-                        # not send_signal, which reaps one that has just ended, and leaves its group behind
+                        # not send_signal: it reaps a child that has just ended, and leaves its group behind
                         os.kill(child.process.pid, signal.SIGUSR1)
                 shown.update()
                 if poll:
@@ -131,8 +131,8 @@ def run_children(
                     time.sleep(POLL_EVERY_S)
         stopped = any(map(_was_stopped, (child.process for child in running)))
         if signals.told and (stopped or signals.must_end):
-            done = "saved and stopped" if stopped else "done, and stopped"
-            say(f"{title}: {done}; run the same command again to go on")
+            done = "saved and stopped" if stopped else "finished, then stopped"
+            say(f"{title}: {done}; run the same command again to resume")
             raise signals.end
     finally:
         _stop(running)
@@ -143,7 +143,7 @@ def _was_stopped(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _sum_of(files: Sequence[Path]) -> Report | None:
-    """The sum of several progress files, when all of them are there, for then the total is known."""
+    """The sum of several progress files, once all of them exist: only then is the total known."""
     reports = [report for report in map(read_progress, files) if report is not None]
     if not reports or len(reports) < len(files):
         return None
@@ -176,20 +176,20 @@ def _restart(title: str, stuck: _Running) -> _Running:
     """Kill a child that makes no progress, and start it again.
 
     Raises:
-        StageFailed: that did not help ``RESTARTS`` times.
+        StageFailed: it was already restarted ``RESTARTS`` times.
     """
-    _signal_group(stuck.process, signal.SIGKILL)  # what hangs does not listen to SIGTERM
+    _signal_group(stuck.process, signal.SIGKILL)  # a hung process may ignore SIGTERM
     stuck.process.wait()
     if stuck.restarts == RESTARTS:
         raise StageFailed(
             f"{title}: a process made no progress, and {RESTARTS} restarts did not help; its log: {stuck.log}"
         )
-    warn(f"{title}: a process makes no progress: starting it again; its log: {stuck.log}")
+    warn(f"{title}: a process makes no progress: restarting it; its log: {stuck.log}")
     return replace(_start(stuck.child, stuck.error_file), restarts=stuck.restarts + 1)
 
 
 def _start(child: Child, error_file: Path | None = None) -> _Running:
-    """error_file: where the children of one call report; the first report is the cause, others follow from it."""
+    """error_file: where all children of one call report; the first report is the cause of the others."""
     log, output = _open_log(child.log)
     if error_file is None:
         error_file = log.with_suffix(".error")
@@ -200,14 +200,14 @@ def _start(child: Child, error_file: Path | None = None) -> _Running:
         process = subprocess.Popen(
             [sys.executable, "-S", "-c", _LAUNCHER, str(os.getpid()), *child.command],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
-            start_new_session=True,  # a group that can be signalled whole, and that Ctrl-C does not reach
+            start_new_session=True,  # a group that can be signalled as a whole, and that Ctrl-C does not reach
         )  # fmt: skip
     return _Running(child, process, log, error_file)
 
 
 def _open_log(wanted: Path) -> tuple[Path, BinaryIO]:
-    """The first of a.log, a-2.log, ... that is not there; made in the same step, as processes of other hosts may look
-    for one, too (elements of a Slurm array), and would take each other's errors for their own."""
+    """Open the first of a.log, a-2.log, ... that does not exist. Exclusive creation: processes on other hosts (elements
+    of a Slurm array) may look for one at the same time, and would read each other's errors as their own."""
     log, attempt = wanted, 1
     while True:
         try:
@@ -220,7 +220,7 @@ def _open_log(wanted: Path) -> tuple[Path, BinaryIO]:
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:
-    """Has it ended? Then its group goes too: until the process is reaped nobody else can have its number."""
+    """Has it ended? If so, kill its group before reaping it: until then no other process can get its pid."""
     if process.returncode is not None:
         return True
     if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -231,7 +231,7 @@ def _ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    # no such group: the child did not get as far as making one, or only its unreaped self is left (macOS)
+    # no such group: the child has not created one yet, or only the unreaped child is left (macOS)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 
@@ -250,7 +250,7 @@ def _stop(children: Sequence[_Running]) -> None:
 
 
 def _failure(title: str, failed: Sequence[_Running]) -> Exception:
-    """What ended the children: what the first of them reported, else how one ended that ended badly."""
+    """Why the children ended: the first report, else the exit status of one that failed."""
     report = _read_report(failed[0].error_file)
     if report and report["kind"] == "user":
         return UserError(report["message"])
@@ -260,7 +260,7 @@ def _failure(title: str, failed: Sequence[_Running]) -> Exception:
     code = child.process.returncode
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     log = report["log"] if report else child.log
-    if is_nearly_full(child.log.parent):  # the child could not even write why
+    if is_nearly_full(child.log.parent):  # the child could not write its report
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return MachineFault(f"{title}: a process ended with {how}: " + refusal(child.log, error))
     try:
@@ -283,15 +283,15 @@ def _read_report(path: Path) -> dict[str, Any] | None:
 class _Signals:
     """Handles SIGTERM and SIGUSR1 inside the ``with`` block (only the main thread gets signals).
 
-    The first one is kept in ``told`` when the children can save; else, and the second time, KeyboardInterrupt (of the
-    signal's number; without one for Ctrl-C) is raised, so that children are stopped first.
+    When the children can save, the first signal only sets ``told``. Otherwise, and for a second one, KeyboardInterrupt
+    is raised (with the signal's number; without one for Ctrl-C), so that the children are stopped first.
     """
 
     def __init__(self, saves: bool) -> None:
         self._saves = saves
         self._numbers = [signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if saves else [])]
         self.told = False
-        self.must_end = False  # also where the children were done before they heard it
+        self.must_end = False  # even if the children finished before they received it
         self.end: BaseException = SystemExit(STOPPED)
         self._before: list[Any] = []
 
@@ -309,7 +309,7 @@ class _Signals:
             self.must_end = number != signal.SIGUSR1
             if number == signal.SIGINT:
                 self.end = KeyboardInterrupt()
-                warn("saving at the next opportunity, then ending; Ctrl-C once more ends at once")
+                warn("saving at the next opportunity, then stopping; press Ctrl-C again to stop at once")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         elif not self._saves or number == signal.SIGTERM:
@@ -319,10 +319,10 @@ class _Signals:
 def die_with_parent(parent: int | None = None) -> None:
     """From now on the kernel kills this process when its parent dies (Linux); exits if it is dead already.
 
-    Besides the parent (which may be torchrun's agent) the process that called ``run_children`` is looked at.
+    Checks the parent (which may be torchrun's agent) and the process that called ``run_children``.
 
     Args:
-        parent: its number, where it is known.
+        parent: its pid, where it is known.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     parent = parent or os.getppid()
@@ -335,8 +335,8 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def tie_forks() -> None:
-    """Whatever this process forks dies with it, and so on: Megatron forks processes that write a checkpoint. Left by a
-    killed rank, they would hold its memory and write on, into the files of the one that runs again."""
+    """Make every process that this one forks, at any depth, die with its parent. Megatron forks processes that write a
+    checkpoint: orphans of a killed rank would hold its memory and write into the files of the restarted one."""
     parent = os.getpid()
 
     def tie() -> None:
@@ -348,8 +348,8 @@ def tie_forks() -> None:
 
 
 def start_time(pid: int) -> str | None:
-    """When the process ``pid`` of this kernel started, in clock ticks since boot; "" where none runs (a zombie does
-    not run, however long nobody reaps it); None where it cannot be known, as /proc hides other users' processes.
+    """When the process ``pid`` of this kernel started, in clock ticks since boot; "" where it is not running (a zombie
+    is not); None where it cannot be known because /proc hides other users' processes.
     """
     with contextlib.suppress(OSError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -359,12 +359,12 @@ def start_time(pid: int) -> str | None:
     except ProcessLookupError:
         return ""
     except PermissionError:
-        pass  # there it is, another user's
+        pass  # it exists, and belongs to another user
     return None
 
 
 def child_main(function: Callable[[], None]) -> None:
-    """Run a child's main function, tied to its parent and reporting failure to it.
+    """Run a child's main function: it dies with its parent, and reports failures to it.
 
     Exit code 2: UserError. 1: MachineFault, or a crash.
     """
@@ -387,9 +387,9 @@ def _end(kind: str, message: str, code: int) -> NoReturn:
 
 
 def _report(kind: str, message: str) -> None:
-    """Tell the parent, unless another rank did: the first failure is the cause, the others follow from it.
+    """Report to the parent, unless another rank did: the first failure is the cause of the others.
 
-    On a full disk there is no room for it: the parent sees that by itself.
+    On a full disk the report cannot be written; the parent detects that itself.
     """
     path = os.environ.get(ERROR_FILE)
     if path is None:

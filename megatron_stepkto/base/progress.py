@@ -38,7 +38,7 @@ class ProgressBar:
         self.title, self.total, self.unit = title, total, unit
         self._began = self._last_line = time.monotonic()
         self._done = 0
-        self._first: tuple[float, int] | None = None  # when and at what the measurement of speed began
+        self._first: tuple[float, int] | None = None  # time and count at which the measurement of speed began
         self._moves = False
         self._note = ""
         self._rich: Progress | None = None
@@ -61,8 +61,7 @@ class ProgressBar:
         return self
 
     def update(self, done: int, note: str = "") -> None:
-        # Neither the work that an earlier attempt did nor the time that processes took to start says anything about
-        # the speed of this one: it is measured from the first advance on.
+        # Speed is measured from the first advance: neither an earlier attempt's work nor the start-up time counts.
         if self._first is None or (not self._moves and done > self._first[1]):
             self._moves = self._first is not None
             self._first = (time.monotonic(), done)
@@ -103,11 +102,11 @@ class ProgressFile:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def report(self, done: int, total: int, note: str = "", unit: str = "", *, last: bool = False) -> None:
-        """unit: what is counted, where that is another thing than the stage's usual one."""
+        """unit: what is counted, where it differs from the stage's usual unit."""
         now = time.monotonic()
         if last or now - self._last >= self.every_s:
             self._last = now
-            # its own name: processes of several hosts may report on the same work
+            # a unique name: processes on several hosts may report on the same work
             temporary = self.path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
             with writing(self.path):
                 temporary.write_text(json.dumps({"done": done, "total": total, "note": note, "unit": unit}))

@@ -19,20 +19,20 @@ from megatron_stepkto.base.files import atomic_writer, describe, parse_json
 from megatron_stepkto.base.locks import exclusive_lock
 
 Label = Literal[0, 1] | None
-# strict: neither "5" nor true is a token
+# strict: "5" and true are not tokens
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 
 
-# White space aside. Form feeds and backspaces are LaTeX whose backslashes were lost: "\frac", "\boxed".
+# All but white space. Form feeds and backspaces come from LaTeX that lost its backslashes: "\frac", "\boxed".
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
-# JSON can spell what UTF-8 cannot hold: such a row would pass, and then fail to be written.
+# JSON can escape half a surrogate pair, which UTF-8 cannot encode: such a row could be read but not written.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 def written(text: str) -> str:
-    """The text as it is. Raises ValueError: it is blank or holds control characters."""
+    """Return the text unchanged. Raises ValueError where it is blank or contains control characters."""
     if not text.strip():
         raise ValueError("must not be blank")
     if found := _CONTROL.search(text):
@@ -70,7 +70,7 @@ class Problem(Record):
 
 
 class Sampler(Record):
-    """How a sample was drawn. ``model`` names the checkpoint; seed is the one of this very sample."""
+    """How a solution was sampled. ``model``: the checkpoint; ``seed``: of this one sample."""
 
     model: str
     temperature: float
@@ -79,7 +79,7 @@ class Sampler(Record):
 
 
 class Sample(Record):
-    """One drawn solution. Token ids are the sampler's own: nothing is ever re-tokenised.
+    """One sampled solution. Token ids are the sampler's own: text is never tokenised again.
 
     ``token_log_probs`` (nats, temperature 1, one per response token) is present on the samples that the
     trainer compares with its own log-probs.
@@ -103,7 +103,7 @@ class Sample(Record):
 class Step(Record):
     """One step: characters [start, end) of the text and tokens [token_start, token_end) of the response.
 
-    ``votes`` and ``score`` (share of votes or probability of "right") are what the label was decided from.
+    ``votes`` and ``score`` (share of votes or probability of "right") are what the label was derived from.
     """
 
     start: int = Field(ge=0)
@@ -117,12 +117,12 @@ class Step(Record):
     @model_validator(mode="after")
     def _check_span(self) -> Self:
         if self.start > self.end:
-            raise ValueError(f"characters [{self.start}, {self.end}) run backwards")
+            raise ValueError(f"characters [{self.start}, {self.end}) end before they start")
         return self
 
 
 class Judge(Record):
-    """Who gave the labels: names of the outcome and the process judge.
+    """What gave the labels: names of the outcome and process judges.
 
     A reward model's outcome comes with its score and the threshold above which a solution is right.
     """
@@ -174,7 +174,7 @@ def check_log_probs(log_probs: Sequence[float] | None, num_tokens: int) -> None:
 
 
 class KLPartner(Record):
-    """The solution of another problem that is paired with this example's prompt to estimate z_o and z_s."""
+    """Another problem's solution, paired with this example's prompt to estimate z_o and z_s."""
 
     example_id: str
     token_ids: TokenIds
@@ -225,7 +225,7 @@ def parse_row(line: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
         ValueError: what is wrong with the row, as one clause.
     """
     try:
-        row = parse_json(line.rstrip())  # behind a newline json counts columns from 1 again
+        row = parse_json(line.rstrip())  # json counts columns from 1 again after a newline
         if not isinstance(row, dict):
             raise ValueError(f"expected a JSON object, got {type(row).__name__}")
         if _SURROGATE.search(line):
@@ -240,66 +240,71 @@ def parse_row(line: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
     except KeyError as error:
         raise ValueError(f"missing key {error}") from None
     except RecursionError:
-        raise ValueError("nested too deep") from None
-    except (TypeError, AttributeError) as error:  # values of other types than the parser of a layout expects
-        raise ValueError(f"of another layout: {error}") from None
+        raise ValueError("nested too deeply") from None
+    except (TypeError, AttributeError) as error:  # values of types that the parser does not expect
+        raise ValueError(f"unexpected layout: {error}") from None
 
 
 def bad_row(path: Path, number: int, reason: object) -> UserError:
     return UserError(f"{path}:{number}: {reason}; correct the row, or pass --quarantine FILE to set bad rows aside")
 
 
-def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None) -> Iterator[R]:
-    """Parse a JSON-lines file row by row with ``parse``.
-
-    Blank lines are passed over. Without ``quarantine`` the first bad row ends the reading; with it bad rows
-    are appended there as ``{"file", "line", "error", "row"}`` and the good ones go on.
+def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, bytes, T | ValueError]]:
+    """(line number, row, its record or what is wrong with it) of a JSON-lines file; blank lines are skipped.
 
     Raises:
-        UserError: the file is missing or empty, a row is bad, or no row is good. Names file:line.
+        UserError: there is no such file.
     """
     if not path.is_file():
         raise UserError(f"{path}: expected a file of JSON lines, found {'a directory' if path.is_dir() else 'none'}")
-    good = bad = 0
-    rejected: list[dict[str, Any]] = []
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
                 continue
             try:
-                record = parse_row(raw, parse)
+                found: T | ValueError = parse_row(raw, parse)
             except ValueError as error:
-                if quarantine is None:
-                    raise bad_row(path, number, error) from None
-                bad += 1
-                rejected.append(
-                    {
-                        "file": str(path),
-                        "line": number,
-                        "error": str(error),
-                        "row": raw.decode("utf-8", "replace").strip(),
-                    }
-                )
-                continue
+                found = error
+            yield number, raw, found
+
+
+def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None) -> Iterator[R]:
+    """Parse a JSON-lines file row by row with ``parse``.
+
+    Blank lines are skipped. Without ``quarantine`` the first bad row is an error; with it bad rows are written there
+    as ``{"file", "line", "error", "row"}``, and the good ones are returned.
+
+    Raises:
+        UserError: the file is missing or empty, a row is bad, or no row is good. Names file:line.
+    """
+    good = 0
+    rejected: list[dict[str, Any]] = []
+    for number, raw, found in parse_rows(path, parse):
+        if not isinstance(found, ValueError):
             good += 1
-            yield record
+            yield found
+        elif quarantine is None:
+            raise bad_row(path, number, found)
+        else:
+            row = raw.decode("utf-8", "replace").strip()
+            rejected.append({"file": str(path), "line": number, "error": str(found), "row": row})
     if rejected and quarantine is not None:
         set_aside(quarantine, path, rejected)
     if not good:
         raise UserError(
-            f"{path}: expected at least one record, got {bad} bad rows and no good one"
-            if bad
+            f"{path}: expected at least one record, got {len(rejected)} bad rows and no good ones"
+            if rejected
             else f"{path}: expected at least one record, the file is empty"
         )
 
 
 def set_aside(quarantine: Path, source: Path, rejected: Sequence[dict[str, Any]]) -> None:
-    """Put bad rows of ``source`` into the quarantine, in place of those that an earlier run of the same check left.
+    """Write bad rows of ``source`` to the quarantine, replacing those that an earlier run of the same check wrote.
 
     Raises:
-        UserError: the quarantine is a file of something else.
+        UserError: the file exists and is not a quarantine.
     """
-    # Another run may set rows aside into the same file: read and written by one at a time, or it would lose some.
+    # Another run may write to the same file: the lock keeps either from losing the other's rows.
     with exclusive_lock(quarantine.with_name(f".{quarantine.name}.lock"), str(quarantine), wait=True):
         kept = []
         for line in quarantine.read_bytes().splitlines() if quarantine.is_file() else []:
@@ -308,7 +313,7 @@ def set_aside(quarantine: Path, source: Path, rejected: Sequence[dict[str, Any]]
                 same = row["file"] == str(source) and set(row) == set(rejected[0])
             except (ValueError, TypeError, KeyError):
                 raise UserError(
-                    f"{quarantine}: expected a quarantine of earlier runs, got other text; name a new file"
+                    f"{quarantine}: expected the quarantine file of an earlier run, got other text; choose a new file"
                 ) from None
             kept += [] if same else [line + b"\n"]
         with atomic_writer(quarantine, "wb") as out:
@@ -317,12 +322,12 @@ def set_aside(quarantine: Path, source: Path, rejected: Sequence[dict[str, Any]]
 
 
 def read_records(path: Path, model: type[R], *, quarantine: Path | None = None) -> Iterator[R]:
-    """``read_rows`` for rows that are records of ours."""
+    """``read_rows`` for rows in a record format of this package."""
     return read_rows(path, model.model_validate, quarantine=quarantine)
 
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:
-    """Write records as JSON lines, atomically; returns how many."""
+    """Write records as JSON lines, atomically; returns their number."""
     count = 0
     with atomic_writer(path) as file:
         for record in records:

@@ -1,9 +1,9 @@
 """A stage: inputs and settings in, files and a manifest out, done at most once.
 
-A stage directory is *finished* when ``manifest.json`` exists: it is written last, by rename. Before any
-work ``started.json`` records what the work is for. Both hold the stage's *key* (settings and input hashes):
-a finished stage with the same key is skipped, a directory with another key is refused with the difference
-named, and work cut short continues where its own files allow.
+A stage directory is *finished* when ``manifest.json`` exists: it is written last, by rename. ``started.json``
+is written before the work begins. Both hold the stage's *key* (settings and input hashes):
+a finished stage with the same key is skipped, a directory with another key is refused, with
+the differences; interrupted work resumes where its own files allow.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_stepkto.base.progress import say
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
-CACHE = "cache"  # a folder of what is keyed by content: it serves the work of another key, too
+CACHE = "cache"  # a folder of results keyed by content: valid under another stage key, too
 PACKAGES = (
     "megatron-stepkto",
     "torch",
@@ -53,7 +53,7 @@ def package_versions() -> dict[str, str]:
 
 
 class Started(BaseModel):
-    """What is read of ``started.json``."""
+    """The part of ``started.json`` that is read."""
 
     key: dict[str, Any]
 
@@ -63,7 +63,7 @@ class Output(BaseModel):
 
 
 class Manifest(Started):
-    """What is read of a stage's ``manifest.json``."""
+    """The part of a stage's ``manifest.json`` that is read."""
 
     outputs: dict[str, Output]
     counts: dict[str, Any]
@@ -81,7 +81,7 @@ class KnownHashes(RootModel[dict[str, KnownHash]]):
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage's work returns: its output files (or folders) and what to count and note."""
+    """What a stage's work returns: its output files (or folders) and the counts for the manifest."""
 
     outputs: list[Path]
     counts: dict[str, Any] = field(default_factory=dict)
@@ -89,9 +89,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Stage:
-    """``settings`` hold everything that decides the outputs, ``inputs`` every file or folder they are made from.
+    """``settings``: everything that determines the outputs. ``inputs``: every file or folder they are made from.
 
-    hashes: file in the run's folder that keeps the hashes of large folders, so that not every stage reads 140 GB of
+    hashes: file in the run's folder that caches the hashes of large folders, so that not every stage reads 140 GB of
     weights again.
     """
 
@@ -106,23 +106,23 @@ class Stage:
         return self.directory / MANIFEST
 
     def is_finished(self, *, force: bool = False) -> bool:
-        """Is the work done? With ``force`` a stage that was done with other settings is not: it will be done again."""
+        """Is the work done? With ``force`` a stage with other settings is not: it will be redone."""
         manifest = read_json_if_there(self.manifest_path)
         return manifest is not None and not (force and _differences(manifest["key"]["settings"], dict(self.settings)))
 
     def check_inputs(self) -> None:
-        """Raises UserError for an input that is missing, or that a stage is still making."""
+        """Raises UserError for an input that is missing, or whose stage is unfinished."""
         for name, path in sorted(self.inputs.items()):
             if not path.exists():
                 raise UserError(f"{self.title}: input {name} is missing: {path}; {self._remedy(path)}")
             for folder in (path, path.parent):
                 if (folder / STARTED).is_file() and not (folder / MANIFEST).is_file():
                     raise UserError(
-                        f"{self.title}: input {name} is of an unfinished stage ({folder}); run that one first"
+                        f"{self.title}: input {name} belongs to an unfinished stage ({folder}); run that stage first"
                     )
 
     def _remedy(self, path: Path) -> str:
-        """An input outside of the run's folder is the user's own: no stage makes it."""
+        """An input outside the run's folder is the user's: no stage makes it."""
         if self.hashes is not None and not path.is_relative_to(self.hashes.parent):
             return "correct the path in the recipe, or put the file there"
         return "run the stage that makes it first"
@@ -140,7 +140,7 @@ LARGE_BYTES = 1 << 30
 
 
 def input_hash(path: Path, hashes: Path | None = None) -> str:
-    """Hash of an input; the hash list of a finished stage's manifest stands for its (possibly huge) outputs.
+    """Hash of an input; for (possibly huge) outputs of a finished stage, the hash in its manifest.
 
     A large folder is read once: ``hashes`` keeps its hash with the names, sizes and times of its files.
     """
@@ -150,7 +150,7 @@ def input_hash(path: Path, hashes: Path | None = None) -> str:
             content = read_json(manifest)
             outputs = content.get("outputs") if isinstance(content, dict) else None
             output = outputs.get("." if folder == path else path.name) if isinstance(outputs, dict) else None
-            if isinstance(output, dict) and isinstance(output.get("sha256"), str):  # else another program's file
+            if isinstance(output, dict) and isinstance(output.get("sha256"), str):  # else a file of another program
                 return str(output["sha256"])
     if hashes is None or not path.is_dir():
         return sha256_of(path)
@@ -184,18 +184,18 @@ def run_stage(
     together: Callable[[], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Run ``work`` unless the stage is finished; returns its manifest ({} where work did only a part).
+    """Run ``work`` unless the stage is finished; returns its manifest ({} where ``work`` did only a part).
 
     Args:
-        work: returns None when it did only a part of the stage; a later call goes on.
-        together: the part before ``work`` that any number of processes, on any hosts, may do at once (it shares
-            the work out by itself). One of them then does ``work``, and the others find it done.
-        check: raises UserError for what the work would refuse, where it is still to be done. What is refused here, or
-            for want of an input, leaves no folder behind.
+        work: returns None when it did only a part of the stage; a later call resumes.
+        together: runs before ``work``, in any number of processes on any hosts at once (it divides the work itself).
+            One of them then does ``work``; the others find it done.
+        check: called where the work is not done yet; raises UserError for what the work would refuse. A refusal here,
+            or a missing input, leaves no folder behind.
 
     Raises:
-        UserError: another process writes the directory, or it holds the work of another key and ``force`` is
-            not set, or a finished output was removed.
+        UserError: another process is writing the directory, it holds the work of another key (without ``force``),
+            or a finished output was removed.
     """
     stage.check_inputs()
     if check is not None and not stage.is_finished(force=force):
@@ -220,7 +220,7 @@ def run_stage(
 
 
 def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | None:
-    """Returns the manifest of a finished stage; else leaves the directory marked as begun for ``key``."""
+    """Return the manifest of a finished stage; else mark the directory as begun for ``key`` and return None."""
     directory = stage.directory
     shapes: tuple[tuple[str, type[Started]], ...] = ((MANIFEST, Manifest), (STARTED, Started))
     for name, shape in shapes:
@@ -239,8 +239,8 @@ def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | N
             _clear(directory)
             if (directory / CACHE).is_dir():
                 say(
-                    f"{stage.title}: --force keeps {directory / CACHE}, which serves where the same code asks the same "
-                    "of the same model; remove it to compute all again, as for a server whose model has new weights"
+                    f"{stage.title}: --force keeps {directory / CACHE}, whose entries are reused for the same request, "
+                    "code and model; remove it to recompute them, for example when a server's model got new weights"
                 )
         break
     manifest = read_json_if_there(stage.manifest_path, Manifest)
@@ -249,7 +249,7 @@ def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | N
         if not lost:
             return dict(manifest)
         if not force:
-            raise UserError(f"{directory}: finished, but {', '.join(lost)} is gone; restore it or pass --force")
+            raise UserError(f"{directory}: finished, but {', '.join(lost)} is missing; restore it or pass --force")
         _clear(directory)
     write_json(directory / STARTED, {"key": key})
     return None
@@ -285,10 +285,10 @@ def _size(path: Path) -> int:
 
 
 def _clear(directory: Path) -> None:
-    """Remove an earlier key's work; its key goes last, or what is left would pass for work of the new one.
+    """Remove the work of an earlier key. The key goes last: otherwise leftovers would count as the new key's work.
 
     Raises:
-        UserError: another process is at a part of it.
+        UserError: another process is working on a part of it.
     """
     for parent, names, _ in os.walk(directory):
         for claim in names if Path(parent).name == "claims" else ():

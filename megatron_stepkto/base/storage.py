@@ -1,4 +1,4 @@
-"""What a file system refuses, said in full: which file, why, how much it needs, how much is free, and where."""
+"""Errors of a file system, reported in full: which file, why, the space needed, the space free, and where."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_stepkto.base.errors import MachineFault, UserError
 
-# The machine's fault, which may pass: a batch system tries again. A wrong path is the user's, and does not pass.
+# Faults of the machine, which may pass: a batch system retries. A wrong path is the user's error, and does not.
 STORAGE_FAULTS = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT,
@@ -27,10 +27,10 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
     """Name ``path`` where the file system refuses to write it.
 
     Args:
-        num_bytes: that will be written, where that is known before.
+        num_bytes: to be written, where known in advance.
 
     Raises:
-        MachineFault: instead of an OSError that is a fault of the storage (``STORAGE_FAULTS``).
+        MachineFault: in place of an OSError with a code in ``STORAGE_FAULTS``.
     """
     try:
         yield
@@ -61,7 +61,7 @@ def check_space(path: Path, num_bytes: int, what: str) -> None:
 
 
 def check_working_directory() -> None:
-    """Raises UserError where it was deleted: no relative path means anything then."""
+    """Raises UserError where it was deleted: no relative path can be resolved then."""
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A folder that appears whole, by rename, or not at all; one writer at a time."""
+"""A folder that appears complete, by rename, or not at all; one writer at a time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from megatron_stepkto.base.storage import STORAGE_FAULTS, check_space, refusal
 def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Iterator[Path]:
     """Yield an empty folder beside ``target``; on a clean exit it becomes ``target``, replacing what was there.
 
-    An error or Ctrl-C removes it, unless another process took this one for dead and began it anew; after a hard kill
-    ``.NAME.partial`` is left, which the next attempt takes over.
-    The folder ``.NAME.lock`` always stays, with one small file: were it removed, its numbers would begin again, and a
-    process that was taken for dead could not tell a fresh owner's lock from its own.
+    An error or Ctrl-C removes it, unless another process considered this one dead and started over; after a hard kill
+    ``.NAME.partial`` remains, which the next attempt reuses.
+    The folder ``.NAME.lock`` always stays, with one small file: if it were removed, its numbers would start again,
+    and a process that was considered dead could not tell a new owner's lock from its own.
     The files' contents must be on disk (flushed) when the block ends; their names are flushed here.
 
     Args:
-        num_bytes: that will be written; less free space is refused at once.
-        replace: False: refuse a ``target`` that is there, also one that came while the caller looked at its input.
+        num_bytes: to be written; with less free space nothing is begun.
+        replace: False: refuse an existing ``target``, even one that appeared while the caller checked its input.
 
     Raises:
         UserError: another process writes to ``target`` or has just done so.
@@ -35,7 +35,7 @@ def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Itera
     partial, old, lock = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old", "lock"))
     with exclusive_lock(lock, str(target), note=say) as held:
         if target.exists() and not replace:
-            raise UserError(f"{target}: already there: another process has just written it; run the command again")
+            raise UserError(f"{target}: already exists: another process has just written it; run the command again")
         try:
             partial.mkdir(exist_ok=True)
             _empty(partial)
@@ -50,7 +50,7 @@ def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Itera
             partial.rename(target)
             flush(target.parent)
         except OSError as error:
-            message = refusal(target, error, num_bytes)  # before room is made again
+            message = refusal(target, error, num_bytes)  # before space is freed
             _remove_if_ours(partial, held)
             if error.errno not in STORAGE_FAULTS:
                 raise
@@ -62,7 +62,7 @@ def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Itera
 
 
 def remove_replaced(target: Path) -> None:
-    """Remove what a kill left of the folder that ``target`` replaced: it may be as large as a model."""
+    """Remove the folder that ``target`` replaced, if a kill left it behind: it may be as large as a model."""
     old = target.with_name(f".{target.name}.old")
     if target.exists() and old.exists():
         with exclusive_lock(target.with_name(f".{target.name}.lock"), str(target), note=say):
@@ -70,7 +70,7 @@ def remove_replaced(target: Path) -> None:
 
 
 def _remove_if_ours(partial: Path, held: Lock) -> None:
-    """Who took the lock over from this process, which seemed dead, is filling the folder under the same name."""
+    """Remove it, unless another process took the lock over and now fills a folder of the same name."""
     if held.is_ours:
         shutil.rmtree(partial, ignore_errors=True)
 

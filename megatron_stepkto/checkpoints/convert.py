@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron torch_dist and back, bit for bit, without holding the model."""
+"""Hugging Face -> Megatron torch_dist and back, bit for bit, without holding the model in memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ HF_TO_MEGATRON, MEGATRON_TO_HF = "hf_to_megatron", "megatron_to_hf"
 
 @dataclass(frozen=True)
 class Converted:
-    """weight_bytes: of the tensors that were written."""
+    """weight_bytes: size of the tensors that were written."""
 
     weight_bytes: int
     num_tensors: int
@@ -69,7 +69,7 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, list[Entry]]:
 
 
 def _listed(names: set[str], limit: int = 100) -> str:
-    """The names; a config of another model can ask for thousands."""
+    """At most ``limit`` names: a config of another model can ask for thousands."""
     more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
     return ", ".join(sorted(names)[:limit]) + more
 
@@ -78,7 +78,7 @@ class HFSide:
     """A Hugging Face folder whose weights are those of its config.
 
     Raises:
-        UserError: anything else; names every fault that the files' headers show.
+        UserError: they are not; names every fault that shows in the files' headers.
     """
 
     def __init__(self, directory: Path, *, one_dtype: bool = True) -> None:
@@ -89,9 +89,7 @@ class HFSide:
         if faults:
             raise UserError(f"{directory}: the weights are not those of its config.json; " + "; ".join(faults))
         if "auto_map" in read_config(directory):
-            warn(
-                f"{directory / 'config.json'}: auto_map names code of the model's author: it is neither run nor copied"
-            )
+            warn(f"{directory / 'config.json'}: auto_map names the author's own code, which is neither run nor copied")
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.checkpoint.weights[name].dtype]
@@ -116,8 +114,8 @@ class HFSide:
             yield f"not mapped: {_listed(extra)}"
 
     def _tied_faults(self) -> Iterator[str]:
-        """A tied model may carry a copy of its embedding under the head's name, which is left out. It must be a copy:
-        transformers unties a head of its own, whatever config.json says."""
+        """A tied model may carry a copy of its embedding under the head's name, which is left out. It must be
+        equal: transformers unties a different head, whatever config.json says."""
         head = self.checkpoint.weights.get(HEAD)
         name = next(s.names[0] for s in self.slices if s.key == EMBEDDING)
         words = self.checkpoint.weights.get(name)
@@ -132,15 +130,15 @@ class HFSide:
                 equal = equal and np.array_equal(one, other)
         if not equal:
             yield (
-                f"{HEAD} is not {name}, though tie_word_embeddings is true; remove it from the weights, "
+                f"{HEAD} differs from {name}, although tie_word_embeddings is true; remove it from the weights, "
                 "or set tie_word_embeddings to false"
             )
 
     def _tensor_faults(self, one_dtype: bool) -> Iterator[str]:
-        """Shapes one by one: wrong ones can fit when stacked. Dtypes: a stacked weight has but one."""
+        """Checks each shape: wrong ones can fit when stacked. Checks that a stacked weight has one dtype."""
         dtypes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for slice_ in self.slices:
-            for name, shape in zip(slice_.names, slice_.shapes, strict=True):
+            for name, shape in slice_.tensors():
                 weight = self.checkpoint.weights.get(name)
                 if weight is None:
                     continue
@@ -162,7 +160,7 @@ class MegatronSide:
     """A torch_dist checkpoint whose weights are those of its companions' config.
 
     Raises:
-        UserError: anything else; names every fault that the index and the chunks' frames show.
+        UserError: they are not; names every fault that shows in the index and the chunks' frames.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -172,7 +170,7 @@ class MegatronSide:
         if self.companions is None:
             raise UserError(
                 f"{directory}: expected a folder {COMPANIONS}/ with config.json and tokenizer files beside the "
-                "weights; copy them there from the model the training began with"
+                "weights; copy them there from the model that the training started from"
             )
         self.config, self.entries = read_model_config(self.companions)
         self.slices = slices(self.entries)
@@ -243,7 +241,7 @@ def tensor_checksums(side: Side, workers: int | None, title: str) -> dict[str, i
     row_bytes = {
         name: torch.Size(shape[1:]).numel() * side.slice_dtype(slice_).itemsize
         for slice_ in side.slices
-        for name, shape in zip(slice_.names, slice_.shapes, strict=True)
+        for name, shape in slice_.tensors()
     }
     buffers = Buffers()
     with Files() as files:
@@ -259,11 +257,7 @@ def tensor_checksums(side: Side, workers: int | None, title: str) -> dict[str, i
             work,
             workers=workers or default_workers(),
             title=title,
-            total_bytes=sum(
-                shape[0] * row_bytes[name]
-                for slice_ in side.slices
-                for name, shape in zip(slice_.names, slice_.shapes, strict=True)
-            ),
+            total_bytes=sum(shape[0] * row_bytes[name] for slice_ in side.slices for name, shape in slice_.tensors()),
         )
     return {name: crc for name, (crc, _) in _by_tensor(moved).items()}
 
@@ -318,7 +312,7 @@ def hf_to_megatron(
                     written_crc = checksum(result)
                 if not all_finite(result, dtype or side.dtype(piece.name)):
                     not_finite.add(piece.name)
-                if not not_finite:  # else nothing will be kept: only look for more
+                if not not_finite:  # else nothing will be kept: only search for more
                     writer.write(files, piece.key, piece.index, piece.at, result)
                 return Moved(piece, read_crc, data.size, written_crc, result.size)
 
@@ -356,11 +350,7 @@ def megatron_to_hf(source: Path, target: Path, workers: int | None = None, *, re
     """
     side = MegatronSide(source)
     companions = side.companion_files()
-    tensors = [
-        (name, side.dtype(slice_.key), shape)
-        for slice_ in side.slices
-        for name, shape in zip(slice_.names, slice_.shapes, strict=True)
-    ]
+    tensors = [(name, side.dtype(slice_.key), shape) for slice_ in side.slices for name, shape in slice_.tensors()]
     weight_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in tensors)
     small = 2**20 + 512 * len(tensors) + sum(map(len, companions.values()))
     with whole_folder(target, weight_bytes + small, replace=replace) as folder:
@@ -404,14 +394,14 @@ def _refuse(not_finite: set[str], source: Path) -> None:
 
 
 def _check_manifest(source: Path, tensors: dict[str, tuple[int, int]]) -> None:
-    """Damage that came after an earlier conversion wrote the source: its manifest knows every tensor's checksum."""
+    """Refuse a source that was damaged after a conversion wrote it: its manifest has every tensor's checksum."""
     manifest = read_manifest(source)
     if manifest is None or manifest.cast is not None:
         return
     damaged = [name for name, (crc, _) in sorted(tensors.items()) if manifest.tensors.get(name, crc) != crc]
     if damaged:
         raise UserError(
-            f"{source}: {', '.join(damaged)}: the bytes are not those that {MANIFEST} says were written; the folder "
+            f"{source}: {', '.join(damaged)}: the bytes differ from the checksums in {MANIFEST}; the folder "
             f"is damaged, write it again (if you changed these weights on purpose, remove its {MANIFEST})"
         )
 

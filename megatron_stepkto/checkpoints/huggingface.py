@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import parse_json, read_json
+from megatron_stepkto.base.files import parse_json, read_json_object
 from megatron_stepkto.base.model_folder import check_small_files, read_config, read_small_file
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.stream import Bytes, Files
@@ -21,10 +21,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-# Files that travel with a model: config, generation config, tokenizer, chat template. No code.
+# Files that are copied with a model: config, generation config, tokenizer, chat template. No code.
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-CHAT_TEMPLATES = "additional_chat_templates"  # a folder of transformers', where a model has several
-# What programs of ours leave beside a model.
+CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for a model with several templates
+# Files that this package writes beside a model.
 OURS = ("manifest.json", "started.json", "conversion.json")
 MAX_SHARD_BYTES = 5 * 2**30
 MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
@@ -36,7 +36,7 @@ _OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where a tensor's bytes begin in a safetensors file; ``dtype`` in its spelling (F32, BF16)."""
+    """Where a tensor's bytes begin in a safetensors file; ``dtype`` in safetensors' spelling (F32, BF16)."""
 
     path: Path
     offset: int
@@ -56,7 +56,7 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
     """The tensors of one safetensors file.
 
     Raises:
-        UserError: no safetensors file, truncated, or one whose header contradicts itself.
+        UserError: not a safetensors file, a truncated one, or one with an inconsistent header.
     """
     try:
         size = path.stat().st_size
@@ -92,7 +92,7 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
 
 
 class HFCheckpoint:
-    """A Hugging Face folder: the headers of all of its files are read and checked, no tensor is.
+    """A Hugging Face folder: reads and checks the headers of all files, no tensors.
 
     Raises:
         UserError: no config.json, no safetensors weights, an index naming a missing file or a tensor that is not in
@@ -119,16 +119,15 @@ class HFCheckpoint:
                 f"{self.directory}: expected {SINGLE} or {INDEX}, found neither; "
                 "save the model with safetensors (pickled .bin weights are not read)"
             )
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{index}: expected an object weight_map from tensor names to file names, found none")
         faults, headers = [], {}
         names = set(weight_map.values())
         if (self.directory / SINGLE).is_file() and SINGLE not in names:
             raise UserError(
-                f"{self.directory}: holds {SINGLE} and {INDEX}, which names other files: two models, of which programs "
-                "load one or the other; remove the one that is not meant"
+                f"{self.directory}: holds {SINGLE} and {INDEX}, which names other files: two models, and libraries "
+                "differ in which one they load; remove the one you do not want"
             )
         if outside := sorted(name for name in names if Path(name).name != name):
             raise UserError(f"{index}: names files outside of the folder: {', '.join(outside)}; refused")
@@ -148,7 +147,7 @@ class HFCheckpoint:
                 )
             elsewhere = {tensor for tensor in header if weight_map.get(tensor, name) != name}
             for tensor in sorted(tensor for tensor in elsewhere if tensor in headers.get(weight_map[tensor], ())):
-                faults.append(f"{tensor} stands in {name} too, {INDEX} names {weight_map[tensor]}; which one is meant?")
+                faults.append(f"{tensor} is also in {name}, {INDEX} names {weight_map[tensor]}; remove one of them")
             if unlisted := sorted(header.keys() - weight_map.keys()):
                 faults.append(f"{self.directory / name}: {INDEX} does not list its {', '.join(unlisted)}")
         if faults:
@@ -162,7 +161,7 @@ class HFCheckpoint:
 
 
 def is_companion(name: str) -> bool:
-    """By its name: config, generation config, tokenizer, chat template; also JSON that indexes weights or is ours."""
+    """By name: config, tokenizer and chat template files; also JSON that indexes weights or that we write."""
     return name.endswith(COMPANION_SUFFIXES) or name.startswith("tokenizer.model")  # Mistral: tokenizer.model.v3
 
 
@@ -179,7 +178,7 @@ def companions_of(directory: Path) -> list[Path]:
 
 
 def read_companions(directory: Path) -> dict[str, bytes]:
-    """Their contents by path; config.json without ``auto_map``, which names code that does not travel."""
+    """Contents of the companions by path; config.json without ``auto_map``, which names code that is not copied."""
     check_small_files(directory)
     contents = {path.relative_to(directory).as_posix(): read_small_file(path) for path in companions_of(directory)}
     config = read_config(directory)
@@ -201,10 +200,10 @@ def _as_json(value: object) -> bytes:
 
 
 class HFWriter:
-    """Decides where every tensor stands before the first byte is written; then any worker may write any part.
+    """Places every tensor before the first byte is written, so that any worker may write any part.
 
     Args:
-        tensors: (name, dtype, shape) in the order in which they shall stand; sharded past MAX_SHARD_BYTES.
+        tensors: (name, dtype, shape) in the order of the file; sharded past MAX_SHARD_BYTES.
     """
 
     def __init__(self, directory: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
@@ -275,7 +274,7 @@ class HFWriter:
         parts = {name: [(checksum(header), len(header))] for name, header in self._headers.items()}
         for name, header in self._headers.items():
             files.write(self.directory / name, 0, header)
-        for name, weight in self.weights.items():  # in the order in which they stand
+        for name, weight in self.weights.items():  # in file order
             assert sums[name][1] == weight.num_bytes, f"{name}: {sums[name][1]} bytes were written"
             parts[weight.path.name].append(sums[name])
         return found | {name: crc32_of_parts(part) for name, part in parts.items()}

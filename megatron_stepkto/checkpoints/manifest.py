@@ -1,11 +1,11 @@
-"""``conversion.json`` beside converted weights: what every file and every tensor must be, as sizes and CRC-32.
+"""``conversion.json`` beside converted weights: sizes and CRC-32 of every file and every tensor.
 
-It holds no time and no path: the same input gives the same manifest.
+It contains no times or absolute paths: the same input gives the same manifest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """None where there is no manifest.
+    """Read the manifest; None where there is none.
 
     Raises:
         UserError: it is damaged.
@@ -69,7 +69,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def missing_or_resized(directory: Path, manifest: Manifest) -> list[str]:
-    """Faults that show without reading the files."""
+    """Faults that are visible without reading the files."""
     faults = []
     for name, (_, length) in manifest.files.items():
         path = directory / name
@@ -81,7 +81,7 @@ def missing_or_resized(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def damaged_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Files that are missing or whose bytes are not those that were written. Reads all of them."""
+    """Files that are missing or whose bytes differ from those written. Reads all of them."""
     faults = missing_or_resized(directory, manifest)
     blamed = {fault.partition(": ")[0] for fault in faults}
     for name, (crc, _) in manifest.files.items():
@@ -94,13 +94,6 @@ def damaged_files(directory: Path, manifest: Manifest) -> list[str]:
 def _crc32_of(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
-        for block in _blocks(file):
+        while block := file.read(_BLOCK):
             crc = checksum(block, crc)
     return crc
-
-
-def _blocks(file: Any) -> Iterable[memoryview]:
-    buffer = bytearray(_BLOCK)
-    view = memoryview(buffer)
-    while count := file.readinto(buffer):
-        yield view[:count]

@@ -1,6 +1,6 @@
 """Reading a torch_dist checkpoint's ``.metadata`` without letting it run code.
 
-``.metadata`` is a raw pickle: whoever writes it can have a reader execute anything. Only the plain data
+``.metadata`` is a raw pickle: its author can make a reader execute anything. Only the plain data
 classes of torch.distributed.checkpoint may be built from it; everything else is refused.
 """
 
@@ -24,7 +24,7 @@ _DCP = "torch.distributed.checkpoint"
 
 
 class _Marker:
-    """Stands for the empty classes that Megatron-Core up to 0.15 left in a checkpoint with optimizer states."""
+    """Replaces the empty classes that Megatron-Core up to 0.15 left in a checkpoint with optimizer states."""
 
 
 _ALLOWED: Allowed = {
@@ -65,7 +65,7 @@ def check_format(directory: Path) -> None:
     """
     path = directory / "metadata.json"
     found = read_json_object(path)
-    backends = found.get("sharded_backend"), found.get("common_backend", "torch")  # 0.19 names the first alone
+    backends = found.get("sharded_backend"), found.get("common_backend", "torch")  # 0.19 names only the first
     if backends != ("torch_dist", "torch"):
         raise UserError(
             f"{path}: expected sharded_backend = 'torch_dist' and common_backend = 'torch', "
@@ -80,7 +80,7 @@ def read_metadata(directory: Path) -> Metadata:
     """The checkpoint's index of tensors, chunks and files.
 
     Raises:
-        UserError: no torch_dist checkpoint is there, it is damaged, or its metadata would run code.
+        UserError: there is no torch_dist checkpoint, it is damaged, or its metadata would run code.
     """
     path = directory / ".metadata"
     try:
@@ -93,13 +93,13 @@ def read_metadata(directory: Path) -> Metadata:
         ) from None
     except OSError:
         raise
-    except Exception as error:  # what the bytes of a damaged pickle ask for can fail in any way
+    except Exception as error:  # a damaged pickle can fail in any way
         raise UserError(f"{path}: {blame(error)}") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path}: expected checkpoint metadata, got {type(metadata).__name__}")
     try:
         whole = _is_whole(metadata)
-    except (AttributeError, TypeError):  # a record that lacks a field, or holds something else in it
+    except (AttributeError, TypeError):  # a record lacks a field, or holds another type in it
         whole = False
     if not whole:
         raise UserError(f"{path}: damaged: its records are not those of a checkpoint; write the checkpoint again")
@@ -107,7 +107,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _is_whole(metadata: Metadata) -> bool:
-    """Whether every record holds what its class says: a pickle sets fields without asking."""
+    """Whether every record has the types that its class declares: a pickle sets fields unchecked."""
 
     def sizes(value: object) -> bool:
         return isinstance(value, tuple) and all(type(number) is int for number in value)

@@ -1,4 +1,4 @@
-"""Whether a Hugging Face folder is a model as a whole: small files, weights and config say the same."""
+"""Whether a Hugging Face folder is a consistent model: small files, weights and config agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def check_model_folder(directory: Path) -> Any:
-    """Whether a program can load the folder as a model, of whatever architecture; returns transformers' config of it.
+    """Check that the folder can be loaded as a model, of any architecture; return transformers' config of it.
 
     Raises:
         UserError: config.json, the tokenizer's files or the weights' headers are damaged or contradict each other, or
@@ -43,7 +43,7 @@ def _transformers_config(directory: Path) -> Any:
         name = "generation_config.json"
         if (directory / name).exists():
             GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # what another program says of values that it did not expect
+    except Exception as error:  # another library may raise anything for unexpected values
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{directory / name}: transformers cannot use it ({reason}); correct it") from None
     return found

@@ -1,7 +1,8 @@
-"""The pieces that a conversion is cut into: which rows of which Hugging Face tensor stand where in Megatron's keys."""
+"""The pieces that a conversion is cut into: which rows of which Hugging Face tensor go where in Megatron's keys."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_stepkto.architectures.mapping import LAYERS, Entry, Run
@@ -31,6 +32,10 @@ class Slice:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return tuple(self.entry.hf_shapes())
 
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of its Hugging Face tensors."""
+        return zip(self.names, self.shapes, strict=True)
+
     @property
     def runs(self) -> tuple[Run, ...]:
         return self.entry.runs
@@ -46,7 +51,7 @@ def slices(entries: list[Entry]) -> list[Slice]:
 
 
 def extra_state_keys(config: ModelConfig) -> list[str]:
-    """Byte entries of a checkpoint that are empty without Transformer Engine, but that a strict load asks for."""
+    """Byte entries of a checkpoint that are empty without Transformer Engine, but required by a strict load."""
     layers = config.num_layers
     modules = ["self_attention.linear_proj", "self_attention.linear_qkv"]
     if config.experts is None:

@@ -1,9 +1,9 @@
-"""Where a checkpoint keeps each slice: under standard names, or as others name, prefix or split the same weights.
+"""Where a checkpoint keeps each slice: under standard names, or as other tools name, prefix or split the weights.
 
 Megatron-Core's own ``sharded_state_dict`` writes, by its metadata, a key stacked over layers and experts, one key per
 layer (``non_homogeneous_layers``), or one key per layer and expert with gate and up apart (``singleton_local_shards``).
-Module specs name a few norms differently. Tools put ``module.`` or ``model.`` before every name. Optimizer, random
-state and the like stand beside the weights and are left out.
+Module specs name a few norms differently. Tools put ``module.`` or ``model.`` before every name. Optimizer state,
+random state and the like are stored beside the weights and are ignored.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Place:
 
 @dataclass
 class Layout:
-    """Every slice's places by (key, index), and what is wrong with the checkpoint's names and shapes."""
+    """Every slice's places by (key, index), and the faults of the checkpoint's names and shapes."""
 
     places: dict[tuple[str, Index], list[Place]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ def find_weights(directory: Path) -> Path:
         raise UserError(f"{tracker}: expected an iteration number or release, found {newest[:40]!r}")
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in directory.glob("iter_*"))) or "none"
-        raise UserError(f"{tracker}: names {folder.name}, which is not there (there: {there}); give one of them")
+        raise UserError(f"{tracker}: names {folder.name}, which does not exist (existing: {there}); name one of them")
     return folder
 
 
@@ -117,7 +117,7 @@ def _bare(name: str) -> str:
 
 
 def _candidates(slice_: Slice) -> Iterator[list[Place]]:
-    """The ways in which a slice may be stored, standard first; with names that carry no prefix."""
+    """The ways in which a slice may be stored, standard first; names without a prefix."""
     rows = slice_.entry.shape[0]
     for key in (slice_.key, *slice_.entry.aliases):
         yield [Place(key, slice_.index, 0, rows)]
@@ -133,7 +133,7 @@ def _candidates(slice_: Slice) -> Iterator[list[Place]]:
 
 
 def _summary(missing: list[str], slices: list[Slice]) -> Iterator[str]:
-    """A key, and how many of its slices are missing where some are there."""
+    """A key, and the number of missing slices where only some are missing."""
     for key in set(missing):
         whole = sum(slice_.key == key for slice_ in slices)
         count = missing.count(key)

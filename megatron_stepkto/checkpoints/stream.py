@@ -2,7 +2,8 @@
 
 Both directions of a conversion are the same work: a ``Piece`` is some rows of one Hugging Face tensor, which are
 also consecutive rows of one slice of a Megatron-Core key. A worker reads a piece from one side, checks that its
-numbers are finite, and writes it to the other. Nothing larger than a piece is ever held, whatever the model's size.
+numbers are finite, and writes it to the other. No more than a piece per worker is held,
+whatever the model's size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_stepkto.base.progress import ProgressBar
 
 # Small enough to stay in a core's cache between reading, checking and writing.
 PIECE_BYTES = 2**19
-# The disk begins to write while the workers read on: without this all of its work would come at the end.
+# The disk starts writing while the workers read: otherwise all writing would come at the end.
 WRITE_BACK_EVERY_BYTES = 32 * 2**20
 _SYNC_FILE_RANGE_WRITE = 2
 _MB = 10**6
@@ -56,7 +57,7 @@ class Moved(NamedTuple):
 
 
 def default_workers() -> int:
-    """More than a few only wait for the disk."""
+    """At most eight: more would only wait for the disk."""
     return min(8, len(os.sched_getaffinity(0)))
 
 
@@ -95,7 +96,7 @@ class Buffers(threading.local):
 
 
 def _find_sync_file_range() -> Callable[[int], object]:
-    """Linux's call; elsewhere nothing is begun early, and the flushing at the end does it all."""
+    """Linux's call; elsewhere nothing is written early, and the flush at the end does it all."""
     call = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if call is None:
         return lambda handle: None
@@ -153,7 +154,7 @@ class Files:
             return opened[path]
 
     def _write_back(self) -> None:
-        """Ask for the writing of what is dirty. Unlike fdatasync this waits neither for the disk nor for a journal."""
+        """Start writing dirty pages. Unlike fdatasync this waits neither for the disk nor for a journal."""
         while True:
             self._wake.wait()
             self._wake.clear()

@@ -32,7 +32,7 @@ _STORAGES = {
     torch.uint8: torch.ByteStorage,
 }
 _ALIGNMENT = 64
-_DESCRIPTION_BYTES = 2**20  # what describes one tensor has some hundred
+_DESCRIPTION_BYTES = 2**20  # the description of one tensor has a few hundred
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _END = struct.Struct("<4sHHHHIIH")
@@ -62,7 +62,7 @@ class TensorFile:
         return len(before) + self.num_bytes + len(after)
 
     def ends(self, crc: int) -> tuple[bytes, bytes]:
-        """What stands before and behind the data, whose CRC-32 is given."""
+        """The bytes before and after the data, whose CRC-32 is ``crc``."""
         if self.num_bytes > MAX_TENSOR_BYTES:
             raise ValueError(f"a chunk of {self.num_bytes} bytes: cut it to {MAX_TENSOR_BYTES} or less")
         pickled = _pickled(self.dtype, self.shape)
@@ -135,7 +135,7 @@ class StoredTensor:
 
 
 class _Window(io.RawIOBase):
-    """``length`` bytes of an open file, as a file of their own."""
+    """``length`` bytes of an open file, as a file object."""
 
     def __init__(self, handle: int, offset: int, length: int) -> None:
         self._handle, self._offset, self._length, self._position = handle, offset, length, 0
@@ -160,7 +160,7 @@ class _Window(io.RawIOBase):
         return count
 
 
-class _DescriptionUnpickler(pickle._Unpickler):  # see metadata.py for why in Python
+class _DescriptionUnpickler(pickle._Unpickler):  # in Python: see RestrictedUnpickler
     """Builds nothing but a description of one tensor; refuses every other class and function."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -170,7 +170,7 @@ class _DescriptionUnpickler(pickle._Unpickler):  # see metadata.py for why in Py
             return OrderedDict
         dtype = next((d for d, storage in _STORAGES.items() if (module, name) == ("torch", storage.__name__)), None)
         if dtype is None:
-            raise TensorFileError(f"it asks for {module}.{name}, which no plain tensor needs: refused")
+            raise TensorFileError(f"it asks for {module}.{name}, which a plain tensor does not need: refused")
         return dtype
 
     def persistent_load(self, reference: Any) -> Any:
@@ -189,7 +189,7 @@ def locate_tensor(handle: int, path: Path, offset: int, length: int) -> StoredTe
         raise TensorFileError(f"damaged: {error}") from None
     # RuntimeError: an encrypted record, endless nesting, sizes that torch refuses
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
-        raise TensorFileError(f"no plain tensor, or damaged ({type(error).__name__}: {error})") from None
+        raise TensorFileError(f"not a plain tensor, or damaged ({type(error).__name__}: {error})") from None
 
 
 def _locate(handle: int, path: Path, offset: int, length: int) -> StoredTensor:
@@ -210,7 +210,7 @@ def _locate(handle: int, path: Path, offset: int, length: int) -> StoredTensor:
         fields = _LOCAL.unpack(os.pread(handle, _LOCAL.size, offset + data.header_offset))
     shape = tuple(shape)
     if not all(type(number) is int and number >= 0 for number in (start, *shape)):
-        raise TensorFileError(f"no plain tensor, or damaged (shape {shape}, from element {start})")
+        raise TensorFileError(f"not a plain tensor, or damaged (shape {shape}, from element {start})")
     stored = TensorFile(dtype, shape)
     contiguous = _TensorOf(dtype, shape).arguments[3]
     if data.compress_type != zipfile.ZIP_STORED or fields[0] != b"PK\3\4":

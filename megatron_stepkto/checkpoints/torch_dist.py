@@ -1,8 +1,8 @@
 """Megatron-Core's ``torch_dist`` checkpoint format, written and read without process groups.
 
-A folder holds ``.metadata`` (which chunk of which tensor stands where), ``__0_0.distcp``, ``__0_1.distcp``, ... (the
-chunks, each a file that ``torch.save`` makes of a tensor, one behind another), ``common.pt`` and ``metadata.json``.
-Only bytes are moved: no chunk is ever loaded, however large another writer made it.
+A folder holds ``.metadata`` (which chunk of which tensor is where), ``__0_0.distcp``, ``__0_1.distcp``, ... (the
+chunks, each a file that ``torch.save`` makes of a tensor, one after another), ``common.pt`` and ``metadata.json``.
+Only bytes are moved: no chunk is ever loaded, however large it is.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Chunk:
 
 
 def cut_slice(key: str, full_shape: tuple[int, ...], index: Index, dtype: torch.dtype) -> Iterator[Chunk]:
-    """One slice of a stacked tensor as chunks of CHUNK_BYTES at most (but one row at least)."""
+    """One slice of a stacked tensor as chunks of CHUNK_BYTES at most (at least one row)."""
     rows = full_shape[len(index)]
     step = max(1, CHUNK_BYTES // Chunk(key, full_shape, index, 0, rows, dtype).row_bytes)
     for row in range(0, rows, step):
@@ -87,7 +87,7 @@ class _Placed:
 
 
 class CheckpointWriter:
-    """Decides where every chunk stands before the first byte is written; then any worker may write any part."""
+    """Places every chunk before the first byte is written, so that any worker may write any part."""
 
     def __init__(self, directory: Path, chunks: Iterable[Chunk]) -> None:
         self.directory = directory
@@ -105,7 +105,7 @@ class CheckpointWriter:
         self._end = (f"__0_{number}.distcp", position)
 
     def blocks(self, key: str, index: Index, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """(first row, rows) of parts of a slice's rows that one write puts in place."""
+        """(first row, rows) of parts of a slice's rows that one write can store."""
         for placed in self._of_slice[key, index]:
             chunk = placed.chunk
             first, last = max(start, chunk.row), min(start + count, chunk.row + chunk.rows)
@@ -113,19 +113,19 @@ class CheckpointWriter:
                 yield from split_rows(first, last - first, chunk.row_bytes)
 
     def write(self, files: Files, key: str, index: Index, row: int, data: Bytes) -> None:
-        """Rows from ``row`` of a slice; they end in the same chunk (see ``blocks``)."""
+        """Rows from ``row`` of a slice; they must be in one chunk (see ``blocks``)."""
         placed = next(p for p in self._of_slice[key, index] if p.chunk.row <= row < p.chunk.row + p.chunk.rows)
         files.write(self.directory / placed.file, placed.data + (row - placed.chunk.row) * placed.chunk.row_bytes, data)
 
     def finish(
         self, files: Files, parts: Mapping[tuple[str, Index], list[tuple[int, int, int]]], extra_state: Iterable[str]
     ) -> dict[str, tuple[int, int]]:
-        """Write what frames the chunks, and the folder's index.
+        """Write the frames of the chunks, and the folder's index.
 
         Args:
-            parts: of every slice what was written: (row, CRC-32, bytes).
-            extra_state: modules' ``_extra_state`` entries; empty without Transformer Engine, but a strict load
-                asks for them.
+            parts: what was written of every slice: (row, CRC-32, bytes).
+            extra_state: modules' ``_extra_state`` entries; empty without Transformer Engine, but required by a
+                strict load.
 
         Returns:
             CRC-32 and length of every file by name.
@@ -200,7 +200,7 @@ class _Box:
 
 
 class CheckpointReader:
-    """Reads rows of a checkpoint's tensors from whatever chunks they were cut into."""
+    """Reads rows of a checkpoint's tensors, however they were cut into chunks."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -227,9 +227,9 @@ class CheckpointReader:
         return entry
 
     def check(self, keys: Iterable[str]) -> list[str]:
-        """What keeps these tensors from being read, as lines: chunks that miss a part, missing or damaged files.
+        """Faults that keep these tensors from being read: missing parts, missing or damaged files.
 
-        Looks at every chunk's frame, not at its numbers.
+        Checks every chunk's frame, not its numbers.
         """
         faults: list[str] = []
         unreadable: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -275,7 +275,7 @@ class CheckpointReader:
         return boxes
 
     def _locate(self, box: _Box, dtype: torch.dtype, handles: dict[str, int | OSError]) -> str | None:
-        """Note where a chunk's data begin; says what is wrong with it, if anything is."""
+        """Record where a chunk's data begin; returns its fault, if any."""
         name, offset, length = box.info.relative_path, box.info.offset, box.info.length
         if Path(name).name != name or name in ("", ".", ".."):
             return "its file is outside of the folder: refused"
@@ -299,7 +299,7 @@ class CheckpointReader:
         return None
 
     def read_rows(self, files: Files, key: str, index: Index, row: int, count: int, out: Bytes) -> None:
-        """Fill ``out`` with rows of the slice ``index``; ``check`` has looked at the key.
+        """Fill ``out`` with rows of the slice ``index``; the key must have been checked (``check``).
 
         Args:
             out: [count * bytes per row].
@@ -353,7 +353,7 @@ class CheckpointReader:
     def read(self, key: str, index: Index = (), rows: int | None = None) -> Tensor:
         """The tensor ``key``, or its slice at ``index`` of the leading axes (layer, expert), cut to ``rows`` rows.
 
-        For small tensors: holds all of it.
+        For small tensors: holds all of it in memory.
 
         Raises:
             UserError: the chunks do not cover the region, or a file is missing or damaged.

@@ -1,6 +1,6 @@
-"""Pickles of a checkpoint folder become objects here and nowhere else, and only objects of a list.
+"""The only place where pickles of a checkpoint folder are loaded, restricted to listed classes.
 
-A pickle names functions, and its reader calls them: a folder that holds one can run anything. A ``torch_dist``
+A pickle names functions that its reader calls, so a folder with a pickle can run any code. A ``torch_dist``
 checkpoint consists of pickles: ``.metadata`` is one, ``common.pt`` and every entry of a ``.distcp`` file hold one, and
 Transformer Engine keeps another, as bytes, inside the entries ``_extra_state``.
 """
@@ -29,13 +29,14 @@ FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY
 
 
 class Refused(pickle.UnpicklingError):
-    """Not damage: a pickle asks for something that no checkpoint needs."""
+    """Not damage: a pickle asks for a class or function that no checkpoint needs."""
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """Builds only what ``allowed`` names; a value stands in for what is asked for, None says: import it.
+    """Builds only what ``allowed`` names: with the value given there, or by importing it where that is None.
 
-    In Python, whose memo is a dict: one damaged byte makes the one in C ask for 64 GB (its memo is an array).
+    The Python version, whose memo is a dict: one damaged byte makes the C version, whose memo is an array, ask for
+    64 GB.
     """
 
     def __init__(self, file: BinaryIO, allowed: Allowed) -> None:
@@ -60,7 +61,7 @@ def read_plain(path: Path) -> Any:
     """As ``load_plain``, from a small file such as ``common.pt``.
 
     Raises:
-        UserError: it is missing or damaged, would fill the memory, or would run code.
+        UserError: it is missing or damaged, would exhaust the memory, or would run code.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -72,7 +73,7 @@ def read_plain(path: Path) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(f"{path}: expected a file that torch.save wrote, found none") from None
-    # RuntimeError: what torch's reader of archives raises; the others come of a pickle that is damaged
+    # RuntimeError: from torch's archive reader; the others: from a damaged pickle
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, ValueError,
             AttributeError) as error:  # fmt: skip
         raise UserError(f"{path}: {blame(error)}") from None
@@ -82,7 +83,7 @@ _ASKED = re.compile(r"(?:it asks for|(?i:unsupported global): GLOBAL|unsupported
 
 
 def blame(error: BaseException) -> str:
-    """What a loader found wrong with a file, and what to do; without torch's advice on how to load it all the same."""
+    """What a loader found wrong with a file, and what to do; without torch's advice on how to load it anyway."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError) and (asked := _ASKED.search(text)):
         return f"refused: it asks for {asked[1]}, which no checkpoint needs; do not load this folder"
@@ -94,14 +95,12 @@ def blame(error: BaseException) -> str:
 def plain_objects_only() -> Iterator[None]:
     """While inside, loaders of Megatron-Core, torch and Transformer Engine build tensors and plain data only.
 
-    ``torch.load`` takes ``weights_only`` from the environment, whatever its caller asks for (torch's loader of
-    checkpoints asks for the opposite), and ``.metadata`` goes through ``read_metadata``, once for every folder.
+    ``torch.load`` takes ``weights_only`` from the environment over its caller's value (torch's loader of
+    checkpoints sets the opposite), and ``.metadata`` goes through ``read_metadata``, once for every folder.
 
     Raises:
         RuntimeError: a name that must be replaced does not exist, or torch does not know the variable.
     """
-    from megatron.core.msc_utils import MultiStorageClientFeature
-
     from megatron_stepkto.checkpoints.metadata import read_metadata
 
     if FORCE not in torch.load.__code__.co_consts:
@@ -116,7 +115,6 @@ def plain_objects_only() -> Iterator[None]:
             known[folder] = read_metadata(folder)
         return known[folder]
 
-    MultiStorageClientFeature.disable()  # it would read through loaders of its own
     original = FileSystemReader.read_metadata
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"
@@ -150,8 +148,8 @@ _LAYER_STATE: Allowed = {
 
 
 def plain_layer_state(state: Any, where: str) -> Any:
-    """A layer's ``_extra_state`` as a checkpoint held it, pickled again by us: what Transformer Engine then loads,
-    without a limit of its own, names nothing but what it writes itself.
+    """Rebuild a layer's ``_extra_state``: Transformer Engine unpickles it without restrictions, so it must contain only
+    the classes that Transformer Engine itself writes.
 
     Args:
         state: [n] uint8, a pickle; or an archive, as Transformer Engine 1 keeps it; or None.
@@ -160,14 +158,14 @@ def plain_layer_state(state: Any, where: str) -> Any:
     Raises:
         UserError: it would run code, or is damaged.
     """
-    if state is None or isinstance(state, io.BytesIO):  # an archive, which Transformer Engine gives to torch.load
+    if state is None or isinstance(state, io.BytesIO):  # an archive, which Transformer Engine passes to torch.load
         return state
     if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
         raise UserError(f"{where}: damaged: expected a layer's state as bytes, got {type(state).__name__}")
-    if state.numel() == 0:  # of a layer that has none
+    if state.numel() == 0:  # of a layer without state
         return state
     try:
         found = RestrictedUnpickler(io.BytesIO(state.numpy().tobytes()), _LAYER_STATE).load()
-    except Exception as error:  # what the bytes of a damaged pickle ask for can fail in any way
+    except Exception as error:  # a damaged pickle can fail in any way
         raise UserError(f"{where}: {blame(error)}") from None
     return torch.frombuffer(bytearray(pickle.dumps(found)), dtype=torch.uint8)

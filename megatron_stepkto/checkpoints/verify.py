@@ -1,4 +1,4 @@
-"""Whether two folders hold the same model, bit by bit, and whether a folder is as it was written."""
+"""Whether two folders hold the same model, bit for bit, and whether a folder is unchanged since it was written."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class _Difference:
 def verify(hf: Path, megatron: Path, workers: int | None = None) -> list[str]:
     """Differences between a Hugging Face folder and a Megatron one, as lines; empty when they hold the same model.
 
-    Compares configs, dtypes and every bit of every tensor (rows that pad the vocabulary apart), and every file of
-    either folder with its manifest, where it has one.
+    Compares configs, dtypes and every bit of every tensor (except rows that pad the vocabulary), and every file of
+    either folder with its manifest, if it has one.
 
     Raises:
         UserError: one of the folders is damaged or incomplete; names all faults.

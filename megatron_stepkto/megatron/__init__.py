@@ -1,1 +1,1 @@
-"""Everything that touches Megatron-Core. No other package imports megatron.core."""
+"""Everything that uses Megatron-Core. No other package imports megatron.core."""

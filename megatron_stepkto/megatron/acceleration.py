@@ -1,7 +1,7 @@
-"""What makes training fast on a GPU: Transformer Engine, Apex, FP8. Asked for by the recipe, looked for, logged.
+"""What makes training fast on a GPU: Transformer Engine, Apex, FP8. Requested by the recipe, detected, logged.
 
-What a recipe asks for and the machine lacks is an error that names the package and the key: megatron-core itself
-ignores FP8 flags without Transformer Engine, and trains in full precision without a word.
+What a recipe requires and the machine lacks is an error that names the package and the key: megatron-core itself
+ignores FP8 flags without Transformer Engine, and silently trains in full precision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe import keys as recipe
 
-# Compute capability of the first chips that can do it, and the Transformer Engine release that brought it
+# Minimum compute capability, and the Transformer Engine release that introduced it
 # (TransformerEngine/transformer_engine/pytorch/fp8.py; megatron.core.fp8_utils.get_fp8_recipe).
 _NEEDS = {
     "delayed": ((8, 9), (1, 0)),
@@ -28,13 +28,13 @@ _NEEDS = {
 }
 # megatron-core's names (TransformerConfig.fp8_recipe).
 _RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
-# Tokens per rank that FP8 matrix products want a multiple of: 16 for whole-tensor scales, the block's size for blocks.
+# FP8 matrix products need a multiple of this many tokens per rank: 16 for whole-tensor scales, else the block size.
 _MULTIPLES = {"delayed": 16, "current": 16, "blockwise": 128, "mxfp8": 32}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A package of this machine; ``reason`` says why it cannot be used. fails: it is there, but does not load."""
+    """A package on this machine; ``reason``: why it cannot be used. fails: it is installed, but does not load."""
 
     version: str | None
     reason: str = ""
@@ -65,7 +65,7 @@ class Acceleration:
 
     @property
     def rounds_by_history(self) -> bool:
-        """Whether a layer rounds by the largest values of earlier passes (delayed FP8 scaling)."""
+        """Whether a layer scales by the largest values of earlier passes (delayed FP8 scaling)."""
         return self.fp8 is not None and self.fp8.scaling == "delayed"
 
     def transformer_fields(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Acceleration:
             "gradient_accumulation_fusion": self.transformer_engine or self.apex,
         }
         if self.transformer_engine:
-            # Megatron's own RoPE waits for the GPU twice per layer to learn the documents' lengths.
+            # Megatron's own RoPE synchronises with the GPU twice per layer to read the documents' lengths.
             fields["apply_rope_fusion"] = True
         if self.fp8 is None:
             return fields
@@ -86,7 +86,7 @@ class Acceleration:
             "fp8_param": self.fp8.weights,
         }
         if self.fp8.scaling == "delayed":
-            # megatron-core's defaults (a history of one) are not what Transformer Engine's paper and Megatron-LM use.
+            # megatron-core's defaults (a history of one) are not those of Transformer Engine's paper or Megatron-LM.
             fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
         if self.fp8.bf16_layers_at_start or self.fp8.bf16_layers_at_end:
             fields |= {
@@ -109,7 +109,7 @@ PLAIN = Acceleration()
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Raises UserError when a GPU is asked for and none is there: nothing falls back silently."""
+    """Raises UserError when a GPU is requested and absent: there is no silent fallback."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is cuda, but torch sees no GPU; install the CUDA build of torch or set it to cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
@@ -118,7 +118,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def find_machine(device: torch.device) -> Machine:
-    """Look for the packages by importing what will be used of them: an installed package may still not load."""
+    """Detect packages by importing the modules that are used: an installed package may fail to load."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     # "apex" of the package index is another project; NVIDIA's has these. Each extension is a choice of its build.
     apex = _find("apex.optimizers", "amp_C", "fused_weight_gradient_mlp_cuda")
@@ -126,9 +126,9 @@ def find_machine(device: torch.device) -> Machine:
 
 
 def find_packages() -> Machine:
-    """What a machine with the same packages may use whose GPU is as new as any.
+    """What a machine with the same packages and the newest GPU may use.
 
-    A package that is there but does not load counts: a node without a GPU may lack the driver.
+    A package that is installed but does not load counts: a node without a GPU may lack the driver.
     """
     here = find_machine(torch.device("cpu"))
     te, apex = _believe("transformer-engine", here.transformer_engine), _believe("apex", here.apex)
@@ -158,14 +158,14 @@ def _find(*modules: str) -> Found:
 
 
 def choose(settings: recipe.Training, machine: Machine) -> Acceleration:
-    """What this run uses of what the recipe asks for and the machine has.
+    """Choose what this run uses, from the recipe's settings and the machine.
 
     Raises:
-        UserError: asked for and absent; names the key, the package and what was found.
+        UserError: required and absent; names the key, the package and what was found.
     """
     te = _wanted(
         "train.transformer_engine",
-        # It multiplies float32 matrices in TF32, with 11 bits; "required" does not come here with float32
+        # It multiplies float32 matrices in TF32, with 11 bits; the recipe refuses "required" with float32
         settings.transformer_engine if settings.dtype == "bfloat16" else "off",
         "Transformer Engine",
         machine.transformer_engine,

@@ -19,7 +19,7 @@ from megatron_stepkto.megatron.packed import PackedDocuments
 class Document:
     """A prompt with a response to score.
 
-    key: what names it in logs and in the reference file.
+    key: its name in logs and in the reference file.
     reference: [S] float64 reference log-prob per step, once known.
     """
 
@@ -81,11 +81,11 @@ class MicroBatch:
 def make_micro_batch(
     documents: Sequence[Document], multiple: int, device: torch.device, document_multiple: int = 1
 ) -> MicroBatch:
-    """Pack documents one behind another, padded (as a document of its own) to a multiple of ``multiple`` tokens.
+    """Pack documents one after another, padded (as a document of its own) to a multiple of ``multiple`` tokens.
 
-    Each document is first padded behind its end, where no token of it looks, to a multiple of
+    Each document is first padded after its end, which none of its tokens attends to, to a multiple of
     ``document_multiple``: with one as long as the longest document this is the usual batch of padded rows.
-    The list may be empty: then the micro-batch is padding alone, and trains nothing.
+    The list may be empty: then the micro-batch is only padding, and contributes no gradient.
     """
     tokens: list[int] = []
     positions: list[int] = []

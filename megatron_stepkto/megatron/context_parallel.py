@@ -2,8 +2,8 @@
 
 A document is cut into 2 C equal parts for C ranks; rank r holds parts r and 2 C - 1 - r, so that causal attention
 costs every rank the same (Megatron's and Transformer Engine's order, ``thd_get_partitioned_indices``). Documents are
-padded behind their end to a multiple of 2 C tokens. Log-probs of response tokens are put together again before the
-loss, which therefore knows nothing of the cut.
+padded at the end to a multiple of 2 C tokens. Log-probs of response tokens are joined before the loss, which is
+therefore independent of the split.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class ContextParallelAttention(PackedAttention):
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        # The base class refuses context parallelism, which it only leaves to its subclasses' forward.
+        # The base class refuses context parallelism, but only its own forward lacks it.
         super().__init__(dataclasses.replace(config, context_parallel_size=1), *args, **kwargs)
         self.config = config
 

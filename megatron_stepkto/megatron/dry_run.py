@@ -1,6 +1,6 @@
 """Dry run: any rank's true shard of a model, built by ``model.py`` on the meta device, in one process.
 
-torch's fake process group answers for a world of any size without other processes; the meta device gives
+torch's fake process group simulates a world of any size without other processes; the meta device gives
 shapes without memory. So the parameters and the distributed optimizer's shards of a 70B model at 1,024 ranks
 can be counted, not estimated, on a laptop.
 """
@@ -15,20 +15,25 @@ import torch
 import torch.distributed as dist
 
 from megatron_stepkto.architectures.model_config import Entry, ModelConfig
-from megatron_stepkto.architectures.sharding import Check, Shard, optimizer_shard, stage_parameters
+from megatron_stepkto.architectures.sharding import (
+    Check,
+    Shard,
+    data_parallel_size,
+    optimizer_shard,
+    stage_parameters,
+)
 from megatron_stepkto.megatron import patches
 from megatron_stepkto.recipe.keys import Parallel
 
 
 def global_rank(parallel: Parallel, tensor_rank: int, stage: int, data_rank: int) -> int:
     """Megatron-Core orders ranks tensor first, then data, then pipeline."""
-    data_parallel = parallel.ranks // (parallel.tensor * parallel.pipeline)
-    return (stage * data_parallel + data_rank) * parallel.tensor + tensor_rank
+    return (stage * data_parallel_size(parallel) + data_rank) * parallel.tensor + tensor_rank
 
 
 @contextlib.contextmanager
 def fake_rank(parallel: Parallel, rank: int) -> Iterator[None]:
-    """This process stands in for one rank of ``parallel.ranks``; no other exists, collectives do nothing."""
+    """Make this process one rank of ``parallel.ranks``; no other exists, and collectives do nothing."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -61,7 +66,7 @@ def build_shard(
     data_rank: int = 0,
     optimizer: bool = False,
 ) -> Shard:
-    """Build what one rank would build, and count it."""
+    """Build one rank's shard, and count its elements."""
     from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 
     rank = global_rank(parallel, tensor_rank, stage, data_rank)
@@ -75,7 +80,7 @@ def build_shard(
 
 
 def _optimizer_elements(megatron: Any, chunks: list[Any], dtype: torch.dtype) -> int:
-    """Elements of this rank's main parameters in the distributed optimizer, set up as ``Engine`` sets it up."""
+    """Elements of this rank's main parameters in the distributed optimizer, built as in ``Engine``."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

@@ -1,4 +1,4 @@
-"""Megatron-Core behind a few verbs: start, score, update (state.py: load, save). One instance per process."""
+"""Megatron-Core behind a few operations: start, score, update (state.py: load, save). One instance per process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LossOf = Callable[[MicroBatch, Tensor], tuple[Tensor, int, dict[str, Tensor]]]
 
 
 class Engine:
-    """A model on this rank's place in the layout, with its optimizer and its ``checkpoints``.
+    """This rank's part of the model in the layout, with its optimizer and its ``checkpoints``.
 
     Args:
         train: False for passes without gradient: no optimizer.
@@ -156,7 +156,7 @@ class Engine:
         """Model FLOPs of training on one document: three forward passes' (the backward pass costs two).
 
         Matrix products of the layers at every token and of the head at response tokens, causal attention at half
-        the pairs. Recomputed activations, the KL pass and padding are not counted: they are costs, not work.
+        the pairs. Recomputed activations, the KL pass and padding are not counted: they are overhead.
         """
         size, response = len(document), len(document.response)
         layer, head = forward_flops(self.config, size, response, size)
@@ -189,7 +189,7 @@ class Engine:
         return results
 
     def _own_part(self, batch: MicroBatch) -> tuple[MicroBatch, Tensor | None]:
-        """What of a micro-batch this rank holds, under context parallelism; else all of it."""
+        """This rank's part of a micro-batch under context parallelism; else all of it."""
         ranks = self.settings.parallel.context
         return own_part(batch, parallel_state.get_context_parallel_rank(), ranks) if ranks > 1 else (batch, None)
 
@@ -222,7 +222,7 @@ class Engine:
     def layer_by_layer(self, done: Callable[[float], None]) -> Iterator[None]:
         """Within the block ``done`` is called after each layer of a pass with the micro-batches done on this rank.
 
-        The one under way counts by its layers. On a GPU it is what was launched, which runs ahead of what is done.
+        A micro-batch in progress counts by its layers. On a GPU this is what was launched, ahead of what is done.
         """
         layers = [layer for policy in self.policies for layer in policy.decoder.layers]
         passed = 0
@@ -240,24 +240,24 @@ class Engine:
                 handle.remove()
 
     def calibrate(self, batches: Sequence[MicroBatch]) -> None:
-        """Show delayed FP8 scaling some values before its first use: it rounds by the largest of earlier passes.
+        """Give delayed FP8 scaling its first history: it scales by the largest values of earlier passes.
 
-        It begins with a scale of 1, under which a weight of 0.02 keeps about two bits, and looks only at passes with
-        gradients: the reference's log-probs would be those of another model than the one that trains.
+        It begins with a scale of 1, under which a weight of 0.02 keeps about two bits, and records only passes with
+        gradients: without this, reference log-probs would be computed with other scales than training's.
         """
         if not self.acceleration.rounds_by_history:
             return
         for chunk in self.model:
             chunk.eval()
-        for _ in range(CALIBRATION_PASSES):  # what a layer reads depends on how those before it were rounded
-            # No backward pass follows: nothing is kept for it, also where training recomputes.
+        for _ in range(CALIBRATION_PASSES):  # a layer's input depends on the scales of the layers before it
+            # No backward pass follows: keep nothing for it, even where training recomputes.
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
                 self._run(batches, lambda *_, **__: None, forward_only=True)
 
     def accumulate(self, batches: Sequence[MicroBatch], loss_of: LossOf) -> list[dict[str, Tensor]]:
         """Forward and backward of a global batch: gradients of sum(losses) / sum(units) over all ranks.
 
-        Returns what ``loss_of`` put aside per micro-batch (last stage only).
+        Returns the third value of ``loss_of`` per micro-batch (last stage only).
         """
 
         # Megatron adds the units of all context-parallel ranks too: they are counted on one.
@@ -282,19 +282,18 @@ class Engine:
         return self._run(batches, loss, forward_only=False)
 
     def gradient_norm(self) -> float:
-        """Norm of the gradients that ``accumulate`` left, over all ranks."""
+        """Norm of the gradients from ``accumulate``, over all ranks."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
     def step(self, lr: float) -> float:
         """Clip and update the weights; returns the gradient norm before clipping.
 
-        With a norm that is not finite nothing is updated. (Megatron's own ``step``, which this spells out, would
-        write it into the weights.)
+        With a norm that is not finite nothing is updated. (Megatron's own ``step`` would write it into the weights.)
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-            group["fused"] = True  # one pass over weights and moments; set here, as a loaded state brings its own
+            group["fused"] = True  # one pass over weights and moments; set here, because a loaded state overrides it
             # Megatron marks norms and biases with wd_mult = 0, but only its own scheduler reads the mark.
             group["weight_decay"] = self.settings.optimizer.weight_decay * group["wd_mult"]
         norm = self.gradient_norm()

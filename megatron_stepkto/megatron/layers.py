@@ -1,8 +1,8 @@
-"""Modules of the local layer spec (no Transformer Engine): norm, packed attention, gated MLP, the last layer.
+"""Modules of the local layer spec (no Transformer Engine); norm, SwiGLU and RoPE have kernels that only a CPU runs.
 
-On a CPU an elementwise operation costs its passes over memory, so norm, SwiGLU and RoPE have a forward and a
-backward written with few passes, and keep few tensors for the backward. On a GPU torch's and Megatron's own kernels
-run.
+On a CPU an elementwise operation costs its passes over memory, so these have a forward and a backward written with
+few passes, and keep few tensors for the backward: `make demo` needs the speed. On a GPU torch's and Megatron's own
+kernels run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm that may run under sequence parallelism.
 
-    Megatron's WrappedTorchNorm refuses it: each rank sees a part of the tokens, so the weight's gradient must
+    Megatron's WrappedTorchNorm refuses that: each rank has a part of the tokens, so the weight's gradient must
     be summed over the tensor-parallel group; ``finalize_model_grads`` does that for a weight with this mark.
     """
 
@@ -61,11 +61,11 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class PackedAttention(DotProductAttention):
-    """torch's scaled-dot-product attention over packed documents that never see each other.
+    """torch's scaled-dot-product attention over packed documents, without attention between documents.
 
     A loop over documents: on CPU it was faster than one block-diagonal mask (54 ms against 363 ms for 8
-    documents in 2,048 tokens), and it needs no O(s^2) memory. The documents are split off at once: a slice each would
-    cost a zero-filled gradient of the whole micro-batch per document.
+    documents in 2,048 tokens), and it needs no O(s^2) memory. One ``split`` for all documents: a slice per document
+    would cost a zero-filled gradient of the whole micro-batch each.
     """
 
     def forward(
@@ -105,7 +105,7 @@ def rotate_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, **_: Any) -> Ten
     Args:
         t: [t, h, d]. cu_seqlens: [D + 1] int32, document bounds. freqs: [s, 1, 1, r] angles by position, r <= d.
     Returns:
-        [t, h, d]; only the first r channels turn, channel i with channel i + r / 2.
+        [t, h, d]; only the first r channels are rotated, channel i with channel i + r / 2.
     """
     cos, sin = _angles.of(cu_seqlens, freqs, t.dtype)
     turned: Tensor = _Rotation.apply(t, cos, sin)
@@ -189,7 +189,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class ScoredLayer(TransformerLayer):
-    """The model's last layer: behind its attention only positions that predict a response token go on.
+    """The model's last layer: after its attention it keeps only positions that predict a response token.
 
     Nothing reads the other positions (prompts, each document's last token), and nothing attends to them later. In
     training on 1/3 prompt tokens and 4 layers this is 1/16 of all matrix products. Returns [rows, 1, H].

@@ -1,7 +1,7 @@
-"""The distributed optimizer's fp32 main weights, as whole tensors: what a checkpoint holds when the model's are FP8.
+"""The distributed optimizer's fp32 main weights as whole tensors, for checkpoints of a model with FP8 weights.
 
-A weight in FP8 is rounded far more coarsely than bf16. So such a run loads main weights from the checkpoint itself,
-not from the model's copies, and saves main weights rounded to bf16, not the model's copies blown up again.
+FP8 rounds a weight far more coarsely than bf16. So such a run loads main weights from the checkpoint itself, not from
+the model's copies, and saves main weights rounded to bf16, not the model's dequantised copies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def optimizer_parts(optimizer: Any) -> Sequence[Any]:
 
 def load_main_weights(optimizer: Any, model: nn.Module, loaded: Mapping[str, Tensor]) -> None:
     """Set this rank's parts of the main weights from whole tensors, by the names of ``model``'s parameters."""
-    weight: Any  # Megatron hangs main_param on it
+    weight: Any  # Megatron sets main_param on it
     for name, weight in model.named_parameters():
         if (part := _owner(optimizer, weight)) is not None:
             span = part._get_model_param_range_map(weight)["param"]
@@ -34,7 +34,7 @@ def load_main_weights(optimizer: Any, model: nn.Module, loaded: Mapping[str, Ten
 def whole_main_weights(optimizer: Any, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Each weight of ``model`` from its main weight, rounded to ``dtype``: the same on every data-parallel rank.
 
-    Collective over the data-parallel ranks (with context): each brings its part, the others add zeros.
+    Collective over the data-parallel ranks (with context): each contributes its part, and zeros elsewhere.
     """
     found = {}
     weight: Any

@@ -138,7 +138,7 @@ def transformer_config(
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
         **{
-            # layers.rotate_packed, put in place by cpu.install; it does not cut documents for context parallelism
+            # layers.rotate_packed, installed by patches.install; it does not split documents for context parallelism
             "apply_rope_fusion": on_cpu and parallel.context == 1,
             **acceleration.transformer_fields(),
         },
@@ -171,7 +171,7 @@ def _expert_settings(config: ModelConfig) -> dict[str, Any]:
 
 def _keeps_scored_rows(config: ModelConfig, megatron: TransformerConfig, acceleration: Acceleration) -> bool:
     """Whether the model's last layer drops positions that nothing reads: where a rank holds all of a micro-batch, and
-    each position goes through the layer for itself."""
+    the layer treats positions independently after attention."""
     split = megatron.sequence_parallel or megatron.context_parallel_size > 1
     return not (split or config.experts or acceleration.transformer_engine)
 
@@ -197,7 +197,7 @@ def _block_spec(
     if config.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.experts:
-        # The local spec would save this norm as part of a linear_fc1 that is not there; take Transformer Engine's name.
+        # The local spec would save this norm as part of a missing linear_fc1; use Transformer Engine's name.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     elif isinstance(mlp := spec.submodules.mlp, functools.partial):  # 0.19: of the function that makes one
         spec.submodules.mlp = functools.partial(GatedMLP.as_mlp_submodule, **mlp.keywords)
@@ -210,10 +210,10 @@ def _block_spec(
 
 
 def _mark_tensor_parallel(chunk: PolicyModel) -> None:
-    """Say which weights are split over tensor-parallel ranks.
+    """Mark the weights that are split over tensor-parallel ranks.
 
     Megatron-Core 0.16 sets these marks while it initialises weights, which is off here (0.19 sets them always).
-    Without them the gradient norm counts only rank 0's part of a split weight: clipping is wrong, with no error.
+    Without them the gradient norm counts only rank 0's part of a split weight: clipping is silently wrong.
     """
     split_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in chunk.modules():
@@ -230,8 +230,8 @@ def _mark_experts(chunk: PolicyModel, parallel: TransformerConfig) -> None:
     """Mark replicated experts as Megatron marks only those that it splits over ranks (expert parallel size above 1).
 
     Their gradients are then summed over the tensor-parallel ranks too. Each of these sends other tokens to its copy:
-    else the copies would drift apart, with no error. And experts have an optimizer of their own at every layout, so
-    that a checkpoint of one is read at another.
+    without the mark the copies would silently drift apart. And experts have an optimizer of their own at every layout,
+    so that a checkpoint of one can be read at another.
     """
     if parallel.expert_model_parallel_size == 1:
         for module in chunk.modules():

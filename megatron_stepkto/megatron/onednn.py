@@ -1,4 +1,4 @@
-"""float32 matrix products on AMD's Zen 5, by oneDNN instead of MKL.
+"""CPU only, for the speed of `make demo` on AMD's Zen 5: float32 matrix products by oneDNN instead of MKL.
 
 torch multiplies float32 matrices with MKL, which takes AVX-512 on Intel's processors only: on a Zen 5 core it reached
 105 GFLOP/s where oneDNN, which torch carries too, reached 170 to 245 on the shapes of a training update. Both compute
@@ -14,31 +14,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_stepkto.base.dtypes import processors
+
 ZEN_5 = 26
-# Multiplications of a product below which two Python calls and oneDNN's look-up cost more than MKL's product.
+# Products with fewer multiplications than this are faster in MKL, given two Python calls and oneDNN's look-up.
 SMALLEST = 1 << 21
 
-# oneDNN keeps the code it makes for each shape, and packed micro-batches have ever new ones: its 1,024 entries grew to
-# a gigabyte, where 4 took nothing to speak of and 5% more time. Its own cache, and the one of torch before it.
+# oneDNN caches generated code per shape, and packed micro-batches keep producing new shapes: 1,024 entries grew to a
+# gigabyte; 4 take almost nothing, and 5% more time. oneDNN's own cache, and torch's cache in front of it.
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4", "LRU_CACHE_CAPACITY": "4"}
 
 _library: torch.library.Library | None = None
 _set: list[str] = []  # which of CACHES this module set
 
 
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, int]:
-    """Maker and family as the first processor names them (``AuthenticAMD``, 26); empty and 0 where nothing says so."""
-    if not cpuinfo.is_file():
-        return "", 0
-    lines = (line.partition(":") for line in cpuinfo.read_text().split("\n\n")[0].splitlines())
-    found = {key.strip(): value.strip() for key, _, value in lines}
+def processor(cpuinfo: Path | None = None) -> tuple[str, int]:
+    """Vendor and family of the first processor (``AuthenticAMD``, 26); empty and 0 where unknown."""
+    found = next(iter(processors(cpuinfo)), {})
     family = found.get("cpu family", "")
     return found.get("vendor_id", ""), int(family) if family.isdigit() else 0
 
 
 def is_faster() -> bool:
-    """Whether this machine is of the kind where it was measured, or a later one: decided by its kind, not by a
-    stopwatch, so that a resumed run computes as the interrupted one did. (Zen 4 halves 512-bit operations.)"""
+    """Whether this is the processor family where it was measured, or a later one. Not decided by timing, so that a
+    resumed run computes like the interrupted one. (Zen 4 halves 512-bit operations.)"""
     maker, family = processor()
     return (
         torch.backends.mkldnn.is_available()
@@ -51,7 +50,7 @@ def is_faster() -> bool:
 def use_for_matrix_products() -> None:
     """Replace the CPU kernel of ``aten::mm`` in this process: forward and backward passes both end there.
 
-    To be called before the process first uses oneDNN, which reads the size of its caches then.
+    Call it before the process first uses oneDNN, which then reads the sizes of its caches.
     """
     global _library
     if _library is not None:
@@ -60,7 +59,7 @@ def use_for_matrix_products() -> None:
         os.environ[name] = CACHES[name]
         _set.append(name)
     _library = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():  # that a kernel is replaced is what is wanted
+    with warnings.catch_warnings():  # torch warns that a kernel is replaced
         warnings.simplefilter("ignore", UserWarning)
         _library.impl("mm", _mm, "CPU", allow_override=True)
 
@@ -71,7 +70,7 @@ def matrix_products() -> str:
 
 
 def restore() -> None:
-    """torch's own kernel again, and nothing for child processes to inherit."""
+    """Restore torch's own kernel, and unset the variables that child processes would inherit."""
     global _library
     if _library is not None:
         _library._destroy()
@@ -86,5 +85,5 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     if fits and a.shape[0] * a.shape[1] * b.shape[1] >= SMALLEST:
         product: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")
         return product
-    # Another operator of torch's dispatcher, with the kernel that is replaced here; it refuses what is no product.
+    # mm.out is another operator, which still has torch's kernel; it raises for invalid shapes.
     return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]) if matrices else a.new_empty(0))

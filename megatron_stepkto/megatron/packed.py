@@ -1,4 +1,4 @@
-"""What attention layers are told about a packed micro-batch."""
+"""What attention layers need to know of a packed micro-batch."""
 
 from __future__ import annotations
 

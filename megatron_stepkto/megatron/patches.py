@@ -1,11 +1,11 @@
-"""Every change that this package makes to Megatron-Core's own code: what a CPU needs, and what GPUs need too.
+"""Every patch of Megatron-Core: those that a CPU needs, and those that GPUs need too.
 
 On the CPU: Megatron-Core asks for ``device="cuda"`` and for CUDA's current device, streams and random state in many
-places. ``install()`` gives *named* megatron.core modules a stand-in for their global ``torch`` that answers
-these for the CPU; torch itself is left alone, but for two Tensor methods whose answer changes only when the
-caller is a megatron.core module.
+places. ``install()`` replaces the global ``torch`` of *named* megatron.core modules by an object that maps
+these to the CPU; torch itself is unchanged, except for two Tensor methods, whose result changes only when the caller
+is a megatron.core module.
 
-On GPUs too: ``install_everywhere()`` repairs faults of Megatron-Core that do not depend on the device.
+On GPUs too: ``install_everywhere()`` fixes faults of Megatron-Core that do not depend on the device.
 
 Every patched name is checked to exist, so a new Megatron-Core version fails here with a clear message and
 not later with a wrong number.
@@ -52,26 +52,17 @@ PATCHED_MODULES = (
 )
 
 FACTORIES = (
-    "zeros",
-    "ones",
-    "empty",
-    "full",
-    "tensor",
-    "arange",
-    "rand",
-    "randn",
-    "empty_like",
-    "zeros_like",
-    "ones_like",
+    *("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn"),
+    *("empty_like", "zeros_like", "ones_like"),
 )
 
 
-_target = torch.device("cpu")  # where goes what was meant for CUDA
+_target = torch.device("cpu")  # the device that replaces CUDA
 
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """While inside, what was meant for CUDA goes to the meta device: shapes without memory, for dry runs."""
+    """Inside the block the meta device replaces CUDA: shapes without memory, for dry runs."""
     global _target
     _target = torch.device("meta")
     try:
@@ -129,7 +120,7 @@ class _CpuCuda:
 
 
 class _CpuTorch:
-    """``torch`` as seen by the patched modules: factories put what was meant for CUDA on the CPU."""
+    """``torch`` as seen by the patched modules: factories create tensors for CUDA on the CPU."""
 
     cuda = _CpuCuda()
 
@@ -170,7 +161,7 @@ def install() -> None:
     for name in PATCHED_MODULES:
         module: Any = importlib.import_module(f"megatron.core.{name}")
         if getattr(module, "torch", None) is not torch:
-            raise RuntimeError(f"megatron.core.{name} has no global torch to stand in for")
+            raise RuntimeError(f"megatron.core.{name} has no global torch to replace")
         module.torch = _STAND_IN
     _patch_rng_state()
     _patch_tensor_methods()
@@ -190,7 +181,7 @@ def _replace(owner: Any, name: str, value: Any) -> Any:
 
 
 def _patch_rng_state() -> None:
-    """Recompute and the tensor-parallel tracker save and restore a CUDA random state: give them the CPU's."""
+    """Recompute and the tensor-parallel tracker save and restore a CUDA random state: use the CPU's instead."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
 
     def get_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -204,7 +195,7 @@ def _patch_rng_state() -> None:
 
 
 def _patch_experts() -> None:
-    """The all-to-all of tokens wants counts as numpy arrays, which Megatron makes only of tensors on a GPU."""
+    """The all-to-all of tokens needs counts as numpy arrays; Megatron converts only tensors on a GPU."""
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
 
     def as_counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -214,7 +205,7 @@ def _patch_experts() -> None:
 
 
 def _patch_rope() -> None:
-    """Megatron's own RoPE makes cosine and sine again in every layer, twice: fill the slot of its fused kernel."""
+    """Megatron's own RoPE recomputes cosine and sine twice per layer: use its hook for a fused kernel instead."""
     from megatron_stepkto.megatron.layers import rotate_packed
 
     rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
@@ -226,7 +217,7 @@ def _called_from_megatron() -> bool:
 
 
 def _patch_tensor_methods() -> None:
-    """``tensor.cuda()`` stays on the CPU, and ``tensor.type()`` names the CUDA type that the optimizer matches on."""
+    """``tensor.cuda()`` stays on the CPU, and ``tensor.type()`` returns the CUDA name that the optimizer expects."""
     original_cuda = torch.Tensor.cuda
     original_type = torch.Tensor.type
 
@@ -247,7 +238,7 @@ def _patch_tensor_methods() -> None:
 
 
 def install_everywhere() -> None:
-    """Repair what Megatron-Core gets wrong on every device, in this process. Call it once.
+    """Fix faults of Megatron-Core on every device, in this process. Call it once.
 
     Raises:
         UserError: Megatron-Core is absent or of another version.
@@ -273,10 +264,6 @@ def _patch_distributed_optimizer_load() -> None:
     checkpoint lacks per parameter: keep the optimizer's own.
     """
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
-    name = "_set_main_param_and_optimizer_states"
-    if not hasattr(optimizer, name):
-        raise RuntimeError(f"{optimizer!r} has no {name} to replace")
-    original = getattr(optimizer, name)
 
     def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> Any:
         group, index = self.model_param_group_index_map[model_param]
@@ -285,19 +272,15 @@ def _patch_distributed_optimizer_load() -> None:
             tensors = {**tensors, "step": state["step"].clone()}
         return original(self, model_param, tensors)
 
-    setattr(optimizer, name, set_states)
+    original = _replace(optimizer, "_set_main_param_and_optimizer_states", set_states)
 
 
 def _patch_distributed_optimizer_save() -> None:
-    """Megatron gathers a buffer's main weights and moments without the padding behind its buckets, and cuts weights out
-    at places that count it: those behind a padded bucket would be saved, and resumed, with their neighbours' numbers.
+    """Megatron gathers a buffer's main weights and moments without the padding after its buckets, but slices weights at
+    offsets that include it: those after a padded bucket would be saved, and resumed, with their neighbours' values.
     The embedding has a bucket of its own where it is tied across pipeline stages. Put the padding back.
     """
     optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
-    name = "get_parameter_state_dp_zero"
-    if not hasattr(optimizer, name):
-        raise RuntimeError(f"{optimizer!r} has no {name} to replace")
-    original = getattr(optimizer, name)
 
     def get_state(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = original(self, *args, **kwargs)
@@ -308,11 +291,11 @@ def _patch_distributed_optimizer_save() -> None:
                         tensors[key] = _with_bucket_padding(value, buffer.buckets)
         return state
 
-    setattr(optimizer, name, get_state)
+    original = _replace(optimizer, "get_parameter_state_dp_zero", get_state)
 
 
 def _with_bucket_padding(values: torch.Tensor, buckets: Any) -> torch.Tensor:
-    """[numbers of all buckets] -> each at its bucket's place in the buffer; as it is where nothing lies between."""
+    """[numbers of all buckets] -> each at its bucket's place in the buffer; unchanged where there is no padding."""
     length = buckets[-1].offset + buckets[-1].numel_unpadded
     if length == len(values):
         return values

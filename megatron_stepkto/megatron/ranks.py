@@ -1,4 +1,4 @@
-"""Devices and process groups: joining the ranks that torchrun or Slurm started, or being the only one."""
+"""Devices and process groups, for ranks that torchrun or Slurm started and for a single process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float
     """Join the ranks that torchrun (or Slurm) started.
 
     Raises:
-        UserError: the number of processes is not the recipe's.
+        UserError: the number of processes differs from the recipe's.
     """
     on_cpu = device.type == "cpu"
     if on_cpu:
@@ -42,13 +42,13 @@ def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float
         )
     if on_cpu:
         everywhere = torch.tensor(int(onednn.is_faster()))
-        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)  # a node of another kind: then no rank, not some of them
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)  # all ranks or none: nodes may differ
         if everywhere.item():
             onednn.use_for_matrix_products()
 
 
 def lay_out(parallel: recipe.Parallel, timeout_s: float) -> None:
-    """Make Megatron-Core's groups of this layout. Every group gets the time limit: its default is 30 minutes."""
+    """Create Megatron-Core's groups for this layout. Every group gets the time limit: its default is 30 minutes."""
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
@@ -58,7 +58,7 @@ def lay_out(parallel: recipe.Parallel, timeout_s: float) -> None:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
     )
-    # Nothing random is left in a pass (no dropout); Megatron's tracker wants a seed all the same.
+    # No pass is random (no dropout), but Megatron's tracker requires a seed.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 

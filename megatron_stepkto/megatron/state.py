@@ -1,7 +1,7 @@
 """Checkpoints of a training in Megatron's ``torch_dist`` format: written at one layout, read at any.
 
 Weights alone (``load_weights``, ``save_weights``) are the folders that ``stepkto convert`` writes and reads; a state
-(``load_state``, ``save_state``) also holds the optimizer's, to go on with.
+(``load_state``, ``save_state``) also holds the optimizer's, to resume from.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.msc_utils import MultiStorageClientFeature
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -44,7 +45,7 @@ EXTRA = "_extra_state"
 
 
 class Checkpoints:
-    """Loads and saves one rank's share of a model and its optimizer. Every rank calls each method together.
+    """Loads and saves one rank's shard of a model and its optimizer. Every method is collective.
 
     Args:
         policies: the model's virtual pipeline chunks.
@@ -64,7 +65,7 @@ class Checkpoints:
         self._policies, self._chunks, self._optimizer = policies, chunks, optimizer
         self._dtype, self._acceleration = dtype, acceleration
         self._saves = AsyncCallsQueue()
-        self._saving = Path()  # the newest checkpoint that was begun
+        self._saving = Path()  # the last checkpoint whose saving began
 
     def weights(self) -> dict[str, Any]:
         """This rank's shards of the weights, as ``save_weights`` writes them."""
@@ -76,7 +77,7 @@ class Checkpoints:
         return {self._part(index): policy.sharded_state_dict() for index, policy in enumerate(self._policies)}
 
     def _put_main_weights(self, state: dict[str, Any]) -> None:
-        """Into the places of FP8 weights, which are main weights rounded far more coarsely than bf16."""
+        """Replace FP8 weights by main weights: FP8 rounds far more coarsely than bf16."""
         if self._fp8_weights:
             for index, policy in enumerate(self._policies):
                 for name, value in whole_main_weights(self._optimizer, policy, self._dtype).items():
@@ -88,7 +89,7 @@ class Checkpoints:
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
         state = self._parameters()
-        # Megatron knows a weight's optimizer state by the weight itself: main weights take its place only then.
+        # Megatron finds a weight's optimizer state by the weight object: main weights replace it only afterwards.
         optimizer = self._optimizer.sharded_state_dict(
             state,
             loading,
@@ -101,7 +102,7 @@ class Checkpoints:
         """Load weights saved at any layout.
 
         Raises:
-            UserError: a weight is missing or left over, or the folder is no safe checkpoint.
+            UserError: a weight is missing or left over, or the folder is not a safe checkpoint.
         """
         loaded = self._load(directory, self.weights())
         if self._fp8_weights:
@@ -112,7 +113,7 @@ class Checkpoints:
             self._optimizer.reload_model_params()
 
     def _quantize_main_weights(self) -> None:
-        """The model's FP8 weights from the main weights, on every replica, as an update leaves them."""
+        """The model's FP8 weights from the main weights, on every replica, as after an update."""
         for part in optimizer_parts(self._optimizer):
             part._copy_main_params_to_model_params()
         for chunk in self._chunks:
@@ -129,7 +130,9 @@ class Checkpoints:
             self._quantize_main_weights()
         for part in optimizer_parts(self._optimizer):
             for state in part.optimizer.state.values():
-                if "step" in state:  # Megatron gives all parameters one object: an update would count for each
+                if (
+                    "step" in state
+                ):  # Megatron shares one tensor among all parameters: an update would increment it once for each
                     state["step"] = state["step"].clone()
 
     def _allocate_optimizer_state(self) -> None:
@@ -148,11 +151,12 @@ class Checkpoints:
 
     def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
         check_format(directory)
+        MultiStorageClientFeature.disable()  # its loaders would bypass plain_objects_only
         known = read_metadata(directory).state_dict_metadata
         if not (directory / "common.pt").is_file() and needs_common_pt():
             raise UserError(
                 f"{directory}: written by megatron-core 0.17 or newer (it has no common.pt), which 0.16 cannot read; "
-                "go on in the environment that wrote it (make megatron-019)"
+                "resume in the environment that wrote it (make megatron-019)"
             )
         if misfits := _misfits(state, known, self._policies[0].words):
             raise UserError(f"{directory}: not a checkpoint of this model: " + "; ".join(misfits))
@@ -161,14 +165,14 @@ class Checkpoints:
         if unread and "optimizer" in state and self._acceleration.rounds_by_history:
             names = ", ".join(name for _, name in unread[:5])
             raise UserError(
-                f"{directory}: holds no scales of delayed FP8 ({names}, ...): training would go on with others; go on "
-                "with the fp8 settings that it was saved with, or remove it to start from the checkpoint before"
+                f"{directory}: holds no scales of delayed FP8 ({names}, ...): training would continue with others; "
+                "resume with the fp8 settings that it was saved with, or remove it to resume from the checkpoint before"
             )
-        # Megatron calls "missing" what the checkpoint holds and nobody asked for, and "unexpected" what it lacks.
+        # Megatron calls "missing" what the checkpoint holds without being requested, and "unexpected" what it lacks.
         with plain_objects_only(), _damage_named(directory):
             loaded, unasked, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
         left_over = {key for key in map(str, unasked) if not key.startswith("optimizer.") and EXTRA not in key}
-        missing: list[list[str]] = [[]] * dist.get_world_size()  # each rank asks for its own part of the model
+        missing: list[list[str]] = [[]] * dist.get_world_size()  # each rank requests its own part of the model
         dist.all_gather_object(missing, sorted(map(str, lacking)))
         all_missing = sorted({key for keys in missing for key in keys})
         if all_missing or left_over:
@@ -198,7 +202,7 @@ class Checkpoints:
         self._save(self._state(loading=False), directory)
 
     def begin_saving_state(self, directory: Path, finished: Callable[[], None]) -> None:
-        """As ``save_state``, by a forked process per rank that writes a snapshot while the training goes on.
+        """As ``save_state``, by a forked process per rank that writes a snapshot while training continues.
 
         ``finished`` runs on every rank, in a later ``finish_saving``, when all ranks have written.
         """
@@ -212,12 +216,12 @@ class Checkpoints:
         self._saves.schedule_async_request(request)
 
     def finish_saving(self, *, wait: bool) -> None:
-        """Complete what ``begin_saving_state`` began: all of it, or what is written by now. Every rank calls it."""
+        """Complete saves of ``begin_saving_state``: all of them, or those written by now. Every rank calls it."""
         with _naming_a_full_disk(self._saving):
             self._saves.maybe_finalize_async_calls(blocking=wait)
 
     def _make(self, directory: Path, state: dict[str, Any]) -> None:
-        """Make the folder of a checkpoint.
+        """Create the folder of a checkpoint.
 
         Raises:
             MachineFault: on every rank, where there is no room for ``state``.
@@ -249,9 +253,9 @@ _DAMAGE = (CheckpointingException, pickle.UnpicklingError, LookupError, TypeErro
 
 @contextlib.contextmanager
 def _damage_named(directory: Path) -> Iterator[None]:
-    """Turn what Megatron's and torch's loaders say of a folder that is not as it was written into a UserError.
+    """Convert errors of Megatron's and torch's loaders for a damaged folder to a UserError.
 
-    A fault of the machine (of a disk, or too little memory) stays what it is.
+    Faults of the machine (disk, memory) are raised unchanged.
     """
     faults: list[BaseException]
     try:
@@ -279,7 +283,7 @@ def _bytes_of(state: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def _naming_a_full_disk(directory: Path) -> Iterator[None]:
-    """Megatron's writers report a full disk as what failed next: a position in a file, a process that ended."""
+    """Report a full disk as such: Megatron's writers report what failed next, a file position or an ended process."""
     try:
         yield
     except Exception as error:
@@ -289,7 +293,7 @@ def _naming_a_full_disk(directory: Path) -> Iterator[None]:
 
 
 def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> list[str]:
-    """Weights that a checkpoint holds in another shape, or not as tensors: torch's loader would unpickle those."""
+    """Weights that a checkpoint stores with another shape, or not as tensors: torch's loader would unpickle those."""
     found = []
     for value in nested_values({part: weights for part, weights in state.items() if part != "optimizer"}):
         for asked in nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]:
@@ -299,7 +303,7 @@ def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> lis
                 found.append(f"{asked.key} is not a tensor")
                 continue
             shape, expected = tuple(entry.size), tuple(asked.global_shape)
-            # Embedding and head may be padded with rows here and there, each to a size of its own.
+            # Embedding and head may be padded with rows, in the checkpoint and in the model, to different sizes.
             padded = asked.allow_shape_mismatch and shape[:1] >= (words,) and shape[1:] == expected[1:]
             if shape != expected and not padded:
                 found.append(f"{asked.key} is {shape}, expected {expected}")
@@ -308,7 +312,7 @@ def _misfits(state: dict[str, Any], known: Mapping[str, Any], words: int) -> lis
 
 def _take_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Take out of ``state`` what Transformer Engine's modules keep beside their weights (scales of delayed FP8) and is
-    not in ``known``: a checkpoint that other layers wrote, or a conversion, lacks it, and other layers do not read it.
+    not in ``known``: a checkpoint by other layers, or from a conversion, lacks it, and other layers do not read it.
     Returns the (part, name) of each."""
     unread = [
         (part, name)
@@ -323,7 +327,7 @@ def _take_extra_states(state: dict[str, Any], known: Mapping[str, Any]) -> list[
 
 
 def _zero_vocab_padding(policy: PolicyModel) -> None:
-    """Rows that pad the vocabulary are in no checkpoint: give them one value, so that runs are reproducible."""
+    """Rows that pad the vocabulary are not in checkpoints: set them to zero, so that runs are reproducible."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     weights = []
     if policy.pre_process:

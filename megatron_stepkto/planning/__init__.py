@@ -1,1 +1,1 @@
-"""Layouts before they run: which are possible, what they hold in memory, how long they take."""
+"""Planning of layouts: which are possible, their memory and their times."""

@@ -1,9 +1,9 @@
-"""Activation memory of this package's layers: Korthikanti et al. (arXiv 2205.05198), counted anew for packed documents.
+"""Activation memory of this package's layers: Korthikanti et al. (arXiv 2205.05198), recounted for packed documents.
 
 Their 34 s b h bytes per layer (5 a s^2 b of attention aside) assume dropout and an MLP of 4 h. Here there is no
 dropout, the MLP is gated, attention is torch's scaled-dot-product kernel (no s^2 term) over a loop of documents,
 and RoPE, norm and SwiGLU save what their implementations save. ``tests/unit/planning/test_activations.py`` counts
-the tensors that autograd really keeps.
+the tensors that autograd actually keeps.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Kernels:
     """Which fused kernels run: an unfused operation saves more.
 
     fused_experts: an expert's SwiGLU keeps the output of linear_fc1 alone, as every dense one does.
-    fused_rope: cosines and sines are made once per micro-batch, not for queries and for keys of every layer.
-    scored_rows: behind its attention the last layer keeps only scored positions (counted on the CPU alone: elsewhere
-    it depends on what else runs, and the estimate stays on the safe side).
+    fused_rope: cosines and sines are computed once per micro-batch, not for queries and keys of every layer.
+    scored_rows: after its attention the last layer keeps only scored positions (counted on the CPU only: elsewhere it
+    depends on the layers used, and the estimate stays conservative).
     """
 
     fused_experts: bool
@@ -35,7 +35,7 @@ CPU = Kernels(fused_experts=False, fused_rope=True, scored_rows=True)
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides a rank's activations. num_bytes: of the compute dtype."""
+    """What determines a rank's activations. num_bytes: of the compute dtype."""
 
     tensor: int
     sequence: bool
@@ -74,7 +74,7 @@ def layer_bytes(config: ModelConfig, layout: Layout) -> dict[str, float]:
 
 def _mlp_bytes(config: ModelConfig, layout: Layout) -> float:
     """Output of linear_fc1, input of linear_fc2 and, unfused, what SwiGLU is made of. Experts also keep a copy of the
-    hidden states per chosen expert; they get equally many tokens here, which a real router only comes near."""
+    hidden states per chosen expert; tokens are assumed to be spread evenly, which a real router only approximates."""
     if config.experts is None:
         return 3 * config.ffn_size / layout.tensor * layout.num_bytes
     experts = config.experts
@@ -95,7 +95,7 @@ def working_bytes(config: ModelConfig, layout: Layout) -> float:
     """Bytes per token that live only while one layer's backward runs.
 
     Gradients of the widest tensors (linear_fc1's output and SwiGLU's) and of the hidden states, gathered under
-    sequence parallelism; under recompute also the layer's own activations, made again.
+    sequence parallelism; under recompute also the layer's own activations, recomputed.
     """
     gradients = (3 * widest(config) / layout.tensor + 3 * config.hidden_size) * layout.num_bytes
     return gradients + (sum(layer_bytes(config, layout).values()) if layout.recompute else 0.0)

@@ -1,21 +1,21 @@
-"""Hardware that a plan is made for. GB and TFLOP/s are powers of ten, as in data sheets."""
+"""Hardware for a plan. GB and TFLOP/s are powers of ten, as in data sheets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """GPUs and what joins them.
+    """GPUs and their links.
 
     memory_gb: of one GPU. bf16_tflops: dense matrix peak. hbm_gbs: memory bandwidth. node_gbs: one direction of a
     GPU's links inside its node. network_gbs: one direction per GPU between nodes.
     """
 
     name: str
-    gpus: int
-    gpus_per_node: int
+    gpus: int = 8
+    gpus_per_node: int = 8
     memory_gb: float
     bf16_tflops: float
     hbm_gbs: float
@@ -24,15 +24,13 @@ class Cluster:
     source: str
 
     def link_gbs(self, span: int) -> float:
-        """Bandwidth of a group whose ranks lie within ``span`` consecutive ranks."""
+        """Bandwidth of a group whose ranks are within ``span`` consecutive ranks."""
         return self.node_gbs if span <= self.gpus_per_node else self.network_gbs
 
 
 PRESETS = {
     "h100": Cluster(
         name="h100",
-        gpus=8,
-        gpus_per_node=8,
         memory_gb=80,
         bf16_tflops=989,
         hbm_gbs=3350,
@@ -43,8 +41,6 @@ PRESETS = {
     ),
     "h200": Cluster(
         name="h200",
-        gpus=8,
-        gpus_per_node=8,
         memory_gb=141,
         bf16_tflops=989,
         hbm_gbs=4800,
@@ -55,8 +51,6 @@ PRESETS = {
     ),
     "a100": Cluster(
         name="a100",
-        gpus=8,
-        gpus_per_node=8,
         memory_gb=80,
         bf16_tflops=312,
         hbm_gbs=2039,

@@ -1,4 +1,4 @@
-"""What a conversion would do, from a config.json alone: the mapping, and what each rank of a layout would hold."""
+"""Dry run of a conversion from a config.json alone: the mapping, and what each rank of a layout would hold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dry_run(source: Path, parallel: Parallel) -> str:
         source: a config.json, a Hugging Face folder, or a Megatron folder with companions; weights are not needed.
 
     Raises:
-        UserError: no config, one that is not served, or a layout in which the model cannot be split (all reasons).
+        UserError: no config, an unsupported one, or a layout in which the model cannot be split (all reasons).
     """
     folder = source.parent if source.name == "config.json" else source
     if not (folder / "config.json").is_file() and (folder / COMPANIONS).is_dir():
@@ -32,7 +32,7 @@ def dry_run(source: Path, parallel: Parallel) -> str:
     config, entries = read_model_config(folder)
     faults = layout_faults(config, parallel)
     if faults:
-        # the recipe's keys are this command's options
+        # name this command's options, not the recipe's keys
         raise UserError("\n".join(fault.message.replace("train.parallel.", "--") for fault in faults))
     dtype = _dtype(read_config(folder))
     total = model_parameters(entries)
@@ -61,7 +61,7 @@ def dry_run(source: Path, parallel: Parallel) -> str:
         if choices:
             lines.append(
                 f"  every rank holds all {config.experts.number} experts of its layers: --tensor does not split them; "
-                f"--expert (one of {', '.join(map(str, choices))}) shares them out"
+                f"--expert (one of {', '.join(map(str, choices))}) distributes them"
             )
     return "\n".join(lines) + "\n"
 
@@ -79,7 +79,7 @@ def _span(numbers: list[int]) -> str:
 
 
 def _mapping(all_slices: list[Slice]) -> Iterator[str]:
-    """One line per Hugging Face tensor name, in which ``{0..79}`` stands for the layers (and experts)."""
+    """One line per Hugging Face tensor name, with ``{0..79}`` for the layers (and experts)."""
     firsts: dict[str, Slice] = {}
     lasts: dict[str, Slice] = {}
     for slice_ in all_slices:
@@ -87,7 +87,7 @@ def _mapping(all_slices: list[Slice]) -> Iterator[str]:
         lasts[slice_.key] = slice_
     for key, first in firsts.items():
         yield f"  {key} {list(first.full_shape)}"
-        for part, (name, shape) in enumerate(zip(first.names, first.shapes, strict=True)):
+        for part, (name, shape) in enumerate(first.tensors()):
             runs = [run for run in first.runs if run.part == part]
             rows = f"rows {runs[0].target} to {runs[0].target + runs[0].count - 1}" if len(first.names) > 1 else "whole"
             if len(runs) > 1:

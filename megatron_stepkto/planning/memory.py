@@ -33,13 +33,13 @@ from megatron_stepkto.recipe.keys import Parallel, Training
 
 # CUDA context, cuBLAS workspaces and NCCL's buffers of a handful of groups.
 OVERHEAD_BYTES = 3.0e9
-# The caching allocator's blocks are not filled to the last byte.
+# The caching allocator does not fill its blocks completely.
 FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One rank of a stage. The three last but one never live together: ``peak`` takes the largest.
+    """One rank of a stage. Activations with head, KL pass and step do not coexist: ``peak`` takes the largest.
 
     weights, gradients (float32), optimizer (float32 main weights where training is bf16, both moments): exact.
     activations: of all micro-batches in flight and of one layer's backward. head: chunk of logits and the
@@ -131,10 +131,10 @@ def stage_memory(
 
 
 def rank_capacity(device: torch.device, ranks: int | None = None) -> tuple[float, str]:
-    """Bytes that a rank may use, and whose they are: its GPU's, or its share of the host's memory.
+    """Bytes that a rank may use, and what they belong to: its GPU, or its share of the host's memory.
 
     Args:
-        ranks: that share this host; None: as many as this rank was started with.
+        ranks: number that share this host; None: from ``LOCAL_WORLD_SIZE``.
     """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory), "its GPU"
@@ -153,7 +153,7 @@ def check_state_fits(
     """Refuse a layout whose weights, gradients and optimizer alone exceed a rank's memory: it cannot start.
 
     Args:
-        capacity: bytes that a rank may use. where: whose memory it is, for the message.
+        capacity: bytes that a rank may use. where: what the memory belongs to, for the message.
 
     Raises:
         UserError: names the fullest stage and the keys to change.

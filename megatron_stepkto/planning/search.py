@@ -15,7 +15,7 @@ from megatron_stepkto.planning.times import Scenario, Times, estimate_times
 from megatron_stepkto.recipe.keys import Parallel, Training
 
 MAX_VIRTUAL = 8
-# A proposal leaves room for what the estimate of activations may miss.
+# Margin for errors in the estimate of activations.
 PROPOSED_SHARE = 0.90
 
 

@@ -47,20 +47,8 @@ def _rows(rows: list[list[str]]) -> str:
 def _proposals(case: Scenario, plans: Sequence[Plan]) -> str:
     rows = [
         [
-            "",
-            "TP",
-            "PP",
-            "v",
-            "DP",
-            "EP",
-            "SP",
-            "recompute",
-            "micro-batch",
-            "peak GB",
-            "s/update",
-            "bubble",
-            "MFU",
-            "h/iteration",
+            *("", "TP", "PP", "v", "DP", "EP", "SP", "recompute", "micro-batch", "peak GB"),
+            *("s/update", "bubble", "MFU", "h/iteration"),
         ]
     ]
     for number, plan in enumerate(plans, 1):

@@ -1,4 +1,4 @@
-"""Rough times of an update and an iteration: arithmetic at a stated share of the peak, then what cannot hide behind it.
+"""Rough times of an update and an iteration: arithmetic at a stated share of the peak, plus what is not overlapped.
 
 Nothing here was measured on a GPU. The model: a stage's arithmetic runs at ``mfu`` of the peak; tensor-, expert- and
 pipeline-parallel messages are added to it (none is taken to overlap); a pipeline adds its bubble; the data-parallel
@@ -26,7 +26,7 @@ class Assumptions:
     mfu: share of the bf16 peak that arithmetic alone reaches. link: share of a link's data-sheet bandwidth that
     collectives reach. fill: share of a packed micro-batch that is not padding or room left over. sampling_mfu,
     sampling_hbm: shares that decoding reaches of the arithmetic peak and of the memory bandwidth. sequences: solutions
-    that one engine decodes at a time.
+    that one engine decodes concurrently.
     """
 
     mfu: float = 0.40
@@ -41,7 +41,7 @@ class Assumptions:
 class Workload:
     """One iteration. Tokens are means per document (prompt and response); kl_share: KL pairs per example, 0 for none.
 
-    passes_reference: whether the method takes log-ratios to a reference. samples: solutions drawn.
+    uses_reference: whether the method takes log-ratios to a reference. samples: solutions sampled.
     """
 
     examples: int
@@ -75,7 +75,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. update: one, with its KL pass; its parts follow. mfu: model FLOPs of the update proper (no
+    """Seconds. update: of one update with its KL pass; its parts follow. mfu: model FLOPs of the update proper (no
     recomputation, no KL pass) over the peak of all GPUs in that time."""
 
     update: float
@@ -122,10 +122,10 @@ def _pass(case: Scenario, settings: Training, tokens: float, layer_passes: int, 
     compute = (layers * layer * layer_passes + head * head_passes) / speed
 
     hidden = tokens * config.hidden_size * (2 if settings.dtype == "bfloat16" else 4)
-    # two all-reduces (or their halves, under sequence parallelism) per layer and direction; recompute repeats one's
+    # two all-reduces (or their halves, under sequence parallelism) per layer and direction; recompute repeats one
     directions = {1: 1, 3: 2, 4: 3}[layer_passes]
     moved = 2 * (parallel.tensor - 1) / parallel.tensor * hidden
-    # experts are not split: only attention sends, and each tensor rank hands its own tokens to the experts
+    # experts are not split: only attention sends, and each tensor rank sends its own tokens to the experts
     per_direction = 1 if config.experts else 2
     tensor_time = layers * per_direction * directions * moved / _rate(case, parallel.tensor)
     expert_time = 0.0
@@ -211,8 +211,8 @@ def _once_per_update(case: Scenario, settings: Training) -> tuple[float, float]:
 
 
 def sampling_seconds(case: Scenario) -> float:
-    """Drawing the iteration's solutions on the same GPUs with the fewest GPUs per engine that hold the weights in half
-    their memory. A decoding step reads the weights and the keys and values of all sequences."""
+    """Time to sample the iteration's solutions on the same GPUs with the fewest GPUs per engine whose half memory
+    holds the weights. A decoding step reads the weights and the keys and values of all sequences."""
     config, cluster, assumed, work = case.config, case.cluster, case.assumed, case.work
     if not work.samples:
         return 0.0

@@ -1,1 +1,1 @@
-"""Where problems come from, and what must not overlap."""
+"""Sources of problems, and the check that training and evaluation problems do not overlap."""

@@ -20,7 +20,7 @@ from megatron_stepkto.recipe.prompts import ProblemCheck
 Parse = Callable[[dict[str, Any]], Problem]
 
 HUB = "hub:"
-# short names behind "hub:" -> repository, configuration, split
+# short names after "hub:" -> repository, configuration, split
 KNOWN = {
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
     "gsm8k": ("openai/gsm8k", "main", "test"),
@@ -34,12 +34,12 @@ _KEPT = ("subject", "level", "type")
 
 
 def to_problem(row: dict[str, Any]) -> Problem:
-    """A row of a usual layout as a Problem: MATH-500's, GSM8K's (``question``, ``answer`` with ####), AMC's floats.
+    """Convert a row of a common layout: MATH-500's, GSM8K's (``question``, ``answer`` with ####), AMC's floats.
 
-    Without an id the problem's text gives one. Without an answer the solution must state one.
+    Without an id, one is derived from the problem's text. Without an answer the solution must state one.
 
     Raises:
-        ValueError: there is no problem, or no answer.
+        ValueError: the problem or its answer is missing.
     """
     text = next((row[key] for key in _PROBLEM_KEYS if row.get(key)), None)
     if not isinstance(text, str):
@@ -75,12 +75,12 @@ def load_problems(
     form that downloads.
 
     Args:
-        limit: only the first so many.
-        check: refuses a problem by a ValueError: its row is a bad one.
+        limit: read only the first ``limit`` problems.
+        check: raises ValueError for a problem to refuse; its row counts as bad.
 
     Raises:
-        UserError: there is no such file, a row is of no known layout (file:line), two problems share an id, or there
-            are fewer than ``limit``.
+        UserError: the file is missing, a row has an unknown layout (file:line), two problems share an id, or there are
+            fewer than ``limit``.
     """
 
     def parse(row: dict[str, Any]) -> Problem:
@@ -88,7 +88,9 @@ def load_problems(
 
     problems = list(_hub(source, parse) if source.startswith(HUB) else _local(source, quarantine, parse))
     if limit is not None and limit > len(problems):
-        raise UserError(f"{source}: --limit (evaluate.num_problems) is {limit}, it holds {len(problems)}; lower it")
+        raise UserError(
+            f"{source}: --limit (evaluate.num_problems) is {limit}, the data set has {len(problems)} problems; lower it"
+        )
     problems = problems[:limit]
     check_distinct(problems, source, train=False)
     return problems
@@ -136,7 +138,7 @@ def _hub(source: str, parse: Parse) -> Iterator[Problem]:
     try:
         found = datasets.load_dataset(repository, configuration, split=split or "test")
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: does not load: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     yield from _rows(found, source, parse)
 
 
@@ -153,5 +155,5 @@ def _rows(rows: Iterable[Any], source: str, parse: Parse) -> Iterator[Problem]:
 
 
 def data_name(source: str) -> str:
-    """What a data set is called in tables and ids: the file's name, or that behind ``hub:``."""
+    """Name of a data set in tables and ids: the file's, or the one after ``hub:``."""
     return source.removeprefix(HUB).split(":")[0].split("/")[-1] if source.startswith(HUB) else Path(source).stem

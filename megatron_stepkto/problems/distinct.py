@@ -1,4 +1,4 @@
-"""Are the problems of one file distinct? Ids must be; a text that is given twice counts twice."""
+"""Are the problems of one file distinct? Ids must be; a duplicated text only brings a warning, and counts again."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SHOWN = 5  # groups of ids in a message
 
 
 def check_distinct(problems: Sequence[Problem], source: str, *, train: bool) -> dict[str, int]:
-    """Warn of problems that share one text, white space aside: each counts, in training and in every rate.
+    """Warn of problems with the same text, white space aside: each counts, in training and in every rate.
 
     Returns:
         {}, or {"repeated_texts": problems whose text an earlier one has}, for the manifest.
 
     Raises:
-        UserError: a problem_id is given twice. With ``train`` also: one text has two answers that are different
-            numbers, one of which would label every solution wrongly.
+        UserError: a problem_id is duplicated. With ``train`` also: one text has answers that are different numbers,
+            one of which would give wrong labels.
     """
     seen: set[str] = set()
     by_text: dict[str, list[Problem]] = {}
     for problem in problems:
         if problem.problem_id in seen:
-            raise UserError(f"{source}: problem_id {problem.problem_id} is given twice; ids must be unique")
+            raise UserError(f"{source}: problem_id {problem.problem_id} is duplicated; ids must be unique")
         seen.add(problem.problem_id)
         by_text.setdefault(problem_id_of(problem.problem), []).append(problem)
     groups = [group for group in by_text.values() if len(group) > 1]
@@ -37,14 +37,16 @@ def check_distinct(problems: Sequence[Problem], source: str, *, train: bool) -> 
         shown = "; ".join(
             ", ".join(f"{p.problem_id} (answer {p.answer})" for p in group[:SHOWN]) for group in conflicts[:SHOWN]
         )
-        message = f"{source}: expected one answer to one problem text, got {len(conflicts)} texts with several: {shown}"
+        message = (
+            f"{source}: expected one answer per problem text, got {len(conflicts)} texts with several answers: {shown}"
+        )
         if train:
             raise UserError(f"{message}; remove the wrong ones")
         warn(message)
     repeated = sum(len(group) - 1 for group in groups)
     shown = "; ".join(", ".join(p.problem_id for p in group[:SHOWN]) for group in groups[:SHOWN])
     warn(
-        f"{source}: {repeated} problems have the text of an earlier one, and count again: {shown}"
+        f"{source}: {repeated} problems repeat the text of an earlier one, and each counts: {shown}"
         f"{'; ...' if len(groups) > SHOWN else ''}"
     )
     return {"repeated_texts": repeated}

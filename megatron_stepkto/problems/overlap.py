@@ -1,4 +1,4 @@
-"""No problem that measures may train: training problems against evaluation sets."""
+"""Contamination check: compares training problems with evaluation sets, and refuses any overlap."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_stepkto.base.errors import UserError
 NGRAM = 13  # words, as in the GPT-3 report (Brown et al. 2020, appendix C)
 _WORD = re.compile(r"\w+")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-SHOWN = 20  # overlaps that an error prints; all of them stand in the file it names
+SHOWN = 20  # overlaps that an error lists
 
 
 @dataclass(frozen=True)
 class Text:
-    """A problem and where it stands: "file:line" and its id."""
+    """A problem with its place ("file:line") and id."""
 
     where: str
     problem_id: str
@@ -25,7 +25,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Overlap:
-    """``kind``: "same" (equal but for white space and case) or "13-gram"."""
+    """``kind``: "same" (equal except for white space and case) or "13-gram"."""
 
     train: Text
     held_out: Text
@@ -33,11 +33,11 @@ class Overlap:
 
 
 def find_overlaps(train: Iterable[Text], held_out: Sequence[Text], ngrams: bool) -> list[Overlap]:
-    """Training problems that stand in a held-out set, each with the first one that it meets.
+    """Training problems that are also in a held-out set, each with the first match.
 
     Args:
-        ngrams: also those that share any 13 words in a row. That finds copies with another number in them, and
-            problems that share no more than a figure's code or the form in which the answer is asked for.
+        ngrams: also match problems that share any 13 consecutive words. That finds copies with other numbers, but also
+            problems that share only a figure's code or the wording that asks for the answer.
     """
     same: dict[str, Text] = {}
     by_gram: dict[tuple[str, ...], Text] = {}
@@ -63,15 +63,15 @@ def _normal(problem: str) -> str:
 
 
 def _grams(problem: str) -> Iterable[tuple[str, ...]]:
-    words = _WORD.findall(problem.casefold())  # signs are no words: "x^{2}" and "x^2" are the same here
+    words = _WORD.findall(problem.casefold())  # signs are not words: "x^{2}" and "x^2" match
     return (tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1))
 
 
 def check_apart(train: Iterable[Text], held_out: Sequence[Text], *, ngrams: bool, allow: bool) -> dict[str, object]:
-    """Refuse training problems that stand in a held-out set.
+    """Refuse training problems that are also in a held-out set.
 
     Returns:
-        {} where there are none; with ``allow`` what the manifest states: {"overlaps", "overlapping_ids"}.
+        {} where there are none; with ``allow``, for the manifest: {"overlaps", "overlapping_ids"}.
 
     Raises:
         UserError: lists the first overlaps, with file:line and id of both sides, and their number.
@@ -88,8 +88,8 @@ def check_apart(train: Iterable[Text], held_out: Sequence[Text], *, ngrams: bool
     ]
     more = f"\n  and {len(overlaps) - SHOWN} more" if len(overlaps) > SHOWN else ""
     raise UserError(
-        f"{len(overlaps)} training problems also stand in an evaluation set, so its scores would be worth nothing:\n"
+        f"{len(overlaps)} training problems are also in an evaluation set, so its scores would be meaningless:\n"
         + "\n".join(lines)
         + more
-        + "\nremove them from one side, or pass --allow-overlap, which the manifest then states"
+        + "\nremove them from one side, or pass --allow-overlap, which is recorded in the manifest"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
-from megatron_stepkto.base.records import Problem, bad_row, parse_row, read_rows, write_records
+from megatron_stepkto.base.records import Problem, bad_row, parse_rows, read_rows, write_records
 from megatron_stepkto.problems import overlap as contamination
 from megatron_stepkto.problems.chained_arithmetic.generate import Split, generate
 from megatron_stepkto.problems.datasets import to_problem
@@ -33,13 +33,13 @@ def write_problems(
     """Write ``count`` problems (None: all) of a split; iteration t gets other train problems than t - 1.
 
     Args:
-        check: refuses a problem by a ValueError: its row is a bad one.
+        check: raises ValueError for a problem to refuse; its row counts as bad.
 
     Returns:
-        {"problems": how many, and what ``check_distinct`` counts in the whole file}.
+        {"problems": number written, and the counts of ``check_distinct`` for the whole file}.
 
     Raises:
-        UserError: a row is bad, a problem_id is given twice, one text to train on has two answers, or a file has too
+        UserError: a row is bad, a problem_id is duplicated, one text to train on has two answers, or a file has too
             few problems.
     """
     if source.source == "chained_arithmetic":
@@ -72,14 +72,14 @@ def take_turns(problems: list[Problem], count: int | None, seed: int, iteration:
 
 
 def check_training_problems(source: recipe.Problems, *, allow: bool, skip_bad: bool) -> dict[str, object]:
-    """Refuse problems to train on that stand in the recipe's dev or test file or in ``apart_from``.
+    """Refuse training problems that are also in the recipe's dev or test file or in ``apart_from``.
 
     Args:
-        allow: go on, and return what the manifest states.
-        skip_bad: pass over rows that do not read; whoever reads them next sets them aside.
+        allow: do not refuse; return what the manifest records.
+        skip_bad: skip rows that cannot be parsed; the stage that reads them later quarantines them.
 
     Raises:
-        UserError: there are some; lists them with file:line and id on both sides. Or a file does not read.
+        UserError: there are overlaps (lists them with file:line and id on both sides), or a file cannot be read.
     """
     sets = [path for path in (source.dev, source.test, *source.apart_from) if path]
     if not sets or source.source == "chained_arithmetic":
@@ -104,19 +104,12 @@ def _texts(
 ) -> Iterator[contamination.Text]:
     """The problems of a file of JSON lines, each text once, with its line."""
     seen: set[str] = set()
-    if not path.is_file():
-        raise UserError(f"{path}: expected a file of JSON lines, found none")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                found = parse_row(line, lambda row: list(parse(row)))
-            except ValueError as error:
-                if skip_bad:
-                    continue
-                raise bad_row(path, number, error) from None
-            for item in found:
-                if item.problem not in seen:
-                    seen.add(item.problem)
-                    yield contamination.Text(f"{path}:{number}", item.problem_id, item.problem)
+    for number, _, found in parse_rows(path, lambda row: list(parse(row))):
+        if isinstance(found, ValueError):
+            if not skip_bad:
+                raise bad_row(path, number, found)
+            continue
+        for item in found:
+            if item.problem not in seen:
+                seen.add(item.problem)
+                yield contamination.Text(f"{path}:{number}", item.problem_id, item.problem)

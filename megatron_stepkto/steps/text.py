@@ -1,8 +1,8 @@
 """Where one step of a solution ends and the next begins, on characters alone.
 
 Cuts are positions in the text, so the steps join to the exact text. A rule never cuts inside ``[asy]`` code, a
-fenced code block or displayed mathematics that is closed; ``sentence`` nor inside inline mathematics. What is
-opened and not closed (within a bound) protects nothing: one stray ``\\[`` must not swallow a solution.
+fenced code block or displayed mathematics that is closed; ``sentence`` nor inside inline mathematics. An
+opener that is not closed (within a bound) protects nothing: one stray ``\\[`` must not swallow a solution.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SplitRule = Literal["line", "blank_line", "step_number", "step_heading", "senten
 SPLIT_RULES: tuple[str, ...] = get_args(SplitRule)
 
 _SEPARATORS = {"line": re.compile(r"\n"), "blank_line": re.compile(r"\n(?:[^\S\n]*\n)+")}
-# Markdown's bold and list marks may stand before the word.
+# Markdown's bold and list marks may precede the word.
 _OPENERS = {
     "step_number": re.compile(r"^[ \t]*(?:#{1,6}[ \t]*|[-*•][ \t]+)?(?:\*\*|__)?step[ \t]+\d+", re.I | re.M),
     "step_heading": re.compile(r"^[ \t]*#{1,6}[ \t]*(?:\*\*|__)?step\b", re.I | re.M),
@@ -31,15 +31,15 @@ MAX_PROTECTED_CHARS = 8000
 _OPEN = re.compile(r"\[asy\]|```|\\\[|\$\$|\\begin\{(\w{1,20}\*?)\}")
 _OPEN_INLINE = re.compile(_OPEN.pattern + r"|\\\(|(?<!\\)\$(?=\S)")
 _CLOSERS = {"[asy]": "[/asy]", "```": "```", "\\[": "\\]", "$$": "$$", "\\(": "\\)"}
-# As Pandoc reads dollars, so that "$5. He pays $6" is no formula; a blank line ends one in any case.
+# Pandoc's rule for dollars, so that "$5. He pays $6" is not a formula; a blank line always ends one.
 _INLINE_DOLLAR = re.compile(r"(?:(?!\n\s*\n)[^$]){0,500}(?<=[^\s\\])\$(?!\d)")
 
 
 def protected_spans(text: str, *, inline: bool = False) -> list[tuple[int, int]]:
-    """Half-open spans, in order and apart, of closed code and displayed (``inline``: any) mathematics."""
+    """Half-open spans, ordered and disjoint, of closed code and displayed (``inline``: any) mathematics."""
     spans: list[tuple[int, int]] = []
     position = 0
-    absent: set[str] = set()  # closers that the rest of the text does not hold: looked for once
+    absent: set[str] = set()  # closers that are absent from the rest of the text: searched for once
     pattern = _OPEN_INLINE if inline else _OPEN
     while match := pattern.search(text, position):
         position = match.end()
@@ -63,7 +63,7 @@ def protected_spans(text: str, *, inline: bool = False) -> list[tuple[int, int]]
 
 # --- sentences -------------------------------------------------------------------------------------------------
 
-# What may close a formula, a quotation or bold type between the full stop and the space.
+# What may close a formula, a quotation or bold type after the full stop.
 _AFTER_STOP = r"(?:\s{0,2}(?:\\[\])]|\$\$)|[$\"')\]}”’»*])*"
 _END = re.compile(rf"(?:[.!?]+{_AFTER_STOP}(?=\s|$)|[。！？]+[”’」』）]*)")
 _BREAK = re.compile(
@@ -79,7 +79,7 @@ _BEFORE_NUMBER = re.compile(  # "the answer is no." ends a sentence, "No. 5" doe
     re.IGNORECASE,
 )
 _SPACE = re.compile(r"\s*")
-# Longer than _LOOK_BEHIND it cannot be, so that ^ is the start of the text or matches nothing.
+# Shorter than _LOOK_BEHIND, so that ^ is the start of the text or matches nothing.
 _ENUMERATION = re.compile(r"(?:^|\n)[ \t>*#_-]{0,8}\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{1,4})\.$", re.IGNORECASE)
 _INITIAL, _INITIALS = re.compile(r"\b[A-Z]\.$"), re.compile(r"\b[A-Z]\.[ ]?[A-Z]\.$")
 _LOOK_BEHIND = 24
@@ -129,7 +129,7 @@ def _inside(spans: list[tuple[int, int]], cut: int) -> bool:
 def _cuts(text: str, how: SplitRule, tag: str | None) -> list[int]:
     if how == "tag":
         if not tag:
-            raise UserError("judge.split is tag: expected the key judge.step_tag, the text that ends a step")
+            raise UserError("judge.split is tag: expected judge.step_tag, the text that ends a step")
         # white space up to the line's end belongs to the tag, the next step's first space to that step
         return [match.end() for match in re.finditer(re.escape(tag) + r"(?:[^\S\n]*\n)*", text)]
     if how == "sentence":
@@ -155,7 +155,7 @@ def split_text(text: str, how: SplitRule, tag: str | None = None) -> list[tuple[
     - ``tag`` ends one after the text ``tag``, which the model was trained to write.
 
     The separator belongs to the step it closes. A piece of white space alone joins the step before it, at
-    the start the first step. No span is empty, but the empty text is one empty step.
+    the start the first step. No span is empty, except that the empty text is one empty step.
 
     Raises:
         UserError: unknown rule, or ``tag`` without a tag.

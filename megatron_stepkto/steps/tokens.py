@@ -10,7 +10,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Step
 from megatron_stepkto.steps.text import SplitRule, spans_of_cuts, split_text
 
-REPLACEMENT = "\ufffd"  # what decoding puts where bytes are no (whole) character
+REPLACEMENT = "\ufffd"  # what decoding puts in place of bytes that are not a whole character
 # A character has at most four bytes and a token at least one: past this many waiting tokens one of the
 # boundaries between them is a boundary between characters.
 MAX_WAITING_TOKENS = 4
@@ -40,7 +40,7 @@ def _byte_tokens(tokenizer: Any) -> dict[int, int]:
 
 
 def _byte_run(token_ids: Sequence[int], start: int, byte_of: dict[int, int]) -> bytes:
-    """The bytes of the byte tokens that stand at ``start`` without another between them."""
+    """The bytes of the uninterrupted run of byte tokens at ``start``."""
     end = start
     while end < len(token_ids) and token_ids[end] in byte_of:
         end += 1
@@ -50,8 +50,8 @@ def _byte_run(token_ids: Sequence[int], start: int, byte_of: dict[int, int]) -> 
 def _starts_in_run(run: bytes) -> list[int]:
     """Character at which each byte of a run of byte tokens starts, counted from the run's first.
 
-    Decoding takes a run as a whole: where it is no UTF-8, each byte becomes a character of its own, also those
-    that would be whole characters alone.
+    A run is decoded as a whole: where it is not UTF-8, each byte becomes a character of its own, even those that would
+    be whole characters alone.
     """
     try:
         run.decode()
@@ -83,7 +83,7 @@ def _decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[
     starts: list[int] = []
     length = anchor = read = 0  # length: characters of tokens [0, read)
     context = ""  # text of tokens [anchor, read)
-    unfinished_at = 0  # characters that are whole before the token now looked at
+    unfinished_at = 0  # number of whole characters before the current token
     now = 0
     while now < len(token_ids):
         run = _byte_run(token_ids, now, byte_of)
@@ -94,7 +94,7 @@ def _decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[
         if not run and (window.endswith(REPLACEMENT) or len(window) <= len(context)):
             unfinished_at = max(unfinished_at, length + _whole_characters(window) - len(context))
             end = now - MAX_WAITING_TOKENS + 1
-            # bytes that never make a character would wait for ever: let go what does not touch the rest
+            # bytes that never form a character would wait for ever: release what is independent of the rest
             if end <= read or decode(anchor, end) + decode(end, now) != window:
                 continue
             window = decode(anchor, end)
@@ -111,7 +111,7 @@ def _decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[
 def token_starts(text: str, token_ids: Sequence[int], tokenizer: Any) -> list[int | None]:
     """The character of ``text`` at which each token starts; None for a special token, which has none.
 
-    Two differences between ``text`` and a plain decoding are no fault: a leading space that SentencePiece
+    Two differences between ``text`` and a plain decoding are allowed: a leading space that SentencePiece
     drops when it does not see the prompt, and an unfinished last character, which samplers hold back.
 
     Raises:
@@ -130,8 +130,8 @@ def token_starts(text: str, token_ids: Sequence[int], tokenizer: Any) -> list[in
             min(len(text), len(decoded)),
         )
         raise UserError(
-            f"the tokens decode to another text: at character {at} expected {text[at : at + 20]!r}, got "
-            f"{decoded[at : at + 20]!r}; give the tokenizer of the model that sampled, and its text unchanged"
+            f"the tokens decode to a different text: at character {at} expected {text[at : at + 20]!r}, got "
+            f"{decoded[at : at + 20]!r}; use the tokenizer of the model that sampled, and its text unchanged"
         )
     position = iter(starts)
     shifted: list[int | None] = [None if token in special else next(position) + shift for token in token_ids]
@@ -158,7 +158,7 @@ def step_spans(
 
     Args:
         tokenizer: the sampler's, of transformers (``decode``, ``all_special_ids``, ``added_tokens_decoder``).
-        tag: for ``how="tag"``. A special token of the tokenizer, which the text leaves out, may be one too.
+        tag: for ``how="tag"``. It may be a special token of the tokenizer, which the text leaves out.
 
     Raises:
         UserError: the tokens do not decode to the text, or see ``split_text``.

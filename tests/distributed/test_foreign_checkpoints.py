@@ -67,4 +67,4 @@ def test_every_way_to_name_weights_converts_bitwise(layout: dict[str, Any], tmp_
     if layout["ranks"] == 1:
         (folder / "latest_checkpointed_iteration.txt").write_text("20")
         said = refusal(lambda: megatron_to_hf(folder, tmp_path / "never"), tmp_path / "never")
-        assert "names iter_0000020, which is not there (there: iter_0000010); give one of them" in said
+        assert "names iter_0000020, which does not exist (existing: iter_0000010); name one of them" in said

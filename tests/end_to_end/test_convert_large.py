@@ -158,7 +158,7 @@ def test_two_at_a_time_into_one_folder(tmp_path: Path) -> None:
     assert set(codes) <= {0, 2}
     for code, text in zip(codes, said, strict=True):
         if code:
-            assert "is being written by another process" in text or "already there" in text
+            assert "is being written by another process" in text or "already exists" in text
     assert verify(source, target) == []
     assert json.loads((target / "conversion.json").read_text())["direction"] == "hf_to_megatron"
 

@@ -121,6 +121,6 @@ def test_an_engine_without_progress_is_started_again(alone: Path, model: Path, t
     os.kill(worker.pid, signal.SIGSTOP)
     said = process.communicate(timeout=TIME_LIMIT_S)[1]
     assert process.returncode == 0, said
-    assert "makes no progress: starting it again" in said
+    assert "makes no progress: restarting it" in said
     assert not psutil.pid_exists(worker.pid)
     assert (tmp_path / "samples.jsonl").read_bytes() == alone.read_bytes()

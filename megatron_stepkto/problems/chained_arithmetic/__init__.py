@@ -1,1 +1,1 @@
-"""The built-in miniature task: word problems whose every step an exact rule can judge."""
+"""The built-in miniature task: word problems in which an exact rule can judge every step."""

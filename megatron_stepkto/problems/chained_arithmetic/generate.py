@@ -1,7 +1,7 @@
-"""Chained word problems: who has how many, each in terms of the one before.
+"""Chained word problems: each person's count is given in terms of the previous person's.
 
 "Max has 27 coins. Tom has 2 more than Max. Ann has twice as many as Tom. How many does Ann have?" has two
-links. A solution is one equation per link and the answer line.
+links. A solution is one equation per link, then the answer line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def apply(op: Operator, left: int, operand: int) -> int:
 
 @dataclass(frozen=True)
 class Link:
-    """``name`` has ``left op operand = result``, where ``left`` is what the person before has."""
+    """``name`` has ``left op operand = result``, where ``left`` is what the previous person has."""
 
     name: str
     op: Operator
@@ -57,7 +57,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Chain:
-    """A parsed problem: the true value of everybody in it."""
+    """A parsed problem, with everyone's true value."""
 
     start_name: str
     start_value: int
@@ -111,7 +111,7 @@ def _draw_link(rng: random.Random, name: str, left: int) -> Link:
 
 
 def draw_chain(rng: random.Random) -> Chain:
-    """A chain of 2 to 5 links with every value in 1..99, redrawn as a whole until that holds."""
+    """A chain of 2 to 5 links with every value in 1..99, resampled as a whole until that holds."""
     while True:
         num_links = rng.randint(MIN_LINKS, MAX_LINKS)
         names = rng.sample(NAMES, num_links + 1)
@@ -132,7 +132,7 @@ def generate(split: Split, count: int, seed: int) -> list[Problem]:
     """``count`` different problems of a split; the same arguments give the same problems.
 
     A problem's split is a function of its text alone (``split_of``), so train, dev and test share no problem
-    whatever the seeds. Ids hold split and seed, so they never clash between calls with different ones.
+    whatever the seeds. Ids include split and seed, so calls with different ones never share an id.
 
     Raises:
         UserError: the split is not one of train, dev, test.
@@ -171,7 +171,7 @@ _QUESTION = re.compile(rf" How many does ({_NAME}) have\?")
 def _bad(problem_text: str, reason: str) -> UserError:
     return UserError(
         f"not a chained-arithmetic problem: {reason}, in {problem_text!r:.200}; "
-        "choose another judge.process for problems that this task did not make"
+        "choose another judge.process for problems of other sources"
     )
 
 
@@ -180,7 +180,7 @@ def parse(problem_text: str) -> Chain:
     """Read a problem back from its text.
 
     Raises:
-        UserError: the text is no such problem; says where it departs.
+        UserError: the text is not such a problem; says where it differs.
     """
     opening = _OPENING.match(problem_text)
     if not opening:
@@ -190,7 +190,7 @@ def parse(problem_text: str) -> Chain:
     while sentence := _SENTENCE.match(problem_text, position):
         name, operand, direction, factor, of = sentence.groups()
         if of != before:
-            raise _bad(problem_text, f"{name}'s share is in terms of {of}, expected {before}")
+            raise _bad(problem_text, f"{name}'s count refers to {of}, expected {before}")
         op: Operator = "*" if factor else "+" if direction == "more" else "-"
         number = int(operand) if operand else 2 if factor == "twice" else 3
         link = Link(name, op, number, value, apply(op, value, number))
@@ -202,5 +202,5 @@ def parse(problem_text: str) -> Chain:
     if question[1] != before:
         raise _bad(problem_text, f"asks for {question[1]}, expected the last person, {before}")
     if len({opening[1], *(link.name for link in links)}) != len(links) + 1:
-        raise _bad(problem_text, "a name stands twice")
+        raise _bad(problem_text, "a name is duplicated")
     return Chain(opening[1], int(opening[2]), opening[3], tuple(links))

@@ -2,7 +2,7 @@
 
 Three habits: a dropped carry (17 + 5 = 12), the smaller digit from the larger (23 - 5 = 22), and "k times"
 read as "k more". Each (operation, operand) has its own rate between 0.1 and 0.8; rates above one half make
-a mistake the likelier line, or greedy decoding would hide it. After a mistake the next line often goes on
+a mistake the likelier line, or greedy decoding would hide it. After a mistake the next line often continues
 silently from the right value: such solutions reach the right answer through a wrong step, the case that an
 outcome label cannot see.
 """
@@ -26,11 +26,11 @@ from megatron_stepkto.problems.chained_arithmetic.generate import (
 MIN_FLAW_RATE, MAX_FLAW_RATE = 0.1, 0.8
 SILENT_REPAIR = {"+": 0.6, "-": 0.4, "*": 0.35}  # chance that the next line starts from the right value
 SLIP_RATE, SLIP_REPAIR = 0.02, 0.5
-MAX_WRITTEN = 297  # three digits at most: errors that pile up are cut to a value of the task's range
+MAX_WRITTEN = 297  # three digits at most: accumulated errors are clipped to the task's range
 
 
 def flaw_rate(op: Operator, operand: int) -> float:
-    """How often the habit of this operation strikes where it can; graded, so that no rule covers all."""
+    """How often the habit of this operation is followed where it can be; graded, so that no rule covers all."""
     grades = {2: 0.4, 3: 0.7} if op == "*" else {k: (5 * k + (3 if op == "-" else 0)) % 8 / 7 for k in range(2, 10)}
     return MIN_FLAW_RATE + (MAX_FLAW_RATE - MIN_FLAW_RATE) * grades[operand]
 
@@ -61,7 +61,7 @@ def _write_line(link: Link, left: int, rng: random.Random) -> tuple[Operator, in
 
 
 def write_solution(chain: Chain, rng: random.Random) -> str:
-    """A solution text in the student's hand, answer line included."""
+    """A solution as the student writes it, with the answer line."""
     lines = []
     value = chain.start_value
     for link in chain.links:

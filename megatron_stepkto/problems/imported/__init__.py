@@ -1,1 +1,1 @@
-"""Solutions judged elsewhere: public step-label formats become our records."""
+"""Solutions judged elsewhere: public step-label formats, converted to our records."""

@@ -1,7 +1,7 @@
 """The public step-label formats by name.
 
-Each parser takes one raw row to the solutions it holds. Labels keep what the source judged, nothing is
-inferred past it: 1 right, 0 wrong, null not judged. A parser's ValueError becomes an error with file and
+Each parser converts one raw row to its solutions. Labels keep what the source judged; nothing more is inferred:
+1 right, 0 wrong, null not judged. A parser's ValueError becomes an error with file and
 line in ``records.read_rows``.
 """
 
@@ -35,7 +35,7 @@ def importer_of(name: str) -> Importer:
     """The parser of a format; ``-`` and ``_`` and upper and lower case are the same in a name.
 
     Raises:
-        UserError: no such format; names the nearest and all.
+        UserError: unknown format; names the nearest one and all known ones.
     """
     plain = name.lower().replace("-", "_")
     plain = _ALSO_CALLED.get(plain, plain)

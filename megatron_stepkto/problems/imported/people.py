@@ -81,7 +81,7 @@ class _MrBen(_FirstErrorLayout):
     @model_validator(mode="before")
     @classmethod
     def _published(cls, row: dict[str, Any]) -> dict[str, Any]:
-        """The authors' own keys: steps count from 1, "N/A" stands for none."""
+        """The authors' keys: steps count from 1, "N/A" means none."""
         if "Model_Solution_Steps" not in row:
             return row
         missing = [key for key in _MRBEN_KEYS if key not in row]

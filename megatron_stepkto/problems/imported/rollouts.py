@@ -56,8 +56,8 @@ def parse_math_shepherd(row: dict[str, Any]) -> ImportedRow:
 
     + means that some continuation sampled after the step reached the gold answer, - that none did; every step
     is judged, also those after the first -. After the last step nothing can continue: its label is the
-    solution's outcome. The problem ends before "Step 1:"; the marker and the space before it are no text of
-    the solution. Gold answers are not in the data: a right solution gives the one it states.
+    solution's outcome. The problem ends before "Step 1:"; the marker and the space before it are not part
+    of the solution. Gold answers are not in the data: a right solution gives the one it states.
     """
     raw = _MathShepherd.model_validate(row)
     *pieces, tail = raw.input.split(STEP_MARKER)
@@ -86,12 +86,12 @@ def _signs(pieces: Sequence[str], tail: str, label: str) -> list[str]:
             found = len(re.findall(r"[+-]\s*$", label, re.MULTILINE))
             raise ValueError(
                 f"input has {len(pieces)} step markers, label ends {found} lines with + or -: "
-                f"they part at step {number} (counted from 0)"
+                f"they differ from step {number} on (counted from 0)"
             )
         signs.append(sign)
         position += len(piece) + 1
     if label[position:].strip():
-        raise ValueError(f"label goes on after the last step of input: {label[position:].strip()[:30]!r}")
+        raise ValueError(f"label continues after the last step of input: {label[position:].strip()[:30]!r}")
     return signs
 
 
@@ -112,7 +112,7 @@ def parse_omegaprm(row: dict[str, Any]) -> ImportedRow:
     Every leaf of the tree is one solution. Its steps are what each longer prefix adds; a step is 1 where
     ``mc_value`` > 0, else 0 (a prefix estimated more than once: where any is > 0). A leaf with a ``\\boxed``
     answer is finished: outcome 0 where its ``mc_value`` is 0, 1 where it is positive and the last box holds
-    the gold answer as written, else null (such leaves ramble on past the answer). Other leaves are
+    the gold answer as written, else null (such leaves continue past the answer). Other leaves are
     beginnings: outcome null.
     """
     raw = _OmegaPRM.model_validate(row)

@@ -61,7 +61,7 @@ class ImportedRow(Record):
 
 
 class Layout(BaseModel):
-    """A raw row. Keys that we have no use for are passed over."""
+    """A raw row. Keys that are not needed are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -97,7 +97,7 @@ def one_solution(*arguments: Any, **options: Any) -> ImportedRow:
 
 
 def joined(steps: Sequence[str], separator: str) -> list[str]:
-    """Give every step but the last the separator that stood between it and the next."""
+    """Append to every step but the last the separator that was between it and the next."""
     return [*(step + separator for step in steps[:-1]), *steps[-1:]]
 
 
@@ -119,7 +119,7 @@ def until_first_error(num_steps: int, first_error: int | None) -> list[Label]:
     if first_error is None:
         return [1] * num_steps
     if not 0 <= first_error < num_steps:
-        raise ValueError(f"first error {first_error} (counted from 0) lies outside the {num_steps} steps")
+        raise ValueError(f"first error {first_error} (counted from 0) is outside the {num_steps} steps")
     return [1 if step < first_error else 0 if step == first_error else None for step in range(num_steps)]
 
 
@@ -132,7 +132,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def same_answer(given: str | None, gold: str | None) -> Label:
-    """1: the same normal form; 0: both are numbers and differ; null: deciding it takes a maths checker."""
+    """1: the same normal form; 0: both are numbers and differ; null: undecided without computer algebra."""
     if given is None or gold is None:
         return None
     given, gold = normalise(given), normalise(gold)

@@ -80,7 +80,7 @@ def checker() -> Iterator[EquivalenceChecker]:
     ],
 )
 def test_exact(gold: str, answer: str, expected: bool | str | None) -> None:
-    """A text is why nobody can tell."""
+    """A text gives the reason for a doubt."""
     found = exact.compare(gold, answer)
     assert (found, type(found) is exact.Doubt) == (expected, isinstance(expected, str))
 

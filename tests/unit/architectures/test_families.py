@@ -86,7 +86,7 @@ def test_what_the_published_configs_say() -> None:
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is"),
         ({"rope_theta": -1.0}, "rope_theta = -1.0: expected a positive number"),
         # transformers takes the older block where both are there
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN_ROPE}, "both there and"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN_ROPE}, "both set and"),
         ({"is_causal": False}, "is_causal = False is not supported"),
         ({"attention_chunk_size": 8}, "attention_chunk_size = 8 is not known"),
         ({"layer_types": ["linear_attention"] * 4}, "linear_attention"),

@@ -17,7 +17,7 @@ def text(content: str | bytes) -> Callable[[Path], None]:
 
 def huge(path: Path) -> None:
     path.touch()
-    os.truncate(path, 1 << 40)  # a hole: takes no space on the disk, and all of the memory of whoever reads it
+    os.truncate(path, 1 << 40)  # a hole: takes no space on the disk, but all of a reader's memory
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {

@@ -1,4 +1,4 @@
-"""``dtype: auto``: by the weights and the processor's flags; and one job keeps one dtype, wherever it goes on."""
+"""``dtype: auto``: by the weights and the processor's flags; and one job keeps one dtype, wherever it is resumed."""
 
 from __future__ import annotations
 

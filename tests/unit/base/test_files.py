@@ -121,9 +121,9 @@ def test_a_file_system_that_cannot_flush_folders(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[" * 100_000 + "]" * 100_000, ":1: expected JSON, got text that does not parse (nested too deep)"),
-        ('{"a": ' * 100_000 + "1" + "}" * 100_000, "(nested too deep)"),
-        ('{"a": 1, "b": {"c": 2, "c": 2}}', '(key "c" is given twice)'),
+        ("[" * 100_000 + "]" * 100_000, ":1: expected JSON, got text that does not parse (nested too deeply)"),
+        ('{"a": ' * 100_000 + "1" + "}" * 100_000, "(nested too deeply)"),
+        ('{"a": 1, "b": {"c": 2, "c": 2}}', '(key "c" is duplicated; keep one)'),
         ('{"a": 1,\n"b"}', ":2: expected JSON, got text that does not parse (Expecting ':' delimiter"),
         ("9" * 6000, "expected JSON, got text that does not parse (Exceeds the limit"),
     ],

@@ -1,4 +1,4 @@
-"""One owner at a time among real processes; the dead are found out, whoever is alive is believed."""
+"""One owner at a time among real processes; dead owners are detected, live ones are respected."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def foreign(folder: Path, number: int = 1, **changes: object) -> Path:
 
 
 class Clock:
-    """Stands in for ``time`` in the module: it goes on when somebody sleeps, however busy the machine is."""
+    """Stands in for ``time`` in the module: it advances when the code sleeps, however busy the machine is."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -203,7 +203,7 @@ def test_who_was_taken_for_dead_stops_and_must_not_count(tmp_path: Path, stopped
     got.check()
     got.path.unlink()
     foreign(tmp_path / "lock", number=2)
-    with pytest.raises(UserError, match="another process took over"):
+    with pytest.raises(UserError, match="another process took the lock over"):
         got.check()
     assert stopped.wait(LIMIT_S)
     got.release()
@@ -247,14 +247,14 @@ def test_who_was_taken_for_dead_does_not_save_once_more(tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_number_of_a_folder_that_was_made_anew_is_anothers(tmp_path: Path, stopped: threading.Event) -> None:
-    """The run was removed and begun anew while this process worked: both hold number 1, of different folders."""
+def test_the_same_number_in_a_recreated_folder_is_another_lock(tmp_path: Path, stopped: threading.Event) -> None:
+    """The run was removed and started over while this process worked: both hold number 1, of different folders."""
     got = try_lock(tmp_path / "lock", Watch())
     assert isinstance(got, Lock)
     shutil.rmtree(tmp_path / "lock")
     held = foreign(tmp_path / "lock", number=1)
     os.utime(held, (7, 7))
-    with pytest.raises(UserError, match="another process took over, as this one seemed dead, or the folder was"):
+    with pytest.raises(UserError, match="another process took the lock over because this one seemed dead, or the"):
         got.check()
     assert stopped.wait(LIMIT_S)
     got.release()
@@ -262,7 +262,7 @@ def test_a_number_of_a_folder_that_was_made_anew_is_anothers(tmp_path: Path, sto
     assert [path.name for path in (tmp_path / "lock").iterdir()] == [".held.000001"], "nor is it let go"
 
 
-def test_a_lock_that_went_with_what_it_guards_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_removed_with_what_it_guards_stops_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its chunk is written, another process merges all and removes the claims, and the heart beats once more."""
     monkeypatch.setattr(locks, "HEARTBEAT_S", 0.01)
     looked = threading.Semaphore(0)
@@ -400,7 +400,7 @@ def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError) as caught:
         exclusive_lock(tmp_path / "run" / ".lock", "it").__enter__()
     assert str(caught.value).startswith(
-        f"{tmp_path / 'run'}: its file system makes no hard links ({os.strerror(code)})"
+        f"{tmp_path / 'run'}: its file system does not support hard links ({os.strerror(code)})"
     )
     assert "choose a folder on another file system" in str(caught.value)
     assert not list((tmp_path / "run" / ".lock").iterdir()), "no draft is left"

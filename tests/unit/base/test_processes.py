@@ -35,7 +35,7 @@ def wait_for(path: Path) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """A zombie is dead: who should reap it is the machine's init, which a container may lack."""
+    """A zombie is dead: reaping it is the task of the machine's init, which a container may lack."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):  # the latter when it goes between the opening and the reading
@@ -231,7 +231,7 @@ def test_a_fork_whose_parent_is_already_gone_ends(tmp_path: Path) -> None:
     assert_ends(pid)
 
 
-def test_a_launcher_that_nobody_has_reaped_yet_is_dead() -> None:
+def test_a_launcher_that_was_not_reaped_yet_is_dead() -> None:
     launcher = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
     script = "from megatron_stepkto.base.processes import die_with_parent; die_with_parent(); print('lives')"
@@ -300,7 +300,7 @@ def test_a_stuck_child_is_killed_and_started_again_a_few_times(
     assert len(starts.read_text().split()) == 3
     for pid in asked:
         assert_ends(pid)
-    assert capsys.readouterr().err.count("makes no progress: starting it again") == 2
+    assert capsys.readouterr().err.count("makes no progress: restarting it") == 2
     assert sorted(path.name for path in tmp_path.glob("*.log")) == ["a-2.log", "a-3.log", "a.log"]
 
 
@@ -407,7 +407,7 @@ def test_a_request_to_end_counts_where_the_children_were_done_before_they_heard_
     (tmp_path / "told").touch()  # the child ends after the signal was sent, however late that is
     said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == code, said
-    assert ("done, and stopped" in said) == bool(code)
+    assert ("finished, then stopped" in said) == bool(code)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0])

@@ -218,7 +218,7 @@ def test_several_runs_may_set_rows_aside_into_one_file(tmp_path: Path) -> None:
 def test_a_quarantine_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
     aside = tmp_path / "notes.jsonl"
     aside.write_text('{"mine": 1}\n')
-    with pytest.raises(UserError, match=r"notes\.jsonl: expected a quarantine of earlier runs"):
+    with pytest.raises(UserError, match=r"notes\.jsonl: expected the quarantine file of an earlier run"):
         list(read_records(write(tmp_path / "rows.jsonl", PROBLEM, "{"), Problem, quarantine=aside))
     assert aside.read_text() == '{"mine": 1}\n'
 
@@ -231,7 +231,7 @@ def test_quarantine_of_a_clean_file_writes_nothing(tmp_path: Path) -> None:
 
 def test_only_bad_rows_are_refused_but_listed(tmp_path: Path) -> None:
     path, aside = write(tmp_path / "rows.jsonl", "{", "[]"), tmp_path / "bad.jsonl"
-    assert refusal(path, quarantine=aside) == f"{path}: expected at least one record, got 2 bad rows and no good one"
+    assert refusal(path, quarantine=aside) == f"{path}: expected at least one record, got 2 bad rows and no good ones"
     assert len(aside.read_text().splitlines()) == 2
 
 

@@ -97,7 +97,7 @@ def test_force_says_that_it_keeps_the_cache(tmp_path: Path, capsys: pytest.Captu
     other = make(tmp_path, seed=2)
     run_stage(other, Work(other), force=True)
     assert (stage.directory / "cache" / "verdicts.jsonl").read_text() == "paid for"
-    assert f"sample: --force keeps {stage.directory / 'cache'}, which serves where" in capsys.readouterr().err
+    assert f"sample: --force keeps {stage.directory / 'cache'}, whose entries are reused" in capsys.readouterr().err
 
 
 def test_an_input_that_is_missing(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_lost_output_is_noticed(tmp_path: Path) -> None:
     work = Work(stage)
     run_stage(stage, work)
     (stage.directory / "out.txt").unlink()
-    assert refusal(stage, work) == (f"{stage.directory}: finished, but out.txt is gone; restore it or pass --force")
+    assert refusal(stage, work) == (f"{stage.directory}: finished, but out.txt is missing; restore it or pass --force")
     run_stage(stage, work, force=True)
     assert work.calls == 2
     assert (stage.directory / "out.txt").exists()
@@ -340,7 +340,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
 
 
 def test_a_finished_output_is_known_by_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recorded hash stands for a file that may be huge: it is not read again."""
+    """The recorded hash is used for a file that may be huge: it is not read again."""
     stage = make(tmp_path)
     run_stage(stage, Work(stage))
     foreign = stage.directory / "not_an_output.txt"
@@ -413,7 +413,7 @@ def test_an_input_of_an_unfinished_stage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "before" / "train.jsonl").write_text("{}\n")
     (tmp_path / "before" / "started.json").write_text("{}")
     after = Stage("after", tmp_path / "after", {}, {"train": tmp_path / "before" / "train.jsonl"})
-    with pytest.raises(UserError, match="input train is of an unfinished stage"):
+    with pytest.raises(UserError, match="input train belongs to an unfinished stage"):
         run_stage(after, lambda: Result([]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_stepkto.architectures.llama import read_config
-from megatron_stepkto.architectures.mapping import gate_up, qkv, same
+from megatron_stepkto.architectures.mapping import Entry, gate_up, qkv, same
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints import huggingface
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
@@ -162,22 +162,35 @@ def column(*values: int) -> Tensor:
     return torch.tensor(values)[:, None]
 
 
+def _stacked(entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
+    """One slice of Megatron's key, by the entry's runs."""
+    return torch.cat([tensors[run.part][run.source : run.source + run.count] for run in entry.runs])
+
+
+def _taken_apart(entry: Entry, stacked: Tensor) -> list[Tensor]:
+    """The slice's Hugging Face tensors, by the entry's runs."""
+    parts: list[list[Tensor]] = [[] for _ in entry.hf]
+    for run in sorted(entry.runs, key=lambda run: run.source):
+        parts[run.part].append(stacked[run.target : run.target + run.count])
+    return [torch.cat(part) for part in parts]
+
+
 def test_qkv_by_hand() -> None:
     """Two groups of two query heads, two rows per head: query heads 1 to 4 (11 12, 21 22, ...), keys 5x, values 7x."""
     entry = qkv("k", ("q", "k", "v"), layers=1, groups=2, heads=4, head_dim=2, columns=1)
     query, key, value = column(11, 12, 21, 22, 31, 32, 41, 42), column(51, 52, 61, 62), column(71, 72, 81, 82)
-    stacked = entry.to_megatron([query, key, value])
+    stacked = _stacked(entry, [query, key, value])
     assert stacked[:, 0].tolist() == [11, 12, 21, 22, 51, 52, 71, 72, 31, 32, 41, 42, 61, 62, 81, 82]
     assert (entry.shape, entry.full_shape, entry.hf_shapes()) == ((16, 1), (1, 16, 1), [(8, 1), (4, 1), (4, 1)])
-    for back, expected in zip(entry.to_hf(stacked), (query, key, value), strict=True):
+    for back, expected in zip(_taken_apart(entry, stacked), (query, key, value), strict=True):
         assert torch.equal(back, expected)
 
 
 def test_gate_and_up_by_hand() -> None:
     entry = gate_up("k", "gate", "up", 1, 4, 1)
-    stacked = entry.to_megatron([column(1, 2), column(3, 4)])
+    stacked = _stacked(entry, [column(1, 2), column(3, 4)])
     assert stacked[:, 0].tolist() == [1, 2, 3, 4]
-    assert [part[:, 0].tolist() for part in entry.to_hf(stacked)] == [[1, 2], [3, 4]]
+    assert [part[:, 0].tolist() for part in _taken_apart(entry, stacked)] == [[1, 2], [3, 4]]
 
 
 def test_experts_are_stacked_over_layers_and_experts() -> None:

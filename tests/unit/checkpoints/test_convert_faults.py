@@ -117,8 +117,9 @@ def test_a_head_that_is_no_copy_in_a_tied_model(models: dict[str, Path], tmp_pat
         weights["lm_head.weight"][98, 63] += 1
 
     folder = change_weights(copy(models["tied"], tmp_path / "hf"), change)
-    assert "lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings is true" in forward_refusal(
-        folder
+    assert (
+        "lm_head.weight differs from model.embed_tokens.weight, although tie_word_embeddings is true"
+        in forward_refusal(folder)
     )
     change_config(folder, tie_word_embeddings=False)
     hf_to_megatron(folder, tmp_path / "megatron")
@@ -139,7 +140,7 @@ def test_weights_that_stand_twice(models: dict[str, Path], tmp_path: Path) -> No
     (folder / "model.safetensors").unlink()
     said = forward_refusal(folder)
     for name in (GATE, UP):
-        assert f"{name} stands in b.safetensors too, {INDEX} names a.safetensors" in said
+        assert f"{name} is also in b.safetensors, {INDEX} names a.safetensors" in said
     (folder / "b.safetensors").unlink()
     save_file({n: t for n, t in weights.items() if files[n] == "b.safetensors"}, folder / "b.safetensors")
     hf_to_megatron(folder, tmp_path / "megatron")

@@ -88,7 +88,7 @@ def test_every_truncation_and_many_flipped_bits_are_an_error_or_harmless(tmp_pat
     [
         (b"\x80\x02" + b"0" * 2**24, zipfile.ZIP_DEFLATED, "data.pkl is packed, or far too large"),  # 16 KB on disk
         (b"\x80\x02" + b"0" * 2**21, zipfile.ZIP_STORED, "data.pkl is packed, or far too large"),
-        (b"\x80\x02Nr\xff\xff\xff\x7f.", zipfile.ZIP_STORED, "no plain tensor"),  # a memo of 2^31 places
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", zipfile.ZIP_STORED, "not a plain tensor"),  # a memo of 2^31 places
     ],
     ids=["packed", "large", "memo"],
 )

@@ -95,7 +95,7 @@ def test_a_target_that_comes_while_the_source_is_looked_at_is_not_replaced(
 
     monkeypatch.setattr(convert, "HFSide", slowly)
     assert stepkto("convert", models["tied"], target) == 2
-    assert f"{target}: already there: another process has just written it" in " ".join(capsys.readouterr().err.split())
+    assert f"{target}: already exists: another process has just written it" in " ".join(capsys.readouterr().err.split())
     assert verify(models["untied"], target) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [".megatron.lock", "megatron"]
 
@@ -253,7 +253,7 @@ def test_damage_after_a_conversion_is_found_by_the_next(
         (source / DATA_FILE).write_bytes(content.replace(row, row[:8] + b"\1" + row[9:]))
     assert stepkto("convert", source, tmp_path / "target") == 2
     said = capsys.readouterr().err
-    assert f"{name}: the bytes are not those that conversion.json says were written" in said
+    assert f"{name}: the bytes differ from the checksums in conversion.json" in said
     assert not (tmp_path / "target").exists()
     (source / "conversion.json").unlink()
     assert stepkto("convert", source, tmp_path / "target") == 0
@@ -274,7 +274,7 @@ def test_code_of_the_models_author_is_named_and_left_behind(
     source = change_config(copy(models["tied"], tmp_path / "hf"), auto_map={"AutoModelForCausalLM": "evil.Evil"})
     (source / "evil.py").write_text("raise SystemExit('ran')")
     assert stepkto("convert", source, tmp_path / "megatron") == 0
-    assert "auto_map names code of the model's author: it is neither run nor copied" in capsys.readouterr().err
+    assert "auto_map names the author's own code, which is neither run nor copied" in capsys.readouterr().err
     assert stepkto("convert", tmp_path / "megatron", tmp_path / "back") == 0
     for folder in (tmp_path / "megatron" / "huggingface", tmp_path / "back"):
         assert not (folder / "evil.py").exists()

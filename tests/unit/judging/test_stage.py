@@ -116,7 +116,7 @@ def test_an_answer_that_cannot_be_compared_is_null(folder: Folder) -> None:
     ("changes", "reason"),
     [
         ({"problem_id": "p9"}, "problem_id p9 is not in"),
-        ({"text": RIGHT.replace("64", "65")}, "the tokens decode to another text"),
+        ({"text": RIGHT.replace("64", "65")}, "the tokens decode to a different text"),
     ],
 )
 def test_a_bad_sample_is_named_or_set_aside(folder: Folder, changes: dict[str, Any], reason: str) -> None:

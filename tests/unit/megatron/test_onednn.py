@@ -127,7 +127,7 @@ first = a @ b
 before = peak()
 for rows in range(600, 900): a[:rows] @ b
 print((peak() - before) // 1024)
-assert torch.equal(a @ b, first)  # its code was made anew
+assert torch.equal(a @ b, first)  # its code was generated again
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
     assert int(done.stdout) < 60, done.stdout

@@ -88,7 +88,7 @@ def test_a_name_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         patches._replace(Moved(), "_get_cuda_rng_state", None)
     monkeypatch.setattr(patches, "_installed", False)
     monkeypatch.setattr(patches, "PATCHED_MODULES", ("package_info",))  # a module that imports no torch
-    with pytest.raises(RuntimeError, match=r"megatron\.core\.package_info has no global torch to stand in for"):
+    with pytest.raises(RuntimeError, match=r"megatron\.core\.package_info has no global torch to replace"):
         patches.install()
 
 

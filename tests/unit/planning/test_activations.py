@@ -1,7 +1,7 @@
 """The activation formula against the tensors that autograd really keeps, on real layers of this package.
 
 Storages are counted once, by ``saved_tensors_hooks``, weights and the micro-batch itself aside. Ranks are fake (one
-process stands in for each), so that tensor and sequence parallel shapes are the true ones; values do not matter.
+process acts as each), so that tensor and sequence parallel shapes are the real ones; values do not matter.
 """
 
 from __future__ import annotations

@@ -178,9 +178,9 @@ def test_math_shepherd_right_solution_states_the_answer() -> None:
 
 def test_math_shepherd_rejects_labels_that_do_not_fit() -> None:
     row = {"input": "P? Step 1: a ки\nStep 2: b ки", "label": "P? Step 1: a +\nStep 2: b"}
-    with pytest.raises(ValueError, match=r"input has 2 step markers, label ends 1 lines .* part at step 1"):
+    with pytest.raises(ValueError, match=r"input has 2 step markers, label ends 1 lines .* differ from step 1 on"):
         parse("math_shepherd", row)
-    with pytest.raises(ValueError, match="part at step 0"):
+    with pytest.raises(ValueError, match="differ from step 0 on"):
         parse("math_shepherd", {**row, "label": "Q? Step 1: a +\nStep 2: b +"})
     with pytest.raises(ValueError, match='expected "Step 1:"'):
         parse("math_shepherd", {"input": "P? a ки", "label": "P? a +"})

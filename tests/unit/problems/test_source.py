@@ -93,7 +93,7 @@ def test_a_problem_that_measures_may_not_train(tmp_path: Path, split: str) -> No
     with pytest.raises(UserError) as caught:
         check_training_problems(given, allow=False, skip_bad=False)
     said = str(caught.value)
-    assert said.startswith("1 training problems also stand in an evaluation set")
+    assert said.startswith("1 training problems are also in an evaluation set")
     assert f"{tmp_path / 'train.jsonl'}:4 (p3) = {tmp_path / f'{split}.jsonl'}:4 (other), same: 3 + 3?" in said
     allowed = check_training_problems(given, allow=True, skip_bad=False)
     assert allowed == {"overlaps": 1, "overlapping_ids": ["p3"]}
@@ -113,7 +113,7 @@ def test_processbench_shares_108_problems_with_math500(data_dir: Path) -> None:
 
     assert check_training_problems(imports(), allow=False, skip_bad=False) == {}
     guarded = imports(apart_from=[data_dir / "eval/math500.jsonl"])
-    with pytest.raises(UserError, match="training problems also stand in an evaluation set") as caught:
+    with pytest.raises(UserError, match="training problems are also in an evaluation set") as caught:
         check_training_problems(guarded, allow=False, skip_bad=False)
     assert str(caught.value).startswith("108 training problems")
     first = str(caught.value).splitlines()[1]
@@ -129,7 +129,7 @@ def test_processbench_shares_108_problems_with_math500(data_dir: Path) -> None:
 def test_an_id_that_stands_twice(tmp_path: Path) -> None:
     rows = problems(3)
     doubled = rows[1].model_copy(update={"problem": "5 + 5?"})
-    with pytest.raises(UserError, match=r"train\.jsonl: problem_id p1 is given twice"):
+    with pytest.raises(UserError, match=r"train\.jsonl: problem_id p1 is duplicated"):
         write_problems(source(tmp_path, [*rows, doubled]), "train", None, 0, 1, tmp_path / "out.jsonl")
 
 
@@ -162,7 +162,7 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("keys", "said"), BAD_ROWS)
-def test_a_bad_problem_is_named_by_whoever_reads_it_first(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
+def test_a_bad_problem_is_named_by_its_first_reader(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
     """Alone, and when the training problems are first compared with those that measure."""
     train = write(tmp_path / "train.jsonl", problems(1))
     train.write_text(train.read_text() + json.dumps({"problem_id": "q", "problem": "x?", "answer": "2", **keys}) + "\n")
@@ -195,7 +195,7 @@ def test_problems_that_share_a_text_are_named(tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "out.jsonl"
     assert write_problems(given, "train", 5, 0, 1, out) == {"problems": 5, "repeated_texts": 11}
     said = " ".join(capsys.readouterr().err.split())
-    assert "11 problems have the text of an earlier one, and count again: s0, s1, s2, s3, s4" in said
+    assert "11 problems repeat the text of an earlier one, and each counts: s0, s1, s2, s3, s4" in said
     assert write_problems(given, "test", 3, 0, 1, out) == {"problems": 3, "repeated_texts": 1}
     assert write_problems(source(tmp_path, problems(3)), "train", 2, 0, 1, out) == {"problems": 2}
 
@@ -203,7 +203,7 @@ def test_problems_that_share_a_text_are_named(tmp_path: Path, capsys: pytest.Cap
 def test_one_text_with_two_answers_does_not_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [Problem(problem_id=name, problem="1 + 1?", answer=answer) for name, answer in (("a", "2"), ("b", "3"))]
     given = source(tmp_path, rows, test=rows)
-    with pytest.raises(UserError, match=r"1 texts with several: a \(answer 2\), b \(answer 3\); remove the wrong ones"):
+    with pytest.raises(UserError, match=r"1 texts with several answers: a \(answer 2\), b \(answer 3\); remove"):
         write_problems(given, "train", None, 0, 1, tmp_path / "out.jsonl")
     assert write_problems(given, "test", 2, 0, 1, tmp_path / "out.jsonl") == {"problems": 2, "repeated_texts": 1}
     assert "a (answer 2), b (answer 3)" in " ".join(capsys.readouterr().err.split())

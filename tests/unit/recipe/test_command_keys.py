@@ -170,6 +170,6 @@ def test_an_evaluation_of_a_folder_takes_the_first_problems_of_each_set(
             cli.main([*command, *options])
     assert [len(ids) for ids in asked] == [10, 4, 4]
     assert asked[1] == asked[2] == ["a/0", "a/1", "b/0", "b/1"]
-    assert "a.jsonl: --limit (evaluate.num_problems) is 6, it holds 5; lower it" in " ".join(
+    assert "a.jsonl: --limit (evaluate.num_problems) is 6, the data set has 5 problems; lower it" in " ".join(
         capsys.readouterr().err.split()
     )

@@ -113,7 +113,7 @@ def tiktoken_like() -> Any:
 
 
 def _like_sentencepiece(model: Any) -> Any:
-    """Llama 2's arrangement: a space is ▁, one stands before the text, unknown characters are bytes."""
+    """Llama 2's arrangement: a space is ▁, one precedes the text, unknown characters are bytes."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -151,7 +151,7 @@ def unigram_like() -> Any:
 
 
 def bytes_of(tokenizer: Any, token: str) -> bytes:
-    """The bytes that a token stands for, from its spelling: the code under test never sees it."""
+    """The bytes that a token represents, from its spelling: the code under test never sees it."""
     if tokenizer.backend_tokenizer.decoder.__class__.__name__ == "ByteLevel":
         symbols = {symbol: byte for byte, symbol in byte_symbols().items()}
         return bytes(symbols[character] for character in token)
