@@ -25,7 +25,8 @@ from megatron_stepkto.base.records import (
 from megatron_stepkto.judging.classes import class_warnings
 from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
-from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
+from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error
+from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.row_tasks import run_task, tokenizer_hash
 from megatron_stepkto.recipe.keys import Judging
 from megatron_stepkto.recipe.prompts import load_tokenizer
@@ -79,7 +80,7 @@ def _split(
     """The solutions of known problems, in order; an error where text and tokens disagree."""
     options = {"tokenizer": str(tokenizer), "split": settings.split, "step_tag": settings.step_tag}
     found = run_task(
-        "steps", options, [[row.text, row.token_ids] for row in rows], place.directory, place.workers,
+        "steps", options, [[row.text, row.token_ids] for row in rows], place.folder, place.workers,
         "splitting into steps", "samples", tokenizer_hash(tokenizer),
     )  # fmt: skip
     return [
@@ -155,6 +156,7 @@ def judge_file(
     load_tokenizer(tokenizer_dir)  # a folder without one is refused before the work
     place = Workplace(output.parent, tokenizer_dir, seed, settings.workers, settings.timeout_s, hashes)
     judge = process_judge(settings.process, place)
+    judge.load()
     reward = _reward_model(by_id, problems, settings, place)
     rows = list(read_records(samples, Sample, quarantine=quarantine))
     bad = _Quarantine(quarantine, samples)
@@ -222,7 +224,9 @@ def _reward_model(
             f"{path}: {len(without)} problems have no answer, such as {without[0]}; give answers, or name a reward "
             "model: judge.outcome: {reward_model: FOLDER, threshold: NUMBER}"
         )
-    return OutcomeRewardModel(settings.outcome, place)
+    reward = OutcomeRewardModel(settings.outcome, place)
+    reward.load()
+    return reward
 
 
 def _score(rows: Sequence[_Labelled], reward: OutcomeRewardModel | None) -> Iterator[Outcome]:

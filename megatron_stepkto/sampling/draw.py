@@ -34,6 +34,7 @@ __all__ = [
     "DrawResult", "Drawing", "Pass", "PromptRow", "draw", "fixed_dtype", "read_prompts", "sample_drawing",
     "sampling_dtype",
 ]  # fmt: skip
+WORKER = "megatron_stepkto.sampling.worker"  # imports torch: not here
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ class _Stall:
 
 
 def _child(job: Job, worker: int, name: str, job_file: Path, logs: Path) -> Child:
-    command = [sys.executable, "-m", "megatron_stepkto.sampling.worker", str(job_file), "--name", name]
+    command = [sys.executable, "-m", WORKER, str(job_file), "--name", name]
     env = {"OMP_NUM_THREADS": "1"}
     if job.settings.backend == "vllm":
         build = vllm_build()

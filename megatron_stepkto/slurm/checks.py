@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe.keys import MonteCarloJudge, Recipe
-from megatron_stepkto.slurm.chain import has_server, server_urls, train_nodes
+from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.slurm.chain import has_server, judge_needs, server_urls, train_nodes
 from megatron_stepkto.slurm.options import check_options
 from megatron_stepkto.slurm.site import Site
 
@@ -100,16 +100,12 @@ def _check_nodes(recipe: Recipe, site: Site) -> None:
             f"sample.workers x sample.tensor_parallel: expected at most {gpus} (GPUS_PER_NODE), got {need}; lower "
             "sample.workers and raise SAMPLE_ELEMENTS in the site file: each has a node of its own"
         )
-    if recipe.judge is None or recipe.problems.source == "imports":  # no job judges
-        return
-    judge = recipe.judge.process
-    need = judge.sample.workers * judge.sample.tensor_parallel if isinstance(judge, MonteCarloJudge) else 0
-    if gpus and need > gpus:
-        key = "judge.process.sample"
-        raise UserError(
-            f"{key}.workers x {key}.tensor_parallel: expected at most {gpus} (GPUS_PER_NODE), got {need}; lower "
-            f"{key}.workers: the judge's job has one node"
-        )
+    for judge in judge_needs(recipe):
+        if gpus and judge.gpus > gpus and not judge.shares_gpus:
+            raise UserError(
+                f"{' x '.join(judge.gpu_keys)}: expected at most {gpus} (GPUS_PER_NODE), got {judge.gpus}; lower "
+                f"{judge.gpu_keys[0]}: the judge's job has one node"
+            )
 
 
 def _check_mounts(recipe: Recipe, site: Site) -> None:

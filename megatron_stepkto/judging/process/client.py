@@ -35,6 +35,8 @@ from megatron_stepkto.base.progress import say, warn
 T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 120.0
+# recipe keys of how a server is asked: labels do not depend on them
+SERVER_KEYS = frozenset({"base_url", "api_key_env", "timeout_s", "retries", "max_outage_s", "concurrency"})
 SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0  # of an outage
 CHECK_OUTAGE_S = 20.0  # how long a check before the work waits for a server
 FEWEST_FAULTS = 3  # answers of status 500 to one request, while others are answered, before it counts as its fault
@@ -82,6 +84,11 @@ class _Server:
     said_at: float | None = None  # of this outage
 
 
+def split_urls(base_url: str) -> tuple[str, ...]:
+    """The servers that a recipe's ``base_url`` names, without slashes at the end."""
+    return tuple(url.strip().rstrip("/") for url in base_url.split(",") if url.strip())
+
+
 @dataclass(frozen=True)
 class Service:
     """``base_url`` may name several servers of one model, separated by commas.
@@ -98,8 +105,9 @@ class Service:
     reported_model: str | None = None
     key: str = "judge.process"
 
-    def urls(self) -> list[str]:
-        urls = [url.strip().rstrip("/") for url in self.base_url.split(",") if url.strip()]
+    def urls(self) -> tuple[str, ...]:
+        """Raises UserError where one is not a URL."""
+        urls = split_urls(self.base_url)
         for url in urls:
             if not url.startswith(("http://", "https://")) or not urllib.parse.urlsplit(url).hostname:
                 raise UserError(f"{self.key}.base_url: {url!r} is not a URL; expected http://host:port/v1")

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, Problem, Sample, read_records, write_records
-from megatron_stepkto.judging.process import judging_key
+from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.judging.stage import judge_file, load_tokenizer
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.recipe.keys import Judging
