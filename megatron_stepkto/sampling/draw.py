@@ -23,7 +23,6 @@ from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import ProgressFile, Report, warn
 from megatron_stepkto.base.records import Problem, Sample, read_records
-from megatron_stepkto.checkpoints.model_folder import check_model_folder
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import BadText, Prompts
 from megatron_stepkto.sampling.engines import check_engines
@@ -236,6 +235,8 @@ def _draw_missing(job: Job, title: str, logs: Path) -> None:
     missing = job.missing()
     if not missing:
         return
+    from megatron_stepkto.checkpoints.model_folder import check_model_folder  # imports torch
+
     check_model_folder(job.model)  # a worker would fail in another program's words, or fill the memory
     me = f"{os.uname().nodename}-{os.getpid()}"
     # beside the chunks it could go while a worker starts, when another process merges them
