@@ -109,7 +109,7 @@ def run_task(
 
 
 def _kept(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that decide the result: a folder counts by its state, not by where it stands."""
+    """Options that decide the result: a folder counts by its content, not by its path."""
     return {name: value for name, value in options.items() if name != "tokenizer"}
 
 

@@ -43,7 +43,7 @@ def _read_problems(path: Path) -> dict[str, Problem]:
     problems: dict[str, Problem] = {}
     for problem in read_records(path, Problem):
         if problem.problem_id in problems:
-            raise UserError(f"{path}: problem_id {problem.problem_id} stands twice; ids must be unique")
+            raise UserError(f"{path}: problem_id {problem.problem_id} is duplicated; ids must be unique")
         problems[problem.problem_id] = problem
     return problems
 
@@ -58,7 +58,7 @@ class _Quarantine:
     def reject(self, sample: Sample, reason: str) -> None:
         where = f"{self._source}: sample_id {sample.sample_id}"
         if self._path is None:
-            raise UserError(f"{where}: {reason}; or pass --quarantine FILE to set bad rows aside")
+            raise UserError(f"{where}: {reason}; correct it, or pass --quarantine FILE to set bad rows aside")
         self._rows.append(
             {
                 "file": str(self._source),
@@ -193,7 +193,7 @@ def judge_file(
 
 
 def check_judge(settings: Judging, model: Path, directory: Path, problems: Path | None = None) -> None:
-    """Can the judges work here and now? See ``ProcessJudge.check``.
+    """Check that the judges can work on this machine now; see ``ProcessJudge.check``.
 
     Args:
         model: the folder of the model that samples, which need not be there yet. directory: where they work.
@@ -245,16 +245,16 @@ def _score(rows: Sequence[_Labelled], reward: OutcomeRewardModel | None) -> Iter
 def _judged(
     sample: Sample, steps: list[Step], outcome: Outcome, process: str, reward: OutcomeRewardModel | None
 ) -> JudgedSample:
-    who = Judge(outcome="answer", process=process)
+    judge = Judge(outcome="answer", process=process)
     if outcome.score is not None and reward is not None:
-        who = Judge(outcome=reward.name, process=process, score=outcome.score, threshold=reward.settings.threshold)
+        judge = Judge(outcome=reward.name, process=process, score=outcome.score, threshold=reward.settings.threshold)
     return JudgedSample(
-        **dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=who
+        **dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=judge
     )
 
 
 def _judge_answers(good: Sequence[_Labelled], settings: Judging, directory: Path) -> Iterator[Outcome]:
-    """Decided pairs are kept in ``directory/cache`` as they come: an interrupted stage decides none of them twice."""
+    """Decided pairs are kept in ``directory/cache`` as they come: an interrupted stage decides none of them again."""
     outcomes: list[Outcome] = []
     if not good:
         return iter(outcomes)

@@ -1,4 +1,4 @@
-"""Which jobs a run is made of, what each waits for, and with which flags it is submitted."""
+"""The jobs of a run: what each waits for, and the flags with which it is submitted."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def chain(recipe: Recipe, site: Site) -> list[Step]:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Does the summary stand, with a row per iteration?"""
+    """Is the summary there, with a row per iteration?"""
     summary = recipe.run_dir / "summary.json"
     if not (summary.is_file() and (recipe.run_dir / "report.html").is_file()):
         return False
@@ -122,12 +122,12 @@ def _sample(recipe: Recipe, site: Site) -> list[str]:
 
 
 def _evaluate(recipe: Recipe, site: Site) -> list[str]:
-    """It draws, and then it judges."""
+    """It samples, and then it judges."""
     return _on_gpus(site, max(_engine_gpus(recipe), _judge_gpus(recipe, site)), site.time_evaluate)
 
 
 def has_server(recipe: Recipe, site: Site) -> bool:
-    """Do the jobs that judge start the server that the recipe's judge asks?"""
+    """Whether the jobs that judge start the server that the recipe's judge asks."""
     return bool(site.judge_server) and site.judge_url.rstrip("/") in server_urls(recipe)
 
 
@@ -182,7 +182,7 @@ def command(step: Step, run: Path, site: Site, after: list[int], cwd: Path) -> l
         *site.extra,
     ]  # fmt: skip
     if after:
-        # without the second flag a dependent of a failed job waits for ever
+        # without the second flag a job that depends on a failed one waits forever
         flags += ["--dependency=afterok:" + ":".join(map(str, after)), "--kill-on-invalid-dep=yes"]
     script = site.scripts / f"{step.script}.sbatch"
     return [*flags, str(script), str(folder(run) / "site.sh"), str(run), *step.arguments]

@@ -150,10 +150,11 @@ class Client:
     # --- before the work ---
 
     async def check_model(self) -> None:
-        """Wait until a server is up, and see that all that are up have the model.
+        """Wait until a server is up, and check that all that are up have the model.
 
         Raises:
-            UserError: the key is refused, or one has not the model. StageFailed: none answers for ``max_outage_s``.
+            UserError: the key is refused, or a server does not have the model. StageFailed: none answers for
+                ``max_outage_s``.
         """
         await asyncio.gather(*(self._check_server(server) for server in self._servers))
         attempt = 0
@@ -222,7 +223,7 @@ class Client:
             except Unavailable as error:
                 self.events[error.event] += 1
                 if error.event == "status_500" and server.answered > answered[server.url]:
-                    # others are answered: it is this request that the server cannot stand
+                    # others are answered: this request makes the server fail
                     answered[server.url] = server.answered
                     faults["500"] += 1
                     if faults["500"] > max(self.service.retries, FEWEST_FAULTS):
@@ -252,8 +253,8 @@ class Client:
         reported = answer.get("model") if isinstance(answer, dict) else None
         if isinstance(reported, str) and reported != expected:
             raise UserError(
-                f"{self.service.key}: asked {server.url} for the model {expected!r}, its answer is from {reported!r}; "
-                f"name that one in the recipe; where both are the same model, set reported_model: {reported}"
+                f"{self.service.key}: asked {server.url} for the model {expected!r}, the answer is from {reported!r}; "
+                f"name that one in the recipe, or set reported_model: {reported} if both are the same model"
             )
 
     # --- which server, and for how long none ---
@@ -309,7 +310,7 @@ class Client:
         if silent is None:
             if server.said_at is None and now - server.failing_since >= SAY_AFTER_S:
                 server.said_at = now
-                warn(f"{server.url} does not answer ({error}); the other servers go on")
+                warn(f"{server.url} does not answer ({error}); the other servers continue")
             return
         # a wrong address shows at once
         never = all(each.answered == 0 for each in self._servers)
@@ -344,7 +345,7 @@ class Client:
 
 
 async def check_servers(service: Service) -> None:
-    """``Client.check_model``, of a client that asks nothing else and does not wait long: nothing is lost yet."""
+    """``Client.check_model``, by a client that asks nothing else and waits only briefly: no work is lost yet."""
     async with Client(replace(service, max_outage_s=min(service.max_outage_s, CHECK_OUTAGE_S))) as client:
         await client.check_model()
 

@@ -246,7 +246,7 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
                 bar.update(len(votes), self._note())
                 await self._work(client, solutions, missing, cache, votes, bar)
         if failed := self._counts["failed"] + self._counts["too_long"]:
-            warn(f"{failed} of {total} votes have no verdict, their steps lose a vote; the last: {self._useless}")
+            warn(f"{failed} of {total} votes have no verdict and are not counted; the last: {self._useless}")
 
     async def _work(
         self, client: Client, solutions: Sequence[Solution], missing: list[list[tuple[int, int]]], cache: AnswerCache,
@@ -272,7 +272,7 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
                 group.create_task(worker())
 
     async def _ask(self, client: Client, body: dict[str, Any], num_steps: int) -> list[Label] | None:
-        """The votes of one request; None where there are none to be had."""
+        """The votes of one request; None if it gave none."""
 
         def read(answer: Any) -> list[Label]:
             usage = answer.get("usage") if isinstance(answer, dict) else None

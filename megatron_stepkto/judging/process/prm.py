@@ -1,5 +1,8 @@
 """Process reward models: the probability that each step is right, by the conventions that such models are trained on.
 
+Workers get fixed shares of the rows at the start: a model takes minutes to load, so that no share is worth moving
+(judging/row_tasks.py hands out rows one chunk after another).
+
 ``qwen_math_prm`` (Qwen2.5-Math-PRM, arXiv 2501.07301): the chat template with its system prompt, ``<extra_0>``
 after each step, a two-class head on that token. ``math_shepherd`` (arXiv 2312.08935, peiyi9979's Mistral): each
 step ends with " ки", and the language model's logits of "+" and "-" on that token are compared.
@@ -117,7 +120,9 @@ def math_shepherd_row(solution: Solution, tokenizer: Any) -> PRMRow:
 def _only_token(tokenizer: Any, text: str) -> int:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        raise UserError(f"judge.process.model: its tokenizer has no token {text}; another convention?")
+        raise UserError(
+            f"judge.process.model: its tokenizer has no single token {text}; check judge.process.convention"
+        )
     return int(ids[0])
 
 
@@ -126,7 +131,7 @@ def _row(solution: Solution, token_ids: Sequence[int], tag: int) -> PRMRow:
     if len(positions) != len(solution.steps):
         raise UserError(
             f"solution {solution.solution_id}: expected one step mark per step, got {len(positions)} for "
-            f"{len(solution.steps)} steps: the solution or the problem holds the mark itself"
+            f"{len(solution.steps)} steps: the solution or the problem contains the mark itself"
         )
     return PRMRow(token_ids=list(token_ids), positions=positions)
 

@@ -400,7 +400,7 @@ def test_answers_of_another_model_are_refused(tmp_path: Path) -> None:
         return Reply({**reply.body, "model": "judge-2025"})
 
     with ScriptedServer(script) as server:
-        with pytest.raises(UserError, match=r"asked .* for the model 'judge', its answer is from 'judge-2025'"):
+        with pytest.raises(UserError, match=r"asked .* for the model 'judge', the answer is from 'judge-2025'"):
             judge(server.url, tmp_path, concurrency=2).judge(SOLUTIONS)
         assert len(server.requests) <= 2
         assert not (tmp_path / "cache" / "verdicts.jsonl").read_text()

@@ -144,9 +144,9 @@ def test_problems_that_the_rule_cannot_judge(folder: Folder) -> None:
         folder.judge([folder.sample(0, RIGHT)])
 
 
-def test_a_problem_id_may_not_stand_twice(folder: Folder) -> None:
+def test_a_problem_id_is_unique(folder: Folder) -> None:
     write_records(folder.problems, [PROBLEM, PROBLEM])
-    with pytest.raises(UserError, match="problem_id p1 stands twice"):
+    with pytest.raises(UserError, match="problem_id p1 is duplicated"):
         folder.judge([folder.sample(0, RIGHT)])
 
 
