@@ -127,7 +127,7 @@ class ProcessJudge(ABC, Generic[Keys]):
         Files count by content, not by path.
 
         Raises:
-            UserError: a file is missing.
+            UserError, OSError: a file cannot be read.
         """
         kept = self.settings.model_dump(mode="json", exclude=set(self.HOW))
         return kept | {name: {"sha256": self.content_hash(path)} for name, path in self.inputs().items()}

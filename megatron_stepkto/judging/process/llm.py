@@ -38,25 +38,20 @@ from megatron_stepkto.recipe.prompts import TEMPLATE_FAULTS
 
 WORDS: dict[str, Label] = {"right": 1, "wrong": 0, "unsure": None}
 FEW = 20  # answers after which a judge whose answers are mostly useless is stopped
+OWN_PROMPT = Path(str(resources.files("megatron_stepkto.judging").joinpath("prompts/step_judge.txt")))
 LARGEST_SEED = 2**31  # some servers take 32 bits
 
 
-def template_text(path: Path | None) -> str:
-    """The prompt template: the user's file, or the one of this package.
+def template_text(path: Path) -> str:
+    """The prompt template in a file.
 
     Raises:
-        UserError: the file is missing.
+        UserError: the file is missing, or is not text.
     """
-    if path is None:
-        return resources.files("megatron_stepkto.judging").joinpath("prompts/step_judge.txt").read_text("utf-8")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"judge.process.prompt: {path}: expected a text file ({error}); see docs/judges.md") from None
-
-
-def template_hash(path: Path | None) -> str:
-    return hashlib.sha256(template_text(path).encode()).hexdigest()
 
 
 class PromptTemplate:
@@ -66,7 +61,7 @@ class PromptTemplate:
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
         self._where = str(path or "the built-in prompt")
         try:
-            self._template = environment.from_string(template_text(path))
+            self._template = environment.from_string(template_text(path or OWN_PROMPT))
         except TEMPLATE_FAULTS as error:
             raise self._error(error) from None
 
@@ -159,11 +154,11 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
     def name(self) -> str:
         return f"llm:{self.settings.model}"
 
-    def key(self) -> dict[str, Any]:
-        return super().key() | {"prompt": {"sha256": template_hash(self.settings.prompt)}}  # also the package's own
-
     def inputs(self) -> dict[str, Path]:
-        return {} if self.settings.prompt is None else {"prompt": self.settings.prompt}
+        return {"prompt": self.settings.prompt or OWN_PROMPT}
+
+    def content_hash(self, path: Path) -> str:
+        return hashlib.sha256(template_text(path).encode()).hexdigest()  # of the text, whatever its line ends
 
     def resources(self) -> Resources:
         return Resources(servers=split_urls(self.settings.base_url))
@@ -246,7 +241,7 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
                 bar.update(len(votes), self._note())
                 await self._work(client, solutions, missing, cache, votes, bar)
         if failed := self._counts["failed"] + self._counts["too_long"]:
-            warn(f"{failed} of {total} votes have no verdict and are not counted; the last: {self._useless}")
+            warn(f"{failed} of {total} votes have no verdict and count for neither label; the last: {self._useless}")
 
     async def _work(
         self, client: Client, solutions: Sequence[Solution], missing: list[list[tuple[int, int]]], cache: AnswerCache,

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from megatron_stepkto.base.cache import content_key
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.judging.process import ProcessJudge, Resources, Solution, Verdicts
 from megatron_stepkto.judging.process import registry as judges
 from megatron_stepkto.judging.section import judging_key, judging_resources
@@ -90,6 +91,12 @@ def test_the_settings_without_a_sampler_and_with_a_reward_model(files: Path) -> 
     key = judging_key(section({"kind": "monte_carlo", "sample": {"max_tokens": 9}}, outcome=outcome))
     assert key["process"] == ROLLOUTS | {"model": None}
     assert key["outcome"] == {"threshold": 0.5, "dtype": "auto", "model": {"sha256": MODEL}}
+
+
+def test_a_missing_prompt_is_named() -> None:
+    process = {"kind": "llm", "base_url": URL, "model": "j", "prompt": "/absent.txt"}
+    with pytest.raises(UserError, match=r"judge\.process\.prompt: /absent\.txt: expected a text file"):
+        judging_key(section(process))
 
 
 def test_the_settings_with_the_packages_own_prompt() -> None:
