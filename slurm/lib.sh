@@ -3,11 +3,11 @@
 
 set -u # not while the site file is sourced
 
-# What srun would read of the shell that submitted: it moves a step's output out of the log, or ends it early.
+# Variables of the submitting shell that srun would read: it moves a step's output out of the log, or ends it early.
 unset SLURM_STDOUTMODE SLURM_STDERRMODE SLURM_STDINMODE SLURM_TIMELIMIT
 
 MAX_FAILURES=3
-MAX_RESTARTS=100 # preemptions and time limits; more than that is no progress
+MAX_RESTARTS=100 # preemptions and time limits; a job that needs more makes no progress
 
 : "${TOLD:=0}" # 1: told to stop; from the first line of a *.sbatch on
 
@@ -68,8 +68,8 @@ make_step() {
     STEP+=(bash -c 'set -eo pipefail; source "$0"; environment "$1"; shift; exec "$@"' "$SITE" "$kind" "$@")
 }
 
-# launch KIND NODES COMMAND...: run such a step. Returns when it ended well on all nodes; else decides what becomes of
-# the job, and does not return.
+# launch KIND NODES COMMAND...: run such a step. Returns when it ended well on all nodes; else decides whether the job
+# is requeued, and does not return.
 launch() {
     local code
     make_step "$@"
@@ -115,24 +115,24 @@ serve() {
     shift 3
     command -v curl >/dev/null || give_up "needs curl on its node, to see whether the judge server is up"
     answer=$(answer_at "$url")
-    if [[ $answer != 000 ]]; then # another's server, of another model perhaps: its answers must not become labels
-        echo "error: somebody else listens at $url on $SLURM_JOB_NODELIST (status $answer) before the judge server is" \
-            "started: end that, or give JUDGE_URL and JUDGE_SERVER another port"
+    if [[ $answer != 000 ]]; then # another user's server, perhaps of another model: its answers must not become labels
+        echo "error: another process listens at $url on $SLURM_JOB_NODELIST (status $answer) before the judge server is" \
+            "started: end it, or set another port in JUDGE_URL and JUDGE_SERVER"
         settle 1
     fi
     SERVER_LOG=$log
     echo "=== $PART: $(tail -n 1 "$RUN/slurm/attempts/$PART"), server: $*" >>"$SERVER_LOG"
     make_step "$kind" 1 "$@"
-    # overlap: a step has its GPUs and cores for itself, and the next one would wait for ever
+    # overlap: a step has its GPUs and cores for itself, and the next one would wait forever
     "${STEP[0]}" --overlap "${STEP[@]:1}" >>"$SERVER_LOG" 2>&1 &
     SERVER_PID=$!
     trap 'kill "$SERVER_PID" 2>/dev/null || true' EXIT
     while ((!TOLD)) && server_lives; do
-        # 000: nobody listens; 5xx: it loads; anything else is an answer, which the judge will read
+        # 000: no process listens; 5xx: it is loading; anything else is an answer, which the judge will read
         answer=$(answer_at "$url")
         [[ $answer != [234]* ]] || return 0
         if ((SECONDS - begun > SERVER_WAIT)); then
-            echo "error: no answer of the judge server at $url in $SERVER_WAIT s; its log: $SERVER_LOG"
+            echo "error: no answer from the judge server at $url in $SERVER_WAIT s; its log: $SERVER_LOG"
             settle 1
         fi
         sleep 2
@@ -141,7 +141,7 @@ serve() {
     settle 1
 }
 
-# answer_at URL: the HTTP status of URL/models, 000 where nobody answers. Without a proxy, as the judge asks.
+# answer_at URL: the HTTP status of URL/models, 000 if no process answers. Without a proxy, as the judge asks.
 answer_at() { curl --silent --noproxy '*' --output /dev/null --write-out '%{http_code}' --max-time 5 "$1/models" || true; }
 
 server_lives() { kill -0 "$SERVER_PID" 2>/dev/null; }
@@ -154,13 +154,13 @@ settle() {
     case $code in
     130 | 138 | 143) # SIGINT, SIGUSR1 (before Python could handle it), SIGTERM
         if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
-            give_up "was started $MAX_RESTARTS times and is not done: raise its time limit in $SITE"
+            give_up "was started $MAX_RESTARTS times and is not finished: raise its time limit in $SITE"
         fi
-        echo "=== $PART: interrupted; what is done is kept"
+        echo "=== $PART: interrupted; finished work is kept"
         requeue
         ;;
     esac
-    # What a judge says that lost its server is not about the recipe.
+    # The error of a judge that lost its server does not concern the recipe.
     if [[ -n $SERVER_PID ]] && ! server_lives; then
         echo "error: the judge server has ended; its log: $SERVER_LOG"
         code=1
@@ -178,7 +178,7 @@ settle() {
 }
 
 give_up() {
-    echo "=== $PART: $1. The chain stops here. Log: $LOG. Then: stepkto slurm submit again."
+    echo "=== $PART: $1. The chain stops here. Log: $LOG. Correct it, then run stepkto slurm submit again."
     echo "$1" >"$RUN/slurm/failures/$PART.stopped"
     exit 1
 }
@@ -197,7 +197,7 @@ requeue() {
         exit 143
     fi
     echo "=== $PART: back into the queue"
-    # Preempted, or requeued by somebody: Slurm puts the job back by itself, and says no to us.
+    # Preempted, or requeued by a user: Slurm requeues the job by itself and refuses our request.
     # An element by its array's number: the job id of the last one is the array's own, and would put all back.
     local job=$SLURM_JOB_ID
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID

@@ -1,11 +1,11 @@
-# What is particular to your cluster. Copy to slurm/site.sh and edit; every job sources it. It is bash: quote paths.
+# The settings of your cluster. Copy to slurm/site.sh and edit; every job sources it. It is bash: quote paths.
 # shellcheck shell=bash disable=SC1091,SC2034
 
 STEPKTO_HOME=$HOME/megatron-stepkto     # this checkout, on a file system that all nodes see
 
 # --- where jobs go ---------------------------------------------------------------------------------------------
 ACCOUNT=                                # empty: your default account
-GPU_PARTITION=gpu                       # sample, evaluate, train; judge with a server of its own or a model in it
+GPU_PARTITION=gpu                       # sample, evaluate, train; judge if it starts a server or runs a model
 CPU_PARTITION=cpu                       # prepare, dataset, convert, finish, and judge where it needs no GPU
 SBATCH_EXTRA=()                         # more flags of sbatch for every job, such as (--qos=long)
 
@@ -16,7 +16,7 @@ TRAIN_NODES=                            # empty: train.parallel.ranks / GPUS_PER
 SAMPLE_ELEMENTS=4                       # elements of the sample array, one node each; a late one helps
 CPU_TASK_CPUS=16                        # of prepare, dataset, convert, finish, and judge where it needs no GPU
 
-# --- how long (a job that reaches its limit saves, is put back and goes on) ------------------------------------
+# --- how long (a job that reaches its limit saves, is requeued and resumes) ------------------------------------
 TIME_SAMPLE=04:00:00
 TIME_JUDGE=04:00:00
 TIME_TRAIN=08:00:00
@@ -32,7 +32,7 @@ MOUNTS=$HOME,/scratch                   # what a container sees of the cluster, 
                                         # runs, models, problems
 
 # environment KIND: make the command `stepkto` available. KIND: train (Megatron) or sample (vLLM). Runs on each node,
-# inside the container if there is one. As it stands here: an image holds everything.
+# inside the container if there is one. As written here: an image contains everything.
 environment() {
     [[ $CONTAINER == none ]] || return 0
     case $1 in

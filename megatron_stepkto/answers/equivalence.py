@@ -1,5 +1,7 @@
 """Is an answer equal to the gold answer? What cannot be checked is "undecided", never "wrong".
 
+Pairs are not spread in chunks (judging/row_tasks.py): each may exhaust its limit and take its worker with it.
+
 The exact path decides what it can decide with certainty. The rest goes to math-verify in worker processes that hold at
 most 1 GiB and die with this process. Each pair has a limit of *CPU time*, measured by the kernel for
 that process, so that a loaded machine gives the same verdicts as an idle one; only a worker that sleeps is
@@ -9,15 +11,10 @@ workers start with the first pair that needs one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import os
 import selectors
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from megatron_stepkto.answers import exact, math_verify_worker
 from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.code_hash import code_hash, versions
 from megatron_stepkto.base.errors import StageFailed
+from megatron_stepkto.base.line_worker import LineWorker
 from megatron_stepkto.base.records import Label
 
 START_TIMEOUT_S = 180.0  # a cold start on a loaded machine
@@ -53,61 +51,28 @@ class Verdict:
         return _LABELS[self.verdict]
 
 
-class _Worker:
+class _Worker(LineWorker):
     """One math-verify process and the pair it works on."""
 
     def __init__(self, cpu_seconds: float) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", math_verify_worker.__name__, str(os.getpid()), str(cpu_seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+        super().__init__(
+            math_verify_worker.__name__,
+            [str(os.getpid()), str(cpu_seconds)],
+            env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
         )
-        self._buffer = b""
         self.ready = False
         self.pair: int | None = None
         self.since = time.monotonic()
-        assert self._process.stdout is not None
-        self.fileno = self._process.stdout.fileno()
 
-    def send(self, number: int, gold: str, answer: str) -> None:
-        assert self._process.stdin is not None
+    def compare(self, number: int, gold: str, answer: str) -> None:
         self.pair, self.since = number, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it died between two pairs: receive() notices
-            self._process.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def receive(self) -> dict[str, Any] | None:
-        """The next reply; {} while a line is incomplete; None when the process is gone."""
-        chunk = os.read(self.fileno, 65536)
-        if not chunk:
-            return None
-        self._buffer += chunk
-        if not self._buffer.endswith(b"\n"):
-            return {}
-        line, self._buffer = self._buffer, b""
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        self.send({"gold": gold, "answer": answer})
 
     def elapsed(self) -> float:
         return time.monotonic() - self.since
 
-    def last_words(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read().decode("utf-8", "replace").strip()[-800:]
-
     def how_it_ended(self) -> str:
-        return "timeout" if self._process.wait() == -signal.SIGPROF else "crashed"
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._errors):
-            assert file is not None
-            with contextlib.suppress(BrokenPipeError):
-                file.close()
+        return "timeout" if self.exit_code() == -signal.SIGPROF else "crashed"
 
 
 @functools.cache
@@ -199,7 +164,7 @@ class EquivalenceChecker:
                 self._start()
             for worker in self._workers:
                 if worker.ready and worker.pair is None and (number := next(waiting, None)) is not None:
-                    worker.send(number, *hard[number])
+                    worker.compare(number, *hard[number])
             for number, verdict in self._collect():
                 doubt = None
                 if verdict.verdict == "right":
@@ -234,19 +199,23 @@ class EquivalenceChecker:
         done: list[tuple[int, Verdict]] = []
         for key, _ in self._selector.select(max(0.0, min(limits, default=0.0))):
             worker: _Worker = key.data
-            reply = worker.receive()
-            if reply is None:
+            try:
+                reply = worker.receive()
+            except EOFError:
                 number, words = worker.pair, worker.last_words()
                 started, how = worker.ready, worker.how_it_ended()
                 self._retire(worker)
                 if not started:
-                    raise StageFailed(f"a math-verify process did not start; it printed:\n{words}")
+                    raise StageFailed(f"a math-verify process did not start; it printed:\n{words}") from None
                 if number is not None:
                     milliseconds = 1000 * (self._timeout_s if how == "timeout" else worker.elapsed())
                     done.append((number, Verdict("undecided", how, milliseconds)))
-            elif "ready" in reply:
+                continue
+            if reply is None:
+                continue
+            if "ready" in reply:
                 worker.ready = True
-            elif reply and worker.pair is not None:
+            elif worker.pair is not None:
                 done.append((worker.pair, Verdict(reply["verdict"], reply["how"], reply["milliseconds"])))
                 worker.pair = None
         for worker in list(self._workers):

@@ -13,7 +13,7 @@ from megatron_stepkto.base.records import Problem, read_records, write_records
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model, evaluation_drawing
 from megatron_stepkto.evaluation.table import METRICS, Row
-from megatron_stepkto.judging.process import judging_key
+from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.judging.stage import check_judge
 from megatron_stepkto.problems.datasets import data_name, load_problems
 from megatron_stepkto.recipe.file import model_evaluation

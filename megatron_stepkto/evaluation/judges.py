@@ -25,7 +25,9 @@ from megatron_stepkto.base.records import Label, Problem, Step
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.evaluation.statistics import Share, clustered_share, plain_share
 from megatron_stepkto.judging.imported import GOLD_SOURCES, judged_samples, read_imports
-from megatron_stepkto.judging.process import Solution, Workplace, cut_after_first_error, judging_key, process_judge
+from megatron_stepkto.judging.process import Solution, Workplace, cut_after_first_error
+from megatron_stepkto.judging.process.registry import process_judge
+from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.problems.imported.solution import ImportedSolution
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import Prompts
@@ -150,6 +152,7 @@ def judge_eval(
         hashes = output / ".hashes.json"
         place = Workplace(output, tokenizer, 0, settings.workers, settings.timeout_s, hashes)
         judge = process_judge(settings.process, place)
+        judge.load()
         rows: dict[str, list[Judged]] = {name: [] for name in sources}
         refused: dict[str, list[str]] = {name: [] for name in sources}
         for (name, solution), verdicts in zip(flat, judge.judge(made), strict=True):

@@ -39,7 +39,7 @@ def read_imports(
     """Read files of public formats and bring them together.
 
     Two problems are the same where their texts are equal up to white space. A problem's answer is the gold
-    one of any source, else the one that a right solution states; a problem whose answer nobody knows has no
+    one of any source, else the one that a right solution states; a problem without a known answer has no
     Problem record (nothing could be sampled for it and judged), but its solutions are kept.
 
     Args:
@@ -67,7 +67,7 @@ def read_imports(
                 if (known := kept.get(solution.solution_id)) is not None:
                     if known != solution:
                         raise UserError(
-                            f"{item.path}: solution {solution.solution_id} stands twice with different "
+                            f"{item.path}: solution {solution.solution_id} is duplicated with different "
                             "content; give each solution its own id, or import the files separately"
                         )
                     duplicates += 1
@@ -189,7 +189,7 @@ def judged_samples(solutions: Sequence[ImportedSolution], prompts: Prompts) -> I
 def _starts(offsets: Sequence[tuple[int, int]]) -> list[int]:
     """The character at which each token starts.
 
-    Many tokenizers trim the leading space of a token from its offsets: what lies between two tokens belongs
+    Many tokenizers trim the leading space of a token from its offsets: what is between two tokens belongs
     to the later one.
     """
     starts, reached = [], 0

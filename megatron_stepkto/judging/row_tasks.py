@@ -1,30 +1,32 @@
-"""Work on one row at a time that depends on nothing but the row: run it in chunks, by several processes, and keep it.
+"""Quick work on rows that depends on nothing but the row, by several processes of this machine, kept in one file.
 
-Each finished chunk is a line of ``cache/TASK.jsonl``, keyed by its rows, the options and the code, so an interrupted
-stage goes on where it was, and the result does not depend on who worked when.
+Each finished chunk is a line of ``cache/TASK.jsonl``, keyed by its rows, the options and the code, so that an
+interrupted stage resumes, and the result does not depend on which process did which chunk. Other work on many rows
+keeps its own way: a comparison of answers may never end, so each has a limit of its own (answers/equivalence.py);
+models take minutes to load and a GPU each, so their workers are started once with all their rows (process/prm.py), and
+sampling is shared by processes of several nodes (sampling/worker.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.code_hash import code_hash, versions
 from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.files import sha256_of
+from megatron_stepkto.base.line_worker import LineWorker
 from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.recipe.prompts import load_tokenizer
 from megatron_stepkto.steps.tokens import step_spans
 
-CHUNK = 64  # rows of one line of the cache: at most so many per worker are done again after a kill
+ROW_WORKER = "megatron_stepkto.judging.row_worker"
+CHUNK = 64  # rows of one line of the cache: a kill loses at most one chunk per worker
 FEW = 1024  # rows: starting processes would take longer than the work
 TOKENIZER_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 RowFunction = Callable[[Any], Any]
@@ -107,7 +109,7 @@ def run_task(
 
 
 def _kept(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that decide the result: a folder counts by its state, not by where it stands."""
+    """Options that decide the result: a folder counts by its content, not by its path."""
     return {name: value for name, value in options.items() if name != "tokenizer"}
 
 
@@ -120,44 +122,6 @@ def _here(
         yield place, [answer(function, row) for row in chunk]
 
 
-class _Worker:
-    """One process of ``row_worker``. It ends with its input, so also when this process is killed."""
-
-    def __init__(self, task: str, options: dict[str, Any], log: Path) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log
-        with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_stepkto.judging.row_worker", json.dumps([task, options])],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                start_new_session=True,  # Ctrl-C is for the stage, which then ends its workers
-            )  # fmt: skip
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-
-    def work(self, place: int, chunk: list[Any]) -> tuple[int, list[Any]]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it died: the end of its output says so next
-            self._process.stdin.write(json.dumps(chunk).encode() + b"\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            words = self._log.read_text(errors="replace").strip()[-800:]
-            raise StageFailed(f"a judging process ended; see {self._log}; it printed:\n{words}")
-        return place, json.loads(line)
-
-
 def _by_workers(
     task: str, options: dict[str, Any], chunks: Sequence[list[Any]], logs: Path, count: int
 ) -> Generator[tuple[int, list[Any]], None, None]:
@@ -165,14 +129,17 @@ def _by_workers(
     with contextlib.ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(count))
         # killed before the threads are waited for, whatever happens
-        idle = [stack.enter_context(_Worker(task, options, logs / f"{task}-{n}.log")) for n in range(count)]
+        arguments, files = [json.dumps([task, options])], [logs / f"{task}-{number}.log" for number in range(count)]
+        idle = [(stack.enter_context(LineWorker(ROW_WORKER, arguments, log)), log) for log in files]
 
         def work(place: int, chunk: list[Any]) -> tuple[int, list[Any]]:
-            worker = idle.pop()  # as many threads as workers
+            worker, log = idle.pop()  # as many threads as workers
             try:
-                return worker.work(place, chunk)
+                return place, worker.ask(chunk)
+            except EOFError:
+                raise StageFailed(f"a judging process ended; see {log}; it printed:\n{worker.last_words()}") from None
             finally:
-                idle.append(worker)
+                idle.append((worker, log))
 
         futures = [threads.submit(work, place, chunk) for place, chunk in enumerate(chunks)]
         try:

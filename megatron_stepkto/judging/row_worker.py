@@ -14,7 +14,7 @@ from megatron_stepkto.judging.row_tasks import TASKS, answer
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not stand among the replies
+    os.dup2(2, 1)  # what a library prints must not end up among the replies
     task, options = json.loads(sys.argv[1])
     function = TASKS[task][0](options)
     try:
@@ -22,7 +22,7 @@ def main() -> None:
             replies.write(json.dumps([answer(function, row) for row in json.loads(line)]).encode() + b"\n")
             replies.flush()
     except (BrokenPipeError, KeyboardInterrupt):
-        os._exit(1)  # nobody listens any more
+        os._exit(1)  # the stage that reads the replies is gone
 
 
 if __name__ == "__main__":

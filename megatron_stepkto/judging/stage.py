@@ -25,7 +25,8 @@ from megatron_stepkto.base.records import (
 from megatron_stepkto.judging.classes import class_warnings
 from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
-from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error, process_judge
+from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error
+from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.row_tasks import run_task, tokenizer_hash
 from megatron_stepkto.recipe.keys import Judging
 from megatron_stepkto.recipe.prompts import load_tokenizer
@@ -42,7 +43,7 @@ def _read_problems(path: Path) -> dict[str, Problem]:
     problems: dict[str, Problem] = {}
     for problem in read_records(path, Problem):
         if problem.problem_id in problems:
-            raise UserError(f"{path}: problem_id {problem.problem_id} stands twice; ids must be unique")
+            raise UserError(f"{path}: problem_id {problem.problem_id} is duplicated; ids must be unique")
         problems[problem.problem_id] = problem
     return problems
 
@@ -57,7 +58,7 @@ class _Quarantine:
     def reject(self, sample: Sample, reason: str) -> None:
         where = f"{self._source}: sample_id {sample.sample_id}"
         if self._path is None:
-            raise UserError(f"{where}: {reason}; or pass --quarantine FILE to set bad rows aside")
+            raise UserError(f"{where}: {reason}; correct it, or pass --quarantine FILE to set bad rows aside")
         self._rows.append(
             {
                 "file": str(self._source),
@@ -79,7 +80,7 @@ def _split(
     """The solutions of known problems, in order; an error where text and tokens disagree."""
     options = {"tokenizer": str(tokenizer), "split": settings.split, "step_tag": settings.step_tag}
     found = run_task(
-        "steps", options, [[row.text, row.token_ids] for row in rows], place.directory, place.workers,
+        "steps", options, [[row.text, row.token_ids] for row in rows], place.folder, place.workers,
         "splitting into steps", "samples", tokenizer_hash(tokenizer),
     )  # fmt: skip
     return [
@@ -155,6 +156,7 @@ def judge_file(
     load_tokenizer(tokenizer_dir)  # a folder without one is refused before the work
     place = Workplace(output.parent, tokenizer_dir, seed, settings.workers, settings.timeout_s, hashes)
     judge = process_judge(settings.process, place)
+    judge.load()
     reward = _reward_model(by_id, problems, settings, place)
     rows = list(read_records(samples, Sample, quarantine=quarantine))
     bad = _Quarantine(quarantine, samples)
@@ -191,7 +193,7 @@ def judge_file(
 
 
 def check_judge(settings: Judging, model: Path, directory: Path, problems: Path | None = None) -> None:
-    """Can the judges work here and now? See ``ProcessJudge.check``.
+    """Check that the judges can work on this machine now; see ``ProcessJudge.check``.
 
     Args:
         model: the folder of the model that samples, which need not be there yet. directory: where they work.
@@ -222,7 +224,9 @@ def _reward_model(
             f"{path}: {len(without)} problems have no answer, such as {without[0]}; give answers, or name a reward "
             "model: judge.outcome: {reward_model: FOLDER, threshold: NUMBER}"
         )
-    return OutcomeRewardModel(settings.outcome, place)
+    reward = OutcomeRewardModel(settings.outcome, place)
+    reward.load()
+    return reward
 
 
 def _score(rows: Sequence[_Labelled], reward: OutcomeRewardModel | None) -> Iterator[Outcome]:
@@ -241,16 +245,16 @@ def _score(rows: Sequence[_Labelled], reward: OutcomeRewardModel | None) -> Iter
 def _judged(
     sample: Sample, steps: list[Step], outcome: Outcome, process: str, reward: OutcomeRewardModel | None
 ) -> JudgedSample:
-    who = Judge(outcome="answer", process=process)
+    judge = Judge(outcome="answer", process=process)
     if outcome.score is not None and reward is not None:
-        who = Judge(outcome=reward.name, process=process, score=outcome.score, threshold=reward.settings.threshold)
+        judge = Judge(outcome=reward.name, process=process, score=outcome.score, threshold=reward.settings.threshold)
     return JudgedSample(
-        **dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=who
+        **dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=judge
     )
 
 
 def _judge_answers(good: Sequence[_Labelled], settings: Judging, directory: Path) -> Iterator[Outcome]:
-    """Decided pairs are kept in ``directory/cache`` as they come: an interrupted stage decides none of them twice."""
+    """Decided pairs are kept in ``directory/cache`` as they come: an interrupted stage decides none of them again."""
     outcomes: list[Outcome] = []
     if not good:
         return iter(outcomes)

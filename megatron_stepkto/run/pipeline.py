@@ -141,7 +141,7 @@ def sample_stage(run: Run, t: int) -> None:
 
 
 def judging_of(run: Run, t: int) -> Stage:
-    from megatron_stepkto.judging.process import judging_key
+    from megatron_stepkto.judging.section import judging_key
 
     assert run.recipe.judge is not None
     inputs = {"problems": run.folder.problems(t), "samples": run.folder.samples(t)}
@@ -270,7 +270,7 @@ def convert_stage(run: Run, t: int) -> None:
 
 
 def evaluation_of(run: Run, t: int) -> Stage:
-    from megatron_stepkto.judging.process import judging_key
+    from megatron_stepkto.judging.section import judging_key
 
     evaluation, sampling, judging = run.recipe.evaluate, run.recipe.sample, run.recipe.judge
     assert evaluation is not None

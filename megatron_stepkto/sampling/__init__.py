@@ -1,1 +1,1 @@
-"""Drawing solutions from a Hugging Face checkpoint. Nothing here imports Megatron."""
+"""Sampling solutions from a Hugging Face checkpoint. Nothing here imports Megatron."""

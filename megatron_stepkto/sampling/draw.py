@@ -1,5 +1,9 @@
-"""Draw solutions with any number of worker processes on any number of hosts; killed at any instant, the same call
-goes on. ``Drawing.draw`` may run many times at once (an array of Slurm jobs); ``Drawing.finish`` once, at the end."""
+"""Sample solutions with any number of worker processes on any number of hosts: each claims chunks that no other holds.
+
+Killed at any instant, the same call resumes. ``Drawing.draw`` may run in several processes concurrently (an array of
+Slurm jobs); ``Drawing.finish`` runs once, at the end. Claims are locks on a shared file system, which work of one host
+(judging/row_tasks.py) does not need.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,6 @@ from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.progress import ProgressFile, Report, warn
 from megatron_stepkto.base.records import Problem, Sample, read_records
-from megatron_stepkto.checkpoints.model_folder import check_model_folder
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import BadText, Prompts
 from megatron_stepkto.sampling.engines import check_engines
@@ -41,6 +44,7 @@ __all__ = [
     "sample_drawing",
     "sampling_dtype",
 ]  # fmt: skip
+WORKER = "megatron_stepkto.sampling.worker"  # imports torch: not here
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Drawing:
         check_prompts(self.job)
 
     def draw(self) -> None:
-        """Take part until every chunk is drawn.
+        """Take part until every chunk is sampled.
 
         Raises:
             UserError: the model does not fit the prompts or the machine, or the directory holds another job.
@@ -141,17 +145,17 @@ class Drawing:
                     self.dtype.keep(self.title)
                 _claim(self.job)
                 _draw_missing(self.job, self.title, self.logs)
-        except (FileNotFoundError, FileExistsError):  # what mkdir, too, says of a folder that goes in this instant
+        except (FileNotFoundError, FileExistsError):  # mkdir raises it, too, when the folder is removed at this instant
             if not self.job.is_merged:
                 raise
-        if self.job.is_merged:  # by another process, while our workers' last reports made the folder anew
+        if self.job.is_merged:  # by another process, while our workers' last reports created the folder again
             shutil.rmtree(self.job.chunk_dir, ignore_errors=True)
 
     def finish(self) -> DrawResult:
         """Leave ``directory/<pass>.jsonl``, problems in order, samples in order; only when all is drawn."""
         job = self.job
         speed: dict[str, Any] = {}
-        if not job.is_merged:  # once it is, any process may remove the chunks, and what stands beside them
+        if not job.is_merged:  # once it is, any process may remove the chunks and the files beside them
             speed = _speed(job)
             for pass_ in job.passes:
                 _merge(job, pass_, job.output(pass_))
@@ -220,7 +224,7 @@ def check_prompts(job: Job) -> None:
     angles = yarn_positions(config) if job.settings.backend == "vllm" else None
     for prompt in job.prompts:
         if prompt.problem_id in seen:
-            raise UserError(f"problem_id {prompt.problem_id} stands twice; ids must be unique")
+            raise UserError(f"problem_id {prompt.problem_id} is duplicated; ids must be unique")
         seen.add(prompt.problem_id)
         if vocab_size is not None and max(prompt.token_ids) >= vocab_size:
             raise UserError(
@@ -248,7 +252,7 @@ def _claim(job: Job) -> None:
     if job.owns_chunks() is False:
         raise UserError(
             f"{job.chunk_dir} holds unfinished samples of another model, prompts, seed or settings; "
-            "restore the recipe, or delete the folder to draw anew"
+            "restore the recipe, or delete the folder to sample again"
         )
     write_json(job.path, job.model_dump(mode="json"))
 
@@ -257,9 +261,11 @@ def _draw_missing(job: Job, title: str, logs: Path) -> None:
     missing = job.missing()
     if not missing:
         return
-    check_model_folder(job.model)  # a worker would fail in another program's words, or fill the memory
+    from megatron_stepkto.checkpoints.model_folder import check_model_folder  # imports torch
+
+    check_model_folder(job.model)  # a worker would fail with another library's message, or run out of memory
     me = f"{os.uname().nodename}-{os.getpid()}"
-    # beside the chunks it could go while a worker starts, when another process merges them
+    # beside the chunks, another process that merges them could remove it while a worker starts
     job_file = logs / f"job-{me}.json"
     write_json(job_file, job.model_dump(mode="json"))
     names = [f"{me}-{worker}" for worker in range(min(job.settings.workers, len(missing)))]
@@ -281,11 +287,11 @@ def _draw_missing(job: Job, title: str, logs: Path) -> None:
     finally:
         job_file.unlink(missing_ok=True)
     left = [chunk.file_name for chunk in job.missing()]
-    assert not left, f"workers ended well without {left}"
+    assert not left, f"workers ended without an error, but left {left}"
 
 
 def _measure(job: Job, workers: Sequence[str]) -> Report:
-    """All chunks that are drawn, by whomever, and what this process's workers have in hand."""
+    """Solutions of all finished chunks, of any process, and those under way in this process's workers."""
     total = sum(chunk.num_solutions for chunk in job.chunks())
     done = total - sum(chunk.num_solutions for chunk in job.missing())
     pulses = [pulse for name in workers if (pulse := _read_pulse(job.pulse_path(name)))]
@@ -301,7 +307,7 @@ def _read_pulse(path: Path) -> Pulse | None:
 
 
 class _Stall:
-    """Is a worker stuck? Its engine is busy, and no token came for ``limit_s``: a silent log says nothing."""
+    """Is a worker stuck? It is when its engine is busy and has generated no token for ``limit_s``."""
 
     def __init__(self, pulse: Path, limit_s: float) -> None:
         self._pulse, self._limit_s = pulse, limit_s
@@ -314,12 +320,12 @@ class _Stall:
             self._last, self._since = pulse, time.monotonic()
         if time.monotonic() - self._since <= self._limit_s:
             return False
-        self._since = time.monotonic()  # the one that is started anew has as long
+        self._since = time.monotonic()  # the worker that is started again has as long
         return True
 
 
 def _child(job: Job, worker: int, name: str, job_file: Path, logs: Path) -> Child:
-    command = [sys.executable, "-m", "megatron_stepkto.sampling.worker", str(job_file), "--name", name]
+    command = [sys.executable, "-m", WORKER, str(job_file), "--name", name]
     env = {"OMP_NUM_THREADS": "1"}
     if job.settings.backend == "vllm":
         build = vllm_build()
@@ -362,12 +368,14 @@ def _count(job: Job, paths: dict[str, Path]) -> dict[str, Any]:
         path = paths[pass_.name]
         for sample in read_records(path, Sample):
             if sample.sample_id != next(expected, None):
-                raise UserError(f"{path}: sample {sample.sample_id} is not of this job; delete the file")
+                raise UserError(
+                    f"{path}: sample {sample.sample_id} does not belong to this job; delete the file to sample again"
+                )
             reasons[sample.finish_reason] += 1
             tokens += len(sample.token_ids)
             empty += not sample.text.strip()
         if (lost := next(expected, None)) is not None:
-            raise UserError(f"{path}: sample {lost} is missing; delete the file to draw anew")
+            raise UserError(f"{path}: sample {lost} is missing; delete the file to sample again")
     return {
         "solutions": reasons.total(), "tokens": tokens, "empty": empty,
         "finish_reasons": dict(sorted(reasons.items())),

@@ -1,4 +1,4 @@
-"""Which jobs a run is made of, what each waits for, and with which flags it is submitted."""
+"""The jobs of a run: what each waits for, and the flags with which it is submitted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.stage import MANIFEST
-from megatron_stepkto.recipe.keys import LLMJudge, MonteCarloJudge, PRMJudge, Recipe
+from megatron_stepkto.judging.process import Resources
+from megatron_stepkto.judging.section import judging_resources
+from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.run.folder import Run
 from megatron_stepkto.run.summary import Summary
 from megatron_stepkto.slurm.queue import comment
@@ -120,33 +122,31 @@ def _sample(recipe: Recipe, site: Site) -> list[str]:
 
 
 def _evaluate(recipe: Recipe, site: Site) -> list[str]:
-    """It draws, and then it judges."""
+    """It samples, and then it judges."""
     return _on_gpus(site, max(_engine_gpus(recipe), _judge_gpus(recipe, site)), site.time_evaluate)
 
 
 def has_server(recipe: Recipe, site: Site) -> bool:
-    """Do the jobs that judge start the server that the recipe's judge asks?"""
+    """Whether the jobs that judge start the server that the recipe's judge asks."""
     return bool(site.judge_server) and site.judge_url.rstrip("/") in server_urls(recipe)
 
 
 def server_urls(recipe: Recipe) -> list[str]:
-    """Where the judge's job asks: none where there is no such job, or it asks nobody."""
+    """The servers that the jobs that judge ask."""
+    return [url for need in judge_needs(recipe) for url in need.servers]
+
+
+def judge_needs(recipe: Recipe) -> list[Resources]:
+    """What the judges need of the nodes on which they work; empty where no job judges."""
     if recipe.judge is None or recipe.problems.source == "imports":
         return []
-    process = recipe.judge.process
-    asked = process.base_url if isinstance(process, LLMJudge | PRMJudge) else None
-    return [url.strip().rstrip("/") for url in (asked or "").split(",") if url.strip()]
+    return judging_resources(recipe.judge)
 
 
 def _judge_gpus(recipe: Recipe, site: Site) -> int:
-    assert recipe.judge is not None
-    process = recipe.judge.process
-    gpus = recipe.judge.outcome.workers if recipe.judge.outcome else 0
-    if isinstance(process, MonteCarloJudge):
-        gpus = max(gpus, process.sample.workers * process.sample.tensor_parallel)
-    if isinstance(process, PRMJudge) and process.base_url is None:
-        gpus = max(gpus, process.workers)
-    return max(1, site.gpus_per_node) if has_server(recipe, site) else gpus
+    if has_server(recipe, site):
+        return max(1, site.gpus_per_node)
+    return max((need.gpus for need in judge_needs(recipe)), default=0)
 
 
 def _judge(recipe: Recipe, site: Site) -> list[str]:
@@ -182,7 +182,7 @@ def command(step: Step, run: Path, site: Site, after: list[int], cwd: Path) -> l
         *site.extra,
     ]  # fmt: skip
     if after:
-        # without the second flag a dependent of a failed job waits for ever
+        # without the second flag a job that depends on a failed one waits forever
         flags += ["--dependency=afterok:" + ":".join(map(str, after)), "--kill-on-invalid-dep=yes"]
     script = site.scripts / f"{step.script}.sbatch"
     return [*flags, str(script), str(folder(run) / "site.sh"), str(run), *step.arguments]

@@ -1,4 +1,4 @@
-"""What of a recipe and a site would fail only after hours in the queue: told at submission."""
+"""Refuses at submission what would otherwise fail after hours in the queue: faults of a recipe or a site file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe.keys import MonteCarloJudge, Recipe
-from megatron_stepkto.slurm.chain import has_server, server_urls, train_nodes
+from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.slurm.chain import has_server, judge_needs, server_urls, train_nodes
 from megatron_stepkto.slurm.options import check_options
 from megatron_stepkto.slurm.site import Site
 
@@ -21,11 +21,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_site(recipe: Recipe, site: Site) -> None:
-    """Do the jobs of a recipe find on this site what they need?
+    """Check that the jobs of a recipe find on this site what they need.
 
     Raises:
-        UserError: an input that is not there, time limits or flags that sbatch or the jobs cannot do with, ranks or
-            engines that do not fit on a node, a path that no container sees, a server that nobody starts.
+        UserError: an input that is not there, time limits or flags that break sbatch or the jobs, ranks or engines that
+            do not fit on a node, a path that no container sees, a server that no job starts.
     """
     _check_inputs(recipe)
     _check_limits(site)
@@ -39,11 +39,13 @@ def check_site(recipe: Recipe, site: Site) -> None:
 def _check_inputs(recipe: Recipe) -> None:
     for key, path in _paths(recipe.model_dump(exclude={"output"})):
         if not path.exists():
-            raise UserError(f"{recipe.place(key)}: {key}: {path} is not there; set the path, or put the file there")
+            raise UserError(
+                f"{recipe.place(key)}: {key}: {path} does not exist; correct the path, or put the file there"
+            )
 
 
 def _check_limits(site: Site) -> None:
-    """Does a job have time before it is told to stop?"""
+    """Check that a job has time to work before it is told to stop."""
     for field in fields(site):
         if not field.name.startswith("time_"):
             continue
@@ -61,7 +63,7 @@ def _check_limits(site: Site) -> None:
 
 
 def _seconds(text: str) -> float | None:
-    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; inf: no limit; None: it is none."""
+    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; inf: no limit; None: not a time limit."""
     if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
         return math.inf
     if re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text) is None:
@@ -76,7 +78,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _check_devices(recipe: Recipe, site: Site) -> None:
-    """What is asked of GPUs, on a site whose jobs get none."""
+    """Refuse what needs a GPU, on a site whose jobs get none."""
     if site.gpus_per_node:
         return
     if recipe.train.device == "cuda":
@@ -87,7 +89,7 @@ def _check_devices(recipe: Recipe, site: Site) -> None:
 
 
 def _check_nodes(recipe: Recipe, site: Site) -> None:
-    """Do the ranks and the engines fit on the nodes that they are given?"""
+    """Check that the ranks and the engines fit on the nodes that they get."""
     nodes, ranks, gpus = train_nodes(recipe, site), recipe.train.parallel.ranks, site.gpus_per_node
     if ranks % nodes or (gpus and ranks // nodes > gpus):
         raise UserError(
@@ -98,22 +100,18 @@ def _check_nodes(recipe: Recipe, site: Site) -> None:
     if recipe.sample is not None and gpus and (need := recipe.sample.workers * recipe.sample.tensor_parallel) > gpus:
         raise UserError(
             f"sample.workers x sample.tensor_parallel: expected at most {gpus} (GPUS_PER_NODE), got {need}; lower "
-            "sample.workers and raise SAMPLE_ELEMENTS in the site file: each has a node of its own"
+            "sample.workers and raise SAMPLE_ELEMENTS in the site file: each element has its own node"
         )
-    if recipe.judge is None or recipe.problems.source == "imports":  # no job judges
-        return
-    judge = recipe.judge.process
-    need = judge.sample.workers * judge.sample.tensor_parallel if isinstance(judge, MonteCarloJudge) else 0
-    if gpus and need > gpus:
-        key = "judge.process.sample"
-        raise UserError(
-            f"{key}.workers x {key}.tensor_parallel: expected at most {gpus} (GPUS_PER_NODE), got {need}; lower "
-            f"{key}.workers: the judge's job has one node"
-        )
+    for judge in judge_needs(recipe):
+        if gpus and judge.gpus > gpus and not judge.shares_gpus:
+            raise UserError(
+                f"{' x '.join(judge.gpu_keys)}: expected at most {gpus} (GPUS_PER_NODE), got {judge.gpus}; lower "
+                f"{judge.gpu_keys[0]}: the judge's job has one node"
+            )
 
 
 def _check_mounts(recipe: Recipe, site: Site) -> None:
-    """A container sees what is mounted, under the name that it has there, and nothing else."""
+    """Check that all files that a recipe names are mounted: a container sees nothing else."""
     if site.container == "none":
         return
     seen = [Path(mount.split(":")[1] if ":" in mount else mount) for mount in site.mounts.split(",")]
@@ -121,7 +119,7 @@ def _check_mounts(recipe: Recipe, site: Site) -> None:
         if not any(path.is_relative_to(mount) for mount in seen):
             raise UserError(
                 f"MOUNTS={site.mounts}: expected {what} ({path}) below one of them: a job's container would not see "
-                "it; add it in the site file"
+                "it; add it to MOUNTS in the site file"
             )
 
 
@@ -138,13 +136,13 @@ def _paths(value: Any, key: str = "") -> Iterator[tuple[str, Path]]:
 
 
 def _check_server(recipe: Recipe, site: Site) -> None:
-    """Nobody listens at a job's own address but what the job starts."""
+    """Refuse a judge that asks a server at the job's own address, if the job does not start it there."""
     started = site.judge_url.rstrip("/") if has_server(recipe, site) else None
     own = [url for url in server_urls(recipe) if url != started and urlsplit(url).hostname in LOOPBACK]
     if not own:
         return
     given = f"JUDGE_URL is {site.judge_url}" if site.judge_server else "JUDGE_SERVER is empty"
     raise UserError(
-        f"judge.process.base_url: {own[0]}: the judge job must start what listens there, and {given}; "
+        f"judge.process.base_url: {own[0]}: the judge job must start the server at this address, but {given}; "
         "in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's address"
     )

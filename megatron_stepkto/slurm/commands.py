@@ -45,7 +45,7 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
     with exclusive_lock(folder(run) / ".lock", f"the record of {run}'s jobs", wait=True, note=say):
         queued = settled_jobs(run)
         _write_recipe(recipe, run, queued)
-        with atomic_writer(folder(run) / "site.sh", "wb") as file:  # jobs of an earlier submission read it just now
+        with atomic_writer(folder(run) / "site.sh", "wb") as file:  # jobs of an earlier submission may be reading it
             file.write(site_file.read_bytes())
         (folder(run) / "logs").mkdir(exist_ok=True)
         return _submit_missing(steps, recipe, site, queued)
@@ -105,7 +105,7 @@ def _submit_missing(steps: list[Step], recipe: Recipe, site: Site, queued: list[
         done = step.is_done or (
             step.name == "finish" and all(p.job is None for p in placed.values()) and is_finished(recipe)
         )
-        # A job that waits for one that is gone would be killed with it, or wait for ever.
+        # A job that waits for one that is gone would be killed with it, or wait forever.
         waits_for_new = any(placed[name].how == "submitted" for name in step.after)
         if done:
             placed[step.name] = _Placed(None, "done")
@@ -122,8 +122,8 @@ def _submit_missing(steps: list[Step], recipe: Recipe, site: Site, queued: list[
             except UserError as error:
                 kept = ", ".join(f"{name} {it.job}" for name, it in placed.items() if it.job is not None) or "none"
                 raise UserError(
-                    f"{step.name}: {error}; in the queue so far: {kept}. Mend it and submit again (nothing is "
-                    f"doubled), or stepkto slurm cancel {run}"
+                    f"{step.name}: {error}; in the queue so far: {kept}. Correct it and submit again (no job is "
+                    f"submitted twice), or stepkto slurm cancel {run}"
                 ) from None
             placed[step.name] = _Placed(number, "submitted")
             record[step.name] = {"job": number, "after": after, "command": words}
@@ -171,7 +171,7 @@ def _forget_failures(run: Path, name: str) -> None:
 def _known_run(run: Path) -> tuple[Path, Recipe]:
     run = run.resolve()
     if not (folder(run) / "recipe.yaml").is_file():
-        raise UserError(f"{run}: expected a run that was given to Slurm, found none; see stepkto slurm submit")
+        raise UserError(f"{run}: expected a run that was submitted to Slurm, found none; see stepkto slurm submit")
     return run, load_recipe(folder(run) / "recipe.yaml")
 
 
@@ -179,7 +179,7 @@ def status(run: Path) -> str:
     """Each job: state, number, attempts, progress, why it waits or where its log is.
 
     Raises:
-        UserError: the folder is no run of Slurm's, or Slurm does not answer.
+        UserError: the folder is not a run that was submitted to Slurm, or Slurm does not answer.
     """
     run, recipe = _known_run(run)
     queued = queued_jobs(run)
@@ -222,7 +222,7 @@ def _count(run: Path, kind: str, name: str) -> int:
 
 
 def _text(path: Path) -> str:
-    """Nothing where a submission has just removed it."""
+    """The file's text; empty if a submission has just removed it."""
     with contextlib.suppress(FileNotFoundError):
         return path.read_text()
     return ""
@@ -250,4 +250,4 @@ def cancel(run: Path) -> str:
             ask(["scancel", *map(str, numbers)])
     if not numbers:
         return f"{run}: no job is in the queue"
-    return f"cancelled: {', '.join(map(str, numbers))}; what is done is kept, stepkto slurm submit goes on"
+    return f"cancelled: {', '.join(map(str, numbers))}; finished work is kept, stepkto slurm submit resumes"

@@ -1,4 +1,4 @@
-"""``stepkto doctor``: is this machine, or every node of this job, fit for the run? Under a minute, one line per fault.
+"""``stepkto doctor``: checks that this machine, or every node of this job, is fit for the run, in under a minute.
 
 Alone, or once per node (``srun --ntasks-per-node=1 stepkto doctor RECIPE``). The nodes find each other through files
 in the run's folder, which shows that the folder is shared; then their ranks do one real all-reduce.
@@ -39,7 +39,7 @@ ALL_REDUCE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
 def doctor(run: Run, environment: Environment | None = None) -> list[str]:
-    """All faults found from here: of every node on the first one, of this node on the others.
+    """All faults found here: on the first node those of all nodes, on the others their own.
 
     Args:
         environment: look for what the stages of that environment of a cluster would refuse; None: of both.
@@ -156,14 +156,14 @@ def _versions(on_gpu: bool) -> dict[str, str]:
 
 
 def _write_test(folder: Path, nodes: Nodes) -> tuple[list[str], float]:
-    """Can this node write there, and how far is its clock from the file server's?"""
+    """Check that this node can write there, and measure how far its clock is from the file server's."""
     path = folder / f".clock-{nodes.number}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = time.time()
         path.write_text("x")
         written = path.stat().st_mtime
-        # a file server that takes its time is no wrong clock: only what lies outside of it counts
+        # a slow file server is not a wrong clock: only what is outside the time of the write counts
         skew = max(0.0, before - written) or min(0.0, time.time() - written)
         path.unlink()
     except OSError as error:
@@ -286,7 +286,7 @@ def _rank() -> None:
         expected = ranks * (ranks + 1) / 2
         if not bool((values == expected).all()):
             raise UserError(
-                f"rank {rank}: the all-reduce gave a wrong sum (expected {expected}): the network or a GPU lies"
+                f"rank {rank}: the all-reduce gave a wrong sum (expected {expected}): the network or a GPU is faulty"
             )
     if rank == 0:
         median = sorted(seconds[1:])[2]  # the first one sets up connections

@@ -1,6 +1,6 @@
-"""Options of sbatch that a chain cannot do with: those that it sets itself, and those that keep it from its jobs.
+"""Options of sbatch that break a chain: those that it sets itself, and those that hide its jobs from it.
 
-They come from the site file (SBATCH_EXTRA), which stands behind the chain's own flags on the command line, and from
+They come from the site file (SBATCH_EXTRA), which follows the chain's own flags on the command line, and from
 variables of the shell that submits, which sbatch reads where no flag says otherwise.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from megatron_stepkto.base.errors import UserError
 
 _LOG = "moves a job's log, which the jobs read; it is RUN/slurm/logs/STAGE.log"
-_ORDER = "orders the jobs, which the chain does"
-_KNOWN = "names a job, by which the chain finds it"
+_ORDER = "orders the jobs: the chain sets their order"
+_KNOWN = "names a job: the chain finds its jobs by their names"
 _ANSWER = "changes what sbatch does or prints: submit reads the job's number, and does not wait"
 _GPUS = "asks for GPUs: set GPUS_PER_NODE"
 _TASKS = "starts tasks: a job has one on each of its nodes"
 _TIME = "limits a job's time: set TIME_SAMPLE, TIME_JUDGE, TIME_TRAIN, TIME_EVALUATE and TIME_CPU"
-_REQUEUE = "decides what becomes of a job that ends early: the chain puts it back"
+_REQUEUE = "decides what happens to a job that ends early: the chain requeues it"
 # What an option does to the chain, and what decides it instead.
 REFUSED = {
     "output": _LOG,

@@ -32,7 +32,7 @@ def ask(command: Sequence[str]) -> str:
     """Run a Slurm command.
 
     Raises:
-        UserError: there is no Slurm, it does not answer, or it refuses.
+        UserError: Slurm is not installed, does not answer, or refuses.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)

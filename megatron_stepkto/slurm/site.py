@@ -63,7 +63,7 @@ exit 0
 
 
 def read_site(path: Path) -> Site:
-    """Source the file in a bash of its own and take what ``submit`` needs.
+    """Source the file in a separate bash and take what ``submit`` needs.
 
     Raises:
         UserError: no such file, an error in it, a variable missing or of the wrong kind.
@@ -86,7 +86,7 @@ def read_site(path: Path) -> Site:
             close = difflib.get_close_matches(name, others, 1, 0.8)
             raise UserError(
                 f"{path}: variable {name} is missing"
-                + (f" ({close[0]} is there: a slip of the pen?)" if close else "")
+                + (f" ({close[0]} is set: a typo?)" if close else "")
                 + "; see slurm/site.example.sh"
             )
         found[name], words = words[2 : 2 + count], words[2 + count :]

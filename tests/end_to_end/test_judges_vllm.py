@@ -20,6 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.judging.process.interface import Workplace
 from megatron_stepkto.judging.process.llm import LLMJudge
 from megatron_stepkto.recipe.keys import LLMJudge as LLMSettings
 from megatron_stepkto.sampling.vllm_engine import vllm_environment
@@ -93,7 +94,7 @@ def test_llm_judge_under_a_schema(tmp_path: Path) -> None:
                 {"kind": "llm", "base_url": url, "model": "judge", "votes": 2, "temperature": 1.0, "max_tokens": 500,
                  "comment_chars": 10, "schema_key": schema_key, "concurrency": 4}
             )  # fmt: skip
-            asked = LLMJudge(settings, tmp_path / schema_key)
+            asked = LLMJudge(settings, Workplace(tmp_path / schema_key))
             verdicts = asked.judge(SOLUTIONS[:4])
             counts = asked.counts()["judge"]
             assert counts["answered"] == 8 and "failed" not in counts and "bad_answers" not in counts, counts
@@ -102,7 +103,7 @@ def test_llm_judge_under_a_schema(tmp_path: Path) -> None:
                 assert not isinstance(row, UserError) and len(row) == len(solution.steps)
                 assert all(len(v.votes or ()) == 2 and set(v.votes or ()) <= {0, 1, None} for v in row)
         with pytest.raises(UserError, match="no model 'another'; it has judge"):
-            LLMJudge(settings.model_copy(update={"model": "another"}), tmp_path / "x").judge(SOLUTIONS[:1])
+            LLMJudge(settings.model_copy(update={"model": "another"}), Workplace(tmp_path / "x")).judge(SOLUTIONS[:1])
 
 
 def test_reward_model_behind_pooling(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_run_in_containers_whose_judge_has_a_server_of_its_own(
     # 2. the job is told to stop while it waits for the server
     cluster.wait(lambda: len(lines(starts)) == 2, 100, "second start of the server")
     cluster.ask("scancel", "--signal=USR1", "--batch", job)
-    cluster.wait(lambda: "interrupted; what is done is kept" in log.read_text(), 30, "end of the wait for the server")
+    cluster.wait(lambda: "interrupted; finished work is kept" in log.read_text(), 30, "end of the wait for the server")
     # 3. the server is lost when some is judged: the judge would wait for it, and the job ends it
     verdicts = run / "iteration_1" / "judge" / "cache" / "verdicts.jsonl"
     cluster.wait(lambda: len(lines(verdicts)) >= 4, 150, "verdicts")
@@ -141,7 +141,7 @@ def test_a_run_in_containers_whose_judge_has_a_server_of_its_own(
     job, log = number(cluster, run, "train_1"), logs / "train_1.log"
     cluster.wait(lambda: updates_saved(run) >= 2, 150, "first updates")
     cluster.ask("scancel", "--signal=USR1", "--batch", job)
-    cluster.wait(lambda: "interrupted; what is done is kept" in log.read_text(), 60, "end of the attempt")
+    cluster.wait(lambda: "interrupted; finished work is kept" in log.read_text(), 60, "end of the attempt")
     assert "saved and stopped" in log.read_text()
     saved = updates_saved(run)
     assert 2 <= saved < 32

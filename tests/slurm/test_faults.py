@@ -69,7 +69,7 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
     cluster.wait(lambda: state(cluster, job) == {"PENDING"}, 120, "requeue after the time limit")
     cluster.ask("scontrol", "update", f"jobid={job}", "TimeLimit=20")
     assert "saved and stopped" in log.read_text()
-    assert "interrupted; what is done is kept" in log.read_text()
+    assert "interrupted; finished work is kept" in log.read_text()
     saved = updates_saved(run)
     assert 0 < saved < 128, "told when nothing or everything was done: the test shows nothing"
 
@@ -192,7 +192,7 @@ def test_sampling_requeued_and_killed_then_a_stage_that_fails(
     assert str(log) in line
     assert not (run / "iteration_1" / "dataset").exists()
 
-    # mended and submitted again, it goes on behind the samples
+    # corrected and submitted again, it resumes after the samples
     write_site(site, repository, python_bin)
     again = stepkto(
         ["slurm", "submit", *arguments(repository, tmp_path), f"--site={site}"], python_bin, tmp_path,

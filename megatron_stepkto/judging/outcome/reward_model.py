@@ -7,12 +7,14 @@ the head reads the last token. The score is the raw logit; above the recipe's th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_stepkto.base.dtypes import choose_dtype, has_gpu
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.model_folder import read_config
-from megatron_stepkto.judging.process.interface import Workplace
+from megatron_stepkto.judging.process.interface import Resources, Workplace
 from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, score_job
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
@@ -21,13 +23,30 @@ from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
 class OutcomeRewardModel:
     """Scores solutions in worker processes; what is scored survives a kill.
 
-    Raises:
-        UserError: the model is no classifier with one label, or its tokenizer has no chat template.
+    Building one reads no file, as with a process judge (``ProcessJudge``), whose questions it answers.
     """
 
-    def __init__(self, settings: recipe.RewardModel, place: Workplace) -> None:
-        self.settings, self._place = settings, place
-        path = settings.reward_model
+    def __init__(self, settings: recipe.RewardModel, place: Workplace | None = None) -> None:
+        self.settings, self._place = settings, place or Workplace()
+        self.name = f"reward_model:{settings.reward_model.name}"
+        self.dtype: str = settings.dtype  # as asked, until the model is loaded
+
+    def key(self) -> dict[str, Any]:
+        """The settings that determine the outcomes."""
+        model = {"sha256": self._place.hash_of(self.settings.reward_model)}
+        return {"threshold": self.settings.threshold, "dtype": self.settings.dtype, "model": model}
+
+    def resources(self) -> Resources:
+        """What it needs of the machine that it works on."""
+        return Resources(self.settings.workers, ("judge.outcome.workers",), shares_gpus=True)
+
+    def load(self) -> None:
+        """Read its config and its tokenizer.
+
+        Raises:
+            UserError: the model is not a classifier with one label, or its tokenizer has no chat template.
+        """
+        path = self.settings.reward_model
         config = read_config(path)
         architecture = (config.get("architectures") or ["none"])[0]
         # transformers writes the labels only where there are not two
@@ -37,11 +56,12 @@ class OutcomeRewardModel:
                 f"{path}: expected a reward model (...ForSequenceClassification with one label), got {architecture} "
                 f"with {num_labels} labels; name another model in judge.outcome.reward_model"
             )
-        self._tokenizer = load_tokenizer(path)
         if not self._tokenizer.chat_template:
             raise UserError(f"{path}: the reward model's tokenizer has no chat template; add the model's own")
-        self.name = f"reward_model:{path.name}"
-        self.dtype: str = settings.dtype  # as asked, until the model is loaded
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.settings.reward_model)
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """The logit of each (problem, solution)."""
@@ -55,9 +75,9 @@ class OutcomeRewardModel:
         job = PRMJob(
             model=settings.reward_model, model_hash=self._place.hash_of(settings.reward_model), rows=rows,
             candidates=None, whole_solutions=True, dtype=chosen.dtype, batch_tokens=settings.batch_tokens,
-            workers=settings.workers, cache=self._place.directory / "cache",
+            workers=settings.workers, cache=self._place.cache,
         )  # fmt: skip
-        return [score for (score,) in score_job(job, self._place.directory / "logs", title)]
+        return [score for (score,) in score_job(job, self._place.logs, title)]
 
     def _row(self, problem: str, text: str) -> PRMRow:
         turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": text}]

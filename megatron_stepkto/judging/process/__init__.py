@@ -1,8 +1,8 @@
 """Which steps of a solution are right: exact rules, a language model, a reward model, rollouts."""
 
-from megatron_stepkto.judging.process.build import judging_key, process_judge
 from megatron_stepkto.judging.process.interface import (
     ProcessJudge,
+    Resources,
     Solution,
     Verdict,
     Verdicts,
@@ -12,11 +12,10 @@ from megatron_stepkto.judging.process.interface import (
 
 __all__ = [
     "ProcessJudge",
+    "Resources",
     "Solution",
     "Verdict",
     "Verdicts",
     "Workplace",
     "cut_after_first_error",
-    "judging_key",
-    "process_judge",
 ]

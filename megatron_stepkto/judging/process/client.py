@@ -82,6 +82,11 @@ class _Server:
     said_at: float | None = None  # of this outage
 
 
+def split_urls(base_url: str) -> tuple[str, ...]:
+    """The servers that a recipe's ``base_url`` names, without slashes at the end."""
+    return tuple(url.strip().rstrip("/") for url in base_url.split(",") if url.strip())
+
+
 @dataclass(frozen=True)
 class Service:
     """``base_url`` may name several servers of one model, separated by commas.
@@ -98,8 +103,9 @@ class Service:
     reported_model: str | None = None
     key: str = "judge.process"
 
-    def urls(self) -> list[str]:
-        urls = [url.strip().rstrip("/") for url in self.base_url.split(",") if url.strip()]
+    def urls(self) -> tuple[str, ...]:
+        """Raises UserError where one is not a URL."""
+        urls = split_urls(self.base_url)
         for url in urls:
             if not url.startswith(("http://", "https://")) or not urllib.parse.urlsplit(url).hostname:
                 raise UserError(f"{self.key}.base_url: {url!r} is not a URL; expected http://host:port/v1")
@@ -142,10 +148,11 @@ class Client:
     # --- before the work ---
 
     async def check_model(self) -> None:
-        """Wait until a server is up, and see that all that are up have the model.
+        """Wait until a server is up, and check that all that are up have the model.
 
         Raises:
-            UserError: the key is refused, or one has not the model. StageFailed: none answers for ``max_outage_s``.
+            UserError: the key is refused, or a server does not have the model. StageFailed: none answers for
+                ``max_outage_s``.
         """
         await asyncio.gather(*(self._check_server(server) for server in self._servers))
         attempt = 0
@@ -227,7 +234,7 @@ class Client:
             except Unavailable as error:
                 self.events[error.event] += 1
                 if error.event == "status_500" and server.answered > answered[server.url]:
-                    # others are answered: it is this request that the server cannot stand
+                    # others are answered: this request makes the server fail
                     answered[server.url] = server.answered
                     faults["500"] += 1
                     if faults["500"] > max(self.service.retries, FEWEST_FAULTS):
@@ -257,8 +264,8 @@ class Client:
         reported = answer.get("model") if isinstance(answer, dict) else None
         if isinstance(reported, str) and reported != expected:
             raise UserError(
-                f"{self.service.key}: asked {server.url} for the model {expected!r}, its answer is from {reported!r}; "
-                f"name that one in the recipe; where both are the same model, set reported_model: {reported}"
+                f"{self.service.key}: asked {server.url} for the model {expected!r}, the answer is from {reported!r}; "
+                f"name that one in the recipe, or set reported_model: {reported} if both are the same model"
             )
 
     # --- which server, and for how long none ---
@@ -314,7 +321,7 @@ class Client:
         if silent is None:
             if server.said_at is None and now - server.failing_since >= SAY_AFTER_S:
                 server.said_at = now
-                warn(f"{server.url} does not answer ({error}); the other servers go on")
+                warn(f"{server.url} does not answer ({error}); the other servers continue")
             return
         # a wrong address shows at once
         never = all(each.answered == 0 for each in self._servers)

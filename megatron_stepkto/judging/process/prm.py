@@ -1,5 +1,8 @@
 """Process reward models: the probability that each step is right, by the conventions that such models are trained on.
 
+Workers get fixed shares of the rows at the start: a model takes minutes to load, so that no share is worth moving
+(judging/row_tasks.py hands out rows one chunk after another).
+
 ``qwen_math_prm`` (Qwen2.5-Math-PRM, arXiv 2501.07301): the chat template with its system prompt, ``<extra_0>``
 after each step, a two-class head on that token. ``math_shepherd`` (arXiv 2312.08935, peiyi9979's Mistral): each
 step ends with " ки", and the language model's logits of "+" and "-" on that token are compared.
@@ -34,8 +37,9 @@ from megatron_stepkto.judging.process.client import (
     TooLong,
     check_servers,
     run_async,
+    split_urls,
 )
-from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace
+from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
 
@@ -115,7 +119,9 @@ def math_shepherd_row(solution: Solution, tokenizer: Any) -> PRMRow:
 def _only_token(tokenizer: Any, text: str) -> int:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        raise UserError(f"judge.process.model: its tokenizer has no token {text}; another convention?")
+        raise UserError(
+            f"judge.process.model: its tokenizer has no single token {text}; check judge.process.convention"
+        )
     return int(ids[0])
 
 
@@ -124,7 +130,7 @@ def _row(solution: Solution, token_ids: Sequence[int], tag: int) -> PRMRow:
     if len(positions) != len(solution.steps):
         raise UserError(
             f"solution {solution.solution_id}: expected one step mark per step, got {len(positions)} for "
-            f"{len(solution.steps)} steps: the solution or the problem holds the mark itself"
+            f"{len(solution.steps)} steps: the solution or the problem contains the mark itself"
         )
     return PRMRow(token_ids=list(token_ids), positions=positions)
 
@@ -163,14 +169,33 @@ def _child(job: PRMJob, worker: int, logs: Path) -> Child:
     return Child(command, logs / f"{job.directory.name.partition('-')[0]}-{worker}.log", env)
 
 
-class PRMJudge:
-    def __init__(self, settings: recipe.PRMJudge, place: Workplace) -> None:
-        self._settings, self._place = settings, place
-        self._tokenizer = load_tokenizer(settings.model)
-        self.name = f"prm:{settings.model.name}"
+class PRMJudge(ProcessJudge[recipe.PRMJudge]):
+    recipe_keys = recipe.PRMJudge
+
+    def __init__(self, settings: recipe.PRMJudge, place: Workplace | None = None) -> None:
+        super().__init__(settings, place)
         self._counts: Counter[str] = Counter()
         self._dtype: str | None = None  # a server's is its own
         self._too_long = ""  # what the server said of the last solution that was
+
+    @property
+    def name(self) -> str:
+        return f"prm:{self.settings.model.name}"
+
+    def inputs(self) -> dict[str, Path]:
+        return {"model": self.settings.model}
+
+    def resources(self) -> Resources:
+        if self.settings.base_url is not None:
+            return Resources(servers=split_urls(self.settings.base_url))
+        return Resources(self.settings.workers, ("judge.process.workers",), shares_gpus=True)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.settings.model)
+
+    def load(self) -> None:
+        _ = self._tokenizer
 
     def counts(self) -> dict[str, Any]:
         dtype = {"dtype": self._dtype} if self._dtype else {}
@@ -178,10 +203,10 @@ class PRMJudge:
 
     @property
     def _served_name(self) -> str:
-        return self._settings.served_name or str(self._settings.model)
+        return self.settings.served_name or str(self.settings.model)
 
     def _service(self) -> Service:
-        settings = self._settings
+        settings = self.settings
         assert settings.base_url is not None
         return Service(
             settings.base_url, self._served_name, settings.api_key_env, settings.timeout_s, settings.retries,
@@ -189,11 +214,12 @@ class PRMJudge:
         )  # fmt: skip
 
     def check(self) -> None:
-        if self._settings.base_url:
+        super().check()
+        if self.settings.base_url:
             run_async(check_servers(self._service()))
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
-        make = ROWS[self._settings.convention]
+        make = ROWS[self.settings.convention]
         rows: list[PRMRow] = []
         judged: list[Verdicts] = []
         for solution in solutions:
@@ -202,7 +228,7 @@ class PRMJudge:
                 judged.append([])
             except UserError as error:
                 judged.append(error)
-        scores = iter(self._ask(rows) if self._settings.base_url else self._run(rows))
+        scores = iter(self._ask(rows) if self.settings.base_url else self._run(rows))
         return [verdicts if isinstance(verdicts, UserError) else self._verdicts(next(scores)) for verdicts in judged]
 
     def _verdicts(self, scores: Scores) -> list[Verdict]:
@@ -211,33 +237,33 @@ class PRMJudge:
     def _label(self, score: float | None) -> Label:
         if score is None:
             return None
-        low = self._settings.threshold if self._settings.wrong_below is None else self._settings.wrong_below
-        return 1 if score >= self._settings.threshold else 0 if score < low else None
+        low = self.settings.threshold if self.settings.wrong_below is None else self.settings.wrong_below
+        return 1 if score >= self.settings.threshold else 0 if score < low else None
 
     # --- transformers, in worker processes ---
 
     def _run(self, rows: list[PRMRow]) -> list[Scores]:
-        settings, title = self._settings, "judging steps"
+        settings, title = self.settings, "judging steps"
         chosen = choose_dtype(settings.dtype, settings.model, on_cpu=not has_gpu())
         chosen.announce(title)
         self._dtype = chosen.dtype
         job = PRMJob(
-            model=settings.model, model_hash=self._place.hash_of(settings.model), rows=rows,
+            model=settings.model, model_hash=self.place.hash_of(settings.model), rows=rows,
             candidates=candidate_tokens(settings.convention, self._tokenizer), dtype=chosen.dtype,
-            batch_tokens=settings.batch_tokens, workers=settings.workers, cache=self._place.directory / "cache",
+            batch_tokens=settings.batch_tokens, workers=settings.workers, cache=self.place.cache,
         )  # fmt: skip
-        return [*score_job(job, self._place.directory / "logs", title)]
+        return [*score_job(job, self.place.logs, title)]
 
     # --- a vLLM server ---
 
     def _ask(self, rows: list[PRMRow]) -> list[Scores]:
         found: dict[int, Scores] = {}
-        with AnswerCache(self._place.directory / "cache" / "scores.jsonl") as cache:
+        with AnswerCache(self.place.cache / "scores.jsonl") as cache:
             run_async(self._ask_all(rows, cache, found))
         return [found[number] for number in range(len(rows))]
 
     async def _ask_all(self, rows: list[PRMRow], cache: AnswerCache, found: dict[int, Scores]) -> None:
-        settings = self._settings
+        settings = self.settings
         keys = self._keys(self._served_name, rows)
         for number, key in enumerate(keys):
             known = cache.get(key)
@@ -282,7 +308,7 @@ class PRMJudge:
     def _keys(self, name: str, rows: list[PRMRow]) -> list[str]:
         """Of the scores in the cache. The server's weights are known by its model's name and, where the folder holds
         them, by their content."""
-        model = self._place.hash_of(self._settings.model)
+        model = self.place.hash_of(self.settings.model)
         reading = inspect.getsource(read_scores)
         return [content_key(name, model, row.model_dump(), reading) for row in rows]
 

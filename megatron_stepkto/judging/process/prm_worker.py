@@ -75,8 +75,8 @@ class CandidateModel(torch.nn.Module):
 
 
 class SolutionRewardModel(torch.nn.Module):
-    """A sequence classifier with one label, read at given positions: which token is the last is not left to a pad
-    token that may also end the text."""
+    """A sequence classifier with one label, read at given positions: the last token is given, not found
+    by a pad token that may also end the text."""
 
     def __init__(self, model: Path, dtype: str) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def batches(rows: Sequence[PRMRow], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def score_rows(model: Any, rows: Sequence[PRMRow], batch_tokens: int, device: str) -> list[list[float]]:
-    """Probabilities of "right", one per step. Padding stands on the right, where causal attention never looks."""
+    """Probabilities of "right", one per step. Padding is on the right, where causal attention never looks."""
     scores: list[list[float]] = [[] for _ in rows]
     for batch in batches(rows, batch_tokens):
         lengths = [len(rows[index].token_ids) for index in batch]

@@ -23,7 +23,7 @@ from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.records import Label, Problem, Step
 from megatron_stepkto.judging.process import client as clients
 from megatron_stepkto.judging.process import llm
-from megatron_stepkto.judging.process.interface import Solution, Verdict, cut_after_first_error, majority
+from megatron_stepkto.judging.process.interface import Solution, Verdict, Workplace, cut_after_first_error, majority
 from megatron_stepkto.judging.process.llm import LLMJudge, PromptTemplate, answer_schema, read_votes
 from megatron_stepkto.recipe.keys import LLMJudge as Settings
 from tests.scripted_server import Reply, ScriptedServer, chat
@@ -60,7 +60,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def judge(url: str, cache: Path, **changes: Any) -> LLMJudge:
     options = {"kind": "llm", "base_url": url, "model": "judge", "timeout_s": 60.0, "max_outage_s": 60.0, **changes}
-    return LLMJudge(Settings.model_validate(options), cache / "verdicts.jsonl")
+    return LLMJudge(Settings.model_validate(options), Workplace(cache))
 
 
 def labels(verdicts: list[Any]) -> list[list[Label]]:
@@ -212,7 +212,7 @@ def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.
     with ScriptedServer(honest) as server:
         judge(server.url, tmp_path, api_key_env="JUDGE_KEY").judge(SOLUTIONS[:2])
     assert set(server.keys) == {"Bearer secret"}
-    assert "secret" not in (tmp_path / "verdicts.jsonl").read_text()
+    assert "secret" not in (tmp_path / "cache" / "verdicts.jsonl").read_text()
 
 
 def test_a_solution_that_does_not_fit_loses_its_votes_alone(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_what_fails_for_good_loses_a_vote_and_is_asked_again_later(tmp_path: Pat
 def test_the_cache_asks_nothing_twice_and_heals_a_torn_line(tmp_path: Path) -> None:
     with ScriptedServer(honest) as server:
         judge(server.url, tmp_path, votes=2).judge(SOLUTIONS)
-    path = tmp_path / "verdicts.jsonl"
+    path = tmp_path / "cache" / "verdicts.jsonl"
     # the server is gone: nothing is needed from it
     again = judge(server.url, tmp_path, votes=2)
     assert labels(again.judge(SOLUTIONS)) == ALL_RIGHT and again.counts()["judge"] == {"cached": 24}
@@ -311,7 +311,7 @@ def test_an_outage_becomes_no_label(tmp_path: Path, outage: str, capsys: pytest.
     assert counts["answered"] == 12 and "failed" not in counts
     if outage != "silence":
         assert faults == 18 == sum(counts.values()) - sum(counts[n] for n in ANSWERED)
-    assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == 12
+    assert len((tmp_path / "cache" / "verdicts.jsonl").read_text().splitlines()) == 12
 
 
 ANSWERED = ("answered", "prompt_tokens", "completion_tokens", "cached")
@@ -401,10 +401,10 @@ def test_answers_of_another_model_are_refused(tmp_path: Path) -> None:
         return Reply({**reply.body, "model": "judge-2025"})
 
     with ScriptedServer(script) as server:
-        with pytest.raises(UserError, match=r"asked .* for the model 'judge', its answer is from 'judge-2025'"):
+        with pytest.raises(UserError, match=r"asked .* for the model 'judge', the answer is from 'judge-2025'"):
             judge(server.url, tmp_path, concurrency=2).judge(SOLUTIONS)
         assert len(server.requests) <= 2
-        assert not (tmp_path / "verdicts.jsonl").read_text()
+        assert not (tmp_path / "cache" / "verdicts.jsonl").read_text()
         named = judge(server.url, tmp_path, reported_model="judge-2025")
         assert labels(named.judge(SOLUTIONS)) == ALL_RIGHT
 
@@ -494,5 +494,5 @@ def test_killed_in_the_middle_no_paid_answer_is_asked_again(tmp_path: Path) -> N
         many = [solution(n, ["good", "bad"]) for n in range(300)]
         assert labels(judge(server.url, tmp_path, votes=2, concurrency=8).judge(many)) == [[1, 0]] * 300
         assert 600 <= len(server.requests) <= 600 + 8
-    rows = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").open()]
+    rows = [json.loads(line) for line in (tmp_path / "cache" / "verdicts.jsonl").open()]
     assert len({row["key"] for row in rows}) == len(rows) == 600

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Sample, read_records
-from megatron_stepkto.judging.process import Solution, Workplace, judging_key, monte_carlo, process_judge
+from megatron_stepkto.judging.process import Solution, Workplace, monte_carlo
 from megatron_stepkto.judging.process.monte_carlo import estimate
+from megatron_stepkto.judging.process.registry import process_judge
+from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.problems.chained_arithmetic.generate import generate
 from megatron_stepkto.recipe.keys import Judging
 from megatron_stepkto.recipe.prompts import load_tokenizer
@@ -93,7 +95,7 @@ def test_what_rollouts_need(repository: Path, tmp_path: Path) -> None:
     model = repository / "recipes" / "mini_cpu_m0"
     (one,) = solutions(model, 1)
     with pytest.raises(UserError, match=r"judge\.process\.model"):
-        process_judge(judging().process, Workplace(tmp_path))
+        process_judge(judging().process, Workplace(tmp_path)).load()
     judge = process_judge(judging().process, Workplace(tmp_path, model))
     nameless = Solution("s", one.problem.model_copy(update={"answer": ""}), one.text, one.steps)
     (verdict,) = judge.judge([nameless])
@@ -172,7 +174,7 @@ def test_a_model_with_another_tokenizer_is_refused(repository: Path, tmp_path: P
         return {**model, "vocab": model["vocab"] | {"zebra": len(model["vocab"])}}
 
     def build(model: Path) -> None:
-        process_judge(judging(model=str(model)).process, Workplace(tmp_path, own))
+        process_judge(judging(model=str(model)).process, Workplace(tmp_path, own)).load()
 
     build(own)
     same = retokenised(own, tmp_path / "same")

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, Problem, Sample, read_records, write_records
-from megatron_stepkto.judging.process import judging_key
+from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.judging.stage import judge_file, load_tokenizer
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.recipe.keys import Judging
@@ -144,9 +144,9 @@ def test_problems_that_the_rule_cannot_judge(folder: Folder) -> None:
         folder.judge([folder.sample(0, RIGHT)])
 
 
-def test_a_problem_id_may_not_stand_twice(folder: Folder) -> None:
+def test_a_problem_id_is_unique(folder: Folder) -> None:
     write_records(folder.problems, [PROBLEM, PROBLEM])
-    with pytest.raises(UserError, match="problem_id p1 stands twice"):
+    with pytest.raises(UserError, match="problem_id p1 is duplicated"):
         folder.judge([folder.sample(0, RIGHT)])
 
 

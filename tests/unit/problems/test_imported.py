@@ -401,7 +401,7 @@ def test_one_id_with_two_texts_is_refused_and_a_repeated_row_dropped(tmp_path: P
     imported = read_imports([recipe.Import(format="processbench", path=path)])
     assert (len(imported.solutions), imported.counts["duplicates_dropped"]) == (1, 1)
     path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "steps": ["b"]}) + "\n")
-    with pytest.raises(UserError, match="processbench/x stands twice with different content"):
+    with pytest.raises(UserError, match="processbench/x is duplicated with different content"):
         read_imports([recipe.Import(format="processbench", path=path)])
 
 

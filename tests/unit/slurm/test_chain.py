@@ -143,13 +143,13 @@ def test_where_a_judge_runs(site: Path, repository: Path, tmp_path: Path, judge:
     ("given", "added", "said"),
     [
         ("JUDGE_SERVER=()", "judge.process.base_url=http://localhost:8000/v1",
-         "base_url: http://localhost:8000/v1: the judge job must start what listens there, and JUDGE_SERVER is empty"),
+         "http://localhost:8000/v1: the judge job must start the server at this address, but JUDGE_SERVER is"),
         ("JUDGE_SERVER=(vllm serve m)", "judge.process.base_url=http://localhost:8000/v1",
-         "and JUDGE_URL is http://127.0.0.1:8000/v1; in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's"),
+         "but JUDGE_URL is http://127.0.0.1:8000/v1; in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's"),
         ("JUDGE_SERVER=()", "judge.process.base_url='http://node7:8000/v1,http://localhost:8000/v1'",
-         "base_url: http://localhost:8000/v1: the judge job must start what listens there, and JUDGE_SERVER is empty"),
+         "http://localhost:8000/v1: the judge job must start the server at this address, but JUDGE_SERVER is"),
         ("JUDGE_SERVER=(vllm serve m)", "judge.process.base_url='http://127.0.0.1:8000/v1,http://127.0.0.1:8001/v1'",
-         "base_url: http://127.0.0.1:8001/v1: the judge job must start what listens there, and JUDGE_URL is http://127"),
+         "base_url: http://127.0.0.1:8001/v1: the judge job must start the server at this address, but JUDGE_URL is"),
         ("JUDGE_SERVER=()", "initial_model=nowhere",
          "error: --set initial_model=nowhere: initial_model: expected a Hugging Face folder, found none at /"),
         ("JUDGE_SERVER=()", "problems.apart_from=[nowhere.jsonl]",
@@ -242,7 +242,7 @@ def test_a_server_that_is_not_the_jobs_own_is_not_asked(site: Path, tmp_path: Pa
         )
         other.shutdown()
     assert code == 143
-    assert f"error: somebody else listens at {url} on n1 (status {status}) before the judge server is started" in log
+    assert f"error: another process listens at {url} on n1 (status {status}) before the judge server is started" in log
     assert "=== judge_1: failed (1 of 3), exit code 1\n" in log
     assert "log of the judge server" not in log, "there is none"
     assert asked == ["scontrol requeue 7"], "no server was started"

@@ -46,7 +46,7 @@ def test_site_file(site: Path) -> None:
     [
         ("GPUS_PER_NODE=eight", "GPUS_PER_NODE=eight: expected a whole number"),
         ("unset TIME_TRAIN", "variable TIME_TRAIN is missing; see slurm/site.example.sh"),
-        ("unset JUDGE_URL; JUGDE_URL=x", "variable JUDGE_URL is missing (JUGDE_URL is there: a slip of the pen?); see"),
+        ("unset JUDGE_URL; JUGDE_URL=x", "variable JUDGE_URL is missing (JUGDE_URL is set: a typo?); see"),
         ("unset -f environment", "function environment is missing; see slurm/site.example.sh"),
         ("CONTAINER=docker", "CONTAINER=docker: expected none, apptainer or enroot"),
         ("CONTAINER=apptainer", "CONTAINER=apptainer needs IMAGE_TRAIN"),
@@ -120,7 +120,7 @@ def test_told_to_stop_while_modules_are_loaded(site: Path, repository: Path, tmp
                  "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"},
         )  # fmt: skip
         assert done.returncode == 143, done.stderr
-        assert "interrupted; what is done is kept" in done.stdout
+        assert "interrupted; finished work is kept" in done.stdout
         assert (run / "asked").read_text().splitlines()[-1] == "scontrol requeue 7"
         assert "srun" not in (run / "asked").read_text()
 
@@ -162,9 +162,12 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: float | N
         ),
         ("SBATCH_EXTRA=(-a 0-3)", "SBATCH_EXTRA: -a: expected no flag that makes arrays of jobs"),
         ("SBATCH_EXTRA=(--dep=afterany:7)", "SBATCH_EXTRA: --dep=afterany:7: expected no flag that orders the jobs"),
-        ("SBATCH_EXTRA=(--kill-on-invalid-dep=no)", "expected no flag that orders the jobs, which the chain does"),
-        ("SBATCH_EXTRA=(--no-requeue)", "SBATCH_EXTRA: --no-requeue: expected no flag that decides what becomes of a"),
-        ("SBATCH_EXTRA=(--requeue)", "SBATCH_EXTRA: --requeue: expected no flag that decides what becomes of a job"),
+        (
+            "SBATCH_EXTRA=(--kill-on-invalid-dep=no)",
+            "expected no flag that orders the jobs: the chain sets their order",
+        ),
+        ("SBATCH_EXTRA=(--no-requeue)", "SBATCH_EXTRA: --no-requeue: expected no flag that decides what happens to a"),
+        ("SBATCH_EXTRA=(--requeue)", "SBATCH_EXTRA: --requeue: expected no flag that decides what happens to a job"),
         ("SBATCH_EXTRA=(--signal=TERM@9)", "expected no flag that decides when a job is told to stop: set STOP_LEAD"),
         ("SBATCH_EXTRA=(--job-name=x)", "SBATCH_EXTRA: --job-name=x: expected no flag that names a job"),
         ("SBATCH_EXTRA=(-Jx)", "SBATCH_EXTRA: -Jx: expected no flag that names a job"),
