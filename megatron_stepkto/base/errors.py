@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 
-class UserError(Exception):
-    """Input that cannot be used: says what was expected, what came, where, and what to do. Exit code 2."""
+class UserError(ValueError):
+    """Input that cannot be used: says what was expected, what came, where, and what to do. Exit code 2.
+
+    An ``except ValueError`` around code of this package catches it too: put ``except UserError: raise`` before it.
+    """
 
 
 class StageFailed(Exception):

@@ -268,6 +268,8 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: P
                 continue
             try:
                 record = parse_row(raw, parse)
+            except UserError:  # not about this row alone
+                raise
             except ValueError as error:
                 if quarantine is None:
                     raise bad_row(path, number, error) from None

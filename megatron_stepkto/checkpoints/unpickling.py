@@ -72,6 +72,8 @@ def read_plain(path: Path) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(f"{path}: expected a file that torch.save wrote, found none") from None
+    except UserError:
+        raise
     # RuntimeError: what torch's reader of archives raises; the others come of a pickle that is damaged
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, ValueError,
             AttributeError) as error:  # fmt: skip

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_stepkto.base.errors import MachineFault, StageFailed, UserError
-from megatron_stepkto.base.progress import console
+from megatron_stepkto.base.progress import console, show_messages
 from megatron_stepkto.base.storage import STORAGE_FAULTS, check_working_directory
 from megatron_stepkto.cli.interrupts import SAID, interruptible
 
 
 def guarded(work: Callable[[], None]) -> None:
     """Do the work of a command; whatever ends it early becomes one message and an exit code."""
+    show_messages()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     try:

@@ -112,6 +112,8 @@ def _texts(
                 continue
             try:
                 found = parse_row(line, lambda row: list(parse(row)))
+            except UserError:  # not about this row alone
+                raise
             except ValueError as error:
                 if skip_bad:
                     continue

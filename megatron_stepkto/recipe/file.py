@@ -137,12 +137,17 @@ def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEv
     return settings
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Recipe:
     """Read, override and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: each "section.key=value", as ``--set`` takes it.
 
     Raises:
         UserError: one line per fault, each with file:line and what to do.
     """
+    path = Path(path)
     tree, places = _read_tree(path, overrides)
     try:
         recipe = Recipe.model_validate(tree, context={"folder": path.parent})

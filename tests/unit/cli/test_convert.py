@@ -114,10 +114,10 @@ def test_places_that_would_lose_something(
     (tmp_path / "source").symlink_to(source)
     before = sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*"))
     for target, said in (
-        (source, "stands inside of"),
-        (tmp_path / "source", "stands inside of"),
-        (source / "megatron", "stands inside of"),
-        (tmp_path / "work", "stands inside of it and would be removed"),
+        (source, "is inside"),
+        (tmp_path / "source", "is inside"),
+        (source / "megatron", "is inside"),
+        (tmp_path / "work", "which would be removed"),
         (tmp_path / "notes", "--force replaces a model, and this folder holds none, but thesis.tex"),
         (tmp_path / "file", "is a file"),
         (tmp_path / "file" / "a" / "out", f"{tmp_path / 'file'} is a file; choose another folder"),
