@@ -25,8 +25,6 @@ def tool(direction: str, description: str | None) -> None:
         description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, metavar="IN")
-    parser.add_argument("output", type=Path, metavar="OUT", nargs="?", help="not needed with --dry-run")
-    parser.add_argument("--force", action="store_true", help="replace OUT")
     add_conversion_options(parser)
     guarded(lambda: run_conversion(parser.parse_args(), direction))
 
@@ -44,7 +42,7 @@ def run_conversion(arguments: argparse.Namespace, direction: str | None = None) 
             "layout, so leave it out"
         )
     if target is None:
-        raise UserError("OUT is missing: say where the converted checkpoint shall be written")
+        raise UserError("OUT is missing: name the folder to write")
     direction = direction or direction_of(source)
     if not (target.exists() and arguments.verify and not arguments.force):
         _convert(source, target, direction, arguments.force, workers)

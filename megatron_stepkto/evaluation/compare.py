@@ -42,12 +42,12 @@ class Difference:
 
 
 def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
-    """Compare two evaluation folders: a run's (``runs/NAME/evaluate/M1``), or the output of ``stepkto evaluate MODEL``.
+    """Compare two evaluation folders: a run's (``runs/NAME/evaluate/M1``), or the output of ``stepkto measure``.
 
     Raises:
         UserError: a folder is no finished evaluation, or they are of different problems.
     """
-    # `stepkto evaluate MODEL --output DIR` leaves what was asked and the results side by side
+    # `stepkto measure --output DIR` writes the problems and the results side by side
     first, second = (folder / "results" if (folder / "results").is_dir() else folder for folder in (first, second))
     rows = [_row(folder) for folder in (first, second)]
     results = [list(read_records(folder / "problems.jsonl", ProblemResult)) for folder in (first, second)]
@@ -84,7 +84,10 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
 def _row(folder: Path) -> dict[str, Any]:
     for name in ("metrics.json", "problems.jsonl"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: expected a finished evaluation, {name} is missing; run `stepkto evaluate`")
+            raise UserError(
+                f"{folder}: expected a finished evaluation, {name} is missing; run `stepkto evaluate` (a "
+                "run's model) or `stepkto measure` (any other)"
+            )
     return dict(read_json(folder / "metrics.json", Row))
 
 

@@ -1,4 +1,4 @@
-"""``stepkto evaluate MODEL --data FILE``: measure any Hugging Face folder, without a recipe or a run."""
+"""``stepkto measure MODEL --data FILE``: measure any Hugging Face folder, without a recipe or a run."""
 
 from __future__ import annotations
 

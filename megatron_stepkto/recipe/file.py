@@ -133,7 +133,7 @@ def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEv
         settings = ModelEvaluation.model_validate(tree, context={"folder": Path()})
     except ValidationError as error:
         raise UserError(_explain(error, places)) from None
-    check_overrides("evaluate MODEL", overrides)
+    check_overrides("measure", overrides)
     return settings
 
 

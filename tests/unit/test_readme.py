@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.cli.main import _parser
+from megatron_stepkto.cli.main import make_parser
 from megatron_stepkto.recipe.file import load_recipe
 from megatron_stepkto.recipe.keys import METHODS, Loss
 
@@ -25,10 +25,10 @@ def test_make_targets(readme: str, repository: Path) -> None:
 
 
 def test_commands(readme: str) -> None:
-    commands = next(action.choices for action in _parser()._actions if action.choices)
+    commands = next(action.choices for action in make_parser()._actions if action.choices)
     assert commands is not None
     named = {word for match in re.findall(r"stepkto ([a-z|-]+)", readme) for word in match.split("|")} - {""}
-    assert {"run", "status", "import", "evaluate"} <= named
+    assert {"run", "status", "import", "export", "evaluate", "convert", "measure"} <= named
     assert named <= set(commands)
     assert set(re.search(r"--compare ([a-z,]+)", readme)[1].split(",")) < set(METHODS)  # type: ignore[index]
 

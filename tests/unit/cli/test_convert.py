@@ -285,8 +285,8 @@ def test_code_of_the_models_author_is_named_and_left_behind(
     ("arguments", "said"),
     [
         (["{tied}"], "OUT is missing"),
-        (["recipe.yaml"], "--iteration T is missing"),
-        (["{tied}", "{new}", "--iteration", "1"], "takes no --iteration"),
+        (["recipe.yaml"], "stepkto convert recipe.yaml: moved to a command of its own: `stepkto export"),
+        (["{tied}", "{new}", "--iteration", "1"], "stepkto convert --iteration: moved to a command of its own"),
         (["{new}", "{new}2"], "expected a Hugging Face folder"),
         (["{tied}", "{new}", "--workers", "0"], "expected 1 or more"),
         (["{tied}", "{new}", "--workers", "many"], "expected a whole number, got 'many'"),
@@ -294,9 +294,12 @@ def test_code_of_the_models_author_is_named_and_left_behind(
             ["{tied}", "{new}", "--tensor", "2", "--virtual-pipeline", "2"],
             "--tensor, --virtual-pipeline: expected with",
         ),
-        (["{tied}", "{new}", "--set", "a=b", "--method", "kto"], "--set, --method: expected with `convert RECIPE"),
+        (
+            ["{tied}", "{new}", "--set", "a=b", "--method", "kto"],
+            "stepkto convert --set: moved to a command of its own: `stepkto export",
+        ),
         (["{tied}", "--dry-run", "--pipeline", "2", "--virtual-pipeline", "1"], "--virtual-pipeline: expected 2 or"),
-        (["recipe.yaml", "--iteration", "1", "--verify"], "--verify: expected with `convert IN OUT` only"),
+        (["--iter=1", "recipe.yaml"], "stepkto convert --iteration: moved to a command of its own"),
     ],
 )
 def test_wrong_arguments(
