@@ -17,13 +17,17 @@ exit code 0: the same within rounding of the dtype; 1: different; 2: input to co
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", metavar="A", help="a folder, or the URL of a server (see below)")
-    parser.add_argument("second", metavar="B", help="the same")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="each line a text (default: a few of our own)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: that of the first folder given")
+    parser.add_argument("second", metavar="B", help="another folder or server")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="a file with one text a line (default: a few built-in texts)"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="default: the tokenizer of the first folder given"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
 
 
 def run_comparison(arguments: argparse.Namespace) -> None:

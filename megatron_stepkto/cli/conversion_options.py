@@ -1,4 +1,4 @@
-"""Options of the commands that convert; apart from their work, which takes seconds to import."""
+"""Options of the commands that convert; in a file of their own, as the conversion takes seconds to import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From errors and signals to one message and an exit code."""
+"""Turns errors and signals into one message and an exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_stepkto.cli.interrupts import SAID, interruptible
 
 
 def guarded(work: Callable[[], None]) -> None:
-    """Do the work of a command; whatever ends it early becomes one message and an exit code."""
+    """Do the work of a command; an error or a signal becomes one message and an exit code."""
     show_messages()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
@@ -32,7 +32,7 @@ def guarded(work: Callable[[], None]) -> None:
     except KeyboardInterrupt as stop:
         _fail(SAID.decode().strip(), 143 if stop.args else 130)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: nobody reads any more
+        if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: the reader has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
         place = f"{error.filename}: " if error.filename else ""

@@ -69,7 +69,7 @@ def evaluation_row(
 ) -> dict[str, Any]:
     """Metrics of one model: one greedy solution and k sampled ones per problem.
 
-    pass@1 and the step errors are those of the greedy solutions; the same of the sampled ones stand under
+    pass@1 and the step errors are those of the greedy solutions; those of the sampled ones are under
     "sampled", with intervals over problems, because the k solutions of a problem are alike. Undecided
     answers count as not right in pass@1 and accuracy. "pass_at_k" holds the unbiased estimate of each power of two
     up to k, from the samples. Where problems carry a key of ``GROUPS``, "by" holds such a row for each of its values.

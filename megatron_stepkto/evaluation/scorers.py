@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
 
 class Scorer(Protocol):
-    """max_tokens, words: limits of the model; None where it does not say."""
+    """max_tokens, words: limits of the model; None where the model states none."""
 
     @property
     def name(self) -> str: ...
@@ -174,7 +174,7 @@ class ServerScorer:
         self._model = models[0]["id"]
         self.max_tokens = models[0].get("max_model_len")
         if self.max_tokens:
-            self.max_tokens -= 1  # it must draw a token behind the prompt
+            self.max_tokens -= 1  # it must sample one token after the prompt
         self.name = f"vLLM's {self._model} at {self._url}"
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:

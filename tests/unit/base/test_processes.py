@@ -190,7 +190,7 @@ def test_killed_parent_leaves_no_orphan(tmp_path: Path, number: signal.Signals) 
     said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + 15)
     if number == signal.SIGTERM:
-        assert said == "interrupted: finished work is kept; run the same command again to go on\n"
+        assert said == "interrupted: finished work is kept; run the same command again to resume\n"
     for pid in pids:
         assert_ends(pid)
 

@@ -103,7 +103,7 @@ def test_a_target_that_comes_while_the_source_is_looked_at_is_not_replaced(
 def test_places_that_would_lose_something(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also under --force nothing goes that is no converted model, and never the source."""
+    """--force removes nothing but a converted model, and never the source."""
     source = copy(models["tied"], tmp_path / "work" / "hf")
     (tmp_path / "work" / "config.json").write_text("{}")
     (tmp_path / "notes").mkdir()
@@ -139,7 +139,7 @@ def test_places_that_would_lose_something(
 @pytest.mark.parametrize(
     ("model", "others", "said"),
     [
-        # a project: config.json alone is no model
+        # a project: config.json alone is not a model
         (["config.json"], ["src/train.py", "thesis.tex"], "this folder holds none, but config.json, src, thesis.tex"),
         (["config.json"], [], "this folder holds none, but config.json"),
         (["config.json", "pytorch_model.bin"], [], "this folder holds none, but config.json, pytorch_model.bin"),
@@ -218,7 +218,7 @@ def test_verification_names_what_differs(
 
 
 def test_verification_reads_the_manifest(models: dict[str, Path], tmp_path: Path) -> None:
-    """A flipped bit where no tensor lies is found by the file's checksum, and only by it."""
+    """A flipped bit outside every tensor is found by the file's checksum, and only by it."""
     megatron = copy(models["megatron"], tmp_path / "megatron")
     manifest = read_manifest(megatron)
     assert manifest is not None

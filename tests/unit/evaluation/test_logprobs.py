@@ -209,7 +209,7 @@ def test_a_megatron_folder_may_pad_the_vocabulary_but_not_lack_words(
 def test_a_weight_that_would_be_unpickled_is_refused(
     folders: dict[str, Path], tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torch's loader calls torch.load(weights_only=False) for an entry that is no tensor, whatever was asked for."""
+    """torch's loader calls torch.load(weights_only=False) for an entry that is not a tensor, whatever was asked."""
     megatron = copy(folders["megatron"], tmp_path / "megatron")
     metadata = read_metadata(megatron)
     metadata.state_dict_metadata[key] = BytesStorageMetadata()
