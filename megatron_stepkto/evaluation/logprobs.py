@@ -48,7 +48,7 @@ DEFAULT_TEXT = (
     "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a\n\nassert gcd(12, 18) == 6\n",
     "Step 1: The train travels 60 miles in the first hour. Step 2: It then slows to 45 miles per hour for two hours, "
     "which is 2 * 45 = 90 miles. Step 3: In total it travels 60 + 90 = 150 miles. The answer is 150.",
-    # long enough for positions to matter: a wrong RoPE shows late
+    # long enough for positions to matter: a wrong RoPE shows only at late ones
     " ".join(f"{n} squared is {n * n}, and {n} cubed is {n**3};" for n in range(1, 160)),
 )
 

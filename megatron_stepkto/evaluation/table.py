@@ -29,7 +29,7 @@ class Measures(BaseModel):
 
 
 class Row(Measures):
-    """What is read of an evaluation's ``metrics.json``."""
+    """The part of an evaluation's ``metrics.json`` that is read."""
 
     name: str
     k: int

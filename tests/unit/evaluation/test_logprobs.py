@@ -164,7 +164,7 @@ def test_inputs_to_correct(folders: dict[str, Path], tmp_path: Path, capsys: pyt
         path.unlink()
     for arguments, said in (
         ((tmp_path / "absent", hf), "expected a Hugging Face folder"),
-        ((hf, "http://127.0.0.1:9"), "no answer of a vLLM server"),
+        ((hf, "http://127.0.0.1:9"), "expected the answer of a vLLM server"),
         ((bare, bare), "expected a Hugging Face folder with a tokenizer"),
         ((hf, hf, "--text", tmp_path / "absent.txt"), "expected a text file"),
     ):
