@@ -1,10 +1,10 @@
 # make demo   sets itself up, then runs the whole Step-KTO loop on the CPU (recipes/mini_cpu.yaml)
 # make test   sets itself up, then runs every test that this machine can run
 #
-# Both make a virtual environment in .venv with the command stepkto in it. Nothing else is touched.
+# Both create a virtual environment in .venv, which contains the command stepkto. They change nothing else.
 
 PYTHON ?= python3.11
-# Asked only where the default package index has no CPU build of torch.
+# Used only if the default package index has no CPU build of torch.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
 
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-# The same package on the newest Megatron-Core, which needs Python 3.12; see the target megatron-019.
+# For the target megatron-019: the same package on the newest Megatron-Core, which needs Python 3.12.
 PYTHON312 ?= python3.12
 VENV019 := .venv-megatron-0.19
 PIP019 := $(VENV019)/bin/python -m pip --disable-pip-version-check
@@ -23,7 +23,7 @@ PIP019 := $(VENV019)/bin/python -m pip --disable-pip-version-check
 demo: setup
 	$(BIN)/stepkto run recipes/mini_cpu.yaml
 
-# One iteration with few problems: proves that every stage works, measures nothing.
+# One iteration with few problems: shows that every stage works; its figures mean nothing.
 demo-short: setup
 	rm -rf runs/mini_cpu_short
 	$(BIN)/stepkto run recipes/mini_cpu.yaml --set name=mini_cpu_short --set iterations=1 \
@@ -46,16 +46,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Layouts, resume, checkpoints and units on Megatron-Core 0.19 (Python 3.12, no vLLM), then trainings that begin under
-# one version and end under the other.
+# Layouts, resume, checkpoints and unit tests on Megatron-Core 0.19 (Python 3.12, no vLLM), then trainings that start under
+# one version and finish under the other.
 megatron-019: setup $(VENV019)/.ready
 	$(VENV019)/bin/python -m pytest tests/unit tests/distributed $(PYTEST_ARGS)
 	STEPKTO_OTHER_PYTHON=$(abspath $(VENV019)/bin/python) $(BIN)/python -m pytest tests/distributed/test_other_megatron.py
 
-# torch: the CPU build where an index has it for Python 3.12, else the CUDA build (3 GB), which also runs on a CPU.
+# torch: the CPU build if an index has it for Python 3.12, otherwise the CUDA build (3 GB), which also runs on a CPU.
 $(VENV019)/.ready: requirements/py312.lock pyproject.toml
 	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || \
-		{ echo "error: expected Python 3.12 as $(PYTHON312), found none; say make PYTHON312=/path/to/python3.12"; exit 2; }
+		{ echo "error: expected Python 3.12 as $(PYTHON312), found none; run make PYTHON312=/path/to/python3.12"; exit 2; }
 	@echo "setting up $(VENV019) (the log is $(VENV019)/setup.log)"
 	@test -x $(VENV019)/bin/python || $(PYTHON312) -m venv $(VENV019)
 	@{ $(PIP019) install --quiet --no-deps --retries 1 -r requirements/torch-cpu.txt || \
@@ -66,28 +66,29 @@ $(VENV019)/.ready: requirements/py312.lock pyproject.toml
 		{ tail -n 5 $(VENV019)/setup.log; echo "error: the packages could not be installed"; exit 2; }
 	@touch $(VENV019)/.ready
 
-# The README's claims over three seeds (about half an hour).
+# Checks the README's claims over three seeds (about half an hour).
 figures: setup
 	STEPKTO_FIGURES=1 $(BIN)/python -m pytest tests/end_to_end/test_figures.py -s
 
 # On a machine with an NVIDIA GPU: builds .venv-gpu and checks the GPU path, in under ten minutes. Offline from a folder
-# of wheels: make gpu-smoke WHEELS=DIR. In an environment that has everything: GPU_SMOKE_ARGS=--here.
+# of wheels: make gpu-smoke WHEELS=DIR. In a complete environment: GPU_SMOKE_ARGS=--here.
 gpu-smoke:
 	$(PYTHON) tools/gpu_smoke.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_SMOKE_ARGS)
 
-# The training speed beside TRL's KTOTrainer (about six minutes a repeat; BENCHMARK_ARGS="--repeats 3"); TRL goes into a folder of its own.
+# Training speed beside TRL's KTOTrainer (about six minutes per repeat; BENCHMARK_ARGS="--repeats 3"). TRL is installed in its
+# own folder.
 benchmark-trl: setup
 	@test -d $(VENV)/trl || $(PIP) install --quiet --no-deps --target $(VENV)/trl -r requirements/bench.txt
 	$(BIN)/python -m benchmarks.train_vs_trl --trl $(VENV)/trl $(BENCHMARK_ARGS)
 
-# Makes the shipped M0 again.
+# Rebuilds the shipped M0.
 m0: setup
 	rm -rf runs/mini_cpu_m0
 	$(BIN)/stepkto warm-up recipes/mini_cpu.yaml --set name=mini_cpu_m0
 	rm -rf recipes/mini_cpu_m0
 	cp -r runs/mini_cpu_m0/M0/convert/model recipes/mini_cpu_m0
 
-# Leaves runs/ alone: it holds results.
+# Keeps runs/: it holds results.
 clean:
 	rm -rf $(VENV) $(VENV019) build *.egg-info
 
@@ -95,11 +96,11 @@ setup: $(READY)
 
 $(READY): requirements/torch-cpu.txt requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
-		{ echo "error: expected Python 3.11 as $(PYTHON), found none; install it (with venv) or say make PYTHON=/path/to/python3.11"; exit 2; }
+		{ echo "error: expected Python 3.11 as $(PYTHON), found none; install it (with venv) or run make PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "setting up $(VENV) (a few minutes, about 3 GB; the log is $(VENV)/setup.log)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --quiet --no-deps --retries 1 -r requirements/torch-cpu.txt >$(VENV)/setup.log 2>&1 || \
-		{ echo "the default index has no CPU build of torch: asking $(TORCH_CPU_INDEX)"; \
+		{ echo "the default index has no CPU build of torch: trying $(TORCH_CPU_INDEX)"; \
 		  $(PIP) install --quiet --no-deps --index-url $(TORCH_CPU_INDEX) -r requirements/torch-cpu.txt >>$(VENV)/setup.log 2>&1; } || \
 		{ tail -n 5 $(VENV)/setup.log; echo "error: torch could not be installed; set TORCH_CPU_INDEX to an index that has it"; exit 2; }
 	@$(PIP) install --quiet --no-deps -r requirements/cpu.lock >>$(VENV)/setup.log 2>&1 || \

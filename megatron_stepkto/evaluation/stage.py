@@ -16,7 +16,7 @@ from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
-from megatron_stepkto.sampling.draw import Drawing, Pass, fixed_dtype, read_prompts
+from megatron_stepkto.sampling.draw import Drawing, FixedDtype, Pass, read_prompts
 from megatron_stepkto.sampling.job import Job
 
 # Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same random numbers.
@@ -36,7 +36,7 @@ def evaluation_drawing(
     if evaluation is None or sampling is None:
         raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
     title, drawn = f"{name}: solving {evaluation.split} problems", directory / "drawn"
-    fixed = fixed_dtype(sampling, model, directory, title)
+    dtype = FixedDtype.of(sampling, model, directory)
     job = Job(
         model=model,
         model_name=name,
@@ -46,12 +46,12 @@ def evaluation_drawing(
         ],
         prompts=read_prompts(problems, recipe.prompt, model),
         # no log-probs, and chunks that do not depend on the K of training
-        settings=fixed.model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
+        settings=dtype.apply(sampling).model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
         seed=SEED,
         directory=drawn,
         used_by=directory / "metrics.json",
     )
-    return Drawing(job, title, directory / "logs")
+    return Drawing(job, title, directory / "logs", dtype)
 
 
 def evaluate_model(

@@ -31,7 +31,14 @@ from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse, Speed
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 
 __all__ = [
-    "DrawResult", "Drawing", "Pass", "PromptRow", "draw", "fixed_dtype", "read_prompts", "sample_drawing",
+    "DrawResult",
+    "Drawing",
+    "FixedDtype",
+    "Pass",
+    "PromptRow",
+    "draw",
+    "read_prompts",
+    "sample_drawing",
     "sampling_dtype",
 ]  # fmt: skip
 
@@ -70,22 +77,32 @@ def sampling_dtype(settings: recipe.Sampling, model: Path) -> Choice:
     return choose_dtype(settings.dtype, model, on_cpu=on_cpu)
 
 
-def fixed_dtype(settings: recipe.Sampling, model: Path, directory: Path, title: str) -> recipe.Sampling:
-    """The settings with the dtype of the job in ``directory`` in place of auto.
+@dataclass(frozen=True)
+class FixedDtype:
+    """The dtype of the job in a folder, in place of auto.
 
     The process that begins the job chooses; all others, also later on another processor, take what it chose: samples
     of two dtypes never mix. Two that begin at the same instant may differ; ``Job.owns_chunks`` then stops one.
     """
-    if settings.dtype != "auto":
-        return settings
-    path = directory / "dtype.json"
-    begun = read_json_if_there(path)
-    if begun is None:
-        choice = sampling_dtype(settings, model)
-        choice.announce(title)
-        begun = {"dtype": choice.dtype, "reason": choice.reason}
-        write_json(path, begun)
-    return settings.model_copy(update={"dtype": begun["dtype"]})
+
+    path: Path
+    choice: Choice
+
+    @classmethod
+    def of(cls, settings: recipe.Sampling, model: Path, directory: Path) -> FixedDtype:
+        """What the job in ``directory`` was begun with, else what it would begin with. Writes nothing."""
+        path = directory / "dtype.json"
+        begun = read_json_if_there(path) if settings.dtype == "auto" else None
+        return cls(path, Choice(**begun) if begun else sampling_dtype(settings, model))
+
+    def apply(self, settings: recipe.Sampling) -> recipe.Sampling:
+        return settings.model_copy(update={"dtype": self.choice.dtype})
+
+    def keep(self, title: str) -> None:
+        """Fix the choice for all later processes, and say it, as the job begins."""
+        if self.choice.reason and not self.path.exists():
+            self.choice.announce(title)
+            write_json(self.path, vars(self.choice))
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,7 @@ class Drawing:
     job: Job
     title: str
     logs: Path
+    dtype: FixedDtype | None = None
 
     def check(self) -> None:
         """Raises UserError for what drawing would refuse: the machine, the prompts."""
@@ -119,6 +137,8 @@ class Drawing:
         try:
             if not self.job.is_merged:
                 check_prompts(self.job)
+                if self.dtype is not None:
+                    self.dtype.keep(self.title)
                 _claim(self.job)
                 _draw_missing(self.job, self.title, self.logs)
         except (FileNotFoundError, FileExistsError):  # what mkdir, too, says of a folder that goes in this instant
@@ -158,11 +178,12 @@ def sample_drawing(
         temperature=settings.temperature,
         top_p=settings.top_p,
     )
+    dtype = FixedDtype.of(settings, model, directory)
     job = Job(
         model=model, model_name=model_name, passes=[pass_], prompts=read_prompts(problems, prompt, model),
-        settings=fixed_dtype(settings, model, directory, title), seed=seed, directory=directory,
+        settings=dtype.apply(settings), seed=seed, directory=directory,
     )  # fmt: skip
-    return Drawing(job, title, directory / "logs")
+    return Drawing(job, title, directory / "logs", dtype)
 
 
 def draw(
@@ -177,11 +198,12 @@ def draw(
     title: str,
 ) -> DrawResult:
     """Draw every pass from ``model`` with this process's workers alone; see ``Drawing``."""
+    dtype = FixedDtype.of(settings, model, directory)
     job = Job(
         model=model, model_name=model_name, passes=list(passes), prompts=list(prompts),
-        settings=fixed_dtype(settings, model, directory, title), seed=seed, directory=directory,
+        settings=dtype.apply(settings), seed=seed, directory=directory,
     )  # fmt: skip
-    drawing = Drawing(job, title, directory / "logs")
+    drawing = Drawing(job, title, directory / "logs", dtype)
     drawing.draw()
     return drawing.finish()
 

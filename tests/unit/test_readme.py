@@ -1,4 +1,4 @@
-"""The README's commands, targets, files and keys exist."""
+"""The README's tree, keys and example recipe. Its links and commands: test_docs.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.cli.main import make_parser
 from megatron_stepkto.recipe.file import load_recipe
-from megatron_stepkto.recipe.keys import METHODS, Loss
+from megatron_stepkto.recipe.keys import Loss
 
 
 @pytest.fixture(scope="module")
@@ -17,27 +16,7 @@ def readme(repository: Path) -> str:
     return (repository / "README.md").read_text()
 
 
-def test_make_targets(readme: str, repository: Path) -> None:
-    targets = set(re.findall(r"^([a-z0-9-]+):", (repository / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z][a-z0-9-]*)", readme)) - {"and"}
-    assert {"demo", "test", "compare", "gsm8k", "figures"} <= named
-    assert named <= targets
-
-
-def test_commands(readme: str) -> None:
-    commands = next(action.choices for action in make_parser()._actions if action.choices)
-    assert commands is not None
-    named = {word for match in re.findall(r"stepkto ([a-z|-]+)", readme) for word in match.split("|")} - {""}
-    assert {"run", "status", "import", "export", "evaluate", "convert", "measure"} <= named
-    assert named <= set(commands)
-    assert set(re.search(r"--compare ([a-z,]+)", readme)[1].split(",")) < set(METHODS)  # type: ignore[index]
-
-
-def test_linked_and_listed_files(readme: str, repository: Path) -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if not link.startswith("http")]
-    assert len(links) >= 5
-    for link in links:
-        assert (repository / link).exists(), link
+def test_the_tree(readme: str, repository: Path) -> None:
     tree = readme[readme.index("## The tree") :]
     tree = tree[tree.index("```") + 4 :]
     tree = tree[: tree.index("```")]
@@ -52,9 +31,10 @@ def test_linked_and_listed_files(readme: str, repository: Path) -> None:
                 assert (repository / folder / name).exists(), folder / name
 
 
-def test_recipe_keys_of_the_loss_section(readme: str) -> None:
-    for key in ("step_reduction", "reference_point"):
-        assert f"`{key}" in readme
+def test_recipe_keys_of_the_loss_page(repository: Path) -> None:
+    page = (repository / "docs" / "loss.md").read_text()
+    for key in ("step_reduction", "reference_point", "step_weight", "beta_outcome", "beta_step"):
+        assert f"`{key}" in page
         assert key in Loss.model_fields
 
 

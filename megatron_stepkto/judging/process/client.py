@@ -23,7 +23,7 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 120.0
 SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0  # of an outage
-CHECK_OUTAGE_S = 20.0  # how long a check before the work waits for a server
+CHECK_S = 3.0  # how long a check before the work waits for a server
 FEWEST_FAULTS = 3  # answers of status 500 to one request, while others are answered, before it counts as its fault
 # may pass: 5xx but for "not implemented", 500 is told apart; 52x are of proxies such as Cloudflare's
 NOT_NOW = frozenset({408, 409, 425, 429, *range(502, 600)}) - {505}
@@ -162,6 +162,19 @@ class Client:
             self._failed(server, begun, error)
             return
         self._answered(server)
+        self._check_has_model(server, names)
+
+    async def silent_servers(self) -> list[str]:
+        """Which servers do not answer now, and why. Raises UserError: the key is refused, or one has not the model."""
+        silent = []
+        for server in self._servers:
+            try:
+                self._check_has_model(server, await self._models(server))
+            except Unavailable as error:
+                silent.append(f"{server.url} ({error})")
+        return silent
+
+    def _check_has_model(self, server: _Server, names: list[str]) -> None:
         if names and self.service.model not in names:
             raise UserError(
                 f"{self.service.key}.model: {server.url} has no model {self.service.model!r}; it has "
@@ -336,9 +349,18 @@ class Client:
 
 
 async def check_servers(service: Service) -> None:
-    """``Client.check_model``, of a client that asks nothing else and does not wait long: nothing is lost yet."""
-    async with Client(replace(service, max_outage_s=min(service.max_outage_s, CHECK_OUTAGE_S))) as client:
-        await client.check_model()
+    """Before the work: does a server answer, and have those that do the model? There is nothing to lose yet, so the
+    wait is short.
+
+    Raises:
+        UserError: none answers, the key is refused, or one has not the model.
+    """
+    deadline = time.monotonic() + CHECK_S
+    async with Client(service) as client:
+        while len(silent := await client.silent_servers()) == len(service.urls()):
+            if time.monotonic() > deadline:
+                raise UserError(f"{service.key}.base_url: no server answers: {', '.join(silent)}; start one first")
+            await asyncio.sleep(_pause(0))
 
 
 def _url(server: _Server, path: str) -> str:

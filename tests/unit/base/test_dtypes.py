@@ -78,7 +78,12 @@ def test_a_job_goes_on_in_its_dtype_on_another_processor(
     settings = Sampling(backend="transformers", max_tokens=4)
 
     def dtype(directory: str, settings: Sampling = settings) -> str:
-        return draw.fixed_dtype(settings, folder, tmp_path / directory, "sample").dtype
+        fixed = draw.FixedDtype.of(settings, folder, tmp_path / directory)
+        before = list(tmp_path.rglob("dtype.json"))
+        chosen = draw.FixedDtype.of(settings, folder, tmp_path / directory).apply(settings).dtype
+        assert list(tmp_path.rglob("dtype.json")) == before, "a look writes nothing"
+        fixed.keep("sample")
+        return chosen
 
     on_processor("EPYC 7763, AVX2", tmp_path, monkeypatch)
     assert dtype("begun") == "float32"

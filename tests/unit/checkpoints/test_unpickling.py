@@ -160,7 +160,7 @@ def test_every_loader_of_pickles_is_one_of_these(repository: Path) -> None:
         ("unpickling.py", "pickle._Unpickler"),
         ("unpickling.py", "torch.load"),
         ("tensor_file.py", "pickle._Unpickler"),  # builds descriptions of tensors only
-        ("checkpointing.py", "dist_checkpointing.load"),
+        ("state.py", "dist_checkpointing.load"),
     }
 
 

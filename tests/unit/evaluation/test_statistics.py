@@ -16,6 +16,7 @@ from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.evaluation.compare import compare_evaluations, comparison_table
 from megatron_stepkto.evaluation.metrics import ProblemResult, evaluation_row, problem_results
 from megatron_stepkto.evaluation.statistics import bootstrap_mean, mcnemar_exact, pass_at_k
+from tests.builders import evaluation_row as table_row
 from tests.unit.evaluation.test_measuring import judged, never
 
 
@@ -98,7 +99,7 @@ def result(number: int, greedy: int, right: int = 0, **changes: Any) -> ProblemR
 
 def folder(path: Path, name: str, results: list[ProblemResult]) -> Path:
     write_records(path / "problems.jsonl", results)
-    write_json(path / "metrics.json", {"name": name, "k": 4})
+    write_json(path / "metrics.json", table_row(name, k=4))
     return path
 
 

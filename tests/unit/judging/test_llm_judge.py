@@ -390,7 +390,8 @@ def test_a_request_that_the_server_cannot_stand_loses_its_votes_alone(tmp_path: 
         verdicts = labels(asked.judge(many))
     assert verdicts == [[None, None] if n == 4 else row for n, row in enumerate(ALL_RIGHT)] + [[1]] * 100
     counts = asked.counts()["judge"]
-    assert (counts["failed"], counts["status_500"]) == (1, 4)
+    assert counts["failed"] == 1
+    assert counts["status_500"] >= 4  # two votes, each asked twice; once more where no other answer came between
     assert counts["last_without_verdict"] == "status 500: assertion failed"
 
 

@@ -153,7 +153,7 @@ def test_a_problem_id_may_not_stand_twice(folder: Folder) -> None:
 def test_a_folder_without_a_tokenizer(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer(tmp_path / "nothing")
-    (folder.path / "model" / "tokenizer.json").write_text("{")
+    (folder.path / "model" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="does not load"):
         load_tokenizer(folder.path / "model")
 

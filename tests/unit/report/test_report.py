@@ -297,7 +297,9 @@ def test_one_sided_labels_stand_in_a_banner(run_dir: Path) -> None:
     """Also of a run that stopped there, and has no summary."""
     (run_dir / "summary.json").unlink()
     counts = {"samples": 6, "wrong": 6, "warnings": ["all 6 judged answers are wrong"]}
-    write_json(run_dir / "iteration_1/judge/manifest.json", {"seconds": 1.0, "counts": counts})
+    write_json(
+        run_dir / "iteration_1/judge/manifest.json", {"key": {}, "outputs": {}, "seconds": 1.0, "counts": counts}
+    )
     html = write_report(run_dir).read_text()
     banner = re.search(r'<ul class="notice alarm" id="warnings" role="alert">(.*?)</ul>', html)
     assert banner and banner[1] == "<li>iteration_1/judge: all 6 judged answers are wrong</li>"

@@ -96,8 +96,11 @@ def test_other_files_of_a_run(tmp_path: Path, how: str) -> None:
 
 def test_what_json_may_hold(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('{"a": 1, "b": {"c": [1, 2]}, "a": 1}')  # twice the same says one thing
+    path.write_text('{"a": 1, "b": {"c": [1, 2]}}')
     assert read_json_object(path) == {"a": 1, "b": {"c": [1, 2]}}
+    path.write_text('{"a": 1, "b": {"c": [1, 2]}, "a": 1}')
+    with pytest.raises(UserError, match='key "a" is given twice'):
+        read_json(path)
     path.write_text('{"a": {"b": 1, "b": 2}}')
     with pytest.raises(UserError, match="the key b has two values, 1 and 2; remove one"):
         read_json(path)
