@@ -3,8 +3,8 @@
 A model of 0.6M parameters solves chained word problems ("Max has 27 coins. Tom has 2 more than Max. ..."); it learned
 them from a student with habitual mistakes, so 40% of its right answers contain a wrong step. Step-KTO trains it on its
 own solutions with two binary signals: is each step right, and is the final answer right. Only the data come from the
-package: the problems, and the exact rule that labels a step. tests/distributed/test_example.py holds the package's
-first updates against this file's. Run it: python examples/step_kto_in_150_lines.py (--help lists the sizes).
+package: the problems, and the exact rule that labels a step. tests/distributed/test_example.py compares the
+package's first updates with this file's. Run it: python examples/step_kto_in_150_lines.py (--help lists the sizes).
 """
 
 import argparse
@@ -47,7 +47,7 @@ def sample(model, tokenizer, problems, num_samples, temperature=1.0):
         output = model.generate(**inputs, **how, num_return_sequences=num_samples)[:, inputs["input_ids"].shape[1] :]
         for problem, prompt, ids in zip(part, prompts["input_ids"], output.split(num_samples), strict=True):
             groups.append([judge(tokenizer, problem, prompt, response) for response in ids.tolist()])
-    for group, following in zip(groups, groups[1:] + groups[:1], strict=True):  # rotated: nobody meets itself
+    for group, following in zip(groups, groups[1:] + groups[:1], strict=True):  # rotated: no problem is its own partner
         for solution, partner in zip(group, following, strict=True):
             solution.partner = partner
     return groups
@@ -74,7 +74,7 @@ def step_log_probs(model, pairs):
     tokens = log_probs.gather(2, ids[:, 1:, None])[..., 0].double()  # [batch, longest - 1]
     found = []
     for row, (prompt, solution) in zip(tokens, pairs, strict=True):
-        own = row[len(prompt) - 1 :]  # the log-prob of a token stands one position before it
+        own = row[len(prompt) - 1 :]  # the log-prob of a token is one position before it
         found.append(torch.stack([own[a:b].sum() for a, b in solution.steps]))
     return found
 

@@ -1,4 +1,4 @@
-"""The command ``stepkto`` and ``python -m megatron_stepkto``: imports take a while, and may be interrupted too."""
+"""The command ``stepkto`` and ``python -m megatron_stepkto``; Ctrl-C is handled before the long imports begin."""
 
 from megatron_stepkto.cli.interrupts import leave_at_once
 

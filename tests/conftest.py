@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_stepkto.base.progress import console
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -24,3 +26,9 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _as_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages and warnings are printed, as by ``stepkto``; a library call is silent (tests/unit/test_library.py)."""
+    monkeypatch.setattr(console, "quiet", False)

@@ -7,12 +7,11 @@ import functools
 import importlib.metadata
 from pathlib import Path
 
-import megatron_stepkto
 from megatron_stepkto.base.cache import content_key
 from megatron_stepkto.base.files import sha256_of
 
-PACKAGE = megatron_stepkto.__name__
-ROOT = Path(megatron_stepkto.__file__).parent
+PACKAGE = __name__.partition(".")[0]
+ROOT = Path(__file__).parents[1]
 # They do not affect the value (input and output, processes, progress): changing them must not discard finished work.
 PLUMBING = (f"{PACKAGE}.base", f"{PACKAGE}.recipe.keys")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 
-class UserError(Exception):
-    """Unusable input. The message says what was expected, what was found, where, and what to do. Exit code 2."""
+class UserError(ValueError):
+    """Unusable input. The message says what was expected, what was found, where, and what to do. Exit code 2.
+
+    An ``except ValueError`` around code of this package catches it too: put ``except UserError: raise`` before it.
+    """
 
 
 class StageFailed(Exception):

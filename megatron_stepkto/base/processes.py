@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
 from megatron_stepkto.base.errors import MachineFault, StageFailed, UserError
-from megatron_stepkto.base.progress import ProgressBar, Report, read_progress, say, warn
+from megatron_stepkto.base.progress import ProgressBar, Report, read_progress, say, show_messages, warn
 from megatron_stepkto.base.storage import is_nearly_full, refusal, writing
 
 POLL_EVERY_S = 0.3
@@ -369,6 +369,7 @@ def child_main(function: Callable[[], None]) -> None:
     Exit code 2: UserError. 1: MachineFault, or a crash.
     """
     die_with_parent()
+    show_messages()  # its standard error is a log
     try:
         function()
     except UserError as error:

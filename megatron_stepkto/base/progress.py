@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -19,8 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_stepkto.base.storage import writing
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+# Quiet in a program that imports the package: only the command line shows messages and bars.
+console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=True)
 LINE_EVERY_S = 10.0
+
+
+def show_messages() -> None:
+    """Show messages, warnings and progress on standard error from now on: the command line calls this."""
+    console.quiet = False
 
 
 def say(message: str) -> None:
@@ -28,7 +35,11 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    console.print(f"warning: {message}", style="yellow", markup=False)
+    """A line on the command line; a ``UserWarning`` in a program that imports the package."""
+    if console.quiet:
+        warnings.warn(message, stacklevel=2)
+    else:
+        console.print(f"warning: {message}", style="yellow", markup=False)
 
 
 class ProgressBar:
@@ -44,7 +55,7 @@ class ProgressBar:
         self._rich: Progress | None = None
 
     def __enter__(self) -> Self:
-        if console.is_terminal:
+        if console.is_terminal and not console.quiet:
             self._rich = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),

@@ -263,6 +263,8 @@ def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tup
                 continue
             try:
                 found: T | ValueError = parse_row(raw, parse)
+            except UserError:  # not about this row alone
+                raise
             except ValueError as error:
                 found = error
             yield number, raw, found

@@ -64,6 +64,8 @@ def read_manifest(directory: Path) -> Manifest | None:
             {name: int(crc, 16) for name, crc in content["tensors"].items()},
             {name: (int(entry["crc32"], 16), int(entry["bytes"])) for name, entry in content["files"].items()},
         )
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{path}: damaged: not a manifest of a conversion; convert again") from None
 

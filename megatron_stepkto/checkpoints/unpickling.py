@@ -73,6 +73,8 @@ def read_plain(path: Path) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(f"{path}: expected a file that torch.save wrote, found none") from None
+    except UserError:
+        raise
     # RuntimeError: from torch's archive reader; the others: from a damaged pickle
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, ValueError,
             AttributeError) as error:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Numbers on command lines: argparse types whose refusals say what is expected."""
+"""Numbers on command lines: argparse types whose errors say what is expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``stepkto check-answers``: what the outcome judge says of pairs of answers, one JSON object per input line."""
+"""``stepkto check-answers``: the outcome judge's verdict on pairs of answers, one JSON object per input line."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from megatron_stepkto.base.files import parse_json
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 
-BATCH = 256  # lines decided together: output comes this late at most
+BATCH = 256  # lines decided together: output lags by this many at most
 READ_BYTES = 1 << 20
 _WORDS = {1: "right", 0: "wrong", None: "undecided"}
 _VERDICTS = {True: "right", False: "wrong", "right": "right", "wrong": "wrong"}  # 1 and 0 are True and False
 
 
 def check_answers(source: str, workers: int, cpu_seconds: float, out: TextIO) -> bool:
-    """Check each line ``{"gold", "pred", "expected"?}`` of a file ("-": standard input) and write, in order, its row.
+    """Check each line ``{"gold", "pred", "expected"?}`` of a file ("-": standard input) and write its row, in order.
 
     Verdicts are those of ``judge_outcomes``, as in every stage. A row is ``{"line", "verdict", "how",
-    "milliseconds", "answer"}``, the last one what ``pred`` states (null: nothing), with "expected" and "agrees" where
-    the line gives ``expected`` (true, false, "right", "wrong" or "undecided"); other keys of the line come back. A line
-    that cannot be read gives ``{"line", "error"}``. Lines are answered as they come in, while the next are still being
-    written. The summary goes to standard error.
+    "milliseconds", "answer"}``; "answer" is what ``pred`` states, null where it states none. Where the line gives
+    ``expected`` (true, false, "right", "wrong" or "undecided"), the row also has "expected" and "agrees". Other keys of
+    the line are copied. A line that cannot be read gives ``{"line", "error"}``. Each line is answered as it arrives,
+    without waiting for the next. The summary goes to standard error.
 
     Returns:
         whether every line could be read.
@@ -47,7 +47,9 @@ def check_answers(source: str, workers: int, cpu_seconds: float, out: TextIO) ->
             handle = sys.stdin.fileno()
         else:
             if not Path(source).is_file():
-                raise UserError(f"{source}: expected a file of JSON lines with gold and pred, found none; - reads them")
+                raise UserError(
+                    f"{source}: expected a file of JSON lines with gold and pred, found none (- reads standard input)"
+                )
             handle = stack.enter_context(Path(source).open("rb")).fileno()
         for batch in _batches(handle):
             rows = [_read(number, line) for number, line in batch]
@@ -70,7 +72,7 @@ def check_answers(source: str, workers: int, cpu_seconds: float, out: TextIO) ->
 
 
 def _batches(handle: int) -> Iterator[list[tuple[int, bytes]]]:
-    """Numbered lines in groups: of what has come in so far, without waiting for more."""
+    """Numbered lines in groups, as far as they have arrived, without waiting for more."""
     number, rest = 0, b""
     while True:
         chunk = os.read(handle, READ_BYTES)

@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-DESCRIPTION = "Compare two copies of a model by the log-probs that they give to some text."
 EPILOG = """\
 A and B are each a Hugging Face folder (computed by transformers), a Megatron torch_dist folder (by Megatron-Core) or
 the URL of a vLLM server (http://host:8000). Folders are computed in float32 unless --dtype says otherwise; a server in
@@ -17,16 +16,18 @@ exit code 0: the same within rounding of the dtype; 1: different; 2: input to co
 
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("first", metavar="A", help="a folder, or the URL of a server (see below)")
-    parser.add_argument("second", metavar="B", help="the same")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="each line a text (default: a few of our own)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: that of the first folder given")
+    parser.add_argument("second", metavar="B", help="another folder or server")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="a file with one text a line (default: a few built-in texts)"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="default: the tokenizer of the first folder given"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
 
 
 def run_comparison(arguments: argparse.Namespace) -> None:
@@ -42,16 +43,12 @@ def run_comparison(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def add_comparison_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``stepkto compare-logprobs``."""
-    parser = commands.add_parser("compare-logprobs", help=DESCRIPTION, description=DESCRIPTION)
-    add_comparison_options(parser)
-    parser.set_defaults(command=run_comparison)
-
-
 def tool() -> None:
     from megatron_stepkto.cli.guard import guarded
 
-    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        description="Compare two copies of a model by the log-probs that they give to some text.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add_comparison_options(parser)
     guarded(lambda: run_comparison(parser.parse_args()))

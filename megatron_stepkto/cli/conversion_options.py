@@ -1,8 +1,9 @@
-"""Options of the commands that convert; apart from their work, which takes seconds to import."""
+"""Options of the commands that convert; in a file of their own, as the conversion takes seconds to import."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from megatron_stepkto.cli.arguments import positive
 
@@ -18,7 +19,9 @@ LAYOUT = ("tensor", "pipeline", "expert", "virtual_pipeline")
 
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
-    """All but the two folders and --force."""
+    """All but IN."""
+    parser.add_argument("output", type=Path, metavar="OUT", nargs="?", help="a new folder; not needed with --dry-run")
+    parser.add_argument("--force", action="store_true", help="replace OUT, where it is a model")
     parser.add_argument(
         "--verify", action="store_true", help="compare both folders bit by bit, after converting if OUT is not there"
     )

@@ -1,4 +1,4 @@
-"""From errors and signals to one message and an exit code."""
+"""Turns errors and signals into one message and an exit code."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_stepkto.base.errors import MachineFault, StageFailed, UserError
-from megatron_stepkto.base.progress import console
+from megatron_stepkto.base.progress import console, show_messages
 from megatron_stepkto.base.storage import STORAGE_FAULTS, check_working_directory
 from megatron_stepkto.cli.interrupts import SAID, interruptible
 
 
 def guarded(work: Callable[[], None]) -> None:
-    """Do the work of a command; whatever ends it early becomes one message and an exit code."""
+    """Do the work of a command; an error or a signal becomes one message and an exit code."""
+    show_messages()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     try:
@@ -31,7 +32,7 @@ def guarded(work: Callable[[], None]) -> None:
     except KeyboardInterrupt as stop:
         _fail(SAID.decode().strip(), 143 if stop.args else 130)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: nobody reads any more
+        if isinstance(error, BrokenPipeError):  # `stepkto ... | head`: the reader has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
         place = f"{error.filename}: " if error.filename else ""

@@ -1,4 +1,4 @@
-"""Ctrl-C in one line and exit code 130, from the first import to the last moment of a process."""
+"""Ctrl-C ends a process with one line and exit code 130, from its first import to its last moment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SAID = b"interrupted: finished work is kept; run the same command again to go on\n"
+SAID = b"interrupted: finished work is kept; run the same command again to resume\n"
 
 
 def _leave(number: int, frame: object) -> None:
@@ -16,14 +16,14 @@ def _leave(number: int, frame: object) -> None:
 
 
 def leave_at_once() -> None:
-    """End the process at an interrupt while no work is under way; one that the caller ignores stays ignored."""
+    """End the process at an interrupt while it does no work. Interrupts that the caller ignores stay ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """In here an interrupt raises KeyboardInterrupt, so that work under way is put in order; after it, it leaves."""
+    """Inside, an interrupt raises KeyboardInterrupt, so that work can clean up; afterwards it ends the process."""
     if signal.getsignal(signal.SIGINT) is not _leave:
         yield
         return

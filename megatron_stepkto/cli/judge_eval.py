@@ -25,11 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT=FILE",
         help="such as processbench=gsm8k.jsonl, mrben=..., bigbench_mistake=...",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for judge_eval.json and unfinished work")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="for judge_eval.json and unfinished work"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: judge....=...")
-    parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder that tokenises the solutions (monte_carlo)")
-    parser.add_argument("--limit", type=positive, help="the first so many solutions of each file")
-    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and go on")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="Hugging Face folder that tokenises the solutions (monte_carlo)",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="judge the first N solutions of each file")
+    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and continue")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -49,13 +56,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _judging(name: str, overrides: list[str]) -> recipe.Judging:
-    """The steps are those that people judged, so a rule's name needs no section."""
+    """The section judge of a file, or that of a rule given by name: the steps are cut already, by people."""
     path = Path(name)
     if path.is_file():
         return recipe_file.load_judging(path, overrides)
     rules = get_args(recipe.RuleJudge.model_fields["kind"].annotation)
     if name not in rules:
-        raise UserError(f"judge-eval: {name} is no file and no rule; expected a YAML file or one of {', '.join(rules)}")
+        raise UserError(f"judge-eval: expected a YAML file or one of the rules {', '.join(rules)}, got {name}")
     if overrides:
         raise UserError("judge-eval: --set changes keys of a file; name one instead of a rule")
     return recipe.Judging.model_validate({"split": "line", "process": name})

@@ -1,4 +1,4 @@
-"""``stepkto plan`` and ``tools/plan.py``: propose layouts for a model on a cluster, or judge a given one."""
+"""``stepkto plan`` and ``tools/plan.py``: propose layouts for a model on a cluster, or check a given one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="KEY=VALUE,...",
-        help="judge this layout instead of proposing: keys of train.parallel, recompute, micro_batch_tokens",
+        help="check this layout instead of proposing: keys of train.parallel, recompute, micro_batch_tokens",
     )
     parser.add_argument(
         "--check",
@@ -108,7 +108,7 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
     train = recipe.train if recipe else None
     gpus = arguments.gpus or (train.parallel.ranks if train else None)
     if gpus is None:
-        raise UserError("how many GPUs? Give --gpus N")
+        raise UserError("the number of GPUs is missing: give --gpus N")
     changes = {
         "gpus": gpus,
         "gpus_per_node": arguments.gpus_per_node,
@@ -155,13 +155,15 @@ def _model_folder(model: Path, recipe: Recipe | None) -> Path:
     if recipe is not None:
         given = recipe.given_model()
         if given is None:
-            raise UserError(f"{model}: has no initial_model, whose config.json a plan reads; give the model's folder")
+            raise UserError(
+                f"{model}: has no initial_model, whose config.json the plan needs; give the model's folder instead"
+            )
         return given
     return model.parent if model.name == "config.json" else model
 
 
 def _samples(recipe: Recipe | None) -> int:
-    """Solutions that a recipe's iteration draws; 0 where it does not say."""
+    """Solutions that an iteration of the recipe samples; 0 where the recipe does not say."""
     if recipe is None or recipe.sample is None or recipe.problems.per_iteration is None:
         return 0
     return recipe.problems.per_iteration * recipe.sample.num_samples
@@ -176,7 +178,7 @@ def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
         try:
             keys[key.strip()] = read_yaml(value)[0]
         except BadYAML:
-            raise UserError(f"--layout {assignment}: expected a number, true or false behind =") from None
+            raise UserError(f"--layout {assignment}: expected a number, true or false after =") from None
     beside = ("recompute", "micro_batch_tokens", "dtype")  # keys of train itself
     outside: dict[str, Any] = {name: keys.pop(name) for name in beside if name in keys}
     try:
@@ -213,7 +215,7 @@ def _judge(case: Scenario, settings: Training, recipe: Recipe | None) -> Plan:
 
 
 def _warn_about_recipe(case: Scenario, recipe: Recipe) -> None:
-    """A recipe's own layout is judged too, when it is for as many GPUs and bf16."""
+    """Also checks the recipe's own layout, when it is for the same number of GPUs and bf16."""
     from megatron_stepkto.base.progress import warn
 
     if recipe.train.dtype != "bfloat16" or recipe.train.parallel.ranks != case.cluster.gpus:
@@ -247,8 +249,8 @@ def _check(case: Scenario, plan: Plan) -> list[Any]:
     from megatron_stepkto.megatron.dry_run import check_plan
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron-Core names every accelerator that it does without,
-        logging.getLogger("megatron").setLevel(logging.ERROR)  # and our MLP for each shard
+        warnings.simplefilter("ignore")  # Megatron-Core warns of every accelerator that is not installed,
+        logging.getLogger("megatron").setLevel(logging.ERROR)  # and of our MLP once per shard
         checks = check_plan(case.config, case.entries, plan.settings.parallel, torch.bfloat16)
     wrong = [check for check in checks if not check.agrees]
     if wrong:

@@ -25,10 +25,10 @@ Pairs = Sequence[tuple[ProblemResult, ProblemResult]]
 
 @dataclass(frozen=True)
 class Difference:
-    """Second minus first, fractions of 1, with a 95% bootstrap interval over problems.
+    """Second minus first, as fractions of 1, with a 95% bootstrap interval over problems.
 
-    ``only_first``, ``only_second``: problems that one of them solves; ``p_value`` is McNemar's exact one. All three
-    are None for a metric that is no yes or no per problem.
+    ``only_first``, ``only_second``: the number of problems that only this model solves; ``p_value``: McNemar's exact
+    test. All three are None for a metric that is not a yes or no per problem.
     """
 
     metric: str
@@ -42,12 +42,12 @@ class Difference:
 
 
 def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
-    """Compare two evaluation folders: a run's (``runs/NAME/evaluate/M1``), or the output of ``stepkto evaluate MODEL``.
+    """Compare two evaluation folders: a run's (``runs/NAME/evaluate/M1``), or the output of ``stepkto measure``.
 
     Raises:
-        UserError: a folder is no finished evaluation, or they are of different problems.
+        UserError: a folder is not a finished evaluation, or the two are of different problems.
     """
-    # `stepkto evaluate MODEL --output DIR` leaves what was asked and the results side by side
+    # `stepkto measure --output DIR` writes the problems and the results side by side
     first, second = (folder / "results" if (folder / "results").is_dir() else folder for folder in (first, second))
     rows = [_row(folder) for folder in (first, second)]
     results = [list(read_records(folder / "problems.jsonl", ProblemResult)) for folder in (first, second)]
@@ -55,15 +55,15 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
     missing = sorted(set(known) ^ {result.problem_id for result in results[1]})
     if missing:
         raise UserError(
-            f"{first} and {second} are of different problems: {len(missing)} stand in one only, such as "
+            f"{first} and {second} are of different problems: {len(missing)} are in one only, such as "
             f"{', '.join(missing[:5])}; evaluate both on the same data"
         )
     pairs = [(known[result.problem_id], result) for result in results[1]]
     changed = [one.problem_id for one, other in pairs if one.problem_sha256 != other.problem_sha256]
     if changed:
         raise UserError(
-            f"{first} and {second}: problem {changed[0]} (and {len(changed) - 1} more) has another text or answer in "
-            "each; evaluate both on the same data"
+            f"{first} and {second}: problem {changed[0]} (and {len(changed) - 1} more) differs in text or answer "
+            "between them; evaluate both on the same data"
         )
     differences = [_yes_or_no("pass@1", pairs, lambda r: r.greedy == 1)]
     if rows[0]["k"] == rows[1]["k"]:
@@ -84,7 +84,10 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
 def _row(folder: Path) -> dict[str, Any]:
     for name in (METRICS, "problems.jsonl"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: expected a finished evaluation, {name} is missing; run `stepkto evaluate`")
+            raise UserError(
+                f"{folder}: expected a finished evaluation, {name} is missing; run `stepkto evaluate` (a "
+                "run's model) or `stepkto measure` (any other)"
+            )
     return dict(read_json(folder / METRICS, Row))
 
 

@@ -1,4 +1,4 @@
-"""``stepkto evaluate MODEL --data FILE``: measure any Hugging Face folder, without a recipe or a run."""
+"""``stepkto measure MODEL --data FILE``: measure any Hugging Face folder, without a recipe or a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def evaluate_folder(
     """Evaluate ``model`` on the problems of all data sets together; returns the row of metrics.
 
     The folder ``output`` gets the problems, every judged solution, metrics.json and a manifest with the hashes of
-    model and data, prompt, seed and versions. The same call goes on where it was killed, or returns what is there.
+    model and data, prompt, seed and versions. After a kill the same call resumes; of a
+    finished evaluation it returns the row.
 
     Raises:
         UserError: no model, no such data, a setting that does not fit, or ``output`` holds another evaluation.
@@ -42,7 +43,7 @@ def evaluate_folder(
     prompts = Prompts.of(settings.prompt, model)
     problems = _problems(data, quarantine, settings.evaluate.num_problems, prompts.check)
     if chat and settings.prompt.chat:
-        say("the model has a chat template, and it is used; --set prompt.chat=false asks without it")
+        say("prompts use the model's chat template; --set prompt.chat=false turns it off")
     asked = output / "asked" / "problems.jsonl"
     if asked.is_file() and not force:
         if problems != list(read_records(asked, Problem)):
@@ -78,7 +79,7 @@ def _problems(data: Sequence[str], quarantine: Path | None, limit: int | None, c
     """The first ``limit`` problems of each set, each with the name of its data set and an id that begins with it."""
     names = [data_name(source) for source in data]
     if len(set(names)) < len(names):
-        raise UserError(f"--data: two sets are called {max(names, key=names.count)}; rename a file")
+        raise UserError(f"--data: two sets have the name {max(names, key=names.count)}; rename a file")
     return [
         problem.model_copy(update={"problem_id": f"{name}/{problem.problem_id}", "data": name})
         for name, source in zip(names, data, strict=True)
@@ -87,5 +88,5 @@ def _problems(data: Sequence[str], quarantine: Path | None, limit: int | None, c
 
 
 def rows_by_data(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per data set, called after it, to print."""
+    """One row per data set, under its name, to print."""
     return [{"k": row["k"], **inner, "name": name} for name, inner in row["by"]["data"].items()]

@@ -1,4 +1,4 @@
-"""How far a process judge can be trusted: its labels against those of people (``stepkto judge-eval``).
+"""How far a process judge can be trusted: its labels compared with those of people (``stepkto judge-eval``).
 
 People judged each solution up to the first wrong step. ProcessBench's measure (arXiv 2412.06559) asks for that
 step: a judge predicts the first step that it calls wrong, or -1 where it calls none wrong. *Error accuracy* is
@@ -135,16 +135,16 @@ def judge_eval(
 ) -> dict[str, Any]:
     """Judge solutions that people judged; leaves ``output/judge_eval.json`` and returns it.
 
-    Killed at any instant, the same call goes on: the judges keep what they have (``output/cache``).
+    After a kill the same call resumes: judges keep finished answers in ``output/cache``.
 
     Args:
         tokenizer: Hugging Face folder; its tokens are needed by rollouts alone.
-        limit: judge the first so many solutions of each file.
+        limit: judge the first N solutions of each file.
 
     Raises:
         UserError: bad input, see ``read_imports``; a solution that the judge cannot take; nothing to judge.
     """
-    # a file alone: the same solution may stand in two
+    # one file at a time: two files may hold the same solution
     sources = {str(file.path): _solutions(file, limit, quarantine) for file in files}
     flat = [(name, solution) for name, solutions in sources.items() for solution in solutions]
     made = _as_seen_by_judge([solution for _, solution in flat], tokenizer, prompt or recipe.Prompt())
@@ -157,7 +157,7 @@ def judge_eval(
         refused: dict[str, list[str]] = {name: [] for name in sources}
         for (name, solution), verdicts in zip(flat, judge.judge(made), strict=True):
             if isinstance(verdicts, UserError):
-                # what cannot be judged counts as not judged, or a judge would look better by refusing
+                # counts as not judged: else a judge would look better by refusing
                 refused[name].append(f"{solution.solution_id}: {verdicts}")
                 given: list[Label] = [None] * len(solution.steps)
             else:
@@ -197,7 +197,7 @@ def _as_seen_by_judge(
     solutions: Sequence[ImportedSolution], tokenizer: Path | None, prompt: recipe.Prompt
 ) -> list[Solution]:
     problems = [
-        # Only a gold answer may be shown: one that is known because a right solution states it tells that it is right.
+        # Only a gold answer may be shown. One taken from a right solution would reveal that it is right.
         Problem.model_construct(
             problem_id=s.problem_id,
             problem=s.problem,
@@ -233,7 +233,7 @@ def _steps(texts: Sequence[str]) -> tuple[Step, ...]:
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """Markdown: one line per source, then what the predictions of -1 are worth."""
+    """Markdown: one line per source, then how to read the predictions of -1."""
     lines = [
         f"judge: {report['judge']}",
         "",

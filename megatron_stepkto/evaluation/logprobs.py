@@ -48,7 +48,7 @@ DEFAULT_TEXT = (
     "def gcd(a, b):\n    while b:\n        a, b = b, a % b\n    return a\n\nassert gcd(12, 18) == 6\n",
     "Step 1: The train travels 60 miles in the first hour. Step 2: It then slows to 45 miles per hour for two hours, "
     "which is 2 * 45 = 90 miles. Step 3: In total it travels 60 + 90 = 150 miles. The answer is 150.",
-    # long enough for positions to matter: a wrong RoPE shows late
+    # long enough for positions to matter: a wrong RoPE shows only at late ones
     " ".join(f"{n} squared is {n * n}, and {n} cubed is {n**3};" for n in range(1, 160)),
 )
 
@@ -121,7 +121,7 @@ def _spelled(limits: Limits) -> str:
 
 
 def judge(total: Distribution, limits: Limits) -> list[str]:
-    """What is beyond its limit. Not a number is."""
+    """The numbers that are beyond their limit; NaN counts as beyond."""
     return [
         f"{name} is {found:.2e}, the limit {limit:g}"
         for name, found, limit in (
@@ -147,9 +147,9 @@ def compare(first: str, second: str, text: Path | None, tokenizer: Path | None, 
 
     Args:
         first, second: folders or URLs (see ``open_scorer``).
-        text: a file, each line a text; None: lines of our own.
+        text: a file with one text a line; None: ``DEFAULT_TEXT``.
         tokenizer: a folder; None: that of the first folder given.
-        dtype: in which folders are computed, and whose limits hold.
+        dtype: in which folders are computed; it also sets the limits.
 
     Raises:
         UserError: a folder, server or text that cannot be used.
@@ -163,7 +163,7 @@ def compare(first: str, second: str, text: Path | None, tokenizer: Path | None, 
     words = min((scorer.words for scorer in scorers if scorer.words), default=None)
     if words and max(map(max, ids)) >= words:
         raise UserError(
-            f"the text has token id {max(map(max, ids))}, a model has but {words} words; give its own --tokenizer"
+            f"the text has token id {max(map(max, ids))}, but a model has only {words} words; give its own --tokenizer"
         )
     ours, theirs = (scorer.score(ids) for scorer in scorers)
     return compare_scores((scorers[0].name, scorers[1].name), ours, theirs, dtype)

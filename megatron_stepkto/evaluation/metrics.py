@@ -69,7 +69,7 @@ def evaluation_row(
 ) -> dict[str, Any]:
     """Metrics of one model: one greedy solution and k sampled ones per problem.
 
-    pass@1 and the step errors are those of the greedy solutions; the same of the sampled ones stand under
+    pass@1 and the step errors are those of the greedy solutions; those of the sampled ones are under
     "sampled", with intervals over problems, because the k solutions of a problem are alike. Undecided
     answers count as not right in pass@1 and accuracy. "pass_at_k" holds the unbiased estimate of each power of two
     up to k, from the samples. Where problems carry a key of ``GROUPS``, "by" holds such a row for each of its values.
@@ -109,7 +109,7 @@ def evaluation_row(
 
 
 def _groups(problems: Sequence[Problem], key: str) -> dict[str, list[str]]:
-    """Ids of the problems by the value of one of their keys; problems without it do not count."""
+    """Ids of problems by the value of one of their keys; problems without the key are left out."""
     groups: dict[str, list[str]] = {}
     for problem in problems:
         if (value := (problem.model_extra or {}).get(key)) is not None:
@@ -152,7 +152,7 @@ def _measured(key: str, share: Share) -> dict[str, Any]:
 
 
 def _describe(groups: Sequence[Sequence[JudgedSample]]) -> dict[str, Any]:
-    """What is wrong inside right answers, and what solutions look like; one group per problem.
+    """Wrong steps inside right solutions, and what solutions look like; one group per problem.
 
     A right answer without a judged step takes no part in the two step metrics.
     """

@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
 
 class Scorer(Protocol):
-    """max_tokens, words: limits of the model; None where it does not say."""
+    """max_tokens, words: limits of the model; None where the model states none."""
 
     @property
     def name(self) -> str: ...
@@ -43,7 +43,7 @@ class Scorer(Protocol):
 
 
 def open_scorer(place: str, dtype: torch.dtype) -> Scorer:
-    """The right one for a folder or the URL of an OpenAI-compatible vLLM server.
+    """The scorer of a folder or of the URL of an OpenAI-compatible vLLM server.
 
     Raises:
         UserError: it is neither.
@@ -94,7 +94,7 @@ class TransformersScorer:
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{self._folder}: transformers cannot load it: {error}") from None
-        # transformers fills what is missing with random numbers, and leaves out what it does not know
+        # transformers fills missing weights with random numbers, and skips unknown ones
         faults = [
             f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, loading[what])))}"
             for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -170,11 +170,11 @@ class ServerScorer:
         self._url = url.rstrip("/").removesuffix("/v1")
         models = self._ask("/v1/models", None).get("data") or []
         if not models:
-            raise UserError(f"{url}: the server serves no model")
+            raise UserError(f"{url}: the server has no model; start it with one")
         self._model = models[0]["id"]
         self.max_tokens = models[0].get("max_model_len")
         if self.max_tokens:
-            self.max_tokens -= 1  # it must draw a token behind the prompt
+            self.max_tokens -= 1  # it must sample one token after the prompt
         self.name = f"vLLM's {self._model} at {self._url}"
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
@@ -193,7 +193,7 @@ class ServerScorer:
         try:
             given = answer["choices"][0]["prompt_logprobs"]
             if len(given) != len(ids):
-                raise UserError(f"{self._url}: {len(given)} log-probs for {len(ids)} tokens")
+                raise UserError(f"{self._url}: expected {len(ids)} log-probs, got {len(given)}; is it a vLLM server?")
             scores = [float(entries[str(token)]["logprob"]) for entries, token in zip(given[1:], ids[1:], strict=True)]
             best = [int(next(t for t, entry in entries.items() if entry["rank"] == 1)) for entries in given[1:]]
         except (KeyError, TypeError, IndexError, StopIteration) as error:
@@ -212,4 +212,6 @@ class ServerScorer:
         except urllib.error.HTTPError as error:
             raise UserError(f"{self._url}{path}: {error}: {error.read(500).decode(errors='replace')}") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._url}{path}: no answer of a vLLM server: {error}") from None
+            raise UserError(
+                f"{self._url}{path}: expected the answer of a vLLM server: {error}; start it, or correct the URL"
+            ) from None

@@ -1,4 +1,4 @@
-"""The evaluation of one model: draw, judge, measure."""
+"""The evaluation of one model: sample, judge, measure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
 from megatron_stepkto.sampling.draw import Drawing, FixedDtype, Pass, read_prompts
 from megatron_stepkto.sampling.job import Job
 
-# Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same draws.
+# Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same random numbers.
 SEED = 0
 OUTPUTS = (GREEDY, "sampled.jsonl", "problems.jsonl", METRICS)
 
@@ -27,7 +27,7 @@ OUTPUTS = (GREEDY, "sampled.jsonl", "problems.jsonl", METRICS)
 def evaluation_drawing(
     model: Path, name: str, problems: Path, recipe: Recipe | ModelEvaluation, directory: Path
 ) -> Drawing:
-    """The solutions that an evaluation judges: one greedy and k sampled ones per problem.
+    """The solutions that an evaluation judges: one greedy and k sampled per problem.
 
     Raises:
         UserError: the recipe has no section evaluate or sample.
@@ -62,12 +62,12 @@ def evaluate_model(
     directory: Path,
     hashes: Path | None = None,
 ) -> dict[str, Any]:
-    """Draw, judge and measure; leaves ``OUTPUTS`` and returns the content of metrics.json.
+    """Sample, judge and measure; writes ``OUTPUTS`` and returns the content of metrics.json.
 
-    Killed at any instant, the same call goes on where it stopped.
+    After a kill the same call resumes where it stopped.
 
     Raises:
-        UserError: the recipe has no section evaluate, sample or judge, or see ``Drawing`` and ``judge_file``.
+        UserError: the recipe has no section evaluate, sample or judge, or what ``Drawing`` and ``judge_file`` raise.
     """
     evaluation, judging = recipe.evaluate, recipe.judge
     if evaluation is None or judging is None:

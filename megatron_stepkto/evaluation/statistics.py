@@ -1,4 +1,4 @@
-"""Shares, their 95% intervals, and what two models differ in: plain functions of counts."""
+"""Shares with 95% intervals, and tests of the difference between two models: plain functions of counts."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def bootstrap_interval(statistic: Callable[[np.ndarray[Any, Any]], float | None], num_problems: int) -> Interval | None:
-    """95% percentile interval of a statistic of problems drawn with replacement (Efron 1979), ``RESAMPLES`` times.
+    """95% percentile interval of a statistic of problems resampled with replacement (Efron 1979), ``RESAMPLES`` times.
 
-    ``statistic`` takes the indices of the drawn problems, int64 [num_problems]; draws for which it is None (no
-    right answer among them) do not count. The draws are fixed, so an interval is the same on every machine.
+    ``statistic`` takes the indices of the resampled problems, int64 [num_problems]; resamples for which it is None (no
+    right answer among them) do not count. The seed is fixed, so an interval is the same on every machine.
     """
     rng = np.random.default_rng(0)
     drawn = (statistic(rng.integers(0, num_problems, num_problems)) for _ in range(RESAMPLES))

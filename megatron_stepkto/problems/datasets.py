@@ -150,6 +150,8 @@ def _rows(rows: Iterable[Any], source: str, parse: Parse) -> Iterator[Problem]:
             yield parse(row)
         except ValidationError as error:
             raise UserError(f"{source}: row {number}: {describe(error)}") from None
+        except UserError:  # not about this row alone
+            raise
         except ValueError as error:
             raise UserError(f"{source}: row {number}: {error}") from None
 

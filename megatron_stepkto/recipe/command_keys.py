@@ -34,9 +34,9 @@ READS: dict[str, tuple[str, ...]] = {
     ),
     "dataset": (*_RUN, "dataset", "problems.held_out_share", "seed", "train.method"),
     "train": (*_RUN, "train", "seed", "initial_model"),
-    "convert": (*_RUN, "train.method"),
+    "export": (*_RUN, "train.method"),
     "evaluate": (*_RUN, *_HELD_OUT, *_DRAWING, "evaluate", "judge", "prompt", "initial_model", "train.method"),
-    "evaluate MODEL": (
+    "measure": (
         "name", *_DRAWING, "prompt", "judge", "evaluate.num_problems", "evaluate.k", "evaluate.temperature",
         "evaluate.top_p",
     ),

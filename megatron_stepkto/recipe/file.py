@@ -133,16 +133,21 @@ def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEv
         settings = ModelEvaluation.model_validate(tree, context={"folder": Path()})
     except ValidationError as error:
         raise UserError(_explain(error, places)) from None
-    check_overrides("evaluate MODEL", overrides)
+    check_overrides("measure", overrides)
     return settings
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Recipe:
     """Read, override and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: each "section.key=value", as ``--set`` takes it.
 
     Raises:
         UserError: one line per fault, each with file:line and what to do.
     """
+    path = Path(path)
     tree, places = _read_tree(path, overrides)
     try:
         recipe = Recipe.model_validate(tree, context={"folder": path.parent})

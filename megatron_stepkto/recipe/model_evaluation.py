@@ -1,4 +1,4 @@
-"""The settings of ``stepkto evaluate MODEL``: a recipe's keys, all with defaults, changed by ``--set``."""
+"""The settings of ``stepkto measure``: a recipe's keys, all with defaults, changed by ``--set``."""
 
 from __future__ import annotations
 

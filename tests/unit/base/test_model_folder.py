@@ -110,7 +110,7 @@ def test_every_command_says_the_same(model: Path, tmp_path: Path, capsys: pytest
         ("convert", folder, tmp_path / "megatron"),
         ("convert", folder, "--dry-run"),
         ("plan", folder, "--gpus", 8),
-        ("evaluate", folder, "--data", problems, "--output", tmp_path / "out", "--set", "sample.backend=transformers"),
+        ("measure", folder, "--data", problems, "--output", tmp_path / "out", "--set", "sample.backend=transformers"),
         ("compare-logprobs", folder, folder),
     ):
         code, said = stepkto(capsys, *words)

@@ -190,7 +190,7 @@ def test_killed_parent_leaves_no_orphan(tmp_path: Path, number: signal.Signals) 
     said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + 15)
     if number == signal.SIGTERM:
-        assert said == "interrupted: finished work is kept; run the same command again to go on\n"
+        assert said == "interrupted: finished work is kept; run the same command again to resume\n"
     for pid in pids:
         assert_ends(pid)
 
@@ -328,6 +328,7 @@ def test_children_that_save_are_asked_and_waited_for(tmp_path: Path, number: sig
     names = [str(tmp_path / "quick"), str(tmp_path / "slow")]
     parent = (
         "import sys; from pathlib import Path; from megatron_stepkto.base.processes import Child, run_children\n"
+        "from megatron_stepkto.base.progress import show_messages; show_messages()\n"
         f"children = [Child([sys.executable, '-c', {child!r}, name], Path(name + '.log')) for name in {names!r}]\n"
         "run_children(children, title='test', unit='units', saves=True)"
     )

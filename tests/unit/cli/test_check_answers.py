@@ -131,7 +131,7 @@ def test_memory_is_bounded() -> None:
 @pytest.mark.parametrize("name", ["math500", "math_train_part"])
 def test_published_solutions_against_their_answers(data_dir: Path, tmp_path: Path, name: str) -> None:
     """MATH-500 agrees in all 500. In the part of the train set, rows whose solution boxes two answers and whose
-    answer is one of them do not: they stand in docs/answer_checking.md."""
+    answer is one of them do not: they are listed in docs/answer_checking.md."""
     folder = "eval" if name == "math500" else "problems"
     rows = [json.loads(line) for line in (data_dir / folder / f"{name}.jsonl").open()]
     path = tmp_path / "pairs.jsonl"

@@ -103,7 +103,7 @@ def test_a_target_that_comes_while_the_source_is_looked_at_is_not_replaced(
 def test_places_that_would_lose_something(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also under --force nothing goes that is no converted model, and never the source."""
+    """--force removes nothing but a converted model, and never the source."""
     source = copy(models["tied"], tmp_path / "work" / "hf")
     (tmp_path / "work" / "config.json").write_text("{}")
     (tmp_path / "notes").mkdir()
@@ -114,10 +114,10 @@ def test_places_that_would_lose_something(
     (tmp_path / "source").symlink_to(source)
     before = sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*"))
     for target, said in (
-        (source, "stands inside of"),
-        (tmp_path / "source", "stands inside of"),
-        (source / "megatron", "stands inside of"),
-        (tmp_path / "work", "stands inside of it and would be removed"),
+        (source, "is inside"),
+        (tmp_path / "source", "is inside"),
+        (source / "megatron", "is inside"),
+        (tmp_path / "work", "which would be removed"),
         (tmp_path / "notes", "--force replaces a model, and this folder holds none, but thesis.tex"),
         (tmp_path / "file", "is a file"),
         (tmp_path / "file" / "a" / "out", f"{tmp_path / 'file'} is a file; choose another folder"),
@@ -139,7 +139,7 @@ def test_places_that_would_lose_something(
 @pytest.mark.parametrize(
     ("model", "others", "said"),
     [
-        # a project: config.json alone is no model
+        # a project: config.json alone is not a model
         (["config.json"], ["src/train.py", "thesis.tex"], "this folder holds none, but config.json, src, thesis.tex"),
         (["config.json"], [], "this folder holds none, but config.json"),
         (["config.json", "pytorch_model.bin"], [], "this folder holds none, but config.json, pytorch_model.bin"),
@@ -218,7 +218,7 @@ def test_verification_names_what_differs(
 
 
 def test_verification_reads_the_manifest(models: dict[str, Path], tmp_path: Path) -> None:
-    """A flipped bit where no tensor lies is found by the file's checksum, and only by it."""
+    """A flipped bit outside every tensor is found by the file's checksum, and only by it."""
     megatron = copy(models["megatron"], tmp_path / "megatron")
     manifest = read_manifest(megatron)
     assert manifest is not None
@@ -285,8 +285,8 @@ def test_code_of_the_models_author_is_named_and_left_behind(
     ("arguments", "said"),
     [
         (["{tied}"], "OUT is missing"),
-        (["recipe.yaml"], "--iteration T is missing"),
-        (["{tied}", "{new}", "--iteration", "1"], "takes no --iteration"),
+        (["recipe.yaml"], "stepkto convert recipe.yaml: moved to a command of its own: `stepkto export"),
+        (["{tied}", "{new}", "--iteration", "1"], "stepkto convert --iteration: moved to a command of its own"),
         (["{new}", "{new}2"], "expected a Hugging Face folder"),
         (["{tied}", "{new}", "--workers", "0"], "expected 1 or more"),
         (["{tied}", "{new}", "--workers", "many"], "expected a whole number, got 'many'"),
@@ -294,9 +294,12 @@ def test_code_of_the_models_author_is_named_and_left_behind(
             ["{tied}", "{new}", "--tensor", "2", "--virtual-pipeline", "2"],
             "--tensor, --virtual-pipeline: expected with",
         ),
-        (["{tied}", "{new}", "--set", "a=b", "--method", "kto"], "--set, --method: expected with `convert RECIPE"),
+        (
+            ["{tied}", "{new}", "--set", "a=b", "--method", "kto"],
+            "stepkto convert --set: moved to a command of its own: `stepkto export",
+        ),
         (["{tied}", "--dry-run", "--pipeline", "2", "--virtual-pipeline", "1"], "--virtual-pipeline: expected 2 or"),
-        (["recipe.yaml", "--iteration", "1", "--verify"], "--verify: expected with `convert IN OUT` only"),
+        (["--iter=1", "recipe.yaml"], "stepkto convert --iteration: moved to a command of its own"),
     ],
 )
 def test_wrong_arguments(

@@ -215,7 +215,7 @@ def test_check_builds_the_shards(configs: Path, capsys: pytest.CaptureFixture[st
 
 def test_refusals_name_the_key(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     eight, seventy = configs / "llama3.1_8b", configs / "llama3.3_70b"
-    assert "how many GPUs? Give --gpus N" in refusal(capsys, eight)
+    assert "the number of GPUs is missing: give --gpus N" in refusal(capsys, eight)
     assert "no layout of 8 GPUs fits into 80 GB each" in refusal(capsys, seventy, "--gpus", 8)
     message = refusal(capsys, eight, "--gpus", 8, "--layout", "tensor=3")
     assert "train.parallel: ranks (8) must be a multiple of tensor x pipeline x context (3 x 1 x 1)" in message
@@ -241,7 +241,7 @@ def test_refusals_name_the_key(configs: Path, capsys: pytest.CaptureFixture[str]
         (["--gpus", "0"], "--gpus: expected 1 or more, got 0"),
         (["--gpus", "8", "--gpu-memory", "nan"], "--gpu-memory: expected a number above 0, got nan"),
         (["--gpus", "8", "--peak", "inf"], "--peak: expected a number above 0, got inf"),
-        (["--gpus", "8", "--layout", "tensor=["], "--layout tensor=[: expected a number, true or false behind ="),
+        (["--gpus", "8", "--layout", "tensor=["], "--layout tensor=[: expected a number, true or false after ="),
     ],
 )
 def test_numbers_that_are_none(

@@ -77,7 +77,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("judge", "file", "said"),
     [
-        ("equation", "processbench=x", "no file and no rule.*chained_arithmetic, equations, none"),
+        ("equation", "processbench=x", "one of the rules chained_arithmetic, equations, none, got equation"),
         ("equations", "x.jsonl", "expected FORMAT=FILE; formats: bigbench_mistake"),
         ("equations", "processbnech=x.jsonl", "did you mean processbench"),
         ("equations", "processbench=x.jsonl", "found none"),

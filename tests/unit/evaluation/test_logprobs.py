@@ -164,7 +164,7 @@ def test_inputs_to_correct(folders: dict[str, Path], tmp_path: Path, capsys: pyt
         path.unlink()
     for arguments, said in (
         ((tmp_path / "absent", hf), "expected a Hugging Face folder"),
-        ((hf, "http://127.0.0.1:9"), "no answer of a vLLM server"),
+        ((hf, "http://127.0.0.1:9"), "expected the answer of a vLLM server"),
         ((bare, bare), "expected a Hugging Face folder with a tokenizer"),
         ((hf, hf, "--text", tmp_path / "absent.txt"), "expected a text file"),
     ):
@@ -209,7 +209,7 @@ def test_a_megatron_folder_may_pad_the_vocabulary_but_not_lack_words(
 def test_a_weight_that_would_be_unpickled_is_refused(
     folders: dict[str, Path], tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torch's loader calls torch.load(weights_only=False) for an entry that is no tensor, whatever was asked for."""
+    """torch's loader calls torch.load(weights_only=False) for an entry that is not a tensor, whatever was asked."""
     megatron = copy(folders["megatron"], tmp_path / "megatron")
     metadata = read_metadata(megatron)
     metadata.state_dict_metadata[key] = BytesStorageMetadata()

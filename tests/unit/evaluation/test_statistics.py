@@ -142,9 +142,9 @@ def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
 def test_other_problems_are_refused(tmp_path: Path) -> None:
     rows = [result(n, 1) for n in range(4)]
     a = folder(tmp_path / "a", "A", rows)
-    with pytest.raises(UserError, match="1 stand in one only, such as p3"):
+    with pytest.raises(UserError, match="1 are in one only, such as p3"):
         compare_evaluations(a, folder(tmp_path / "b", "B", rows[:3]))
-    with pytest.raises(UserError, match=r"problem p1 .* has another text or answer"):
+    with pytest.raises(UserError, match=r"problem p1 .* differs in text or answer"):
         compare_evaluations(a, folder(tmp_path / "c", "C", [rows[0], result(1, 1, problem_sha256="y"), *rows[2:]]))
     with pytest.raises(UserError, match=r"metrics\.json is missing"):
         compare_evaluations(a, tmp_path)

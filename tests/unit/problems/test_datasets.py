@@ -1,4 +1,4 @@
-"""Problems of the usual layouts, templates, and ``stepkto evaluate MODEL`` with a real model."""
+"""Problems of the usual layouts, templates, and ``stepkto measure`` with a real model."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_evaluate_a_folder(tmp_path: Path, repository: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "out"
     command = [
-        sys.executable, "-m", "megatron_stepkto", "evaluate", str(repository / "recipes/mini_cpu_m0"),
+        sys.executable, "-m", "megatron_stepkto", "measure", str(repository / "recipes/mini_cpu_m0"),
         "--data", str(data), "--output", str(output), "--set", "sample.backend=transformers",
         "--set", "sample.max_tokens=150", "--set", "sample.dtype=float32", "--set", "evaluate.k=2",
         "--set", "prompt.template=plain", "--set", "judge.split=line", "--set", "judge.process=chained_arithmetic",

@@ -49,7 +49,7 @@ class _Asked(Exception):
     pass
 
 
-@pytest.mark.parametrize("command", ["problems", "sample", "judge", "dataset", "train", "convert", "evaluate"])
+@pytest.mark.parametrize("command", ["problems", "sample", "judge", "dataset", "train", "export", "evaluate"])
 def test_what_decides_a_stage_is_read(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The settings by which a stage knows itself again are the keys that it reads."""
     stages: list[Stage] = []
@@ -61,7 +61,7 @@ def test_what_decides_a_stage_is_read(command: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pipeline.Run, "run", ask)
     run = pipeline.Run(load_recipe(MINI, [f"output={tmp_path}"]))
     with pytest.raises(_Asked):
-        (pipeline.STAGES | {"evaluate": pipeline.evaluate_stage})[command](run, 1)
+        (pipeline.STAGES | {"evaluate": pipeline.evaluate_stage, "export": pipeline.convert_stage})[command](run, 1)
     (stage,) = stages
     of = {"per_iteration": "problems.per_iteration", "source": "problems.source", "method": "train.method",
           "held_out_share": "problems.held_out_share"}  # fmt: skip
@@ -81,7 +81,7 @@ def test_what_decides_a_stage_is_read(command: str, monkeypatch: pytest.MonkeyPa
         ("judge", "judge.process.votes=3"),
         ("train", "train.optimizer.lr=1"),
         ("evaluate", "sample.max_tokens=9"),
-        ("evaluate MODEL", "evaluate.num_problems=9"),
+        ("measure", "evaluate.num_problems=9"),
         ("run", "warm_up.corpus_size=9"),
         ("slurm submit", "dataset.max_tokens=9"),
     ],
@@ -102,7 +102,7 @@ def test_keys_that_are_read(command: str, assignment: str) -> None:
         ),
         ("evaluate", "sample.temperature=0.5", "`stepkto sample`, `stepkto run`"),
         (
-            "evaluate MODEL",
+            "measure",
             "evaluate.split=dev",
             "`stepkto evaluate`, `stepkto prepare`, `stepkto warm-up`, `stepkto run`",
         ),
@@ -125,7 +125,7 @@ def test_keys_that_are_not_read(command: str, assignment: str, readers: str) -> 
 @pytest.mark.parametrize(
     ("command", "option"),
     [("sample", "--quarantine=f"), ("train", "--allow-overlap"), ("dataset", "--from-scratch"),
-     ("warm-up", "--from-scratch"), ("convert", "--quarantine=f"), ("evaluate", "--allow-overlap")],
+     ("warm-up", "--from-scratch"), ("export", "--quarantine=f"), ("evaluate", "--allow-overlap")],
 )  # fmt: skip
 def test_options_that_would_do_nothing(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -135,12 +135,12 @@ def test_options_that_would_do_nothing(command: str, option: str, capsys: pytest
 
 
 def test_every_way_to_set_a_key_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("problems", "sample", "judge", "dataset", "convert"):
+    for command in ("problems", "sample", "judge", "dataset", "export"):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, str(MINI), "--iteration", "1", "--set", "train.epochs=2"])
         assert ended.value.code == 2
         assert f"`stepkto {command}` does not read train.epochs" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(UserError, match=r"`stepkto evaluate MODEL` does not read sample\.num_samples"):
+    with pytest.raises(UserError, match=r"`stepkto measure` does not read sample\.num_samples"):
         model_evaluation("m", False, ["sample.num_samples=2"])
     judge = tmp_path / "judge.yaml"
     judge.write_text("judge: {split: line, process: none}\n")
@@ -163,7 +163,7 @@ def test_an_evaluation_of_a_folder_takes_the_first_problems_of_each_set(
     for name in ("a", "b"):
         rows = [{"id": n, "problem": f"{n} + 1?", "answer": str(n + 1)} for n in range(5)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["evaluate", str(repository / "recipes" / "mini_cpu_m0"), "--force", "--output", str(tmp_path / "out")]
+    command = ["measure", str(repository / "recipes" / "mini_cpu_m0"), "--force", "--output", str(tmp_path / "out")]
     command += [word for name in ("a", "b") for word in ("--data", str(tmp_path / f"{name}.jsonl"))]
     for options in ([], ["--limit", "2"], ["--set", "evaluate.num_problems=2"], ["--limit", "6"]):
         with pytest.raises(SystemExit):

@@ -137,7 +137,7 @@ def test_a_folder_is_not_evaluated_without_its_judge(
     [port] = free_ports(1)
     judge = (LLM % "").replace("PORT", str(port))
     with pytest.raises(SystemExit) as stop:
-        main(["evaluate", str(repository / "recipes" / "mini_cpu_m0"), f"--data={tmp_path}/test.jsonl",
+        main(["measure", str(repository / "recipes" / "mini_cpu_m0"), f"--data={tmp_path}/test.jsonl",
               f"--output={tmp_path}/out", "--set=sample.max_tokens=96", f"--set={judge}"])  # fmt: skip
     assert stop.value.code == 2
     assert "judge.process.base_url: no server answers" in " ".join(capsys.readouterr().err.split())

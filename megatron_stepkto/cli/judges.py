@@ -1,0 +1,71 @@
+"""Commands for judges, answers and records: check-answers, judge-eval, import."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_stepkto.base.progress import say, warn
+from megatron_stepkto.cli import judge_eval
+from megatron_stepkto.cli.arguments import positive, positive_number
+from megatron_stepkto.cli.commands import Commands, add_quarantine
+
+
+def add_commands(commands: Commands) -> None:
+    commands.group("judges and answers")
+    check = commands.add(
+        "check-answers", _check_answers, "say whether pairs of answers are equal, as the judge does",
+        "stepkto check-answers pairs.jsonl",
+    )  # fmt: skip
+    check.add_argument(
+        "file", metavar="FILE", help="JSON lines with gold, pred and optionally expected; - reads standard input"
+    )
+    check.add_argument("--workers", type=positive, default=2, help="processes for computer algebra (default 2)")
+    check.add_argument(
+        "--cpu-seconds", type=positive_number, default=3.0, help="limit of one pair; past it: undecided (default 3)"
+    )
+    judges = commands.add(
+        "judge-eval", judge_eval.run, "compare a process judge with labels of people",
+        "stepkto judge-eval equations processbench=gsm8k.jsonl --output judged/equations",
+    )  # fmt: skip
+    judge_eval.add_arguments(judges)
+
+
+def add_record_commands(commands: Commands) -> None:
+    commands.group("records")
+    imports = commands.add(
+        "import", _import, "turn a public file of step labels into our records",
+        "stepkto import processbench gsm8k.jsonl --tokenizer llama3.1_8b --output imported/processbench",
+    )  # fmt: skip
+    imports.add_argument(
+        "format", metavar="FORMAT", help="prm800k, math-shepherd, processbench, ... (an unknown one lists all)"
+    )
+    imports.add_argument("file", type=Path, metavar="FILE", help="as its authors publish it (docs/data.md)")
+    imports.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder of the model to be trained"
+    )
+    imports.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="for problems.jsonl and judged.jsonl"
+    )
+    add_quarantine(imports)
+
+
+def _check_answers(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.cli.check_answers import check_answers
+
+    if not check_answers(arguments.file, arguments.workers, arguments.cpu_seconds, sys.stdout):
+        raise SystemExit(2)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.judging.imported import run_import
+    from megatron_stepkto.recipe.keys import Prompt
+
+    counts = run_import(
+        arguments.format, arguments.file, arguments.tokenizer, arguments.output, arguments.quarantine, Prompt()
+    )
+    for warning in counts.pop("warnings", []):
+        warn(warning)
+    for name, value in counts.items():
+        say(f"{name}: {value}")
