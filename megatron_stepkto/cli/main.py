@@ -18,9 +18,9 @@ from megatron_stepkto.cli.arguments import not_negative, positive, positive_numb
 from megatron_stepkto.cli.compare import add_comparison_command
 from megatron_stepkto.cli.conversion_options import LAYOUT, add_conversion_options
 from megatron_stepkto.cli.guard import guarded
+from megatron_stepkto.methods.registry import METHODS, load_checked_recipe
 from megatron_stepkto.recipe.command_keys import TAKES, check_overrides
-from megatron_stepkto.recipe.file import load_recipe
-from megatron_stepkto.recipe.keys import METHODS, Method, Recipe
+from megatron_stepkto.recipe.keys import Recipe
 
 if TYPE_CHECKING:
     from megatron_stepkto.run.folder import Run
@@ -192,13 +192,11 @@ def _recipe_command(
     return parser
 
 
-def _methods(text: str) -> list[Method]:
-    methods: list[Method] = []
-    for name in text.split(","):
-        found = next((method for method in METHODS if method == name.strip()), None)
-        if found is None:
+def _methods(text: str) -> list[str]:
+    methods = [name.strip() for name in text.split(",")]
+    for name in methods:
+        if name not in METHODS:
             raise argparse.ArgumentTypeError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-        methods.append(found)  # type: ignore[arg-type]
     return methods
 
 
@@ -206,7 +204,7 @@ def _load(arguments: argparse.Namespace) -> Recipe:
     overrides = list(arguments.set)
     if getattr(arguments, "iterations", None):
         overrides.append(f"iterations={arguments.iterations}")
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = load_checked_recipe(arguments.recipe, overrides)
     check_overrides(arguments.name, arguments.set)  # last: a misspelt key is read by no command
     return recipe
 

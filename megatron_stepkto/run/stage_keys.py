@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.recipe import keys as recipes
-
-# Keys that only some methods read: changing another method's does not make a finished stage stale.
-_LOSS_KEYS: dict[str, set[str]] = {"rft": set(), "dpo": {"dpo_beta"}, "irpo": {"dpo_beta", "nll_weight"}}
-_DATASET_KEYS: dict[str, set[str]] = {
-    "rft": {"max_tokens", "max_examples_per_problem", "right_solutions"},
-    "dpo": {"max_tokens", "pairs_per_problem", "right_solutions"},
-    "irpo": {"max_tokens", "pairs_per_problem", "right_solutions"},
-}
-
 
 _NOT_DECIDING = {"parallel", "device", "micro_batch_tokens", "pad_documents_to", "recompute", "timeout_s", "max_gap",
                  "checkpoint_every", "keep_checkpoints", "async_checkpoints", "log"}  # fmt: skip
@@ -24,8 +16,7 @@ def training_key(settings: recipes.Training) -> dict[str, Any]:
     key = settings.model_dump(mode="json", exclude=_NOT_DECIDING)
     # its checkpoints hold the optimizer's state in another form: neither kind goes on from the other's
     key["distributed_optimizer"] = settings.parallel.distributed_optimizer
-    unread = {"dpo_beta", "nll_weight"}
-    used = _LOSS_KEYS.get(settings.method, set(key["loss"]) - unread)
+    used = method_of(settings.method).loss_keys  # changing another method's does not make a finished stage stale
     key["loss"] = {name: value for name, value in key["loss"].items() if name in used}
     return key
 
@@ -33,5 +24,5 @@ def training_key(settings: recipes.Training) -> dict[str, Any]:
 def dataset_key(settings: recipes.Dataset, method: recipes.Method) -> dict[str, Any]:
     """What of the dataset section decides the examples of a method."""
     key = settings.model_dump(mode="json")
-    used = _DATASET_KEYS.get(method, set(key) - {"pairs_per_problem", "right_solutions"})
+    used = method_of(method).dataset_keys
     return {name: value for name, value in key.items() if name in used}

@@ -21,6 +21,7 @@ from megatron_stepkto.base.processes import Child, child_main, run_children
 from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.megatron import patches as cpu
 from megatron_stepkto.megatron.acceleration import choose, choose_device, find_machine, find_packages
+from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.tracking import check_trackers
@@ -117,7 +118,7 @@ def check_longest(longest_prompt: int, response: int, limit: int | None, setting
         UserError: it has not; names the keys and the numbers.
     """
     longest = longest_prompt + response  # also of a KL pair: a prompt with another problem's response
-    room = room_for(settings, paired=settings.method in ("dpo", "irpo"))
+    room = room_for(settings, paired=method_of(settings.method).paired)
     padded = padded_length(longest if limit is None else min(longest, limit), settings)
     if padded > room:
         raise UserError(

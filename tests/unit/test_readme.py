@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_stepkto.cli.main import _parser
+from megatron_stepkto.methods.registry import METHODS
 from megatron_stepkto.recipe.file import load_recipe
-from megatron_stepkto.recipe.keys import METHODS, Loss
+from megatron_stepkto.recipe.keys import Loss
 
 
 @pytest.fixture(scope="module")

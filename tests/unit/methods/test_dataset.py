@@ -11,8 +11,8 @@ import pytest
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, TrainExample, read_records, write_records
 from megatron_stepkto.methods.dataset import build_dataset
-from megatron_stepkto.methods.select import select
-from megatron_stepkto.recipe.keys import METHODS, Dataset
+from megatron_stepkto.methods.registry import METHODS
+from megatron_stepkto.recipe.keys import Dataset
 
 
 def sample(
@@ -58,6 +58,10 @@ def many(problems: int, samples: int = 3) -> list[JudgedSample]:
 
 def ids(examples: list[TrainExample]) -> list[str]:
     return [example.example_id for example in examples]
+
+
+def select(rows: dict[str, list[JudgedSample]], settings: Dataset, method: str, seed: int) -> list[TrainExample]:
+    return METHODS[method].select(rows, settings, seed)
 
 
 # --- KL pairs ------------------------------------------------------------------------------------------------
@@ -117,7 +121,7 @@ def test_share_of_examples_with_a_partner() -> None:
     assert chosen(0.25, seed=1) != chosen(0.25)
 
 
-@pytest.mark.parametrize("method", ["rft", "dpo", "irpo"])
+@pytest.mark.parametrize("method", ["rft", "dpo", "irpo", "bco", "apo_zero"])
 def test_methods_without_a_kl_term_carry_no_partner(method: Any) -> None:
     assert all(e.kl_partner is None for e in select(group(*many(1, 3)), Dataset(), method, 0))
 
@@ -140,6 +144,8 @@ def test_samples_with_something_judged_train() -> None:
     assert [[s.label for s in e.steps] for e in examples] == [[1, None], [None, None], [0, None], [0, 0]]
     # KTO has no use for steps: a sample without an outcome would only dilute its mean
     assert ids(select(group(*rows), Dataset(kl_pair_share=0), "kto", 0)) == ["p/0", "p/1", "r/0"]
+    assert ids(select(group(*rows), Dataset(), "bco", 0)) == ["p/0", "p/1", "r/0"]
+    assert ids(select(group(*rows), Dataset(), "apo_zero", 0)) == ["p/0", "p/1", "r/0"]
 
 
 def test_an_example_is_the_sample_as_it_was() -> None:
@@ -365,7 +371,7 @@ def test_files_are_the_same_bytes_every_time(tmp_path: Path) -> None:
 
 
 def test_a_sample_that_stands_twice(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"judged\.jsonl: sample_id p0/1 stands twice"):
+    with pytest.raises(UserError, match=r"judged\.jsonl: sample_id p0/1 is duplicated"):
         build(tmp_path, [*many(2), many(1)[1]])
     assert not (tmp_path / "step_kto").exists()
 
