@@ -16,20 +16,16 @@ two classes' means, which is the same where they are equally many; ``match_under
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.methods.method import Estimator, Method, Metrics, Samples
-from megatron_stepkto.methods.select import single_examples, with_outcome
+from megatron_stepkto.methods.method import Estimator
+from megatron_stepkto.methods.outcome import OutcomeMethod
 from megatron_stepkto.recipe import keys as recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_stepkto.losses import Balance, Level, LossSum, ReferencePoints, Solutions
-    from megatron_stepkto.megatron.batch import MicroBatch
+    from megatron_stepkto.losses import Level, LossSum, ReferencePoints, Solutions
 
 
 def bco_loss(batch: Solutions, mean_log_ratio: Tensor, level: Level) -> LossSum:
@@ -49,50 +45,14 @@ def bco_loss(batch: Solutions, mean_log_ratio: Tensor, level: Level) -> LossSum:
     return LossSum(right + wrong, label.shape[0], {"loss_right": right.detach(), "loss_wrong": wrong.detach()})
 
 
-@dataclass(frozen=True)
-class BCOObjective:
-    level: Level
-    balance: Mapping[str, Balance]
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        return self.level.beta, self.level.beta
-
-    def loss(self, batch: MicroBatch, token_log_probs: Tensor, points: ReferencePoints) -> LossSum:
-        from megatron_stepkto.methods.objective import solutions_of
-
-        return bco_loss(solutions_of(batch, token_log_probs), points.outcome, self.level)
-
-
-class BCO(Method):
+class BCO(OutcomeMethod):
     name = "bco"
     title = "BCO"
     source = "arXiv 2404.04656"
-    needs = "a sample with a judged outcome"
-    loss_keys = frozenset({"beta_outcome", "desirable_weight_outcome", "undesirable_weight_outcome", "balance"})
-    dataset_keys = frozenset({"max_tokens", "max_examples_per_problem"})
-    metrics: ClassVar[Metrics] = {
-        "loss_right": ("loss_right", "units"),
-        "loss_wrong": ("loss_wrong", "units"),
-    }
-    against_collapse = "loss.undesirable_weight_outcome, or raise loss.beta_outcome"
-    contrasts = True
     reference_levels = ("outcome",)
-
-    def select(self, by_problem: Samples, settings: recipe.Dataset, seed: int) -> list[TrainExample]:
-        """Every sample with a judged outcome."""
-        return single_examples(with_outcome(by_problem), settings, seed, kl_pairs=False)
 
     def estimator(self, loss: recipe.Loss) -> Estimator:
         return "running"
 
-    def check_example(self, example: TrainExample) -> None:
-        if example.outcome is None:
-            raise ValueError("bco trains on solutions with a judged answer, this one's outcome is None")
-
-    def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> BCOObjective:
-        from megatron_stepkto.methods.unpaired import check_classes, outcome_balance, outcome_level
-
-        balance = outcome_balance(loss, examples)
-        check_classes(self.name, {"outcome": balance})
-        return BCOObjective(outcome_level(loss, balance), {"outcome": balance})
+    def solutions_loss(self, batch: Solutions, points: ReferencePoints, level: Level) -> LossSum:
+        return bco_loss(batch, points.outcome, level)

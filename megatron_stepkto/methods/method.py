@@ -6,7 +6,7 @@ A method is one file of this folder, which subclasses ``Method``, and one line o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from megatron_stepkto.base.errors import UserError
@@ -127,7 +127,3 @@ class Method(ABC):
 def all_but(section: type[recipe.Section], *keys: str) -> frozenset[str]:
     """The keys of a recipe's section but for ``keys``."""
     return frozenset(section.model_fields) - set(keys)
-
-
-def named(methods: Iterable[Method]) -> dict[str, Method]:
-    return {method.name: method for method in methods}

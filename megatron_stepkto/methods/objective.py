@@ -19,8 +19,8 @@ from megatron_stepkto.losses import (
     pool_reference,
 )
 from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, solution_document
+from megatron_stepkto.methods.balances import labels_of
 from megatron_stepkto.methods.method import Estimator
-from megatron_stepkto.methods.unpaired import labels_of
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ from megatron_stepkto.methods.bco import BCO
 from megatron_stepkto.methods.dpo import DPO
 from megatron_stepkto.methods.irpo import IRPO
 from megatron_stepkto.methods.kto import KTO
-from megatron_stepkto.methods.method import Method, named
+from megatron_stepkto.methods.method import Method
 from megatron_stepkto.methods.rft import RFT
 from megatron_stepkto.methods.step_kto import StepKTO
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.file import load_recipe
 
-METHODS: dict[str, Method] = named((StepKTO(), KTO(), DPO(), IRPO(), RFT(), BCO(), APOZero()))
+METHODS: dict[str, Method] = {
+    method.name: method for method in (StepKTO(), KTO(), DPO(), IRPO(), RFT(), BCO(), APOZero())
+}
 
 
 def method_of(name: str, place: str = "train.method") -> Method:

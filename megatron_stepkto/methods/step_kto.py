@@ -65,7 +65,7 @@ class StepKTO(Method):
 
     def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> StepKTOObjective:
         from megatron_stepkto.losses import Level, StepKTOSettings
-        from megatron_stepkto.methods.unpaired import check_classes, outcome_balance, step_balance
+        from megatron_stepkto.methods.balances import check_classes, outcome_balance, step_balance
 
         outcome, step = outcome_balance(loss, examples), step_balance(loss, examples)
         settings = StepKTOSettings(

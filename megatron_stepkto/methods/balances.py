@@ -1,4 +1,4 @@
-"""What losses over single solutions, right against wrong, share: labels, lambdas and their balance."""
+"""Labels and lambdas of losses over single solutions, right against wrong, and their balance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.judging.classes import check_both_classes
-from megatron_stepkto.losses import UNJUDGED, Balance, Level, class_balance, step_divisors
+from megatron_stepkto.losses import UNJUDGED, Balance, class_balance, step_divisors
 from megatron_stepkto.recipe import keys as recipe
 
 
@@ -36,11 +36,6 @@ def step_balance(loss: recipe.Loss, examples: Sequence[TrainExample]) -> Balance
     divisors = step_divisors(label, solution, len(examples), loss.step_reduction)
     balance = class_balance(label, divisors, loss.desirable_weight_step, loss.undesirable_weight_step)
     return balance.balanced() if loss.balance == "auto" else balance
-
-
-def outcome_level(loss: recipe.Loss, balance: Balance) -> Level:
-    """Of a loss whose only term is that of the outcome."""
-    return Level(loss.beta_outcome, balance.desirable_weight, balance.undesirable_weight, 1.0)
 
 
 def check_classes(method: str, balance: Mapping[str, Balance]) -> None:
