@@ -18,7 +18,7 @@ from megatron_stepkto.cli.arguments import not_negative, positive, positive_numb
 from megatron_stepkto.cli.compare import add_comparison_command
 from megatron_stepkto.cli.conversion_options import LAYOUT, add_conversion_options
 from megatron_stepkto.cli.guard import guarded
-from megatron_stepkto.methods.registry import METHODS, load_checked_recipe
+from megatron_stepkto.methods.registry import METHODS, check_suits, load_checked_recipe
 from megatron_stepkto.recipe.command_keys import TAKES, check_overrides
 from megatron_stepkto.recipe.keys import Recipe
 
@@ -218,6 +218,8 @@ def _run(arguments: argparse.Namespace) -> None:
     recipe = _load(arguments)
     if recipe.train.method in arguments.compare:
         raise UserError(f"--compare {recipe.train.method}: that is the recipe's own method; leave it out")
+    for name in arguments.compare:
+        check_suits(recipe, name, f"--compare {name}")
     run = Run(
         recipe, arguments.from_scratch, arguments.force, arguments.quarantine, allow_overlap=arguments.allow_overlap
     )
@@ -233,6 +235,8 @@ def _one(arguments: argparse.Namespace) -> Run:
 
     recipe = _load(arguments)
     method = arguments.method if arguments.method != recipe.train.method else None
+    if method:
+        check_suits(recipe, method, f"--method {method}")
     return Run(recipe, arguments.from_scratch, arguments.force, arguments.quarantine, method, arguments.allow_overlap)
 
 

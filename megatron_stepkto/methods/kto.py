@@ -25,4 +25,4 @@ class KTO(StepKTO):
 
     def check_settings(self, loss: recipe.Loss) -> None:
         if loss.outcome_weight == 0:
-            raise ValueError("method: kto with loss.outcome_weight = 0 has no term left: nothing would train")
+            raise ValueError("kto with loss.outcome_weight = 0 has no term left, so nothing would train; raise it")

@@ -51,18 +51,32 @@ def load_checked_recipe(path: Path, overrides: list[str] | None = None) -> recip
 
 def check_method(loaded: recipe.Recipe) -> None:
     """Raises UserError for a method that does not exist, or whose other keys do not suit it."""
-    trainings = {"train": loaded.train}
+    check_suits(loaded, loaded.train.method, f"{loaded.place('train.method')}: train.method")
     if loaded.warm_up:
-        trainings["warm_up.training"] = loaded.warm_up.training
-    for section, settings in trainings.items():
-        method = method_of(settings.method, f"{loaded.place(f'{section}.method')}: {section}.method")
-        try:
-            method.check_settings(settings.loss)
-        except ValueError as error:
-            raise UserError(f"{loaded.place(f'{section}.method')}: {section}: {error}") from None
-    method = METHODS[loaded.train.method]
+        training = loaded.warm_up.training
+        _check_settings(
+            training, training.method, f"{loaded.place('warm_up.training.method')}: warm_up.training.method"
+        )
+
+
+def check_suits(loaded: recipe.Recipe, name: str, place: str) -> None:
+    """Can the recipe run with this method, its own or one that it is compared with?
+
+    Raises:
+        UserError: names ``place``, where the method was given, or the key that does not suit it.
+    """
+    method = _check_settings(loaded.train, name, place)
     if method.estimator(loaded.train.loss) == "mismatched" and loaded.dataset.kl_pair_share == 0:
         raise UserError(
-            f"{loaded.place('dataset.kl_pair_share')}: train.loss.reference_point: mismatched needs KL pairs; "
-            "raise dataset.kl_pair_share"
+            f"{loaded.place('dataset.kl_pair_share')}: dataset.kl_pair_share is 0, but {name} with "
+            "train.loss.reference_point: mismatched needs KL pairs; raise it"
         )
+
+
+def _check_settings(training: recipe.Training, name: str, place: str) -> Method:
+    method = method_of(name, place)
+    try:
+        method.check_settings(training.loss)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+    return method

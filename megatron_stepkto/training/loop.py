@@ -55,7 +55,7 @@ MAX_BLAMED = 20  # records named when a number is not finite
 
 
 class Trainer:
-    """One training run on this rank. ``run`` starts or continues it, and leaves the final weights."""
+    """One training run on this rank. ``run`` starts or resumes it, and writes the final weights."""
 
     def __init__(
         self, engine: Engine, job: Job, examples: Sequence[TrainExample], held_out: Sequence[TrainExample]
@@ -89,7 +89,7 @@ class Trainer:
     # --- before the first update -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end and leave the final weights.
+        """Train to the end and write the final weights.
 
         Raises:
             SystemExit: asked to stop, by SIGTERM or SIGUSR1 to any rank; a checkpoint of all updates done is saved.
@@ -98,7 +98,7 @@ class Trainer:
         self._finish()
 
     def train(self) -> None:
-        """All updates that are left. Leaves the weights in the engine."""
+        """Run all remaining updates. The weights stay in the engine."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
         self.engine.checkpoints.load_weights(self.job.initial)
@@ -134,7 +134,7 @@ class Trainer:
         return update % self.settings.checkpoint_every == 0 or update == len(self.updates)
 
     def _save_and_end(self, update: int) -> NoReturn:
-        """All ranks were asked to stop after ``update``."""
+        """Save a checkpoint and end, after ``update`` updates: a rank was asked to stop."""
         if update:
             self._checkpoint(update)
         self._close_tracker()
@@ -145,8 +145,11 @@ class Trainer:
             self.tracker.close()
 
     def _show_gradients(self) -> None:
-        """The other half of ``Engine.calibrate``: gradients of the first batch, which no update uses. With scales of 1
-        the first update's own would be rounded to 0."""
+        """Compute gradients of the first batch without an update, so that FP8's scales of gradients have a history.
+
+        ``Engine.calibrate`` does the same for activations. With scales of 1 the first update's gradients would be
+        rounded to 0.
+        """
         if self.engine.acceleration.rounds_by_history:
             points = reference_points(self.batch_kl, "none", self.engine.device)
             units = [unit_documents(self.units[i], self.references, False).documents for i in self.updates[0]]
@@ -321,7 +324,7 @@ class Trainer:
         names = f"{records} concerned: {', '.join(blamed[:MAX_BLAMED])}{more}"
         raise UserError(
             f"update {update + 1}: {what} is not finite; "
-            f"{names if blamed else 'it is finite for each record alone: together they overflow'}; last good "
+            f"{names if blamed else 'each record alone is finite: their sum overflows'}; last good "
             f"checkpoint: {saved[-1][1] if saved else self.job.initial}. Remove these records from "
             f"{self.job.train_examples}, or lower optimizer.lr"
         )
@@ -361,7 +364,7 @@ class Trainer:
         )
 
     def _watch_collapse(self, update: int, right: float | None) -> None:
-        """Warn once when right solutions become less likely than under the reference, and keep falling."""
+        """Warn once when right solutions are less likely than under the reference and still losing probability."""
         if right is None:
             return
         if "collapse" in self.notes:
@@ -372,7 +375,7 @@ class Trainer:
             self.notes["collapse"] = {"update": update + 1, "log_ratio_right": now}
             self._warn(
                 f"update {update + 1}: the log-ratio of right solutions is {now:.2f} nats and falling "
-                f"(it was {before:.2f}): probability leaves right answers too. Lower optimizer.lr or "
+                f"(it was {before:.2f}): right answers lose probability too. Lower optimizer.lr or "
                 f"{self.method.against_collapse}"
             )
 
@@ -400,7 +403,7 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
-        """Continue at the newest checkpoint; returns the number of updates that are done."""
+        """Load the newest checkpoint; returns the number of updates that are done."""
         if self.is_writer:
             for left in half_checkpoints(self.job.checkpoints):
                 drop_checkpoint(left)
@@ -418,11 +421,11 @@ class Trainer:
         before, now = (notes.get("acceleration") for notes in (state["notes"], self.notes))
         if before != now:
             self._warn(
-                f"continued after update {done} with other packages or on another kind of machine, which rounds "
-                f"otherwise: {now}; before: {before}"
+                f"resumed after update {done} with other packages or on another kind of machine, which rounds "
+                f"differently: {now}; before: {before}"
             )
         warnings = dict.fromkeys([*state["notes"].get("warnings", []), *self.notes.get("warnings", [])])
-        self.notes = state["notes"] | self.notes  # what this attempt computes with and measured is the newer news
+        self.notes = state["notes"] | self.notes  # the notes of this attempt replace those of earlier ones
         if warnings:
             self.notes["warnings"] = list(warnings)
         return done

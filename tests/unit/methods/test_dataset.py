@@ -126,7 +126,7 @@ def test_methods_without_a_kl_term_carry_no_partner(method: Any) -> None:
     assert all(e.kl_partner is None for e in select(group(*many(1, 3)), Dataset(), method, 0))
 
 
-# --- who trains ----------------------------------------------------------------------------------------------
+# --- what trains ---------------------------------------------------------------------------------------------
 
 
 def test_samples_with_something_judged_train() -> None:
@@ -265,7 +265,7 @@ def test_examples_per_problem() -> None:
     counts = {problem: sum(e.problem_id == problem for e in examples) for problem in {e.problem_id for e in examples}}
     assert counts == {**{f"p{p}": 3 for p in range(30)}, "few": 2}
     assert len(set(ids(examples))) == len(examples)
-    # drawn, not the first three: 20 possible sets of 6, so 30 problems show several
+    # sampled, not the first three: 20 possible sets of 6, so 30 problems show several
     drawn = {tuple(sorted(e.example_id.split("/")[1] for e in examples if e.problem_id == f"p{p}")) for p in range(30)}
     assert len(drawn) > 5
 
@@ -370,7 +370,7 @@ def test_files_are_the_same_bytes_every_time(tmp_path: Path) -> None:
         assert (tmp_path / "one/step_kto" / name).read_bytes() == (tmp_path / "two/step_kto" / name).read_bytes()
 
 
-def test_a_sample_that_stands_twice(tmp_path: Path) -> None:
+def test_a_duplicated_sample(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"judged\.jsonl: sample_id p0/1 is duplicated"):
         build(tmp_path, [*many(2), many(1)[1]])
     assert not (tmp_path / "step_kto").exists()
@@ -426,7 +426,7 @@ WRONG_EQUATION = [sample(f"p{n}", 0, 0, [0, None]) for n in range(6)]
     ("method", "rows", "lacks", "had"),
     [
         ("step_kto", WRONG_EQUATION, "right", "0 right and 6 wrong answers, 0 right and 6 wrong steps"),
-        # as solutions whose steps nobody judged are imported
+        # as solutions without judged steps are imported
         (
             "step_kto",
             [sample(f"p{n}", 0, 0, [None]) for n in range(6)],

@@ -11,7 +11,7 @@ import torch
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.methods.metrics import UPDATE_SUMS, add_up, metrics_of
-from megatron_stepkto.methods.registry import METHODS, load_checked_recipe, method_of
+from megatron_stepkto.methods.registry import METHODS, check_suits, load_checked_recipe, method_of
 from megatron_stepkto.recipe.keys import Dataset, Loss
 
 
@@ -33,16 +33,26 @@ def test_every_method_is_accepted(method: str, repository: Path) -> None:
         (["train.method=zzz"], "unknown method 'zzz'; known: step_kto, kto, dpo, irpo, rft, bco, apo_zero"),
         (["warm_up.training.method=rfd"], "--set warm_up.training.method=rfd: warm_up.training.method: unknown method "
          "'rfd'; did you mean rft?"),
-        (["train.method=kto", "train.loss.outcome_weight=0"], "--set train.method=kto: train: method: kto with "
-         "loss.outcome_weight = 0 has no term left: nothing would train"),
-        (["dataset.kl_pair_share=0"], "--set dataset.kl_pair_share=0: train.loss.reference_point: mismatched needs KL "
-         "pairs; raise dataset.kl_pair_share"),
+        (["train.method=kto", "train.loss.outcome_weight=0"], "--set train.method=kto: train.method: kto with "
+         "loss.outcome_weight = 0 has no term left, so nothing would train"),
+        (["dataset.kl_pair_share=0"], "--set dataset.kl_pair_share=0: dataset.kl_pair_share is 0, but step_kto with "
+         "train.loss.reference_point: mismatched needs KL pairs; raise it"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
 def test_a_method_that_does_not_suit_is_refused_at_load(overrides: list[str], said: str, repository: Path) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         load(repository, *overrides)
+
+
+def test_a_compared_method_must_suit_the_recipe_as_well(repository: Path) -> None:
+    only_steps = load(repository, "train.loss.outcome_weight=0")
+    with pytest.raises(UserError, match=r"^--compare kto: kto with loss\.outcome_weight = 0 has no term left"):
+        check_suits(only_steps, "kto", "--compare kto")
+    check_suits(only_steps, "bco", "--compare bco")
+    without_pairs = load(repository, "train.method=rft", "dataset.kl_pair_share=0")
+    with pytest.raises(UserError, match=r"dataset\.kl_pair_share is 0, but kto with .* needs KL pairs; raise it"):
+        check_suits(without_pairs, "kto", "--method kto")
 
 
 def test_an_unknown_method_names_its_line(tmp_path: Path, repository: Path) -> None:

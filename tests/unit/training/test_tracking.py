@@ -58,7 +58,7 @@ def rows_on(board: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_a_resumed_run_has_each_row_once(tmp_path: Path) -> None:
-    """Updates 1 to 3, of which a checkpoint holds 2; the second attempt makes update 3 anew, with another loss."""
+    """Updates 1 to 3, of which a checkpoint holds 2; the second attempt computes update 3 again, with another loss."""
 
     def attempt(done: int, losses: dict[int, float], *, torn: bool = False) -> None:
         tracker = Tracker(tmp_path, recipe.Log(), done, "x", {})
