@@ -8,10 +8,12 @@ lambdas: 1 is its loss.
 The estimator of delta: the mean over all solutions of all updates before this one, each counted as often as it
 trained, at the weights of its own update; 0 at the first update. Sum and count are pooled over the ranks and
 micro-batches of a global batch and kept in each checkpoint, so delta does not depend on how a batch is cut or where a
-run resumes. TRL's BCOTrainer (trl.experimental.bco up to 1.0) averages over all solutions too, but adds each
-micro-batch before it computes that micro-batch's loss: there, later micro-batches of one update see another delta, and
-their own rewards are in it. TRL's delta after a batch is ours at the next update. The paper's delta is the mean of the
-two classes' means, which is the same where they are equally many; ``match_underlying_distribution`` is not offered.
+run resumes.
+
+TRL's BCOTrainer (trl.experimental.bco in 1.0.0; 1.16.0 has none) averages over all solutions too, but adds each
+micro-batch before it computes that micro-batch's loss: the micro-batches of one update see different deltas, which
+include their own rewards. TRL's delta after a batch is ours at the next update. The paper's delta is the mean of the
+two classes' means, which is the same where they are equally many. TRL's ``match_underlying_distribution`` is not offered.
 """
 
 from __future__ import annotations

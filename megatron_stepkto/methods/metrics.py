@@ -31,24 +31,28 @@ def own_sums(method: Method) -> list[str]:
     return [name for name in named if name not in UPDATE_SUMS]
 
 
+def check_parts(method: Method, parts: Iterable[str]) -> None:
+    """Raises ValueError unless the parts of a loss are what the method's metrics read: none would be pooled unseen."""
+    own, given = own_sums(method), set(parts)
+    if unread := sorted(given - set(own)):
+        raise ValueError(f"method {method.name}: no metric reads the loss's part {', '.join(unread)}; name it in the "
+                         "method's metrics, by a name that no common sum has, or do not return it")  # fmt: skip
+    if missing := [name for name in own if name not in given]:
+        raise ValueError(f"method {method.name}: its metrics read {', '.join(missing)}, which its loss does not return "
+                         "as a part")  # fmt: skip
+
+
 def add_up(method: Method, asides: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
     """Sums over a rank's micro-batches, by the same names on every rank, so that ranks can pool them.
 
     Args:
-        asides: of each micro-batch, scalars by name: the parts of the loss and what the loop counts.
+        asides: of each micro-batch, scalars by name: the checked parts of the loss and common sums.
 
     Raises:
-        ValueError: the loss returns a part that no metric reads, or lacks one that a metric reads.
+        KeyError: a name that is neither.
     """
-    own = own_sums(method)
-    sums = dict.fromkeys((*UPDATE_SUMS, *own), 0.0)
+    sums = dict.fromkeys((*UPDATE_SUMS, *own_sums(method)), 0.0)
     for aside in asides:
-        if unread := sorted(set(aside) - set(sums)):
-            raise ValueError(f"method {method.name}: no metric reads the loss's part {', '.join(unread)}; "
-                             "name it in the method's metrics, or do not return it")  # fmt: skip
-        if missing := [name for name in own if name not in aside]:
-            raise ValueError(f"method {method.name}: its metrics read {', '.join(missing)}, which its loss does not "
-                             "return as a part")  # fmt: skip
         for name, value in aside.items():
             sums[name] += value.item()
     return sums

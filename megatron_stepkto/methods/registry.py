@@ -60,7 +60,7 @@ def check_method(loaded: recipe.Recipe) -> None:
 
 
 def check_suits(loaded: recipe.Recipe, name: str, place: str) -> None:
-    """Can the recipe run with this method, its own or one that it is compared with?
+    """Check that a recipe's keys suit a method, its own or one that it is compared with.
 
     Raises:
         UserError: names ``place``, where the method was given, or the key that does not suit it.

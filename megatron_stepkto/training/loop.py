@@ -32,6 +32,7 @@ from megatron_stepkto.methods.metrics import (
     add_up,
     balance_note,
     balance_text,
+    check_parts,
     held_out_metrics_of,
     metrics_of,
 )
@@ -264,6 +265,7 @@ class Trainer:
 
         def loss(batch: MicroBatch, log_probs: Tensor) -> tuple[Tensor, int, dict[str, Tensor]]:
             result = self.objective.loss(batch, log_probs, points)
+            check_parts(self.method, result.parts)
             sums = {"loss": result.total.detach(), **result.parts}
             if self.method.uses_reference:
                 sums |= reward_sums(solutions_of(batch, log_probs.detach()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.methods.metrics import UPDATE_SUMS, add_up, metrics_of
+from megatron_stepkto.methods.metrics import UPDATE_SUMS, add_up, check_parts, metrics_of, own_sums
 from megatron_stepkto.methods.registry import METHODS, check_suits, load_checked_recipe, method_of
 from megatron_stepkto.recipe.keys import Dataset, Loss
 
@@ -80,19 +82,26 @@ def test_commands_read_recipes_by_the_check_of_their_method(repository: Path) ->
     assert callers == {"recipe/file.py", "methods/registry.py"}
 
 
+def row_of(method: Any) -> dict[str, Any]:
+    sums = dict.fromkeys([*UPDATE_SUMS, *own_sums(method)], 1.0)
+    return metrics_of(sums, sums, method, (1.0, 1.0))
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_declarations(method: Any) -> None:
     assert method.loss_keys <= set(Loss.model_fields)
     assert method.dataset_keys <= set(Dataset.model_fields)
-    common = metrics_of(dict.fromkeys([*UPDATE_SUMS, *sums_of(method)], 1.0), dict.fromkeys(UPDATE_SUMS, 1.0), method,
-                        (1.0, 1.0))  # fmt: skip
-    assert set(method.metrics) <= set(common)
-    assert not set(method.metrics) & {"loss", "margin", "entropy", "tokens", "sign_accuracy"}
+    common = set(row_of(METHODS["rft"]))  # which has no metric of its own
+    assert common.isdisjoint(method.metrics)
+    assert set(row_of(method)) == common | set(method.metrics)
     assert method_of(method.name) is method
 
 
-def sums_of(method: Any) -> set[str]:
-    return {name for ratio in method.metrics.values() for name in ratio}
+def test_the_methods_are_listed_without_torch() -> None:
+    code = (
+        "import sys, megatron_stepkto.methods.registry; sys.exit(bool({'torch', 'megatron.core'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- parts of a loss -----------------------------------------------------------------------------------------
@@ -105,17 +114,23 @@ def test_parts_are_pooled_by_name() -> None:
     sums = add_up(METHODS["dpo"], asides)
     assert (sums["loss_dpo"], sums["pairs_right"], sums["units"], sums["entropy"]) == (3.0, 3.0, 4.0, 0.0)
     assert set(add_up(METHODS["dpo"], [])) == set(sums), "a rank without a micro-batch pools the same names"
+    with pytest.raises(KeyError, match="loss_nll"):
+        add_up(METHODS["dpo"], [{"loss_nll": torch.tensor(1.0)}])
 
 
-def test_a_part_that_no_metric_reads_is_an_error() -> None:
-    aside = {"loss_dpo": torch.tensor(1.0), "pairs_right": torch.tensor(1.0), "loss_nll": torch.tensor(1.0)}
-    with pytest.raises(ValueError, match="method dpo: no metric reads the loss's part loss_nll"):
-        add_up(METHODS["dpo"], [aside])
-
-
-def test_a_metric_without_its_part_is_an_error() -> None:
-    with pytest.raises(ValueError, match="method dpo: its metrics read pairs_right, which its loss does not return"):
-        add_up(METHODS["dpo"], [{"loss_dpo": torch.tensor(1.0)}])
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (["loss_dpo", "pairs_right", "loss_nll"], "method dpo: no metric reads the loss's part loss_nll;"),
+        (["loss_dpo", "pairs_right", "tokens"], "method dpo: no metric reads the loss's part tokens;"),
+        (["loss_dpo"], "method dpo: its metrics read pairs_right, which its loss does not return as a part"),
+    ],
+    ids=["pooled by no metric", "the name of a common sum", "missing"],
+)
+def test_parts_that_the_metrics_do_not_read_are_an_error(parts: list[str], said: str) -> None:
+    check_parts(METHODS["dpo"], ["pairs_right", "loss_dpo"])
+    with pytest.raises(ValueError, match=said):
+        check_parts(METHODS["dpo"], parts)
 
 
 # --- the table -----------------------------------------------------------------------------------------------
