@@ -13,7 +13,8 @@ run resumes.
 TRL's BCOTrainer (trl.experimental.bco in 1.0.0; 1.16.0 has none) averages over all solutions too, but adds each
 micro-batch before it computes that micro-batch's loss: the micro-batches of one update see different deltas, which
 include their own rewards. TRL's delta after a batch is ours at the next update. The paper's delta is the mean of the
-two classes' means, which is the same where they are equally many. TRL's ``match_underlying_distribution`` is not offered.
+two classes' means, which is the same where they are equally many. TRL's
+``match_underlying_distribution`` is not offered.
 """
 
 from __future__ import annotations
