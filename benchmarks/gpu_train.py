@@ -38,7 +38,7 @@ from megatron_stepkto.megatron.batch import kl_document, pack_units, solution_do
 from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.megatron.ranks import join_ranks, lay_out
 from megatron_stepkto.methods.objective import kl_sums, unit_documents
-from megatron_stepkto.methods.registry import make_objective, units_of
+from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.references import per_step
 
@@ -125,9 +125,11 @@ class Bench:
                 for weight in policy.parameters():
                     weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02, generator=generator)
         self.engine.optimizer.reload_model_params()
-        self.objective = make_objective(chosen.method, chosen.loss, examples)
+        method = method_of(chosen.method)
+        self.objective = method.objective(chosen.loss, examples)
         found = {d.key: torch.zeros(len(d.steps)) for e in examples for d in self.documents(e)}
-        self.units = [unit_documents(u, found, self.objective.uses_kl) for u in units_of(chosen.method, examples)]
+        with_kl = method.estimator(chosen.loss) == "mismatched"
+        self.units = [unit_documents(unit, found, with_kl) for unit in method.units(examples)]
         zero = torch.zeros((), device=device)
         self.points = ReferencePoints(zero, zero)
 

@@ -1,4 +1,4 @@
-"""Step-KTO and its neighbours: pure functions of log-ratios and labels.
+"""Step-KTO and related losses: pure functions of log-ratios and labels.
 
 Notation. Prompt x, solution y of steps s_1..s_S; log-ratios in nats, summed over tokens:
 
@@ -64,7 +64,7 @@ class StepKTOSettings:
 
 @dataclass(frozen=True)
 class ReferencePoints:
-    """z_o and z_s: scalars, float64, detached, not negative."""
+    """z_o and z_s: scalars, float64, detached. ``clamp_reference`` makes them not negative."""
 
     outcome: Tensor
     step: Tensor
@@ -147,8 +147,8 @@ class PooledMean:
 def pool_reference(batch: Solutions) -> tuple[PooledMean, PooledMean]:
     """Sums and counts of whole-solution and judged-step log-ratios, for z_o and z_s.
 
-    Steps that nobody judged (the answer line, text after the first error) are left out of z_s because it is
-    the reference point of judged steps.
+    Unjudged steps (the answer line, text after the first error) are left out of z_s, which is the reference point of
+    judged steps.
     """
     solution = batch.log_ratio().detach()
     judged = batch.step_label != UNJUDGED
@@ -209,7 +209,7 @@ class Balance:
         return self.desirable_weight * self.right / (self.undesirable_weight * self.wrong)
 
     def balanced(self) -> Balance:
-        """One lambda raised so that the ratio lies in [1, 4/3] (KTO, section 4.2, eq. 9).
+        """One lambda raised so that the ratio is in [1, 4/3] (KTO, section 4.2, eq. 9).
 
         Unchanged when a class is empty.
         """

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.methods.registry import METHODS, load_checked_recipe
 from megatron_stepkto.recipe.command_keys import TAKES, check_overrides
-from megatron_stepkto.recipe.file import load_recipe
-from megatron_stepkto.recipe.keys import METHODS, Method, Recipe
+from megatron_stepkto.recipe.keys import Recipe
 
 if TYPE_CHECKING:
     from megatron_stepkto.run.folder import Run
@@ -112,14 +112,12 @@ def add_run_options(parser: argparse.ArgumentParser, name: str, **action: Any) -
     parser.set_defaults(from_scratch=False, quarantine=None, allow_overlap=False, method=None)
 
 
-def methods(text: str) -> list[Method]:
+def methods(text: str) -> list[str]:
     """The type of --compare. Raises ArgumentTypeError for an unknown method."""
-    found: list[Method] = []
-    for name in text.split(","):
-        method = next((method for method in METHODS if method == name.strip()), None)
-        if method is None:
+    found = [name.strip() for name in text.split(",")]
+    for name in found:
+        if name not in METHODS:
             raise argparse.ArgumentTypeError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-        found.append(method)  # type: ignore[arg-type]
     return found
 
 
@@ -128,7 +126,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     overrides = list(arguments.set)
     if getattr(arguments, "iterations", None):
         overrides.append(f"iterations={arguments.iterations}")
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = load_checked_recipe(arguments.recipe, overrides)
     check_overrides(arguments.name, arguments.set)  # last: no command reads a misspelt key
     return recipe
 
@@ -139,6 +137,8 @@ def run_of(arguments: argparse.Namespace, recipe: Recipe | None = None, *, from_
 
     recipe = recipe or recipe_of(arguments)
     method = arguments.method if arguments.method != recipe.train.method else None
+    if method is not None:
+        check_suits(recipe, method, f"--method {method}")
     return Run(
         recipe, from_scratch or arguments.from_scratch, arguments.force, arguments.quarantine, method,
         arguments.allow_overlap,

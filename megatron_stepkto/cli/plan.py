@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.arguments import positive, positive_number
+from megatron_stepkto.methods.registry import METHODS, load_checked_recipe, method_of
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
-from megatron_stepkto.recipe.file import load_recipe
-from megatron_stepkto.recipe.keys import METHODS, Parallel, Recipe, Training
+from megatron_stepkto.recipe.keys import Parallel, Recipe, Training
 from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.planning.search import propose
     from megatron_stepkto.planning.table import report
 
-    recipe = load_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
+    recipe = load_checked_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
     case, base, longest = _scenario(arguments, recipe)
     if arguments.layout is not None:
         plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster), None)]
@@ -130,7 +130,8 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
     longest = arguments.longest or (train.micro_batch_tokens if train else LONGEST)
     tokens = arguments.tokens or max(1, int(longest * MEAN_SHARE))
     samples = _samples(recipe)
-    uses_kl = base.method in ("step_kto", "kto") and base.loss.reference_point == "mismatched"
+    method = method_of(base.method)
+    uses_kl = method.estimator(base.loss) == "mismatched"
     work = Workload(
         examples=arguments.examples or samples or EXAMPLES,
         global_batch=base.global_batch_size,
@@ -138,7 +139,7 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
         tokens=tokens,
         response_tokens=arguments.response_tokens or max(1, int(tokens * RESPONSE_SHARE)),
         kl_share=(recipe.dataset.kl_pair_share if recipe else 1.0) if uses_kl else 0.0,
-        uses_reference=base.method != "rft",
+        uses_reference=method.uses_reference,
         samples=samples or (0 if recipe else arguments.examples or EXAMPLES),
     )
     if work.response_tokens > work.tokens or work.tokens > longest:

@@ -10,6 +10,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.cli.arguments import positive
 from megatron_stepkto.cli.commands import Commands, add_run_options, methods, recipe_of, run_of
+from megatron_stepkto.methods.registry import check_suits
 
 
 def add_commands(commands: Commands) -> None:
@@ -49,6 +50,8 @@ def _run(arguments: argparse.Namespace) -> None:
     recipe = recipe_of(arguments)
     if recipe.train.method in arguments.compare:
         raise UserError(f"--compare {recipe.train.method}: that is the recipe's own method; leave it out")
+    for name in arguments.compare:
+        check_suits(recipe, name, f"--compare {name}")
     run = run_of(arguments, recipe)
     summary = run_all(run, arguments.compare)
     page = write_report(run.base)

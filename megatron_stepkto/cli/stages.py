@@ -8,7 +8,7 @@ import sys
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.arguments import not_negative, positive
 from megatron_stepkto.cli.commands import Commands, Moved, add_run_options, hide_moved, run_of
-from megatron_stepkto.recipe.keys import METHODS
+from megatron_stepkto.methods.registry import METHODS
 
 MEASURE = "measure MODEL --data FILE --output DIR"
 # Command -> its stage, by the name of that stage's folder, and what it does.

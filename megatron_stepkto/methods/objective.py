@@ -1,10 +1,9 @@
-"""What all objectives share: the interface to the loop, pooled sums, reference points."""
+"""What the loop and the objectives share: documents of units, sums to pool, reference points."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.losses import (
     RIGHT,
     WRONG,
-    Balance,
-    LossSum,
     PooledMean,
     ReferencePoints,
     Solutions,
@@ -22,36 +19,8 @@ from megatron_stepkto.losses import (
     pool_reference,
 )
 from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, solution_document
-
-# Sums of one micro-batch, pooled over micro-batches and ranks before anything is divided.
-SUMS = (
-    "loss",
-    "units",
-    "loss_outcome",
-    "loss_step",
-    "log_ratio_right",
-    "num_right",
-    "log_ratio_wrong",
-    "num_wrong",
-    "log_ratio_right_steps",
-    "num_right_steps",
-    "log_ratio_wrong_steps",
-    "num_wrong_steps",
-    "signs_right",
-    "signs_right_steps",
-    "loss_dpo",
-    "loss_nll",
-    "pairs_right",
-    "entropy",
-    "num_entropies",
-    "kl_outcome",
-    "kl_outcome_count",
-    "kl_step",
-    "kl_step_count",
-    "tokens",
-    "padding",
-    "flops",
-)
+from megatron_stepkto.methods.balances import labels_of
+from megatron_stepkto.methods.method import Estimator
 
 
 @dataclass(frozen=True)
@@ -62,29 +31,22 @@ class UnitDocuments:
     kl: Document | None
 
 
-class Objective(Protocol):
-    @property
-    def uses_reference(self) -> bool: ...
-    @property
-    def uses_kl(self) -> bool: ...
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """Of a solution's and of a step's log-ratio: beta times it is the implicit reward."""
-        ...
-
-    @property
-    def balance(self) -> Mapping[str, Balance]:
-        """Right against wrong in the loss, by level (outcome, step) of those that take part; empty without classes."""
-        ...
-
-    def loss(self, batch: MicroBatch, token_log_probs: Tensor, points: ReferencePoints) -> LossSum: ...
-
-
 def solutions_of(batch: MicroBatch, token_log_probs: Tensor) -> Solutions:
     """Log-ratios of a micro-batch's steps, with its labels."""
     log_ratio = batch.step_sums(token_log_probs) - batch.reference
     return Solutions(log_ratio, batch.step_document, batch.step_label, batch.outcome)
+
+
+def solutions_of_documents(
+    documents: Sequence[Document], log_probs: Mapping[str, Tensor], references: Mapping[str, Tensor]
+) -> Solutions:
+    """Log-ratios and labels of scored documents; both mappings hold [S] float64 of a document's steps by its key."""
+    return Solutions(
+        torch.cat([log_probs[d.key] - references[d.key] for d in documents]),
+        torch.repeat_interleave(torch.tensor([len(d.steps) for d in documents], dtype=torch.int64)),
+        labels_of(step.label for d in documents for step in d.steps),
+        labels_of(d.outcome for d in documents),
+    )
 
 
 def reward_sums(solutions: Solutions) -> dict[str, Tensor]:
@@ -116,8 +78,8 @@ def kl_sums(batch: MicroBatch, token_log_probs: Tensor) -> dict[str, Tensor]:
     }
 
 
-def reference_points(sums: dict[str, float], estimator: str, device: torch.device) -> ReferencePoints:
-    """z_o and z_s from pooled sums; zero with the estimator ``none``."""
+def reference_points(sums: Mapping[str, float], estimator: Estimator, device: torch.device) -> ReferencePoints:
+    """z_o and z_s from pooled sums: clamped at 0, or the mean itself for ``running``; zero for ``none``."""
 
     def mean(name: str) -> PooledMean:
         used = estimator != "none"
@@ -128,7 +90,10 @@ def reference_points(sums: dict[str, float], estimator: str, device: torch.devic
             )
         )
 
-    return clamp_reference(mean("kl_outcome"), mean("kl_step"))
+    outcome, step = mean("kl_outcome"), mean("kl_step")
+    if estimator == "running":
+        return ReferencePoints(outcome.mean(), step.mean())
+    return clamp_reference(outcome, step)
 
 
 def unit_documents(unit: Sequence[TrainExample], references: dict[str, Tensor], with_kl: bool) -> UnitDocuments:

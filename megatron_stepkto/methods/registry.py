@@ -1,120 +1,82 @@
-"""From a recipe's method to a loss over micro-batches: the bridge between losses.py and the loop."""
+"""The methods by name, and the check that a recipe's method exists and suits its other keys.
+
+A new method needs a file beside this one and a line in ``METHODS``: see docs/methods.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-
-import torch
-from torch import Tensor
+import difflib
+from pathlib import Path
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.judging.classes import check_both_classes
-from megatron_stepkto.losses import UNJUDGED, Balance, Level, Solutions, StepKTOSettings, class_balance, step_divisors
-from megatron_stepkto.megatron.batch import Document
-from megatron_stepkto.methods.objective import Objective
-from megatron_stepkto.methods.preference import Preference
-from megatron_stepkto.methods.rft import Supervised
+from megatron_stepkto.methods.apo_zero import APOZero
+from megatron_stepkto.methods.bco import BCO
+from megatron_stepkto.methods.dpo import DPO
+from megatron_stepkto.methods.irpo import IRPO
+from megatron_stepkto.methods.kto import KTO
+from megatron_stepkto.methods.method import Method
+from megatron_stepkto.methods.rft import RFT
 from megatron_stepkto.methods.step_kto import StepKTO
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.file import load_recipe
+
+METHODS: dict[str, Method] = {
+    method.name: method for method in (StepKTO(), KTO(), DPO(), IRPO(), RFT(), BCO(), APOZero())
+}
 
 
-def solutions_of_documents(
-    documents: Sequence[Document], log_probs: Mapping[str, Tensor], references: Mapping[str, Tensor]
-) -> Solutions:
-    """Log-ratios and labels of scored documents; both mappings hold [S] float64 of a document's steps by its key."""
-    return Solutions(
-        torch.cat([log_probs[d.key] - references[d.key] for d in documents]),
-        torch.repeat_interleave(torch.tensor([len(d.steps) for d in documents], dtype=torch.int64)),
-        _labels(step.label for d in documents for step in d.steps),
-        _labels(d.outcome for d in documents),
-    )
-
-
-def _labels(values: Iterable[int | None]) -> Tensor:
-    return torch.tensor([UNJUDGED if value is None else value for value in values], dtype=torch.int64)
-
-
-def make_objective(method: recipe.Method, loss: recipe.Loss, examples: Sequence[TrainExample]) -> Objective:
-    """The objective of a recipe.
-
-    Args:
-        examples: those that train, on all ranks; ``balance: auto`` weighs their classes.
+def method_of(name: str, place: str = "train.method") -> Method:
+    """The method of that name.
 
     Raises:
-        UserError: Step-KTO or KTO would read right or wrong labels alone.
+        UserError: there is none; names the nearest, and ``place``, where the name was given.
     """
-    if method == "rft":
-        return Supervised()
-    if method in ("dpo", "irpo"):
-        return Preference(loss.dpo_beta, loss.nll_weight if method == "irpo" else None)
-    outcome, step = _balances(loss, examples)
-    settings = StepKTOSettings(
-        Level(loss.beta_outcome, outcome.desirable_weight, outcome.undesirable_weight, loss.outcome_weight),
-        Level(
-            loss.beta_step, step.desirable_weight, step.undesirable_weight, 0.0 if method == "kto" else loss.step_weight
-        ),
-        loss.step_reduction,
-    )
-    balance = {
-        name: balance
-        for name, balance, level in (("outcome", outcome, settings.outcome), ("step", step, settings.step))
-        if level.weight
-    }
-    _check_classes(method, balance)
-    return StepKTO(settings, uses_kl=loss.reference_point == "mismatched", balance=balance)
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METHODS)}"
+    raise UserError(f"{place}: unknown method {name!r}; {hint}")
 
 
-def _balances(loss: recipe.Loss, examples: Sequence[TrainExample]) -> tuple[Balance, Balance]:
-    """Of outcomes and of steps, with the lambdas of the recipe, or those that balance them."""
-    outcome_label = _labels(example.outcome for example in examples)
-    step_label = _labels(step.label for example in examples for step in example.steps)
-    solution = torch.repeat_interleave(torch.tensor([len(example.steps) for example in examples], dtype=torch.int64))
-    divisors = step_divisors(step_label, solution, len(examples), loss.step_reduction)
-    outcome = class_balance(
-        outcome_label,
-        torch.ones(len(examples), dtype=torch.float64),
-        loss.desirable_weight_outcome,
-        loss.undesirable_weight_outcome,
-    )
-    step = class_balance(step_label, divisors, loss.desirable_weight_step, loss.undesirable_weight_step)
-    return (outcome.balanced(), step.balanced()) if loss.balance == "auto" else (outcome, step)
-
-
-def _check_classes(method: recipe.Method, balance: Mapping[str, Balance]) -> None:
-    """Raises UserError when the loss reads one class only: of a data set that had both, max_updates may leave one."""
-    right, wrong = (sum(getattr(each, name) for each in balance.values()) for name in ("right", "wrong"))
-    had = f"the weights in the loss add up to {right:g} right and {wrong:g} wrong over what max_updates and epochs use"
-    check_both_classes("train", method, right, wrong, had)
-
-
-def units_of(method: recipe.Method, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
-    """Examples grouped into what must stay together: (chosen, rejected) of a pair, or one alone.
+def load_checked_recipe(path: Path, overrides: list[str] | None = None) -> recipe.Recipe:
+    """Read, override and check a recipe, its method included. Every command that runs a recipe reads it by this.
 
     Raises:
-        UserError: the examples were made for another method.
+        UserError: one line per fault, each with file:line and what to do.
     """
-    _check_role(method, examples)
-    if method not in ("dpo", "irpo"):
-        return [[example] for example in examples]
-    pairs: dict[str, dict[str, TrainExample]] = {}
-    for example in examples:
-        pairs.setdefault(example.pair_id or "", {})[example.side or ""] = example
-    return [[pair["chosen"], pair["rejected"]] for pair in pairs.values()]
+    loaded = load_recipe(path, overrides)
+    check_method(loaded)
+    return loaded
 
 
-def _check_role(method: recipe.Method, examples: Sequence[TrainExample]) -> None:
-    """Raises UserError for a data set that was built for another method: it would train silently, and wrongly."""
-    fix = f"build it again: `stepkto dataset` with train.method: {method}"
-    sides: dict[str | None, list[str | None]] = {}
-    for example in examples:
-        if method == "rft" and example.outcome != 1:
-            raise UserError(f"{example.example_id}: rft trains on right solutions, this one's outcome is "
-                            f"{example.outcome}; {fix}")  # fmt: skip
-        if (example.pair_id is not None) != (method in ("dpo", "irpo")):
-            wanted = "a" if example.pair_id is None else "no"
-            raise UserError(f"{example.example_id}: expected {wanted} preference pair for {method}; {fix}")
-        sides.setdefault(example.pair_id, []).append(example.side)
-    for pair, members in sides.items():
-        if pair is not None and sorted(map(str, members)) != ["chosen", "rejected"]:
-            raise UserError(f"pair {pair}: expected one chosen and one rejected example, got {members}; {fix}")
+def check_method(loaded: recipe.Recipe) -> None:
+    """Raises UserError for a method that does not exist, or whose other keys do not suit it."""
+    check_suits(loaded, loaded.train.method, f"{loaded.place('train.method')}: train.method")
+    if loaded.warm_up:
+        training = loaded.warm_up.training
+        _check_settings(
+            training, training.method, f"{loaded.place('warm_up.training.method')}: warm_up.training.method"
+        )
+
+
+def check_suits(loaded: recipe.Recipe, name: str, place: str) -> None:
+    """Check that a recipe's keys suit a method, its own or one that it is compared with.
+
+    Raises:
+        UserError: names ``place``, where the method was given, or the key that does not suit it.
+    """
+    method = _check_settings(loaded.train, name, place)
+    if method.estimator(loaded.train.loss) == "mismatched" and loaded.dataset.kl_pair_share == 0:
+        raise UserError(
+            f"{loaded.place('dataset.kl_pair_share')}: dataset.kl_pair_share is 0, but {name} with "
+            "train.loss.reference_point: mismatched needs KL pairs; raise it"
+        )
+
+
+def _check_settings(training: recipe.Training, name: str, place: str) -> Method:
+    method = method_of(name, place)
+    try:
+        method.check_settings(training.loss)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+    return method

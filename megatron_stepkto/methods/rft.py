@@ -1,24 +1,55 @@
-"""RFT: next-token loss on right solutions."""
+"""RFT (arXiv 2308.01825): next-token loss on right solutions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from megatron_stepkto.base.records import TrainExample
+from megatron_stepkto.methods.method import Method, Metrics, Samples
+from megatron_stepkto.methods.select import distinct, single_examples, usable_right
+from megatron_stepkto.recipe import keys as recipe
 
-from megatron_stepkto.losses import Balance, LossSum, ReferencePoints, nll_loss
-from megatron_stepkto.megatron.batch import MicroBatch
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_stepkto.losses import Balance, LossSum, ReferencePoints
+    from megatron_stepkto.megatron.batch import MicroBatch
 
 
 @dataclass(frozen=True)
 class Supervised:
     """Next-token loss on the responses: RFT, and the warm-up that makes M0."""
 
-    uses_kl: bool = False
-    uses_reference: bool = False
     betas: tuple[float, float] = (0.0, 0.0)
     balance: Mapping[str, Balance] = field(default_factory=dict)
 
     def loss(self, batch: MicroBatch, token_log_probs: Tensor, points: ReferencePoints) -> LossSum:
+        from megatron_stepkto.losses import nll_loss
+
         return nll_loss(token_log_probs)
+
+
+class RFT(Method):
+    name = "rft"
+    title = "RFT"
+    source = "arXiv 2308.01825"
+    needs = "a right sample"
+    loss_keys = frozenset()
+    dataset_keys = frozenset({"max_tokens", "max_examples_per_problem", "right_solutions"})
+    metrics: ClassVar[Metrics] = {}
+    against_collapse = "epochs"
+    uses_reference = False
+
+    def select(self, by_problem: Samples, settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+        """Right samples, each distinct solution of a problem once."""
+        chosen = {p: distinct(usable_right(samples, settings)) for p, samples in by_problem.items()}
+        return single_examples(chosen, settings, seed, kl_pairs=False)
+
+    def check_example(self, example: TrainExample) -> None:
+        if example.outcome != 1:
+            raise ValueError(f"rft trains on right solutions, this one's outcome is {example.outcome}")
+
+    def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> Supervised:
+        return Supervised()

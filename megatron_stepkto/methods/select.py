@@ -1,4 +1,4 @@
-"""Selection: which judged samples train, in which role, and with which KL partner."""
+"""What the methods select with: single samples, pairs, and the KL partner of each example."""
 
 from __future__ import annotations
 
@@ -11,40 +11,15 @@ from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import JudgedSample, KLPartner, TrainExample, TrainStep
 from megatron_stepkto.recipe import keys as recipe
 
-USES_KL = ("step_kto", "kto")
 
-
-USES_PAIRS = ("dpo", "irpo")
-
-
-def _needs(method: str) -> str:
-    if method in USES_PAIRS:
-        return "a right and a wrong sample of one problem"
-    return {"rft": "a right sample", "kto": "a sample with a judged outcome"}.get(
-        method, "a sample with a judged outcome or step"
-    )
-
-
-def select(
-    by_problem: dict[str, list[JudgedSample]], settings: recipe.Dataset, method: recipe.Method, seed: int
+def single_examples(
+    chosen: dict[str, list[JudgedSample]], settings: recipe.Dataset, seed: int, *, kl_pairs: bool
 ) -> list[TrainExample]:
-    """The examples of one method.
+    """One example per chosen sample, at most ``max_examples_per_problem`` of a problem.
 
-    step_kto: every sample with something judged. kto: every sample with a judged outcome. dpo, irpo: pairs of a
-    right and a wrong sample of the same problem. rft: right samples, each distinct solution once. These three have no
-    use for a step's label but one: with ``right_solutions: no_wrong_step`` a right sample that holds a step judged
-    wrong is neither trained on by rft nor chosen in a pair (it is not rejected either: its answer is right).
+    Args:
+        chosen: samples by problem. kl_pairs: whether the loss reads a KL partner beside each.
     """
-    if method in USES_PAIRS:
-        return [
-            example for problem, samples in by_problem.items() for example in _pairs(problem, samples, settings, seed)
-        ]
-    if method == "rft":
-        chosen = {p: _distinct(_usable_right(samples, settings)) for p, samples in by_problem.items()}
-    elif method == "kto":
-        chosen = {p: [s for s in samples if s.outcome is not None] for p, samples in by_problem.items()}
-    else:
-        chosen = {p: [s for s in samples if _is_judged(s)] for p, samples in by_problem.items()}
     limit = settings.max_examples_per_problem
     if limit:
         chosen = {
@@ -52,15 +27,29 @@ def select(
             for p, samples in chosen.items()
         }
     chosen = {problem: samples for problem, samples in chosen.items() if samples}
-    partners = _kl_partners(chosen, settings, seed) if method in USES_KL else {}
-    return [_example(s, kl_partner=partners.get(s.sample_id)) for samples in chosen.values() for s in samples]
+    partners = _kl_partners(chosen, settings, seed) if kl_pairs else {}
+    return [example_of(s, kl_partner=partners.get(s.sample_id)) for samples in chosen.values() for s in samples]
 
 
-def _is_judged(sample: JudgedSample) -> bool:
+def pair_examples(by_problem: dict[str, list[JudgedSample]], settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+    """Two examples per pair of a right and a wrong sample of one problem, chosen and rejected."""
+    return [example for problem, samples in by_problem.items() for example in _pairs(problem, samples, settings, seed)]
+
+
+def with_outcome(by_problem: dict[str, list[JudgedSample]]) -> dict[str, list[JudgedSample]]:
+    """The samples with a judged outcome."""
+    return {problem: [s for s in samples if s.outcome is not None] for problem, samples in by_problem.items()}
+
+
+def is_judged(sample: JudgedSample) -> bool:
     return sample.outcome is not None or any(step.label is not None for step in sample.steps)
 
 
-def _usable_right(samples: Iterable[JudgedSample], settings: recipe.Dataset) -> list[JudgedSample]:
+def usable_right(samples: Iterable[JudgedSample], settings: recipe.Dataset) -> list[JudgedSample]:
+    """Right samples; with ``right_solutions: no_wrong_step`` only those without a step judged wrong.
+
+    The others are not wrong samples either: their answer is right.
+    """
     any_step = settings.right_solutions == "any"
     return [s for s in samples if s.outcome == 1 and (any_step or all(step.label != 0 for step in s.steps))]
 
@@ -69,7 +58,7 @@ def _rng(*parts: object) -> random.Random:
     return random.Random(stable_hash(*parts))
 
 
-def _distinct(samples: Iterable[JudgedSample]) -> list[JudgedSample]:
+def distinct(samples: Iterable[JudgedSample]) -> list[JudgedSample]:
     found: dict[tuple[int, ...], JudgedSample] = {}
     for sample in samples:
         found.setdefault(tuple(sample.token_ids), sample)
@@ -77,9 +66,10 @@ def _distinct(samples: Iterable[JudgedSample]) -> list[JudgedSample]:
 
 
 def _kl_partners(chosen: dict[str, list[JudgedSample]], settings: recipe.Dataset, seed: int) -> dict[str, KLPartner]:
-    """(x_i, y_j) with y_j a solution of the next problem, rotated: nobody meets itself or its own problem.
+    """(x_i, y_j) with y_j a solution of the next problem, rotated: no solution is paired with its own problem.
 
-    A partner that would make the pair longer than ``max_tokens`` gives way to the next one; none fits: no pair.
+    A partner that would make the pair longer than ``max_tokens`` gives way to the next one. Where none fits, the
+    sample has no pair.
     """
     share, limit = settings.kl_pair_share, settings.max_tokens
     if share == 0 or not chosen:
@@ -107,7 +97,7 @@ def _kl_partners(chosen: dict[str, list[JudgedSample]], settings: recipe.Dataset
 
 def _pairs(problem: str, samples: list[JudgedSample], settings: recipe.Dataset, seed: int) -> list[TrainExample]:
     rng = _rng(seed, "pairs", problem)
-    right = _usable_right(samples, settings)
+    right = usable_right(samples, settings)
     wrong = [s for s in samples if s.outcome == 0]
     rng.shuffle(right)
     rng.shuffle(wrong)
@@ -116,7 +106,7 @@ def _pairs(problem: str, samples: list[JudgedSample], settings: recipe.Dataset, 
         for number in range(min(settings.pairs_per_problem, max(len(right), len(wrong)))):
             pair = f"{problem}/pair/{number}"
             for side, sample in (("chosen", right[number % len(right)]), ("rejected", wrong[number % len(wrong)])):
-                examples.append(_example(sample, example_id=f"{pair}/{side}", pair_id=pair, side=side))
+                examples.append(example_of(sample, example_id=f"{pair}/{side}", pair_id=pair, side=side))
     return examples
 
 
@@ -124,7 +114,7 @@ def _steps(sample: JudgedSample) -> list[TrainStep]:
     return [TrainStep(token_start=s.token_start, token_end=s.token_end, label=s.label) for s in sample.steps]
 
 
-def _example(sample: JudgedSample, **extra: Any) -> TrainExample:
+def example_of(sample: JudgedSample, **extra: Any) -> TrainExample:
     return TrainExample(
         **{
             "example_id": sample.sample_id,

@@ -23,10 +23,10 @@ from megatron_stepkto.recipe.judge_keys import (
 from megatron_stepkto.recipe.sample_keys import Sampling
 from megatron_stepkto.recipe.section import Dtype, RecipePath, Section, TextPath, deciding, unkeyed
 from megatron_stepkto.recipe.templates import TEMPLATES
-from megatron_stepkto.recipe.train_keys import FP8, METHODS, Log, Loss, Method, Optimizer, Parallel, Training
+from megatron_stepkto.recipe.train_keys import FP8, Log, Loss, Method, Optimizer, Parallel, Training
 
 __all__ = [
-    "FP8", "METHODS", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "Log", "Loss", "Measure",
+    "FP8", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "Log", "Loss", "Measure",
     "Method", "MonteCarloJudge", "Optimizer", "PRMJudge", "Parallel", "Problems", "ProcessJudge", "Prompt", "Recipe",
     "RewardModel", "RuleJudge", "Sampling", "Section", "Training", "WarmUp", "deciding", "nearest_place", "unkeyed",
 ]  # fmt: skip
@@ -160,9 +160,6 @@ class Recipe(Section):
             raise ValueError(f"problems.source: {self.problems.source} needs the sections sample and judge")
         if not sampled and (self.sample or self.evaluate or self.iterations > 1):
             raise ValueError("problems.source: imports takes one iteration and no section sample or evaluate")
-        uses_pairs = self.train.method in ("step_kto", "kto") and self.train.loss.reference_point == "mismatched"
-        if uses_pairs and self.dataset.kl_pair_share == 0:
-            raise ValueError("train.loss.reference_point: mismatched needs KL pairs; raise dataset.kl_pair_share")
         if self.sample and self.sample.max_tokens >= self.train.micro_batch_tokens:
             raise ValueError(
                 f"sample.max_tokens ({self.sample.max_tokens}) must be smaller than train.micro_batch_tokens "

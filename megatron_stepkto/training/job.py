@@ -1,4 +1,4 @@
-"""What the training stage hands to its ranks: a file that both sides read."""
+"""The file that the training stage hands to its ranks, and the folder that both read and write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METRICS, LOG_RATIOS, NOTES = "metrics.jsonl", "log_ratios.jsonl", "notes.json"
 
 
 class Gap(BaseModel):
-    """How far sampler and trainer are apart, nats per token."""
+    """Difference between the log-probs of sampler and trainer, nats per token."""
 
     mean: float
     max: float
@@ -24,14 +24,14 @@ class Gap(BaseModel):
 
 
 class Notes(BaseModel):
-    """What is read of ``notes.json``."""
+    """The part of ``notes.json`` that is read back."""
 
     warnings: list[str] = []
     gap: Gap | None = None
 
 
 class State(BaseModel):
-    """``state.json`` of a checkpoint: what the training goes on with beside weights and optimizer."""
+    """``state.json`` of a checkpoint: what a training resumes with, beside weights and optimizer."""
 
     batch_kl: dict[str, float]
     right_history: list[float]
@@ -41,8 +41,8 @@ class State(BaseModel):
 class Job(BaseModel):
     """Paths and settings of one training run.
 
-    initial: torch_dist checkpoint whose weights are trained (the model that sampled). reference: the one that
-    the log-ratios are taken to; None: the initial one.
+    initial: torch_dist checkpoint whose weights are trained (the model that sampled). reference: the checkpoint of
+    the reference model; None: the initial one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,13 +88,13 @@ class Job(BaseModel):
 
 
 def drop_checkpoint(directory: Path) -> None:
-    """What makes it count goes first: what a kill leaves of it must not be gone on from."""
+    """Remove it, state.json first: without that file a folder that a kill leaves half removed is not resumed from."""
     (directory / "state.json").unlink(missing_ok=True)
     shutil.rmtree(directory)
 
 
 def half_checkpoints(directory: Path) -> list[Path]:
-    """What a kill left: half written, or half dropped. Each may be as large as a whole one."""
+    """Folders that a kill left half written or half removed. Each may be as large as a whole checkpoint."""
     whole = {path for _, path in finished_checkpoints(directory)}
     return [*directory.glob(".update_*.partial"), *(set(directory.glob("update_*")) - whole)]
 

@@ -1,4 +1,4 @@
-"""The train stage, seen from outside: weights to Megatron, ranks started and watched, final weights back."""
+"""The train stage: converts the weights to Megatron's format, then starts and watches the ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_stepkto.training.job import Job, Notes, finished_checkpoints
 def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | None = None) -> Result:
     """Train the input ``model`` on the input ``train``; leaves ``final/`` (torch_dist) and ``metrics.jsonl``.
 
-    An attempt that was cut short goes on at its newest checkpoint. Ctrl-C, SIGTERM and SIGUSR1 save one first, at the
+    An attempt that was cut short resumes from its newest checkpoint. Ctrl-C, SIGTERM and SIGUSR1 save one first, at the
     next update boundary. With several ``nodes`` this is the first of them, and ``help_train`` runs on the others.
 
     Raises:
@@ -49,7 +49,7 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
         write_json(directory / "job.json", job.model_dump(mode="json"))
         job.progress.unlink(missing_ok=True)
         if saved := finished_checkpoints(job.checkpoints):
-            say(f"{stage.title}: going on after update {saved[-1][0]}, from {saved[-1][1]}")
+            say(f"{stage.title}: resuming after update {saved[-1][0]}, from {saved[-1][1]}")
         nodes = nodes or this_node()
         children = _ranks(directory, settings, nodes)
         tell_others(directory, nodes, start=True)
@@ -73,13 +73,13 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
 
 
 def _convert_once(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """An earlier attempt's conversion is whole (it appears by rename) and of the same input (the stage's key)."""
+    """An earlier attempt's conversion is kept: it is whole (made by rename) and of the same input (the stage's key)."""
     if not target.is_dir():
         hf_to_megatron(source, target, dtype)
 
 
 def prepare_weights(stage: Stage, settings: recipe.Training) -> None:
-    """What of the stage needs no GPU: ``initial/`` (and ``reference/``), the inputs in Megatron's format."""
+    """Convert the inputs to Megatron's format, ``initial/`` and ``reference/``: the part that needs no GPU."""
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     _convert_once(stage.inputs["model"], stage.directory / "initial", dtype)
     if "reference" in stage.inputs:

@@ -27,16 +27,24 @@ from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.megatron.engine import Engine
-from megatron_stepkto.methods.metrics import KTO_LIKE, balance_note, balance_text, held_out_metrics_of, metrics_of
+from megatron_stepkto.methods.metrics import (
+    KL_SUMS,
+    add_up,
+    balance_note,
+    balance_text,
+    check_parts,
+    held_out_metrics_of,
+    metrics_of,
+)
 from megatron_stepkto.methods.objective import (
-    SUMS,
     kl_sums,
     reference_points,
     reward_sums,
     solutions_of,
+    solutions_of_documents,
     unit_documents,
 )
-from megatron_stepkto.methods.registry import make_objective, solutions_of_documents, units_of
+from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.training.job import Job, State, drop_checkpoint, finished_checkpoints, half_checkpoints
 from megatron_stepkto.training.references import find_references, per_step, per_token, score_documents
 from megatron_stepkto.training.rows import HeldOut, HeldOutRow, UpdateRow
@@ -44,26 +52,27 @@ from megatron_stepkto.training.schedule import learning_rate
 from megatron_stepkto.training.tracking import Tracker
 from megatron_stepkto.training.watch import WINDOW, falling_below_zero
 
-# what of a method's own keys holds right solutions up; the others are the Step-KTO family
-AGAINST_COLLAPSE = {"dpo": "raise loss.dpo_beta", "irpo": "raise loss.nll_weight or loss.dpo_beta", "rft": "epochs"}
+LAGGED = ("batch", "running")  # estimators that read the log-ratios of earlier updates
 MAX_BLAMED = 20  # records named when a number is not finite
 
 
 class Trainer:
-    """One training run on this rank. ``run`` starts or continues it, and leaves the final weights."""
+    """One training run on this rank. ``run`` starts or resumes it, and writes the final weights."""
 
     def __init__(
         self, engine: Engine, job: Job, examples: Sequence[TrainExample], held_out: Sequence[TrainExample]
     ) -> None:
         self.engine, self.job, self.settings = engine, job, job.settings
-        self.units = units_of(job.settings.method, examples)
+        self.method = method_of(job.settings.method)
+        self.estimator = self.method.estimator(job.settings.loss)
+        self.units = self.method.units(examples)
         self.held_out = list(held_out)
         self.updates = plan_updates(
             len(self.units), job.settings.global_batch_size, job.settings.epochs, job.seed, job.settings.max_updates
         )
         # As often as they train: epochs may end within one.
         trained = [example for update in self.updates for i in update for example in self.units[i]]
-        self.objective = make_objective(job.settings.method, job.settings.loss, trained)
+        self.objective = self.method.objective(job.settings.loss, trained)
         self.references: dict[str, Tensor] = {}
         self.progress = ProgressFile(job.progress)
         self.is_writer = dist.get_rank() == 0
@@ -72,7 +81,7 @@ class Trainer:
             self.notes["balance"] = balance_note(self.objective.balance)
             if self.is_writer:
                 print(balance_text(self.notes["balance"]), flush=True)  # into the log of this attempt
-        self.batch_kl = {"kl_outcome": 0.0, "kl_outcome_count": 0.0, "kl_step": 0.0, "kl_step_count": 0.0}
+        self.batch_kl = dict.fromkeys(KL_SUMS, 0.0)  # what the next update reads, of LAGGED
         self.right_history: list[float] = []
         self.saved = 0  # updates in the newest checkpoint
         self._asked = False  # this rank, by a signal, at any instant
@@ -82,7 +91,7 @@ class Trainer:
     # --- before the first update -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end and leave the final weights.
+        """Train to the end and write the final weights.
 
         Raises:
             SystemExit: asked to stop, by SIGTERM or SIGUSR1 to any rank; a checkpoint of all updates done is saved.
@@ -91,7 +100,7 @@ class Trainer:
         self._finish()
 
     def train(self) -> None:
-        """All updates that are left. Leaves the weights in the engine."""
+        """Run all remaining updates. The weights stay in the engine."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
         self.engine.checkpoints.load_weights(self.job.initial)
@@ -127,7 +136,7 @@ class Trainer:
         return update % self.settings.checkpoint_every == 0 or update == len(self.updates)
 
     def _save_and_end(self, update: int) -> NoReturn:
-        """All ranks were asked to stop after ``update``."""
+        """Save a checkpoint and end, after ``update`` updates: a rank was asked to stop."""
         if update:
             self._checkpoint(update)
         self._close_tracker()
@@ -138,8 +147,11 @@ class Trainer:
             self.tracker.close()
 
     def _show_gradients(self) -> None:
-        """The other half of ``Engine.calibrate``: gradients of the first batch, which no update uses. With scales of 1
-        the first update's own would be rounded to 0."""
+        """Compute gradients of the first batch without an update, so that FP8's scales of gradients have a history.
+
+        ``Engine.calibrate`` does the same for activations. With scales of 1 the first update's gradients would be
+        rounded to 0.
+        """
         if self.engine.acceleration.rounds_by_history:
             points = reference_points(self.batch_kl, "none", self.engine.device)
             units = [unit_documents(self.units[i], self.references, False).documents for i in self.updates[0]]
@@ -211,9 +223,9 @@ class Trainer:
     def _find_references(self, examples: Sequence[TrainExample]) -> None:
         """Reference log-probs of all documents that an update or a measurement reads."""
         documents: list[Document] = [solution_document(e) for e in self.held_out]
-        if self.objective.uses_reference:
+        if self.method.uses_reference:
             documents += [solution_document(e) for e in examples]
-        if self.objective.uses_kl:
+        if self.estimator == "mismatched":
             documents += [kl_document(e, e.kl_partner) for e in examples if e.kl_partner]
             if not any(e.kl_partner for e in examples):
                 raise UserError(
@@ -228,7 +240,8 @@ class Trainer:
 
     def _update(self, update: int) -> None:
         begun = time.perf_counter()
-        units = [unit_documents(self.units[i], self.references, self.objective.uses_kl) for i in self.updates[update]]
+        with_kl = self.estimator == "mismatched"
+        units = [unit_documents(self.units[i], self.references, with_kl) for i in self.updates[update]]
         pairs = [unit.kl for unit in units if unit.kl is not None]
         points, kl = self._reference_points(pairs)
         if not all(map(math.isfinite, kl.values())):
@@ -241,9 +254,9 @@ class Trainer:
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
             self._not_finite(update, "the gradient", "records", self._bad_units(documents, points))
-        if self.settings.loss.reference_point == "batch":
-            self.batch_kl = {name: sums[name] for name in self.batch_kl}
-            kl = self.batch_kl
+        if self.estimator in LAGGED:
+            before = self.batch_kl if self.estimator == "running" else dict.fromkeys(KL_SUMS, 0.0)
+            kl = self.batch_kl = {name: before[name] + sums[name] for name in KL_SUMS}
         memory = self._meet()
         self._log(update, sums, kl, points, grad_norm, lr, time.perf_counter() - begun, memory)
 
@@ -253,10 +266,11 @@ class Trainer:
 
         def loss(batch: MicroBatch, log_probs: Tensor) -> tuple[Tensor, int, dict[str, Tensor]]:
             result = self.objective.loss(batch, log_probs, points)
+            check_parts(self.method, result.parts)
             sums = {"loss": result.total.detach(), **result.parts}
-            if self.objective.uses_reference:
+            if self.method.uses_reference:
                 sums |= reward_sums(solutions_of(batch, log_probs.detach()))
-                if self.settings.loss.reference_point == "batch":
+                if self.estimator in LAGGED:
                     sums |= kl_sums(batch, log_probs.detach())
             return result.total, result.num_units, sums | {"units": torch.tensor(float(result.num_units))}
 
@@ -267,25 +281,21 @@ class Trainer:
 
         mismatched: one pass without gradient over the KL pairs of the whole global batch. batch: the mean
         log-ratio of the previous update's own solutions and steps (0 before the first), so that it costs no pass
-        and does not depend on how a batch was cut.
+        and does not depend on how a batch was cut. running: the same, of all updates before this one.
         """
-        kl = dict.fromkeys(self.batch_kl, 0.0)
-        if self.objective.uses_kl and documents:
+        kl = dict.fromkeys(KL_SUMS, 0.0)
+        if self.estimator == "mismatched" and documents:
             batches = pack_units([[document] for document in documents], self.engine.slot())
             for sums in self.engine.score(batches, kl_sums):
                 for name in kl:
                     kl[name] += sums[name].item()
             kl = self.engine.pool(kl)
-        elif self.settings.loss.reference_point == "batch":
+        elif self.estimator in LAGGED:
             kl = self.batch_kl
-        return reference_points(kl, self.settings.loss.reference_point, self.engine.device), kl
+        return reference_points(kl, self.estimator, self.engine.device), kl
 
     def _pool(self, asides: Sequence[dict[str, Tensor]], batches: Sequence[MicroBatch]) -> dict[str, float]:
-        sums = dict.fromkeys(SUMS, 0.0)
-        for aside in asides:
-            for name, value in aside.items():
-                if name in sums:
-                    sums[name] += value.item()
+        sums = add_up(self.method, asides)
         sums["tokens"] = float(sum(batch.tokens.numel() - batch.num_padding for batch in batches))
         sums["padding"] = float(sum(batch.num_padding for batch in batches))
         sums["flops"] = sum(map(self.engine.update_flops, (d for batch in batches for d in batch.documents)))
@@ -317,7 +327,7 @@ class Trainer:
         names = f"{records} concerned: {', '.join(blamed[:MAX_BLAMED])}{more}"
         raise UserError(
             f"update {update + 1}: {what} is not finite; "
-            f"{names if blamed else 'it is finite for each record alone: together they overflow'}; last good "
+            f"{names if blamed else 'each record alone is finite: their sum overflows'}; last good "
             f"checkpoint: {saved[-1][1] if saved else self.job.initial}. Remove these records from "
             f"{self.job.train_examples}, or lower optimizer.lr"
         )
@@ -339,9 +349,8 @@ class Trainer:
             "update": update + 1,
             "num_updates": len(self.updates),
             "epoch": self.settings.epochs * (update + 1) / len(self.updates) if not self.settings.max_updates else None,
-            **metrics_of(sums, kl, self.settings.method, self.objective.betas),
-            "z_outcome": points.outcome.item() if self.settings.method in KTO_LIKE else None,
-            "z_step": points.step.item() if self.settings.method in KTO_LIKE else None,
+            **metrics_of(sums, kl, self.method, self.objective.betas),
+            **{f"z_{level}": getattr(points, level).item() for level in self.method.reference_levels},
             "grad_norm": grad_norm,
             "lr": lr,
             "seconds": round(seconds, 4),
@@ -358,7 +367,7 @@ class Trainer:
         )
 
     def _watch_collapse(self, update: int, right: float | None) -> None:
-        """Warn once when right solutions become less likely than under the reference, and keep falling."""
+        """Warn once when right solutions are less likely than under the reference and still losing probability."""
         if right is None:
             return
         if "collapse" in self.notes:
@@ -369,8 +378,8 @@ class Trainer:
             self.notes["collapse"] = {"update": update + 1, "log_ratio_right": now}
             self._warn(
                 f"update {update + 1}: the log-ratio of right solutions is {now:.2f} nats and falling "
-                f"(it was {before:.2f}): probability leaves right answers too. Lower optimizer.lr or "
-                f"{AGAINST_COLLAPSE.get(self.job.settings.method, 'loss.undesirable_weight_*, or raise loss.beta_*')}"
+                f"(it was {before:.2f}): right answers lose probability too. Lower optimizer.lr or "
+                f"{self.method.against_collapse}"
             )
 
     def _warn(self, message: str) -> None:
@@ -397,7 +406,7 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
-        """Continue at the newest checkpoint; returns the number of updates that are done."""
+        """Load the newest checkpoint; returns the number of updates that are done."""
         if self.is_writer:
             for left in half_checkpoints(self.job.checkpoints):
                 drop_checkpoint(left)
@@ -415,11 +424,11 @@ class Trainer:
         before, now = (notes.get("acceleration") for notes in (state["notes"], self.notes))
         if before != now:
             self._warn(
-                f"continued after update {done} with other packages or on another kind of machine, which rounds "
-                f"otherwise: {now}; before: {before}"
+                f"resumed after update {done} with other packages or on another kind of machine, which rounds "
+                f"differently: {now}; before: {before}"
             )
         warnings = dict.fromkeys([*state["notes"].get("warnings", []), *self.notes.get("warnings", [])])
-        self.notes = state["notes"] | self.notes  # what this attempt computes with and measured is the newer news
+        self.notes = state["notes"] | self.notes  # the notes of this attempt replace those of earlier ones
         if warnings:
             self.notes["warnings"] = list(warnings)
         return done
@@ -451,7 +460,7 @@ class Trainer:
 
     def _log_ratios(self) -> None:
         """Per-step log-ratios of the first training examples under the final weights, for a reader of the report."""
-        if not self.objective.uses_reference:
+        if not self.method.uses_reference:
             return
         examples = self._trained()[:MAX_LOG_RATIOS]
         documents = [solution_document(example) for example in examples]

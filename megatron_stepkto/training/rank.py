@@ -58,10 +58,10 @@ def make_trainer(job: Job, device: torch.device, acceleration: Acceleration = PL
 
 
 def same_everywhere(line: str) -> str:
-    """What this run computes with, the same on every rank.
+    """Check that every rank computes with the same packages and kind of machine; returns ``line``, which names them.
 
     Raises:
-        UserError: some rank has other packages, so that its numbers would differ from the others'.
+        UserError: a rank has other packages, so its numbers would differ.
     """
     lines: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(lines, line)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Documents whose micro-batches are planned together: looking for room among all would take minutes.
 PACKED_TOGETHER = 512
-# Length of a part of a pass: between two parts all ranks hear a request to stop, and what was found can be kept.
+# Length of a part of a pass: between parts all ranks learn of a request to stop, and the results so far can be saved.
 PART_S = 2.0
 SAVE_EVERY_S = 60.0
 
@@ -98,7 +98,7 @@ def _advance(progress: Callable[[int, int], None], done: int, each: float, total
 def _score(
     engine: Engine, batches: Sequence[MicroBatch], what: Callable[[MicroBatch, Tensor], list[Tensor]]
 ) -> dict[str, Tensor]:
-    """Of this rank's micro-batches, on the one rank of a replica that tells."""
+    """Of this rank's micro-batches; empty on all but one rank of each replica."""
     scored = engine.score(
         batches, lambda batch, lp: list(zip((d.key for d in batch.documents), what(batch, lp), strict=True))
     )
@@ -116,10 +116,10 @@ def find_references(
 ) -> dict[str, Tensor]:
     """Reference log-probs per step ([S] float64) of ``documents`` by key.
 
-    From the file of an earlier attempt, or by a pass of the reference that saves what it has found now and then.
+    From the file of an earlier attempt, or by a pass of the reference, which is saved every ``SAVE_EVERY_S``.
 
     Args:
-        score: ``Trainer._score``; asked to stop it lets the pass keep what it found, and ends.
+        score: ``Trainer._score``. When asked to stop, it saves what the pass has found and ends the process.
 
     Raises:
         UserError: some are not finite.

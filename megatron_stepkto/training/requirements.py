@@ -1,6 +1,6 @@
-"""What training needs of a machine and of its examples, in the process that starts the ranks or long before it.
+"""Checks of what training needs: packages, devices and memory of the machine, and the length of examples.
 
-The ranks make the same checks, each for its own device and data: what is refused here would end them.
+They run in the process that starts the ranks, or long before it. The ranks repeat them for their own device and data.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_stepkto.base.processes import Child, child_main, run_children
 from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.megatron import patches as cpu
 from megatron_stepkto.megatron.acceleration import choose, choose_device, find_machine, find_packages
+from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.tracking import check_trackers
@@ -28,7 +29,7 @@ from megatron_stepkto.training.tracking import check_trackers
 
 class Ranks(BaseModel):
     """``ranks`` of a training on one machine. model: a Hugging Face folder; without a config.json its size is
-    unknown, and the memory is not looked at."""
+    unknown, and the memory is not checked."""
 
     settings: recipe.Training
     model: Path
@@ -36,31 +37,31 @@ class Ranks(BaseModel):
 
 
 def training_checks(wanted: Ranks, *, elsewhere: bool = False) -> list[Callable[[], object]]:
-    """Each raises UserError for one kind of thing that is missing.
+    """The checks; each raises UserError for one kind of requirement.
 
     Args:
-        elsewhere: the ranks will run on other machines with the same packages: devices are not looked at.
+        elsewhere: the ranks will run on other machines with the same packages: devices are not checked.
     """
     devices = partial(check_packages, wanted.settings) if elsewhere else partial(check_devices, wanted)
     return [cpu.check_megatron_version, partial(check_trackers, wanted.settings.log), devices]
 
 
 def check_training(wanted: Ranks) -> None:
-    """All of them, of this machine; raises the first UserError."""
+    """Run all checks on this machine; raises the first UserError."""
     for check in training_checks(wanted):
         check()
 
 
 def check_packages(settings: recipe.Training) -> None:
-    """Are the packages installed that the recipe asks for, for GPUs which another machine has?"""
+    """Check that the packages that the recipe asks for are installed. The GPUs are another machine's."""
     choose(settings, find_machine(torch.device("cpu")) if settings.device == "cpu" else find_packages())
 
 
 def check_devices(wanted: Ranks) -> None:
-    """Has this machine the GPUs, the memory and the packages that its ranks need?
+    """Check that this machine has the GPUs, the memory and the packages that its ranks need.
 
     Raises:
-        UserError: names the key. StageFailed: a package ended the process that loaded it.
+        UserError: names the key. StageFailed: a package crashed the process that loaded it.
     """
     if wanted.settings.device != "cuda" and choose_device(wanted.settings.device).type == "cpu":
         _check_this_process(wanted)
@@ -107,17 +108,17 @@ def room_for(settings: recipe.Training, *, paired: bool) -> int:
 
 
 def check_longest(longest_prompt: int, response: int, limit: int | None, settings: recipe.Training, where: str) -> None:
-    """Has a micro-batch room for the longest example that sampling may make?
+    """Check that a micro-batch has room for the longest example that sampling may make.
 
     Args:
         longest_prompt, response: tokens. limit: ``dataset.max_tokens``, above which examples are dropped.
         where: the prompts, for the message.
 
     Raises:
-        UserError: it has not; names the keys and the numbers.
+        UserError: it has no room; names the keys and the numbers.
     """
     longest = longest_prompt + response  # also of a KL pair: a prompt with another problem's response
-    room = room_for(settings, paired=settings.method in ("dpo", "irpo"))
+    room = room_for(settings, paired=method_of(settings.method).paired)
     padded = padded_length(longest if limit is None else min(longest, limit), settings)
     if padded > room:
         raise UserError(

@@ -19,7 +19,7 @@ AXES = ("update", "num_updates")
 
 
 def check_trackers(log: recipe.Log) -> None:
-    """Raises UserError when the recipe asks for a tracker that is not installed, or that nobody is logged in to."""
+    """Raises UserError when the recipe asks for a tracker that is not installed, or has no login."""
     for key, wanted, package in (
         ("tensorboard", log.tensorboard, "tensorboard"),
         ("wandb", log.wandb is not None, "wandb"),
@@ -43,10 +43,10 @@ def check_trackers(log: recipe.Log) -> None:
 
 
 class Tracker:
-    """Of the one rank that writes. ``metrics.jsonl`` holds each row once, however often a run was cut short.
+    """Writes the rows, on rank 0 alone. ``metrics.jsonl`` holds each row once, however often a run was interrupted.
 
     Args:
-        done: updates that are in the checkpoint that the run goes on from; later rows are dropped.
+        done: updates in the checkpoint that the run resumes from; rows of later updates are dropped.
         identity: the same for every attempt at one training.
 
     measured: the last update after which held-out examples were measured; -1: none.

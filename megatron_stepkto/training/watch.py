@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 WINDOW = 5  # updates in each of the three windows that are compared
-BELOW = -0.1  # nats: healthy runs wander about zero
+BELOW = -0.1  # nats: healthy runs fluctuate around zero
 
 
 def falling_below_zero(log_ratio_right: Sequence[float]) -> tuple[float, float] | None:
@@ -14,7 +14,7 @@ def falling_below_zero(log_ratio_right: Sequence[float]) -> tuple[float, float] 
     Args:
         log_ratio_right: mean log-ratio of right solutions per update, oldest first.
     Returns:
-        None while there is nothing to warn of, or too little to say.
+        None when nothing falls, or when there are too few updates to tell.
     """
     if len(log_ratio_right) < 3 * WINDOW:
         return None

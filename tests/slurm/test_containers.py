@@ -161,7 +161,7 @@ def test_a_run_in_containers_whose_judge_has_a_server_of_its_own(
         assert {step["label"] for row in rows for step in row["steps"]} == {1}
         assert len(lines(run / "slurm" / "attempts" / f"evaluate_{t}")) == 1
         assert ", server: judge-server\n" in (logs / f"evaluate_server_{t}.log").read_text()
-    assert f"going on after update {saved}" in log.read_text()
+    assert f"resuming after update {saved}" in log.read_text()
     assert len(lines(run / "iteration_1" / "train" / "metrics.jsonl")) == 32
     ran = [tuple(line.split()) for line in lines(run / "slurm" / "ran_in")]
     here = str(tmp_path)

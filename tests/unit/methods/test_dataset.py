@@ -11,8 +11,8 @@ import pytest
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, TrainExample, read_records, write_records
 from megatron_stepkto.methods.dataset import build_dataset
-from megatron_stepkto.methods.select import select
-from megatron_stepkto.recipe.keys import METHODS, Dataset
+from megatron_stepkto.methods.registry import METHODS
+from megatron_stepkto.recipe.keys import Dataset
 
 
 def sample(
@@ -58,6 +58,10 @@ def many(problems: int, samples: int = 3) -> list[JudgedSample]:
 
 def ids(examples: list[TrainExample]) -> list[str]:
     return [example.example_id for example in examples]
+
+
+def select(rows: dict[str, list[JudgedSample]], settings: Dataset, method: str, seed: int) -> list[TrainExample]:
+    return METHODS[method].select(rows, settings, seed)
 
 
 # --- KL pairs ------------------------------------------------------------------------------------------------
@@ -117,12 +121,12 @@ def test_share_of_examples_with_a_partner() -> None:
     assert chosen(0.25, seed=1) != chosen(0.25)
 
 
-@pytest.mark.parametrize("method", ["rft", "dpo", "irpo"])
+@pytest.mark.parametrize("method", ["rft", "dpo", "irpo", "bco", "apo_zero"])
 def test_methods_without_a_kl_term_carry_no_partner(method: Any) -> None:
     assert all(e.kl_partner is None for e in select(group(*many(1, 3)), Dataset(), method, 0))
 
 
-# --- who trains ----------------------------------------------------------------------------------------------
+# --- what trains ---------------------------------------------------------------------------------------------
 
 
 def test_samples_with_something_judged_train() -> None:
@@ -140,6 +144,8 @@ def test_samples_with_something_judged_train() -> None:
     assert [[s.label for s in e.steps] for e in examples] == [[1, None], [None, None], [0, None], [0, 0]]
     # KTO has no use for steps: a sample without an outcome would only dilute its mean
     assert ids(select(group(*rows), Dataset(kl_pair_share=0), "kto", 0)) == ["p/0", "p/1", "r/0"]
+    assert ids(select(group(*rows), Dataset(), "bco", 0)) == ["p/0", "p/1", "r/0"]
+    assert ids(select(group(*rows), Dataset(), "apo_zero", 0)) == ["p/0", "p/1", "r/0"]
 
 
 def test_an_example_is_the_sample_as_it_was() -> None:
@@ -259,7 +265,7 @@ def test_examples_per_problem() -> None:
     counts = {problem: sum(e.problem_id == problem for e in examples) for problem in {e.problem_id for e in examples}}
     assert counts == {**{f"p{p}": 3 for p in range(30)}, "few": 2}
     assert len(set(ids(examples))) == len(examples)
-    # drawn, not the first three: 20 possible sets of 6, so 30 problems show several
+    # sampled, not the first three: 20 possible sets of 6, so 30 problems show several
     drawn = {tuple(sorted(e.example_id.split("/")[1] for e in examples if e.problem_id == f"p{p}")) for p in range(30)}
     assert len(drawn) > 5
 
@@ -364,8 +370,8 @@ def test_files_are_the_same_bytes_every_time(tmp_path: Path) -> None:
         assert (tmp_path / "one/step_kto" / name).read_bytes() == (tmp_path / "two/step_kto" / name).read_bytes()
 
 
-def test_a_sample_that_stands_twice(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"judged\.jsonl: sample_id p0/1 stands twice"):
+def test_a_duplicated_sample(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"judged\.jsonl: sample_id p0/1 is duplicated"):
         build(tmp_path, [*many(2), many(1)[1]])
     assert not (tmp_path / "step_kto").exists()
 
@@ -420,7 +426,7 @@ WRONG_EQUATION = [sample(f"p{n}", 0, 0, [0, None]) for n in range(6)]
     ("method", "rows", "lacks", "had"),
     [
         ("step_kto", WRONG_EQUATION, "right", "0 right and 6 wrong answers, 0 right and 6 wrong steps"),
-        # as solutions whose steps nobody judged are imported
+        # as solutions without judged steps are imported
         (
             "step_kto",
             [sample(f"p{n}", 0, 0, [None]) for n in range(6)],

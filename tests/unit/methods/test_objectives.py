@@ -14,9 +14,9 @@ from tests.builders import random_examples
 
 patches.install()  # objectives work on micro-batches, which import Megatron
 
-from megatron_stepkto.methods.preference import Preference  # noqa: E402
-from megatron_stepkto.methods.registry import make_objective, units_of  # noqa: E402
-from megatron_stepkto.methods.step_kto import StepKTO  # noqa: E402
+from megatron_stepkto.methods.dpo import PairObjective  # noqa: E402
+from megatron_stepkto.methods.registry import METHODS  # noqa: E402
+from megatron_stepkto.methods.step_kto import StepKTOObjective  # noqa: E402
 
 
 def with_outcomes(*outcomes: int | None) -> list[TrainExample]:
@@ -31,27 +31,27 @@ def paired(*sides: str) -> list[TrainExample]:
 
 def test_a_data_set_of_another_method_is_refused() -> None:
     with pytest.raises(UserError, match="e1: rft trains on right solutions, this one's outcome is 0"):
-        units_of("rft", with_outcomes(1, 0))
+        METHODS["rft"].units(with_outcomes(1, 0))
     with pytest.raises(UserError, match="e0: expected a preference pair for dpo"):
-        units_of("dpo", with_outcomes(1, 0))
+        METHODS["dpo"].units(with_outcomes(1, 0))
     with pytest.raises(UserError, match="e0: expected no preference pair for step_kto"):
-        units_of("step_kto", paired("chosen", "rejected"))
+        METHODS["step_kto"].units(paired("chosen", "rejected"))
     with pytest.raises(UserError, match=r"pair x: expected one chosen and one rejected example, got \['chosen'\]"):
-        units_of("irpo", paired("chosen"))
+        METHODS["irpo"].units(paired("chosen"))
 
 
 def test_pairs_are_chosen_then_rejected() -> None:
     rejected, chosen = paired("rejected", "chosen")
-    objective = make_objective("dpo", recipe.Loss(dpo_beta=0.2), [rejected, chosen])
-    assert isinstance(objective, Preference)
+    objective = METHODS["dpo"].objective(recipe.Loss(dpo_beta=0.2), [rejected, chosen])
+    assert isinstance(objective, PairObjective)
     assert (objective.beta, objective.nll_weight) == (0.2, None)
-    assert units_of("dpo", [rejected, chosen]) == [[chosen, rejected]]
+    assert METHODS["dpo"].units([rejected, chosen]) == [[chosen, rejected]]
 
 
 def test_kto_has_no_step_term_and_auto_balances_outcomes() -> None:
     """3 right and 1 wrong outcomes, one undecided: ratio 3 -> undesirable 3 / (4/3) = 2.25."""
-    objective = make_objective("kto", recipe.Loss(balance="auto"), with_outcomes(1, 1, 1, 0, None))
-    assert isinstance(objective, StepKTO)
+    objective = METHODS["kto"].objective(recipe.Loss(balance="auto"), with_outcomes(1, 1, 1, 0, None))
+    assert isinstance(objective, StepKTOObjective)
     assert objective.settings.step.weight == 0
     assert objective.balance == {"outcome": Balance(3, 1, 1.0, 2.25)}
     assert objective.settings.outcome == Level(0.1, 1.0, 2.25, 1.0)
@@ -88,8 +88,8 @@ MIX = labelled([1] * 8 + [None], [1, 0], [0], [0, None], [None])
 def test_auto_balances_the_weights_with_which_steps_enter_the_loss(
     reduction: Any, right: float, wrong: float, weights: tuple[float, float]
 ) -> None:
-    objective = make_objective("step_kto", recipe.Loss(balance="auto", step_reduction=reduction), MIX)
-    assert isinstance(objective, StepKTO)
+    objective = METHODS["step_kto"].objective(recipe.Loss(balance="auto", step_reduction=reduction), MIX)
+    assert isinstance(objective, StepKTOObjective)
     step = objective.settings.step
     assert (step.desirable_weight, step.undesirable_weight) == pytest.approx(weights)
     balance = objective.balance["step"]
@@ -99,7 +99,7 @@ def test_auto_balances_the_weights_with_which_steps_enter_the_loss(
 
 
 def test_fixed_weights_stay_and_their_ratio_is_known() -> None:
-    objective = make_objective("step_kto", recipe.Loss(undesirable_weight_step=0.5, outcome_weight=0), MIX)
+    objective = METHODS["step_kto"].objective(recipe.Loss(undesirable_weight_step=0.5, outcome_weight=0), MIX)
     assert objective.balance == {"step": Balance(1.5, 2.5, 1.0, 0.5)}
     assert objective.balance["step"].ratio == pytest.approx(1.5 / 1.25)
 
@@ -116,7 +116,7 @@ def test_a_loss_that_reads_one_class_is_refused(
     method: Any, changes: dict[str, Any], examples: list[TrainExample], message: str
 ) -> None:
     with pytest.raises(UserError, match=f"train: {method} learns from right against wrong, and {message}"):
-        make_objective(method, recipe.Loss(**changes), examples)
+        METHODS[method].objective(recipe.Loss(**changes), examples)
 
 
 def test_the_balance_in_words() -> None:

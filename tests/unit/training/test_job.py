@@ -36,7 +36,7 @@ def test_what_a_kill_leaves_is_told_from_whole_checkpoints(tmp_path: Path) -> No
 
 
 def test_a_half_dropped_checkpoint_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who removes the newest one by hand, to go on from the one before, must not get what a kill left of it."""
+    """A user who removes the newest by hand, to resume from the one before, must not get a half-removed one."""
     write_checkpoint(tmp_path / "update_000002", "0.distcp", "state.json")
 
     def killed(folder: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_half_dropped_checkpoint_does_not_count(tmp_path: Path, monkeypatch: p
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron flushes the weights alone: after a power cut an empty common.pt would stand in a finished checkpoint."""
+    """Megatron flushes the weights alone: after a power cut an empty common.pt would be in a finished checkpoint."""
     flushed: set[str] = set()
     fsync, rename = os.fsync, Path.rename
 

@@ -62,7 +62,7 @@ class StandIn:
 
 
 def value(batch: MicroBatch, _: torch.Tensor) -> list[torch.Tensor]:
-    """Of a document: what else stands in its micro-batch, and in which order."""
+    """Of a document: what else is in its micro-batch, and in which order."""
     rng = random.Random("|".join(document.key for document in batch.documents))
     return [torch.tensor([rng.random()]) for _ in batch.documents]
 

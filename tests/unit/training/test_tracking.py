@@ -12,6 +12,7 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.methods.metrics import held_out_metrics_of, metrics_of
+from megatron_stepkto.methods.registry import METHODS
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.rows import HeldOut, UpdateRow
 from megatron_stepkto.training.tracking import Tracker, check_trackers
@@ -27,29 +28,31 @@ KL = {"kl_outcome": -2.0, "kl_outcome_count": 4.0, "kl_step": 0.0, "kl_step_coun
 
 
 def test_metrics_by_hand() -> None:
-    row = metrics_of(SUMS, KL, "step_kto", (0.5, 2.0))
-    assert (row["loss"], row["loss_outcome"], row["loss_step"], row["loss_dpo"]) == (1.5, 0.5, 1.0, None)
+    row = metrics_of(SUMS, KL, METHODS["step_kto"], (0.5, 2.0))
+    assert (row["loss"], row["loss_outcome"], row["loss_step"]) == (1.5, 0.5, 1.0)
     assert (row["kl_outcome"], row["kl_step"], row["num_kl_pairs"]) == (-0.5, None, 4)
     assert (row["log_ratio_right"], row["log_ratio_wrong"], row["log_ratio_right_steps"]) == (1.5, -4.0, 1.25)
     assert (row["reward_right"], row["reward_wrong"], row["margin"]) == (0.75, -2.0, 2.75)
     assert (row["reward_right_steps"], row["reward_wrong_steps"], row["step_margin"]) == (2.5, None, None)
-    assert (row["sign_accuracy"], row["sign_accuracy_steps"], row["pair_accuracy"]) == (2 / 3, 0.75, None)
+    assert (row["sign_accuracy"], row["sign_accuracy_steps"]) == (2 / 3, 0.75)
+    assert not {"loss_dpo", "loss_nll", "pair_accuracy"} & set(row), "metrics of other methods"
     assert (row["num_units"], row["tokens"], row["padding_share"]) == (4, 300, 0.25)
     assert row["entropy"] == 0.75
-    assert metrics_of(SUMS | {"entropy": 0.0, "num_entropies": 0.0}, KL, "step_kto", (0.5, 2.0))["entropy"] is None
+    without = metrics_of(SUMS | {"entropy": 0.0, "num_entropies": 0.0}, KL, METHODS["step_kto"], (0.5, 2.0))
+    assert without["entropy"] is None
 
 
 def test_metrics_of_pairs() -> None:
-    row = metrics_of(
-        {**SUMS, "loss_dpo": 5.0, "loss_nll": 1.0, "pairs_right": 3.0}, dict.fromkeys(KL, 0.0), "irpo", (0.1, 0.1)
-    )
+    sums = {**SUMS, "loss_dpo": 5.0, "loss_nll": 1.0, "pairs_right": 3.0}
+    row = metrics_of(sums, dict.fromkeys(KL, 0.0), METHODS["irpo"], (0.1, 0.1))
     assert (row["loss_dpo"], row["loss_nll"], row["pair_accuracy"]) == (1.25, 0.25, 0.75)
-    assert (row["loss_outcome"], row["kl_outcome"]) == (None, None)
+    assert row["kl_outcome"] is None
+    assert not {"loss_outcome", "loss_step"} & set(row)
 
 
 def test_what_is_read_again_is_written() -> None:
     """A metric that is renamed where it is made must be renamed where the report reads it."""
-    made = metrics_of(SUMS, KL, "step_kto", (0.5, 2.0))
+    made = metrics_of(SUMS, KL, METHODS["step_kto"], (0.5, 2.0))
     of_the_loop = {"update", "z_outcome", "z_step", "grad_norm"}
     assert set(UpdateRow.model_fields) - of_the_loop <= set(made)
     assert UpdateRow.model_validate({"update": 1, **made}).model_dump(exclude_unset=True) == {"update": 1, **made}
@@ -67,7 +70,7 @@ def rows_on(board: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_a_resumed_run_has_each_row_once(tmp_path: Path) -> None:
-    """Updates 1 to 3, of which a checkpoint holds 2; the second attempt makes update 3 anew, with another loss."""
+    """Updates 1 to 3, of which a checkpoint holds 2; the second attempt computes update 3 again, with another loss."""
 
     def attempt(done: int, losses: dict[int, float], *, torn: bool = False) -> None:
         tracker = Tracker(tmp_path, recipe.Log(), done, "x", {})
