@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megatron_stepkto.losses import nll_loss as nll_loss
     from megatron_stepkto.losses import pool_reference as pool_reference
     from megatron_stepkto.losses import step_kto_loss as step_kto_loss
-    from megatron_stepkto.recipe.file import load_recipe as load_recipe
+    from megatron_stepkto.methods.registry import load_recipe as load_recipe
 
 __version__ = "0.1.0"
 
@@ -48,7 +48,7 @@ _EXPORTS = {
         "StepKTOSettings", "clamp_reference", "dpo_loss", "irpo_loss", "kto_loss", "nll_loss", "pool_reference",
         "step_kto_loss",
     ),
-    "recipe.file": ("load_recipe",),
+    "methods.registry": ("load_recipe",),
 }  # fmt: skip
 _HOME = {name: f"{__name__}.{module}" for module, names in _EXPORTS.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME)]

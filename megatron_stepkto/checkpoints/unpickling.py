@@ -7,25 +7,20 @@ Transformer Engine keeps another, as bytes, inside the entries ``_extra_state``.
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_stepkto.base.errors import UserError
 
 Allowed = Mapping[tuple[str, str], Any]
-FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class Refused(pickle.UnpicklingError):
@@ -91,42 +86,6 @@ def blame(error: BaseException) -> str:
         return f"refused: it asks for {asked[1]}, which no checkpoint needs; do not load this folder"
     first = text.partition("\n")[0]
     return f"damaged, or not of this model ({type(error).__name__}: {first:.200}); write the checkpoint again"
-
-
-@contextlib.contextmanager
-def plain_objects_only() -> Iterator[None]:
-    """While inside, loaders of Megatron-Core, torch and Transformer Engine build tensors and plain data only.
-
-    ``torch.load`` takes ``weights_only`` from the environment over its caller's value (torch's loader of
-    checkpoints sets the opposite), and ``.metadata`` goes through ``read_metadata``, once for every folder.
-
-    Raises:
-        RuntimeError: a name that must be replaced does not exist, or torch does not know the variable.
-    """
-    from megatron_stepkto.checkpoints.metadata import read_metadata
-
-    if FORCE not in torch.load.__code__.co_consts:
-        raise RuntimeError(f"torch.load of torch {torch.__version__} does not read {FORCE}")
-    if "read_metadata" not in vars(FileSystemReader):
-        raise RuntimeError(f"{FileSystemReader!r} has no read_metadata to replace")
-    known: dict[Path, Metadata] = {}
-
-    def read(self: Any, *_: Any, **__: Any) -> Metadata:
-        folder = Path(self.path)
-        if folder not in known:
-            known[folder] = read_metadata(folder)
-        return known[folder]
-
-    original = FileSystemReader.read_metadata
-    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
-    os.environ[FORCE] = "1"
-    FileSystemReader.read_metadata = read  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        FileSystemReader.read_metadata = original  # type: ignore[method-assign]
-        del os.environ[FORCE]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 # --- Transformer Engine's state of a layer ---------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.methods.registry import METHODS, load_checked_recipe
+from megatron_stepkto.methods.registry import METHODS, check_suits, load_recipe
 from megatron_stepkto.recipe.command_keys import TAKES, check_overrides
 from megatron_stepkto.recipe.keys import Recipe
 
@@ -126,7 +126,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     overrides = list(arguments.set)
     if getattr(arguments, "iterations", None):
         overrides.append(f"iterations={arguments.iterations}")
-    recipe = load_checked_recipe(arguments.recipe, overrides)
+    recipe = load_recipe(arguments.recipe, overrides)
     check_overrides(arguments.name, arguments.set)  # last: no command reads a misspelt key
     return recipe
 

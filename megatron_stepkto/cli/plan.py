@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.arguments import positive, positive_number
-from megatron_stepkto.methods.registry import METHODS, load_checked_recipe, method_of
+from megatron_stepkto.methods.registry import METHODS, load_recipe, method_of
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
 from megatron_stepkto.recipe.keys import Parallel, Recipe, Training
 from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.planning.search import propose
     from megatron_stepkto.planning.table import report
 
-    recipe = load_checked_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
+    recipe = load_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
     case, base, longest = _scenario(arguments, recipe)
     if arguments.layout is not None:
         plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster), None)]

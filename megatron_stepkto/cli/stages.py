@@ -53,8 +53,8 @@ def _add_method(command: argparse.ArgumentParser) -> None:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.run.pipeline import STAGES as RUN_STAGE
-    from megatron_stepkto.run.pipeline import train_stage
+    from megatron_stepkto.run.stages import STAGES as RUN_STAGE
+    from megatron_stepkto.run.stages import train_stage
 
     run = run_of(arguments)
     if run.recipe.problems.source == "imports" and (
@@ -72,7 +72,7 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.evaluation.table import results_table
-    from megatron_stepkto.run.pipeline import evaluate_stage, evaluation_problems_stage, sample_for_evaluation
+    from megatron_stepkto.run.stages import evaluate_stage, evaluation_problems_stage, sample_for_evaluation
 
     run = run_of(arguments)
     if run.recipe.evaluate is None:

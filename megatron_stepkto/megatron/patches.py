@@ -16,12 +16,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.megatron.version import check_megatron_version
 
 # --- on the CPU only -----------------------------------------------------------------------------------------
@@ -304,3 +309,43 @@ def _with_bucket_padding(values: torch.Tensor, buckets: Any) -> torch.Tensor:
     for bucket, part in zip(buckets, parts, strict=True):
         padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = part
     return padded
+
+
+# --- on GPUs too, while a checkpoint is read ------------------------------------------------------------------
+
+FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@contextlib.contextmanager
+def plain_objects_only() -> Iterator[None]:
+    """While inside, loaders of Megatron-Core, torch and Transformer Engine build tensors and plain data only.
+
+    ``torch.load`` takes ``weights_only`` from the environment over its caller's value (torch's loader of
+    checkpoints sets the opposite), and ``.metadata`` goes through ``read_metadata``, once for every folder.
+
+    Raises:
+        RuntimeError: a name that must be replaced does not exist, or torch does not know the variable.
+    """
+    if FORCE not in torch.load.__code__.co_consts:
+        raise RuntimeError(f"torch.load of torch {torch.__version__} does not read {FORCE}")
+    if "read_metadata" not in vars(FileSystemReader):
+        raise RuntimeError(f"{FileSystemReader!r} has no read_metadata to replace")
+    known: dict[Path, Metadata] = {}
+
+    def read(self: Any, *_: Any, **__: Any) -> Metadata:
+        folder = Path(self.path)
+        if folder not in known:
+            known[folder] = read_metadata(folder)
+        return known[folder]
+
+    importlib.import_module("megatron.core.msc_utils").MultiStorageClientFeature.disable()  # it has loaders of its own
+    original = FileSystemReader.read_metadata
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    FileSystemReader.read_metadata = read  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FileSystemReader.read_metadata = original  # type: ignore[method-assign]
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

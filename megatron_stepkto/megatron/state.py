@@ -28,17 +28,17 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.msc_utils import MultiStorageClientFeature
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_stepkto.base.errors import MachineFault, UserError
 from megatron_stepkto.base.storage import check_space, is_nearly_full, refusal, writing
 from megatron_stepkto.checkpoints.metadata import check_format, read_metadata
-from megatron_stepkto.checkpoints.unpickling import blame, plain_layer_state, plain_objects_only
+from megatron_stepkto.checkpoints.unpickling import blame, plain_layer_state
 from megatron_stepkto.megatron.acceleration import Acceleration
 from megatron_stepkto.megatron.main_weights import load_main_weights, optimizer_parts, whole_main_weights
 from megatron_stepkto.megatron.model import PolicyModel
+from megatron_stepkto.megatron.patches import plain_objects_only
 from megatron_stepkto.megatron.version import async_writer, needs_common_pt
 
 EXTRA = "_extra_state"
@@ -151,7 +151,6 @@ class Checkpoints:
 
     def _load(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
         check_format(directory)
-        MultiStorageClientFeature.disable()  # its loaders would bypass plain_objects_only
         known = read_metadata(directory).state_dict_metadata
         if not (directory / "common.pt").is_file() and needs_common_pt():
             raise UserError(

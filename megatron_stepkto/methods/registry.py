@@ -6,7 +6,7 @@ A new method needs a file beside this one and a line in ``METHODS``: see docs/me
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+import os
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.methods.apo_zero import APOZero
@@ -18,7 +18,7 @@ from megatron_stepkto.methods.method import Method
 from megatron_stepkto.methods.rft import RFT
 from megatron_stepkto.methods.step_kto import StepKTO
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.file import read_recipe
 
 METHODS: dict[str, Method] = {
     method.name: method for method in (StepKTO(), KTO(), DPO(), IRPO(), RFT(), BCO(), APOZero())
@@ -38,13 +38,13 @@ def method_of(name: str, place: str = "train.method") -> Method:
     raise UserError(f"{place}: unknown method {name!r}; {hint}")
 
 
-def load_checked_recipe(path: Path, overrides: list[str] | None = None) -> recipe.Recipe:
+def load_recipe(path: str | os.PathLike[str], overrides: list[str] | None = None) -> recipe.Recipe:
     """Read, override and check a recipe, its method included. Every command that runs a recipe reads it by this.
 
     Raises:
         UserError: one line per fault, each with file:line and what to do.
     """
-    loaded = load_recipe(path, overrides)
+    loaded = read_recipe(path, overrides)
     check_method(loaded)
     return loaded
 

@@ -137,7 +137,7 @@ def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEv
     return settings
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Recipe:
+def read_recipe(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Recipe:
     """Read, override and check a recipe.
 
     Args:
@@ -165,7 +165,7 @@ def load_judging(path: Path, overrides: list[str] | None = None) -> Judging:
     """The section judge of a recipe, or of a file that holds nothing else.
 
     Raises:
-        UserError: as ``load_recipe``, for that section.
+        UserError: as ``read_recipe``, for that section.
     """
     tree, places = _read_tree(path, overrides)
     try:

@@ -18,7 +18,7 @@ from megatron_stepkto.base.files import find_files
 from megatron_stepkto.base.stage import MANIFEST, Stage
 from megatron_stepkto.recipe.keys import Method, Recipe
 from megatron_stepkto.run.folder import Run
-from megatron_stepkto.run.pipeline import (
+from megatron_stepkto.run.stages import (
     check_fits,
     drawing_of,
     evaluation_drawing_of,

@@ -15,11 +15,11 @@ from megatron_stepkto.base.files import atomic_writer, find_files, read_json_if_
 from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import read_progress, say
 from megatron_stepkto.base.stage import MANIFEST, STARTED
-from megatron_stepkto.methods.registry import load_checked_recipe
+from megatron_stepkto.methods.registry import load_recipe
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.recipe.yaml_text import read_yaml, write_yaml
 from megatron_stepkto.run.folder import Run
-from megatron_stepkto.run.pipeline import check_fits
+from megatron_stepkto.run.stages import check_fits
 from megatron_stepkto.slurm.chain import Step, chain, command, folder, is_finished, log_path
 from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.queue import Queued, ask, queued_jobs, settled_jobs
@@ -172,7 +172,7 @@ def _known_run(run: Path) -> tuple[Path, Recipe]:
     run = run.resolve()
     if not (folder(run) / "recipe.yaml").is_file():
         raise UserError(f"{run}: expected a run that was submitted to Slurm, found none; see stepkto slurm submit")
-    return run, load_checked_recipe(folder(run) / "recipe.yaml")
+    return run, load_recipe(folder(run) / "recipe.yaml")
 
 
 def status(run: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Loss
 
 
@@ -50,7 +50,7 @@ def test_the_example_recipe_loads(readme: str, repository: Path, tmp_path: Path)
             kept.append(line)
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("\n".join([*kept, *changed.values()]) + "\n")
-    loaded = load_recipe(recipe)
+    loaded = read_recipe(recipe)
     assert loaded.problems.source == "files"
     assert loaded.prompt.chat
     assert loaded.warm_up is None

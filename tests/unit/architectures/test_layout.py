@@ -11,7 +11,7 @@ from megatron_stepkto.architectures.layout import check_layout, layout_faults, t
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import read_model_config
-from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Parallel
 
 
@@ -80,11 +80,11 @@ def test_the_place_of_the_key(tmp_path: Path, repository: Path, llama: ModelConf
     path = tmp_path / "recipe.yaml"
     path.write_text(text.replace("{ranks: 2, tensor: 2}", "\n    ranks: 3\n    tensor: 3", 1))
     line = next(n for n, row in enumerate(path.read_text().splitlines(), 1) if row == "    tensor: 3")
-    recipe = load_recipe(path)
+    recipe = read_recipe(path)
     with pytest.raises(UserError, match=rf"{path}:{line}: train\.parallel\.tensor = 3 does not divide"):
         check_layout(llama, recipe.train.parallel, recipe.place)
-    recipe = load_recipe(path, ["train.parallel={ranks: 3, tensor: 3}"])
+    recipe = read_recipe(path, ["train.parallel={ranks: 3, tensor: 3}"])
     assert recipe.place("train.parallel.tensor") == "--set train.parallel={ranks: 3, tensor: 3}"
-    recipe = load_recipe(path, ["train.parallel.tensor=6", "train.parallel.ranks=6"])
+    recipe = read_recipe(path, ["train.parallel.tensor=6", "train.parallel.ranks=6"])
     with pytest.raises(UserError, match=r"^--set train\.parallel\.tensor=6: train\.parallel\.tensor = 6 does not"):
         check_layout(llama, recipe.train.parallel, recipe.place)

@@ -13,12 +13,12 @@ import torch
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.methods.metrics import UPDATE_SUMS, add_up, check_parts, metrics_of, own_sums
-from megatron_stepkto.methods.registry import METHODS, check_suits, load_checked_recipe, method_of
+from megatron_stepkto.methods.registry import METHODS, check_suits, load_recipe, method_of
 from megatron_stepkto.recipe.keys import Dataset, Loss
 
 
 def load(repository: Path, *overrides: str) -> Any:
-    return load_checked_recipe(repository / "recipes" / "mini_cpu.yaml", list(overrides))
+    return load_recipe(repository / "recipes" / "mini_cpu.yaml", list(overrides))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -63,7 +63,7 @@ def test_an_unknown_method_names_its_line(tmp_path: Path, repository: Path) -> N
     path.write_text(text)
     line = text.splitlines().index("  method: bko") + 1
     with pytest.raises(UserError, match=re.escape(f"{path}:{line}: train.method: unknown method 'bko'; did you mean")):
-        load_checked_recipe(path)
+        load_recipe(path)
 
 
 @pytest.mark.parametrize("method", ["bco", "apo_zero", "dpo", "irpo", "rft"])
@@ -77,7 +77,7 @@ def test_commands_read_recipes_by_the_check_of_their_method(repository: Path) ->
     callers = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
-        if re.search(r"\bload_recipe\(", path.read_text())
+        if re.search(r"\bread_recipe\(", path.read_text())
     }
     assert callers == {"recipe/file.py", "methods/registry.py"}
 

@@ -415,7 +415,7 @@ def test_run_import_writes_both_files(data_dir: Path, tokenizer_dir: Path, tmp_p
 
 
 def test_recipe_of_real_text_reads_its_files(data_dir: Path, repository: Path) -> None:
-    loaded = recipe_file.load_recipe(repository / "recipes" / "gsm8k_offline_cpu.yaml")
+    loaded = recipe_file.read_recipe(repository / "recipes" / "gsm8k_offline_cpu.yaml")
     if not all(item.path.is_file() for item in loaded.problems.imports):
         pytest.skip("the recipe looks for the data beside the checkout; set STEPKTO_TEST_DATA to move it")
     counts = read_imports(loaded.problems.imports).counts

@@ -15,8 +15,8 @@ from megatron_stepkto.base.stage import Stage
 from megatron_stepkto.cli import main as cli
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.command_keys import READS, check_overrides, is_read
-from megatron_stepkto.recipe.file import load_judging, load_recipe, model_evaluation
-from megatron_stepkto.run import pipeline
+from megatron_stepkto.recipe.file import load_judging, model_evaluation, read_recipe
+from megatron_stepkto.run import stages as run_stages
 from tests.conftest import REPOSITORY
 
 MINI = REPOSITORY / "recipes" / "mini_cpu.yaml"
@@ -58,10 +58,11 @@ def test_what_decides_a_stage_is_read(command: str, monkeypatch: pytest.MonkeyPa
         stages.append(stage)
         raise _Asked
 
-    monkeypatch.setattr(pipeline.Run, "run", ask)
-    run = pipeline.Run(load_recipe(MINI, [f"output={tmp_path}"]))
+    monkeypatch.setattr(run_stages.Run, "run", ask)
+    run = run_stages.Run(read_recipe(MINI, [f"output={tmp_path}"]))
     with pytest.raises(_Asked):
-        (pipeline.STAGES | {"evaluate": pipeline.evaluate_stage, "export": pipeline.convert_stage})[command](run, 1)
+        commands = {"evaluate": run_stages.evaluate_stage, "export": run_stages.convert_stage}
+        (run_stages.STAGES | commands)[command](run, 1)
     (stage,) = stages
     of = {"per_iteration": "problems.per_iteration", "source": "problems.source", "method": "train.method",
           "held_out_share": "problems.held_out_share"}  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.recipe.yaml_text import read_yaml, write_yaml
 from tests.conftest import REPOSITORY
@@ -44,7 +44,7 @@ def write(folder: Path, text: str = GOOD) -> Path:
 
 def refusal(path: Path, overrides: list[str] | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        load_recipe(path, overrides)
+        read_recipe(path, overrides)
     return str(caught.value)
 
 
@@ -54,7 +54,7 @@ def changed(folder: Path, old: str, new: str) -> Path:
 
 
 def test_a_good_recipe_and_its_defaults(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path))
+    recipe = read_recipe(write(tmp_path))
     assert (recipe.name, recipe.seed, recipe.iterations, recipe.train.method) == ("tiny", 0, 1, "step_kto")
     assert (recipe.sample.num_samples, recipe.sample.max_tokens) == (4, 32)  # type: ignore[union-attr]
     assert recipe.train.optimizer.lr == 1e-4
@@ -63,7 +63,7 @@ def test_a_good_recipe_and_its_defaults(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_every_shipped_recipe_parses(path: Path) -> None:
-    assert load_recipe(path).name == path.stem
+    assert read_recipe(path).name == path.stem
 
 
 def test_there_are_shipped_recipes() -> None:
@@ -303,7 +303,7 @@ def test_types_are_strict(tmp_path: Path, key: str, value: str, said: str) -> No
 def test_plain_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     """YAML 1.1, PyYAML's, reads 1e-6 as a text, off as false, 010 as eight and a date as a date."""
     text = GOOD.replace("lr: 1.0e-4", "lr: 1e-6, schedule: cosine").replace("name: tiny", "name: 2024-02-30")
-    recipe = load_recipe(write(tmp_path, text), ["train.transformer_engine=off", "seed=010", "sample.temperature=1"])
+    recipe = read_recipe(write(tmp_path, text), ["train.transformer_engine=off", "seed=010", "sample.temperature=1"])
     assert (recipe.train.optimizer.lr, recipe.name, recipe.train.transformer_engine) == (1e-6, "2024-02-30", "off")
     assert (recipe.seed, recipe.sample.temperature) == (10, 1.0)  # type: ignore[union-attr]
 
@@ -356,7 +356,7 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
         "warm_up:\n  architecture: {model_type: llama}\n  tokenizer: byte_level_bpe\n"
         "  training:\n    optimizer:\n      <<: *o\n      lr: 0.5\n    global_batch_size: 4\n"
     )
-    recipe = load_recipe(write(tmp_path, text))
+    recipe = read_recipe(write(tmp_path, text))
     assert recipe.warm_up is not None
     assert (recipe.warm_up.training.optimizer.lr, recipe.warm_up.training.optimizer.eps) == (0.5, 1e-9)
     assert recipe.train.optimizer.lr == 1e-4
@@ -378,7 +378,7 @@ def test_a_written_recipe_reads_the_same(tmp_path: Path) -> None:
 
 
 def test_overrides_keep_yaml_types_and_win_in_order(tmp_path: Path) -> None:
-    recipe = load_recipe(
+    recipe = read_recipe(
         write(tmp_path),
         [
             "seed=7",
@@ -398,7 +398,7 @@ def test_overrides_keep_yaml_types_and_win_in_order(tmp_path: Path) -> None:
 
 
 def test_an_override_can_begin_a_section(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path), ["train.loss.beta_step=3", "evaluate.num_problems=5", "evaluate.k=2"])
+    recipe = read_recipe(write(tmp_path), ["train.loss.beta_step=3", "evaluate.num_problems=5", "evaluate.k=2"])
     assert recipe.train.loss.beta_step == 3.0
     assert recipe.train.loss.beta_outcome == 0.1
     assert recipe.evaluate is not None
@@ -459,7 +459,7 @@ problems:
   test: ${STEPKTO_TEST_WORD:-unused}.jsonl
 """,
     )
-    problems = load_recipe(write(tmp_path, text)).problems
+    problems = read_recipe(write(tmp_path, text)).problems
     assert problems.train == tmp_path / "word/train.jsonl"
     assert problems.dev == tmp_path / "other/word.jsonl"
     assert problems.test == tmp_path / "word.jsonl"
@@ -468,8 +468,8 @@ problems:
 def test_a_variable_is_read_like_any_other_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A number where the key stands unquoted, a text where it is quoted."""
     monkeypatch.setenv("STEPKTO_TEST_WORD", "7")
-    assert load_recipe(changed(tmp_path, "num_samples: 4", "num_samples: ${STEPKTO_TEST_WORD}")).sample.num_samples == 7  # type: ignore[union-attr]
-    assert load_recipe(changed(tmp_path, "name: tiny", 'name: "${STEPKTO_TEST_WORD}"')).name == "7"
+    assert read_recipe(changed(tmp_path, "num_samples: 4", "num_samples: ${STEPKTO_TEST_WORD}")).sample.num_samples == 7  # type: ignore[union-attr]
+    assert read_recipe(changed(tmp_path, "name: tiny", 'name: "${STEPKTO_TEST_WORD}"')).name == "7"
     said = refusal(changed(tmp_path, "num_samples: 4", 'num_samples: "${STEPKTO_TEST_WORD}"'))
     assert said.endswith(":7: sample.num_samples: Input should be a valid integer, got '7'")
 
@@ -478,7 +478,7 @@ def test_a_variable_that_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("STEPKTO_TEST_ABSENT", raising=False)
     path = changed(tmp_path, "models/m0", "${STEPKTO_TEST_ABSENT}/m0")
     assert refusal(path).startswith(f"{path}:2: environment variable STEPKTO_TEST_ABSENT is not set")
-    assert load_recipe(changed(tmp_path, "models/m0", "${STEPKTO_TEST_ABSENT:-}m0")).initial_model == tmp_path / "m0"
+    assert read_recipe(changed(tmp_path, "models/m0", "${STEPKTO_TEST_ABSENT:-}m0")).initial_model == tmp_path / "m0"
 
 
 def test_paths_are_taken_from_the_recipe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,17 +487,17 @@ def test_paths_are_taken_from_the_recipe_folder(tmp_path: Path, monkeypatch: pyt
     elsewhere.mkdir()
     folder.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert load_recipe(write(folder)).initial_model == folder / "models/m0"
+    assert read_recipe(write(folder)).initial_model == folder / "models/m0"
     up = folder / "up.yaml"
     up.write_text(GOOD.replace("models/m0", "../models/./m0"))
-    assert load_recipe(up).initial_model == tmp_path / "models/m0"
+    assert read_recipe(up).initial_model == tmp_path / "models/m0"
     up.write_text(GOOD.replace("models/m0", "/somewhere/m0"))
-    assert load_recipe(up).initial_model == Path("/somewhere/m0")
-    assert load_recipe(Path("../recipes/recipe.yaml")).initial_model == folder / "models/m0"
+    assert read_recipe(up).initial_model == Path("/somewhere/m0")
+    assert read_recipe(Path("../recipes/recipe.yaml")).initial_model == folder / "models/m0"
 
 
 def test_a_recipe_cannot_be_changed_after_it_was_read(tmp_path: Path) -> None:
-    recipe: Recipe = load_recipe(write(tmp_path))
+    recipe: Recipe = read_recipe(write(tmp_path))
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
 
@@ -532,6 +532,6 @@ def test_faults_of_a_process_judge(tmp_path: Path, process: str, said: str) -> N
 
 
 def test_a_process_judge_in_short_and_in_full(tmp_path: Path) -> None:
-    short = load_recipe(changed(tmp_path, "process: chained_arithmetic", "process: equations"))
-    full = load_recipe(changed(tmp_path, "process: chained_arithmetic", "process: {kind: equations}"))
+    short = read_recipe(changed(tmp_path, "process: chained_arithmetic", "process: equations"))
+    full = read_recipe(changed(tmp_path, "process: chained_arithmetic", "process: {kind: equations}"))
     assert short.judge == full.judge

@@ -34,8 +34,8 @@ def test_marked_keys() -> None:
 
 
 def test_an_evaluation_reads_what_is_not_for_training() -> None:
-    assert is_read("evaluate", "sample.max_tokens") and is_read("evaluate MODEL", "sample.stall_timeout_s")
-    assert not is_read("evaluate", "sample.num_samples") and not is_read("evaluate MODEL", "sample.gap_problems")
+    assert is_read("evaluate", "sample.max_tokens") and is_read("measure", "sample.stall_timeout_s")
+    assert not is_read("evaluate", "sample.num_samples") and not is_read("measure", "sample.gap_problems")
 
 
 def test_training_key() -> None:

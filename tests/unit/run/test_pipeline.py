@@ -10,8 +10,9 @@ from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
 from megatron_stepkto.run.folder import RunFolder
-from megatron_stepkto.run.pipeline import check_fits, compared_rows
+from megatron_stepkto.run.pipeline import compared_rows
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
+from megatron_stepkto.run.stages import check_fits
 from tests.builders import evaluation_row, write_llama
 
 
@@ -54,7 +55,7 @@ def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_pat
 
     def with_layout(ranks: int, tensor: int, pipeline: int) -> recipe.Recipe:
         layout = f"train.parallel={{ranks: {ranks}, tensor: {tensor}, pipeline: {pipeline}}}"
-        return recipe_file.load_recipe(repository / "recipes" / "mini_cpu.yaml", [layout])
+        return recipe_file.read_recipe(repository / "recipes" / "mini_cpu.yaml", [layout])
 
     check_fits(model, with_layout(4, 2, 2))
     with pytest.raises(

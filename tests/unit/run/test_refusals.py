@@ -16,11 +16,11 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.cli.main import main
 from megatron_stepkto.megatron import patches as cpu
-from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.run import refusals
 from megatron_stepkto.run.folder import Run
-from megatron_stepkto.run.pipeline import training_of
+from megatron_stepkto.run.stages import training_of
 from megatron_stepkto.training import requirements
 from megatron_stepkto.training.requirements import Ranks, check_devices, check_longest, check_packages
 from tests.slurm.cluster import free_ports
@@ -28,7 +28,7 @@ from tests.unit.megatron.test_acceleration import settings as training
 
 
 def load(repository: Path, output: Path, *sets: str) -> Recipe:
-    return load_recipe(
+    return read_recipe(
         repository / "recipes" / "mini_cpu.yaml", [f"output={output}", "iterations=2", "train.device=cpu", *sets]
     )
 

@@ -14,7 +14,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.evaluation.stage import evaluation_drawing
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
-from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling import draw, worker
 from megatron_stepkto.sampling.draw import Drawing, Pass, PromptRow
@@ -168,7 +168,7 @@ def test_who_comes_late_to_an_evaluation_draws_nothing(
     """Another process has drawn, measured and removed the samples since this one looked whether it is done."""
     model, problems = repository / "recipes" / "mini_cpu_m0", tmp_path / "problems.jsonl"
     write_records(problems, [Problem(problem_id="p", problem="Max has 2 coins.", answer="2")])
-    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
+    recipe = read_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
     drawing = evaluation_drawing(model, "M0", problems, recipe, tmp_path / "M0")
     assert len(drawing.job.missing()) == 2
     (tmp_path / "M0").mkdir()

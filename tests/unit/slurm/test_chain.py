@@ -17,7 +17,7 @@ import pytest
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.cli.main import main
-from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.slurm.chain import chain, command
 from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.queue import comment
@@ -28,7 +28,7 @@ REAL = ["llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100", "qwen2.5_1.5b_1xh200_smo
 
 
 def test_graph_of_two_iterations(site: Path, repository: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", ["iterations=2", f"output={tmp_path}"])
+    recipe = read_recipe(repository / "recipes" / "mini_cpu.yaml", ["iterations=2", f"output={tmp_path}"])
     steps = {step.name: step for step in chain(recipe, read_site(site))}
     assert {name: step.after for name, step in steps.items()} == {
         "prepare": [], "evaluate_0": ["prepare"],
@@ -46,7 +46,7 @@ def test_graph_of_two_iterations(site: Path, repository: Path, tmp_path: Path) -
 
 def test_flags(site: Path, repository: Path, tmp_path: Path) -> None:
     overrides = [f"output={tmp_path}", "train.parallel.ranks=16", "sample.workers=4"]
-    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
+    recipe = read_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
     read = read_site(site)
     steps = {step.name: step for step in chain(recipe, read)}
     train = command(steps["train_1"], recipe.run_dir, read, [17], tmp_path)
@@ -99,7 +99,7 @@ def test_ranks_and_engines_that_do_not_fit(
     with site.open("a") as file:
         file.write(f"TRAIN_NODES={nodes}\n")
     overrides = [f"output={tmp_path}", "train.parallel.ranks=16", *changes]
-    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
+    recipe = read_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
     with pytest.raises(UserError, match=re.escape(said)):
         check_site(recipe, read_site(site))
 
@@ -120,7 +120,7 @@ def test_where_a_judge_runs(site: Path, repository: Path, tmp_path: Path, judge:
     """partition, GPUs, and whether it starts the server that it asks."""
     with site.open("a") as file:
         file.write("JUDGE_SERVER=(vllm serve m)\n")
-    recipe = load_recipe(
+    recipe = read_recipe(
         repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", "judge.split=line", f"judge.process={judge}"]
     )
     read = read_site(site)
@@ -183,7 +183,7 @@ def test_what_a_job_would_not_find_is_told_at_submission(
 def test_imported_solutions_need_no_judge_on_the_site(site: Path, repository: Path, tmp_path: Path, judge: str) -> None:
     """Their labels come with them: the chain has no judge job whose node could be wrong."""
     path = repository / "recipes" / "gsm8k_offline_cpu.yaml"
-    recipe = load_recipe(path, [f"output={tmp_path}", f"judge={{split: line, process: {judge}}}"])
+    recipe = read_recipe(path, [f"output={tmp_path}", f"judge={{split: line, process: {judge}}}"])
     read = read_site(site)
     check_site(recipe, read)
     assert "judge_1" not in [step.name for step in chain(recipe, read)]
@@ -349,7 +349,7 @@ def test_recipes_for_real_models(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STEPKTO_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("STEPKTO_PROBLEMS", str(tmp_path / "math"))
-    recipe = load_recipe(repository / "recipes" / f"{name}.yaml")
+    recipe = read_recipe(repository / "recipes" / f"{name}.yaml")
     assert recipe.name == name
     assert recipe.initial_model is not None
     # the run has nothing else than the model's config.json; the smoke model is a small one of the same family

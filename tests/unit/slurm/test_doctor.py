@@ -13,7 +13,7 @@ import torch
 
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.base.nodes import Nodes
-from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.run.folder import Run
 from megatron_stepkto.slurm import doctor
@@ -21,7 +21,7 @@ from megatron_stepkto.slurm import doctor
 
 @pytest.fixture
 def recipe(repository: Path, tmp_path: Path) -> Recipe:
-    return load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", "train.device=cpu"])
+    return read_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", "train.device=cpu"])
 
 
 def one(faults: list[str]) -> str:
@@ -48,7 +48,7 @@ def test_what_a_stage_would_refuse_is_a_fault(repository: Path, tmp_path: Path) 
         "train.fp8={}",
         "sample.tensor_parallel=2",
     ]
-    run = Run(load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", *sets]))
+    run = Run(read_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", *sets]))
     name = os.uname().nodename
     train, sample = doctor.doctor(run)
     assert train == (
@@ -126,7 +126,7 @@ def test_a_recipe_for_gpus_where_torch_has_no_nccl(
     """The CPU build of torch, and no model either: both are named."""
     monkeypatch.setenv("STEPKTO_MODELS", str(tmp_path / "models"))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    recipe = load_recipe(repository / "recipes" / "llama3.1_8b_8xh100.yaml", [f"output={tmp_path}"])
+    recipe = read_recipe(repository / "recipes" / "llama3.1_8b_8xh100.yaml", [f"output={tmp_path}"])
     faults = " ".join(doctor.doctor(Run(recipe)))
     assert "torch sees 0 GPUs, the layout needs 8" in faults
     assert f"initial_model: expected a Hugging Face folder, found none at {tmp_path}/models/Llama" in faults

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.main import main
-from megatron_stepkto.recipe.file import load_recipe
+from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.slurm.checks import _seconds, check_site
 from megatron_stepkto.slurm.site import read_site
 
@@ -207,7 +207,7 @@ def test_limits_and_flags_are_judged_at_submission_alone(
     run, squeue = tmp_path / "mini_cpu", tmp_path / "bin" / "squeue"
     (run / "slurm").mkdir(parents=True)
     shutil.copyfile(site, run / "slurm" / "site.sh")
-    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
+    recipe = read_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
     (run / "slurm" / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     squeue.parent.mkdir()
     squeue.write_text("#!/bin/bash\n")
@@ -235,7 +235,7 @@ def test_variables_of_the_shell_that_sbatch_reads(
     site: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, said: str
 ) -> None:
     monkeypatch.setenv(variable, "1")
-    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
+    recipe = read_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
     if not said:
         check_site(recipe, read_site(site))
         return

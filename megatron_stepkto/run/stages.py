@@ -1,0 +1,341 @@
+"""The stages of a run: what each reads, what it writes, and which settings determine its output.
+
+Every stage can be run alone (``stepkto sample RECIPE --iteration 2``) and skips itself when it is done.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_stepkto.base.files import read_json, stable_hash
+from megatron_stepkto.base.progress import warn
+from megatron_stepkto.base.stage import Result, Stage, run_stage
+from megatron_stepkto.evaluation.table import METRICS, Row
+from megatron_stepkto.methods.dataset import build_dataset
+from megatron_stepkto.problems.source import check_training_problems, write_problems
+from megatron_stepkto.recipe import keys as recipes
+from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
+from megatron_stepkto.run.folder import Run, model_name
+from megatron_stepkto.run.stage_keys import dataset_key, training_key
+
+if TYPE_CHECKING:
+    from megatron_stepkto.sampling.draw import Drawing
+
+
+# --- problems ------------------------------------------------------------------------------------------------
+
+
+def _source_settings(source: recipes.Problems) -> dict[str, Any]:
+    """The settings that determine the problems. Files are inputs: their content counts, not their path."""
+    return {"source": source.source}
+
+
+def _apart_from(source: recipes.Problems, settings: dict[str, Any]) -> dict[str, Path]:
+    """The further evaluation sets as inputs. Adds problems.overlap to ``settings`` where it is not the default."""
+    if source.overlap != "exact":
+        settings["overlap"] = source.overlap
+    return {f"apart_from-{number}": path for number, path in enumerate(source.apart_from)}
+
+
+def _prompt_check(run: Run) -> ProblemCheck | None:
+    """A check of problems against the tokenizer that will encode them: sampling would refuse one only hours later.
+
+    None: the problems are the generator's, or M0's tokenizer is not there yet.
+    """
+    folder = run.tokenizer_folder
+    if run.recipe.problems.source == "chained_arithmetic" or not folder.is_dir():
+        return None
+    return Prompts.of(run.recipe.prompt, folder).check
+
+
+def problems_stage(run: Run, t: int) -> None:
+    out, source = run.folder.problems(t), run.recipe.problems
+    settings = {
+        **_source_settings(source),
+        "per_iteration": source.per_iteration,
+        "seed": run.recipe.seed,
+        "iteration": t,
+    }
+    # the dev and test files too: none of their problems may train
+    inputs = {split: path for split in ("train", "dev", "test") if (path := getattr(source, split))}
+    inputs |= _apart_from(source, settings)
+
+    def work() -> Result:
+        shared = check_training_problems(source, allow=run.allow_overlap, skip_bad=run.quarantine is not None)
+        counts = write_problems(
+            source, "train", source.per_iteration, run.recipe.seed, t, out, run.quarantine, _prompt_check(run)
+        )
+        return Result([out], {**counts, **shared})
+
+    run.run(Stage(f"iteration {t} problems", out.parent, settings, inputs), work)
+
+
+def evaluation_problems_stage(run: Run) -> None:
+    evaluation = run.recipe.evaluate
+    assert evaluation is not None
+    source, split, count = run.recipe.problems, evaluation.split, evaluation.num_problems
+    out = run.folder.evaluation_problems
+    file = getattr(source, split)
+    settings = {**_source_settings(source), "split": split, "num_problems": count}
+
+    def work() -> Result:
+        # a fixed seed: every run of a recipe, whatever its own seed, is measured on the same problems
+        return Result([out], write_problems(source, split, count, 0, 1, out, run.quarantine, _prompt_check(run)))
+
+    run.run(Stage("evaluation problems", out.parent, settings, {split: file} if file else {}), work)
+
+
+# --- sample, judge, dataset ------------------------------------------------------------------------------------
+
+
+def sampling_of(run: Run, t: int) -> Stage:
+    sampling = run.recipe.sample
+    assert sampling is not None
+    settings = {
+        "sample": recipes.deciding(sampling),
+        "prompt": run.recipe.prompt.model_dump(mode="json"),
+        "seed": stable_hash(run.recipe.seed, "sample", t) % 2**31,
+    }
+    inputs = {"problems": run.folder.problems(t), "model": run.model(t - 1)}
+    return run.known(Stage(run.title(t, "sample"), run.folder.stage("sample", t), settings, inputs))
+
+
+def drawing_of(run: Run, t: int, model: Path) -> Drawing:
+    """The sampling job of iteration t, from the model in the folder ``model``."""
+    from megatron_stepkto.sampling.draw import sample_drawing
+
+    stage, sampling = sampling_of(run, t), run.recipe.sample
+    assert sampling is not None
+    return sample_drawing(
+        model, model_name(t - 1), stage.inputs["problems"], run.recipe.prompt, sampling, stage.settings["seed"],
+        stage.directory, title=stage.title,
+    )  # fmt: skip
+
+
+def sample_stage(run: Run, t: int) -> None:
+    stage = sampling_of(run, t)
+
+    @functools.cache
+    def drawing() -> Drawing:
+        from megatron_stepkto.checkpoints.convert import HFSide
+
+        model = run.model(t - 1)
+        HFSide(model, one_dtype=False)  # refuse now a model that training would refuse after the sampling
+        return drawing_of(run, t, model)
+
+    def work() -> Result:
+        result = drawing().finish()
+        return Result(list(result.paths.values()), result.counts)
+
+    run.run(stage, work, together=lambda: drawing().draw(), check=lambda: drawing().check())
+
+
+def judging_of(run: Run, t: int) -> Stage:
+    from megatron_stepkto.judging.section import judging_key
+
+    assert run.recipe.judge is not None
+    inputs = {"problems": run.folder.problems(t), "samples": run.folder.samples(t)}
+    settings = {"judge": judging_key(run.recipe.judge, run.model(t - 1), run.folder.hashes)}
+    return run.known(Stage(run.title(t, "judge"), run.folder.stage("judge", t), settings, inputs))
+
+
+def judge_stage(run: Run, t: int) -> None:
+    from megatron_stepkto.judging.stage import check_judge, judge_file
+
+    if run.recipe.problems.source == "imports":
+        return import_stage(run)
+    stage, judging = judging_of(run, t), run.recipe.judge
+    assert judging is not None
+    out, model, problems = run.folder.judged(t), run.model(t - 1), stage.inputs["problems"]
+
+    def work() -> Result:
+        counts = judge_file(
+            problems, stage.inputs["samples"], out, model, judging, quarantine=run.quarantine, seed=run.recipe.seed,
+            hashes=run.folder.hashes,
+        )  # fmt: skip
+        return Result([out], counts)
+
+    manifest = run.run(stage, work, check=lambda: check_judge(judging, model, stage.directory, problems))
+    _show_warnings(stage, manifest)
+    return None
+
+
+def _show_warnings(stage: Stage, manifest: dict[str, Any]) -> None:
+    """Show the warnings of a stage, also of one that was finished before: a resumed run repeats them."""
+    for warning in manifest["counts"].get("warnings", []):
+        warn(f"{stage.title}: {warning}")
+
+
+def import_stage(run: Run) -> None:
+    """Import solutions that were judged elsewhere, in place of sampling and judging, and tokenize them all."""
+    from megatron_stepkto.judging.imported import import_all
+
+    sources = run.recipe.problems.imports
+    tokenizer = run.tokenizer_folder
+    problems, judged = run.folder.imported_problems, run.folder.judged(1)
+    settings = {"prompt": run.recipe.prompt.model_dump(mode="json"), "formats": [s.format for s in sources]}
+    inputs = {f"{i}-{s.format}": s.path for i, s in enumerate(sources)} | {"tokenizer": tokenizer}
+    inputs |= _apart_from(run.recipe.problems, settings)
+
+    def work() -> Result:
+        shared = check_training_problems(
+            run.recipe.problems, allow=run.allow_overlap, skip_bad=run.quarantine is not None
+        )
+        counts = import_all(sources, tokenizer, run.recipe.prompt, problems, judged, quarantine=run.quarantine)
+        return Result([problems, judged], counts | shared)
+
+    stage = Stage("import", judged.parent, settings, inputs)
+    _show_warnings(stage, run.run(stage, work))
+
+
+def dataset_stage(run: Run, t: int) -> None:
+    directory, judged = run.folder.stage("dataset", t), run.folder.judged(t)
+    train, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
+    share, seed = run.recipe.problems.held_out_share, run.recipe.seed
+    settings = {
+        "dataset": dataset_key(run.recipe.dataset, run.method),
+        "method": run.method,
+        "held_out_share": share,
+        "seed": seed,
+    }
+
+    def work() -> Result:
+        counts = build_dataset(
+            judged, train, held_out, run.recipe.dataset, run.method, share, seed, quarantine=run.quarantine
+        )
+        return Result([path for path in (train, held_out) if path.exists()], counts)
+
+    stage = Stage(run.title(t, "dataset"), directory, settings, {"judged": judged})
+    _show_warnings(stage, run.run(stage, work))
+
+
+# --- train, convert, evaluate ----------------------------------------------------------------------------------
+
+
+def training_of(run: Run, t: int) -> Stage:
+    data = run.folder.stage("dataset", t)
+    settings = run.recipe.train.model_copy(update={"method": run.method})
+    inputs = {"model": run.model(t - 1), "train": data / "train.jsonl"}
+    held_out = data / "held_out.jsonl"
+    if held_out.exists():
+        inputs["held_out"] = held_out
+    if settings.reference == "initial" and t > 1:
+        inputs["reference"] = run.model(0)
+    seed = stable_hash(run.recipe.seed, "train", t) % 2**31
+    key = {"train": training_key(settings), "seed": seed}
+    return run.known(Stage(run.title(t, "train"), run.folder.stage("train", t), key, inputs))
+
+
+def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
+    """Train. weights_only: do the part that needs no GPU, and leave the rest to a later call."""
+    from megatron_stepkto.base.nodes import tell_others, this_node
+    from megatron_stepkto.training.launch import help_train, prepare_weights, train
+    from megatron_stepkto.training.requirements import Ranks, check_training
+
+    stage = training_of(run, t)
+    directory, seed = stage.directory, stage.settings["seed"]
+    settings = run.recipe.train.model_copy(update={"method": run.method})
+    if weights_only:
+        run_stage(stage, lambda: prepare_weights(stage, settings), force=run.force)
+        return
+    nodes = this_node()
+    if nodes.number > 0:
+        help_train(directory, settings, nodes, stage.title)
+        return
+    here = Ranks(settings=settings, model=run.model(t - 1), ranks=nodes.ranks_here(settings.parallel.ranks))
+    run.run(stage, lambda: train(stage, settings, seed, nodes), check=lambda: check_training(here))
+    tell_others(directory, nodes, start=False)
+
+
+def convert_stage(run: Run, t: int) -> None:
+    from megatron_stepkto.checkpoints.convert import megatron_to_hf
+
+    source, out = run.folder.stage("train", t) / "final", run.folder.model(t)
+
+    def work() -> Result:
+        megatron_to_hf(source, out)
+        return Result([out])
+
+    run.run(Stage(run.title(t, "convert"), out.parent, {}, {"trained": source}), work)
+
+
+def evaluation_of(run: Run, t: int) -> Stage:
+    from megatron_stepkto.judging.section import judging_key
+
+    evaluation, sampling, judging = run.recipe.evaluate, run.recipe.sample, run.recipe.judge
+    assert evaluation is not None
+    assert sampling is not None
+    assert judging is not None
+    settings = {
+        "evaluate": evaluation.model_dump(mode="json"),
+        "sample": recipes.deciding(sampling, evaluation=True),
+        "judge": judging_key(judging, run.model(t), run.folder.hashes),
+        "prompt": run.recipe.prompt.model_dump(mode="json"),
+    }
+
+    title = f"{run.compared + ' ' if run.compared else ''}evaluate {model_name(t)}"
+    inputs = {"problems": run.folder.evaluation_problems, "model": run.model(t)}
+    return run.known(Stage(title, run.folder.evaluation(t), settings, inputs))
+
+
+def evaluation_drawing_of(run: Run, t: int, model: Path) -> Drawing:
+    """The sampling job of the evaluation of M_t, from the model in the folder ``model``."""
+    from megatron_stepkto.evaluation.stage import evaluation_drawing
+
+    stage = evaluation_of(run, t)
+    return evaluation_drawing(model, model_name(t), stage.inputs["problems"], run.recipe, stage.directory)
+
+
+def sample_for_evaluation(run: Run, t: int) -> None:
+    """The part of ``evaluate_stage`` that needs the sampler's GPUs; ``evaluate_stage`` then judges the samples."""
+    drawing = functools.cache(lambda: evaluation_drawing_of(run, t, run.model(t)))
+    run_stage(
+        evaluation_of(run, t), lambda: None, force=run.force, together=lambda: drawing().draw(),
+        check=lambda: drawing().check(),
+    )  # fmt: skip
+
+
+def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
+    from megatron_stepkto.evaluation.stage import OUTPUTS, evaluate_model
+    from megatron_stepkto.judging.stage import check_judge
+
+    stage, model = evaluation_of(run, t), run.model(t)
+    problems = stage.inputs["problems"]
+    drawing = functools.cache(lambda: evaluation_drawing_of(run, t, model))
+
+    def check() -> None:
+        assert run.recipe.judge is not None
+        drawing().check()
+        check_judge(run.recipe.judge, model, stage.directory, problems)
+
+    def work() -> Result:
+        row = evaluate_model(model, model_name(t), problems, run.recipe, stage.directory, hashes=run.folder.hashes)
+        return Result([stage.directory / name for name in OUTPUTS], {"dtype": row.get("dtype")})
+
+    run.run(stage, work, together=lambda: drawing().draw(), check=check)
+    return dict(read_json(stage.directory / METRICS, Row))
+
+
+# --- what all of them need ------------------------------------------------------------------------------------------
+
+
+def check_fits(model: Path, recipe: recipes.Recipe) -> None:
+    """Raises UserError for a model that cannot be trained in this layout on any machine."""
+    from megatron_stepkto.architectures.layout import check_layout
+    from megatron_stepkto.checkpoints.convert import read_model_config
+
+    check_layout(read_model_config(model)[0], recipe.train.parallel, recipe.place)
+
+
+# Those that take an iteration from 1; evaluate also takes 0, for M0.
+STAGES: dict[str, Callable[[Run, int], object]] = {
+    "problems": problems_stage,
+    "sample": sample_stage,
+    "judge": judge_stage,
+    "dataset": dataset_stage,
+    "train": train_stage,
+    "convert": convert_stage,
+}
