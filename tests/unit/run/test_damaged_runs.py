@@ -99,7 +99,7 @@ def test_what_json_may_hold(tmp_path: Path) -> None:
     path.write_text('{"a": 1, "b": {"c": [1, 2]}}')
     assert read_json_object(path) == {"a": 1, "b": {"c": [1, 2]}}
     path.write_text('{"a": 1, "b": {"c": [1, 2]}, "a": 1}')
-    with pytest.raises(UserError, match='key "a" is given twice'):
+    with pytest.raises(UserError, match='key "a" is duplicated'):
         read_json(path)
     path.write_text('{"a": {"b": 1, "b": 2}}')
     with pytest.raises(UserError, match="the key b has two values, 1 and 2; remove one"):
