@@ -173,7 +173,7 @@ def _training_samples(run: RunFolder) -> tuple[dict[str, dict[str, list[Solution
         if _has_content(run.judged(t)):
             ratios = run.stage("train", t) / LOG_RATIOS
             samples[f"samples {t}"] = read_solutions(run.judged(t), ratios, MAX_TRAINING_SAMPLES)
-            problems |= _problems(run.problems(t))
+            problems |= _problems(run.problems(t)) | _problems(run.imported_problems)
     return samples, problems
 
 

@@ -63,7 +63,7 @@ function drawCalibration(parent) {
 
 const TRAINING_CHARTS = [
   { title: "Loss", about: "and its outcome and step parts", lines: [["loss", "total", "c0"], ["loss_outcome", "outcome", "c1"], ["loss_step", "steps", "c2"]] },
-  { title: "KL to the reference", about: "mean log-ratio over mismatched pairs, nats; the reference point z is this, but not below zero", zero: true, lines: [["kl_outcome", "solutions", "c0", "z_outcome"], ["kl_step", "steps", "c2", "z_step"]] },
+  { title: "KL to the reference", about: "mean log-ratio over mismatched pairs, nats; z, the reference point of the Step-KTO family, is this clamped at 0", zero: true, lines: [["kl_outcome", "solutions", "c0", "z_outcome"], ["kl_step", "steps", "c2", "z_step"]] },
   { title: "Log-ratio of solutions", about: "nats, against the iteration’s reference; right below zero and falling is a collapse", zero: true, lines: [["log_ratio_right", "right", "right"], ["log_ratio_wrong", "wrong", "wrong"]] },
   { title: "Log-ratio of steps", about: "nats, against the iteration’s reference", zero: true, lines: [["log_ratio_right_steps", "right", "right"], ["log_ratio_wrong_steps", "wrong", "wrong"]] },
   { title: "Gradient norm", about: "before clipping", zero: true, lines: [["grad_norm", "", "c0"]] },

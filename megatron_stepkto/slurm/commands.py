@@ -199,8 +199,7 @@ def status(run: Path) -> str:
 
 def _state(run: Path, recipe: Recipe, step: Step, mine: list[Queued]) -> tuple[str, str]:
     stopped = sorted((folder(run) / "failures").glob(f"{step.name}*.stopped"))
-    names = [path.name.removesuffix(".stopped") for path in stopped]
-    mine_stopped = [path for path, name in zip(stopped, names, strict=True) if name.split(".")[0] == step.name]
+    mine_stopped = [path for path in stopped if _step_of(path) == step.name]
     if step.is_done or (step.name == "finish" and not mine and is_finished(recipe)):
         return "done", ""
     if mine_stopped:
@@ -210,9 +209,14 @@ def _state(run: Path, recipe: Recipe, step: Step, mine: list[Queued]) -> tuple[s
         return "not queued", "stepkto slurm submit continues the run"
     states = sorted({job.state for job in mine})
     if "RUNNING" in states:
-        logs = sorted((folder(run) / "logs").glob(f"{step.name}*.log"))
-        return "running", f"log: {logs[-1]}" if logs else ""
+        logs = [path for path in (folder(run) / "logs").glob(f"{step.name}*.log") if _step_of(path) == step.name]
+        return "running", f"log: {max(logs)}" if logs else ""
     return states[0].lower(), f"reason: {', '.join(sorted({job.reason for job in mine}))}"
+
+
+def _step_of(path: Path) -> str:
+    """The step that a file belongs to: judge_1.log, sample_1.3.log (an element of an array), never judge_10.log."""
+    return path.name.split(".")[0]
 
 
 def _count(run: Path, kind: str, name: str) -> int:

@@ -418,3 +418,11 @@ def test_training_samples_bring_votes_and_log_ratios(run_dir: Path) -> None:
         ("one wrong step", 1, 1.0),
     ]
     assert "one wrong step" in write_report(run_dir).read_text()
+
+
+def test_imported_solutions_are_shown_with_their_problems(run_dir: Path) -> None:
+    """An import writes its problems beside the judged solutions: such a run has no stage of problems."""
+    judge = run_dir / "iteration_1/judge"
+    write_records(judge / "judged.jsonl", [judged("t", [("1 + 1 = 2", 1)], 1)])
+    write_records(judge / "problems.jsonl", [Problem(problem_id="t", problem="Imported?", answer="1")])
+    assert "Imported?" in [problem.problem for problem in collect(run_dir).browser.problems]

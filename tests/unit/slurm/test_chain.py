@@ -18,9 +18,10 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.cli.main import main
 from megatron_stepkto.recipe.file import read_recipe
-from megatron_stepkto.slurm.chain import chain, command
+from megatron_stepkto.slurm.chain import Step, chain, command, folder
 from megatron_stepkto.slurm.checks import check_site
-from megatron_stepkto.slurm.queue import comment
+from megatron_stepkto.slurm.commands import _state
+from megatron_stepkto.slurm.queue import Queued, comment
 from megatron_stepkto.slurm.site import read_site
 from tests.slurm.cluster import free_ports
 
@@ -384,3 +385,17 @@ def test_scripts_are_clean(repository: Path) -> None:
         pytest.skip("shellcheck is not installed: only bash's own check was made")
     done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=repository, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_log_of_a_running_job_is_its_own(repository: Path, tmp_path: Path) -> None:
+    """judge_10.log is not of judge_1; of an array, the newest element's is shown."""
+    recipe = read_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}"])
+    logs = folder(tmp_path) / "logs"
+    logs.mkdir(parents=True)
+    for name in ("judge_1.log", "judge_10.log", "sample_1.0.log", "sample_1.1.log", "sample_11.0.log"):
+        (logs / name).touch()
+    for name, expected in (("judge_1", "judge_1.log"), ("sample_1", "sample_1.1.log")):
+        step = Step(name, name.split("_")[0], [], [tmp_path / "not_done"], [])
+        assert _state(tmp_path, recipe, step, [Queued(7, "", "RUNNING", "None", name)]) == (
+            "running", f"log: {logs / expected}",
+        )  # fmt: skip
