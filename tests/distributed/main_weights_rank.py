@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def check_state(engine: Engine, directory: Path) -> None:
     RMSNorm.get_extra_state = lambda self: torch.empty(0, dtype=torch.uint8)  # type: ignore[method-assign]
     RMSNorm.set_extra_state = lambda self, state: seen.append(state)  # type: ignore[method-assign]
     Checkpoints._fp8_weights = property(lambda self: True)  # type: ignore[assignment, method-assign]
+    # without Transformer Engine no layer asks for such a state, so that its bytes are never read
+    engine.checkpoints._acceleration = replace(engine.checkpoints._acceleration, transformer_engine=True)
     (policy,) = engine.policies
     weights = dict(policy.named_parameters())
     mains = {n: w.main_param for n, w in weights.items() if getattr(w, "main_param", None) is not None}
