@@ -170,5 +170,5 @@ def test_a_run_in_containers_whose_judge_has_a_server_of_its_own(
         ("prepare", "train", "train-apptainer", here), ("evaluate", "sample", "sample-enroot", here),
         ("judge", "sample", "sample-apptainer", here), ("dataset", "train", "train-apptainer", here),
         *[(stage, "train", f"train-{name}", here) for stage in ("doctor", "train") for name in ("apptainer", "enroot")],
-        ("convert", "train", "train-enroot", here), ("run", "sample", "sample-enroot", here),
+        ("export", "train", "train-enroot", here), ("run", "sample", "sample-enroot", here),
     }  # fmt: skip
