@@ -57,7 +57,7 @@ def attempt(folder: Path, stop_in: str) -> str:
 
 
 def attempts(folder: Path) -> None:
-    from megatron_stepkto.megatron.engine import join_ranks
+    from megatron_stepkto.megatron.ranks import join_ranks
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     join_ranks(recipe.Parallel(), torch.device("cpu"), 60)

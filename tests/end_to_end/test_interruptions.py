@@ -72,6 +72,7 @@ def kill_when(repository: Path, output: Path, seen: Callable[[], bool]) -> None:
 MEASURED = {
     "seconds", "seconds_of_this_command", "tokens_per_second", "tflops_per_rank", "memory_gb",
     "engines", "engine_seconds", "engine_start_seconds", "tokens_per_second_per_engine", "path",
+    "final", "trained",  # the trained folder's hash, as output and as input: it counts .metadata (see PASSING)
 }  # fmt: skip
 # .metadata: torch writes the folder's own path into it
 PASSING = {"progress.json", "started.json", "job.json", ".hashes.json", "recipe.yaml", "report.html", ".metadata"}
