@@ -18,7 +18,7 @@ PYTHON312 ?= python3.12
 VENV019 := .venv-megatron-0.19
 PIP019 := $(VENV019)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test unit lint setup demo-short compare gsm8k figures m0 gpu-smoke megatron-019 benchmark-trl clean
+.PHONY: demo test test-all unit lint setup demo-short compare gsm8k figures m0 gpu-smoke megatron-019 benchmark-trl clean
 
 demo: setup
 	$(BIN)/stepkto run recipes/mini_cpu.yaml
@@ -36,6 +36,10 @@ gsm8k: setup
 	$(BIN)/stepkto run recipes/gsm8k_offline_cpu.yaml
 
 test: setup
+	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+
+# With the tests that take over a minute each.
+test-all: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 unit: setup

@@ -25,7 +25,7 @@ from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job, finished_checkpoints
 from tests.builders import random_examples, write_examples, write_llama
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 TIME_LIMIT_S = 600  # on a busy machine
 PASSES = ("the reference's log-probs", "held-out examples", "the log-ratios for the report")

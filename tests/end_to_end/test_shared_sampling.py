@@ -63,7 +63,8 @@ def sample(model: Path, directory: Path, stall_timeout_s: float = 600) -> dict[s
 def start(model: Path, directory: Path, stall_timeout_s: float = 600) -> subprocess.Popen[str]:
     script = (
         "from pathlib import Path; from tests.end_to_end.test_shared_sampling import sample\n"
-        f"sample(Path({str(model)!r}), Path({str(directory)!r}), {stall_timeout_s})"
+        "from megatron_stepkto.base.progress import show_messages\n"  # as the command line does
+        f"show_messages(); sample(Path({str(model)!r}), Path({str(directory)!r}), {stall_timeout_s})"
     )
     return subprocess.Popen(
         [sys.executable, "-c", script], cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True
