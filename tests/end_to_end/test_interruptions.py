@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def contents(run: Path) -> dict[str, Any]:
         # a cache holds its entries in the order in which they came
         if not path.is_file() or path.name in PASSING or {"logs", "tensorboard", "cache"} & set(name.parts):
             continue
-        if path.parent.name.endswith(".lock"):
+        if path.parent.name.endswith(".lock") or re.fullmatch(r"\..*\.tmp", path.name):  # a kill leaves a draft
             continue
         if path.name in ("manifest.json", "summary.json", "metrics.json"):
             found[str(name)] = without_measurements(json.loads(path.read_text()))
