@@ -315,7 +315,8 @@ def test_the_compared_runs_move(outcome_of: Callable[[Row], Outcome]) -> None:
     for row in BASELINES:
         rows, change, _ = outcome_of(row)
         assert all(r["grad_norm"] > 0.5 for r in rows) or row.batch < 8, "clipping at 0.5 must act: it hides in no row"
-        assert all(abs(r["kl_outcome"] or 0) > 0.01 for r in rows) or row.batch < 8
+        # one update of a row may meet a KL near zero: with the usual epsilon its value is the processor's rounding
+        assert max(abs(r["kl_outcome"] or 0) for r in rows) > 0.05, row.name
         for key, (before, after) in change.items():
             assert (after - before).norm() > 1e-4 * before.norm(), (row.name, key)
     for z in ("z_outcome", "z_step"):
