@@ -16,7 +16,10 @@ class Sampling(Section):
     top_p: TrainingSamples[float] = Field(1.0, gt=0, le=1, description="nucleus sampling of training samples; 1: off")
     max_tokens: int = Field(ge=1, description="limit of a response; a longer one is cut and marked truncated")
     workers: Unkeyed[int] = Field(1, ge=1, description="processes, each with its own engine")
-    chunk_problems: int = Field(32, ge=1, description="problems in one request batch: the unit of resuming")
+    chunk_problems: int = Field(32, ge=1, description="problems in one chunk: the unit of resuming")
+    reproducible: bool = Field(
+        True, description="one chunk at a time in an engine, so that a resumed run samples the same tokens"
+    )
     dtype: Dtype = Field("auto", description="auto: that of the weights; float32 on a CPU without instructions for it")
     tensor_parallel: int = Field(1, ge=1, description="GPUs per engine")
     stall_timeout_s: Unkeyed[float] = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_stepkto.base.files import atomic_writer, read_json, write_json
 from megatron_stepkto.base.locks import exclusive_lock
@@ -15,12 +15,6 @@ from megatron_stepkto.recipe import keys as recipes
 from megatron_stepkto.recipe.yaml_text import write_yaml
 from megatron_stepkto.run import refusals, warm_up
 from megatron_stepkto.run.folder import Run, RunFolder
-from megatron_stepkto.run.summary import Summary
-
-if TYPE_CHECKING:
-    pass
-
-
 from megatron_stepkto.run.stages import (
     convert_stage,
     dataset_stage,
@@ -32,6 +26,7 @@ from megatron_stepkto.run.stages import (
     sample_stage,
     train_stage,
 )
+from megatron_stepkto.run.summary import Summary
 
 
 def prepare(run: Run) -> None:
@@ -65,10 +60,11 @@ def prepare_all(run: Run) -> None:
 
 def run_iterations(run: Run) -> list[dict[str, Any]]:
     """Run all iterations of one method; returns the evaluation rows of M0, M1, ..."""
-    rows = [evaluate_stage(run, 0)] if run.recipe.evaluate else []
-    for t in range(1, run.recipe.iterations + 1):
-        say(f"--- {run.title(t, f'of {run.recipe.iterations}')} ---")
-        if run.recipe.problems.source != "imports":
+    last, samples = run.recipe.iterations, run.recipe.problems.source != "imports"
+    rows = [evaluate_stage(run, 0, sample_next=samples)] if run.recipe.evaluate else []
+    for t in range(1, last + 1):
+        say(f"--- {run.title(t, f'of {last}')} ---")
+        if samples:
             problems_stage(run, t)
             sample_stage(run, t)
         judge_stage(run, t)
@@ -76,7 +72,7 @@ def run_iterations(run: Run) -> list[dict[str, Any]]:
         train_stage(run, t)
         convert_stage(run, t)
         if run.recipe.evaluate:
-            rows.append(evaluate_stage(run, t))
+            rows.append(evaluate_stage(run, t, sample_next=samples and t < last))
     return rows
 
 

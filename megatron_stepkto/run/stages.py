@@ -117,20 +117,31 @@ def drawing_of(run: Run, t: int, model: Path) -> Drawing:
 
 def sample_stage(run: Run, t: int) -> None:
     stage = sampling_of(run, t)
-
-    @functools.cache
-    def drawing() -> Drawing:
-        from megatron_stepkto.checkpoints.convert import HFSide
-
-        model = run.model(t - 1)
-        HFSide(model, one_dtype=False)  # refuse now a model that training would refuse after the sampling
-        return drawing_of(run, t, model)
+    drawing = functools.cache(lambda: _trainable_drawing(run, t))
 
     def work() -> Result:
         result = drawing().finish()
         return Result(list(result.paths.values()), result.counts)
 
     run.run(stage, work, together=lambda: drawing().draw(), check=lambda: drawing().check())
+
+
+def _trainable_drawing(run: Run, t: int) -> Drawing:
+    from megatron_stepkto.checkpoints.convert import HFSide
+
+    model = run.model(t - 1)
+    HFSide(model, one_dtype=False)  # refuse now a model that training would refuse after the sampling
+    return drawing_of(run, t, model)
+
+
+def begin_sampling(run: Run, t: int) -> list[Drawing]:
+    """Begin the sample stage of iteration t, for another stage's engine to sample; [] if it is finished."""
+    stage, begun = sampling_of(run, t), list[Any]()
+    drawing = functools.cache(lambda: _trainable_drawing(run, t))
+    if not stage.is_finished(force=run.force):
+        together = lambda: begun.append(drawing())  # noqa: E731
+        run_stage(stage, lambda: None, force=run.force, together=together, check=lambda: drawing().check())
+    return begun
 
 
 def judging_of(run: Run, t: int) -> Stage:
@@ -298,9 +309,11 @@ def sample_for_evaluation(run: Run, t: int) -> None:
     )  # fmt: skip
 
 
-def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
+def evaluate_stage(run: Run, t: int, *, sample_next: bool = False) -> dict[str, Any]:
+    """Evaluate M_t. sample_next: the same engines then sample for iteration t + 1; its stage finds them done."""
     from megatron_stepkto.evaluation.stage import OUTPUTS, evaluate_model
     from megatron_stepkto.judging.stage import check_judge
+    from megatron_stepkto.sampling.draw import draw_all
 
     stage, model = evaluation_of(run, t), run.model(t)
     problems = stage.inputs["problems"]
@@ -315,7 +328,10 @@ def evaluate_stage(run: Run, t: int) -> dict[str, Any]:
         row = evaluate_model(model, model_name(t), problems, run.recipe, stage.directory, hashes=run.folder.hashes)
         return Result([stage.directory / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
-    run.run(stage, work, together=lambda: drawing().draw(), check=check)
+    def together() -> None:
+        draw_all([drawing(), *(begin_sampling(run, t + 1) if sample_next else ())])
+
+    run.run(stage, work, together=together, check=check)
     return dict(read_json(stage.directory / METRICS, Row))
 
 

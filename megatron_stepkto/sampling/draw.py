@@ -30,7 +30,7 @@ from megatron_stepkto.base.records import Problem, Sample, read_records
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import BadText, Prompts
 from megatron_stepkto.sampling.engines import check_engines
-from megatron_stepkto.sampling.job import Job, Pass, PromptRow, Pulse, Speed
+from megatron_stepkto.sampling.job import EngineSettings, Job, Pass, PromptRow, Pulse, Speed
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Pass",
     "PromptRow",
     "draw",
+    "draw_all",
     "read_prompts",
     "sample_drawing",
     "sampling_dtype",
@@ -113,9 +114,10 @@ class FixedDtype:
 class Drawing:
     """A job, and how this process takes part in it.
 
-    The samples depend on the job alone, not on the number of workers nor on interruptions: what is drawn in
-    one call of the engine is fixed by the job, the engine starts each call with an empty cache, each sample
-    has its own seed, and a chunk's file is whole or absent. The samples of the first
+    The samples of a reproducible job depend on the job alone, not on the number of workers nor on interruptions: a
+    chunk has the engine for itself and meets an empty cache. Otherwise the requests that share a batch differ, and
+    with them the last bits of log-probs. In both, each sample has its own seed, and a chunk's file is whole or absent.
+    The samples of the first
     ``settings.gap_problems`` problems of each pass carry ``token_log_probs``: raw ones, of temperature 1.
 
     logs: what the workers print goes there.
@@ -132,24 +134,8 @@ class Drawing:
         check_prompts(self.job)
 
     def draw(self) -> None:
-        """Take part until every chunk is sampled.
-
-        Raises:
-            UserError: the model does not fit the prompts or the machine, or the directory holds another job.
-            StageFailed: a worker died; its log is named.
-        """
-        try:
-            if not self.job.is_merged:
-                check_prompts(self.job)
-                if self.dtype is not None:
-                    self.dtype.keep(self.title)
-                _claim(self.job)
-                _draw_missing(self.job, self.title, self.logs)
-        except (FileNotFoundError, FileExistsError):  # mkdir raises it, too, when the folder is removed at this instant
-            if not self.job.is_merged:
-                raise
-        if self.job.is_merged:  # by another process, while our workers' last reports created the folder again
-            shutil.rmtree(self.job.chunk_dir, ignore_errors=True)
+        """Take part until every chunk is sampled; see ``draw_all``."""
+        draw_all([self])
 
     def finish(self) -> DrawResult:
         """Leave ``directory/<pass>.jsonl``, problems in order, samples in order; only when all is drawn."""
@@ -162,6 +148,41 @@ class Drawing:
         shutil.rmtree(job.chunk_dir, ignore_errors=True)
         paths = {pass_.name: job.output(pass_) for pass_ in job.passes}
         return DrawResult(paths, {**_count(job, paths), **speed})
+
+
+def draw_all(drawings: Sequence[Drawing]) -> None:
+    """Take part in several jobs, one after the other, until every chunk is sampled. One engine serves all of them
+    where ``EngineSettings.serve_both`` says so.
+
+    Raises:
+        UserError: the model does not fit the prompts or the machine, or the directory holds another job.
+        StageFailed: a worker died; its log is named.
+    """
+    begun = [drawing for drawing in drawings if _begin(drawing)]
+    while begun:
+        first = begun[0].job
+        group = [drawing for drawing in begun if EngineSettings.serve_both(first, drawing.job)]
+        begun = [drawing for drawing in begun if drawing not in group]
+        _draw_missing(group)
+    for drawing in drawings:
+        if drawing.job.is_merged:  # by another process, while our workers' last reports created the folder again
+            shutil.rmtree(drawing.job.chunk_dir, ignore_errors=True)
+
+
+def _begin(drawing: Drawing) -> bool:
+    """Prepare the folder of a job; False where nothing is left to sample."""
+    job = drawing.job
+    try:
+        if job.is_merged:
+            return False
+        check_prompts(job)
+        if drawing.dtype is not None:
+            drawing.dtype.keep(drawing.title)
+        _claim(job)
+    except (FileNotFoundError, FileExistsError):  # mkdir raises it, too, when the folder is removed at this instant
+        if not job.is_merged:
+            raise
+    return bool(job.missing())
 
 
 def sample_drawing(
@@ -257,36 +278,39 @@ def _claim(job: Job) -> None:
     write_json(job.path, job.model_dump(mode="json"))
 
 
-def _draw_missing(job: Job, title: str, logs: Path) -> None:
-    missing = job.missing()
-    if not missing:
-        return
+def _draw_missing(drawings: Sequence[Drawing]) -> None:
+    """Sample the chunks that are missing of jobs that one engine serves, with this process's workers."""
     from megatron_stepkto.checkpoints.model_folder import check_model_folder  # imports torch
 
-    check_model_folder(job.model)  # a worker would fail with another library's message, or run out of memory
+    jobs, first = [drawing.job for drawing in drawings], drawings[0]
+    check_model_folder(first.job.model)  # a worker would fail with another library's message, or run out of memory
     me = f"{os.uname().nodename}-{os.getpid()}"
     # beside the chunks, another process that merges them could remove it while a worker starts
-    job_file = logs / f"job-{me}.json"
-    write_json(job_file, job.model_dump(mode="json"))
-    names = [f"{me}-{worker}" for worker in range(min(job.settings.workers, len(missing)))]
-    shared = ProgressFile(job.progress_path)
+    files = [drawing.logs / f"job-{me}.json" for drawing in drawings]
+    for job, file in zip(jobs, files, strict=True):
+        write_json(file, job.model_dump(mode="json"))
+    num_workers = min(first.job.settings.workers, sum(len(job.missing()) for job in jobs))
+    names = [f"{me}-{worker}" for worker in range(num_workers)]
 
     def measure() -> Report:
-        report = _measure(job, names)
-        with contextlib.suppress(FileNotFoundError):  # another process just merged all chunks
-            shared.report(*report)
-        return report
+        reports = [_measure(job, names) for job in jobs]
+        for job, report in zip(jobs, reports, strict=True):
+            with contextlib.suppress(FileNotFoundError):  # another process just merged all chunks
+                ProgressFile(job.progress_path).report(*report)
+        note = next((report.note for report in reversed(reports) if report.note), "")
+        return Report(sum(report.done for report in reports), sum(report.total for report in reports), note)
 
     try:
         run_children(
-            [_child(job, worker, name, job_file, logs) for worker, name in enumerate(names)],
-            title=title,
+            [_child(jobs, worker, name, files, first.logs) for worker, name in enumerate(names)],
+            title=", ".join(drawing.title for drawing in drawings),
             unit="solutions",
             progress=measure,
         )
     finally:
-        job_file.unlink(missing_ok=True)
-    left = [chunk.file_name for chunk in job.missing()]
+        for file in files:
+            file.unlink(missing_ok=True)
+    left = [chunk.file_name for job in jobs for chunk in job.missing()]
     assert not left, f"workers ended without an error, but left {left}"
 
 
@@ -309,23 +333,26 @@ def _read_pulse(path: Path) -> Pulse | None:
 class _Stall:
     """Is a worker stuck? It is when its engine is busy and has generated no token for ``limit_s``."""
 
-    def __init__(self, pulse: Path, limit_s: float) -> None:
-        self._pulse, self._limit_s = pulse, limit_s
-        self._last: Pulse | None = None
+    def __init__(self, pulses: Sequence[Path], limit_s: float) -> None:
+        """pulses: files of the worker's pulse, one per job, in the order of the work."""
+        self._pulses, self._limit_s = pulses, limit_s
+        self._last: list[Pulse | None] = []
         self._since = time.monotonic()
 
     def __call__(self) -> bool:
-        pulse = _read_pulse(self._pulse)
-        if pulse != self._last or (pulse is not None and not pulse.busy):
-            self._last, self._since = pulse, time.monotonic()
+        pulses = [_read_pulse(path) for path in self._pulses]
+        latest = next(filter(None, reversed(pulses)), None)
+        if pulses != self._last or (latest is not None and not latest.busy):
+            self._last, self._since = pulses, time.monotonic()
         if time.monotonic() - self._since <= self._limit_s:
             return False
         self._since = time.monotonic()  # the worker that is started again has as long
         return True
 
 
-def _child(job: Job, worker: int, name: str, job_file: Path, logs: Path) -> Child:
-    command = [sys.executable, "-m", WORKER, str(job_file), "--name", name]
+def _child(jobs: Sequence[Job], worker: int, name: str, files: Sequence[Path], logs: Path) -> Child:
+    job = jobs[0]
+    command = [sys.executable, "-m", WORKER, *map(str, files), "--name", name]
     env = {"OMP_NUM_THREADS": "1"}
     if job.settings.backend == "vllm":
         build = vllm_build()
@@ -334,9 +361,8 @@ def _child(job: Job, worker: int, name: str, job_file: Path, logs: Path) -> Chil
             env["CUDA_VISIBLE_DEVICES"] = _gpus_of(worker, job.settings.tensor_parallel)
     elif job.settings.workers > 1:
         env["CUDA_VISIBLE_DEVICES"] = _gpus_of(worker, 1)
-    return Child(
-        command, logs / f"worker-{worker}.log", env, _Stall(job.pulse_path(name), job.settings.stall_timeout_s)
-    )
+    stall = _Stall([job.pulse_path(name) for job in jobs], job.settings.stall_timeout_s)
+    return Child(command, logs / f"worker-{worker}.log", env, stall)
 
 
 def _gpus_of(worker: int, count: int) -> str:
@@ -380,7 +406,7 @@ def _count(job: Job, paths: dict[str, Path]) -> dict[str, Any]:
         "solutions": reasons.total(), "tokens": tokens, "empty": empty,
         "finish_reasons": dict(sorted(reasons.items())),
         "finished_share": round(reasons["stop"] / reasons.total(), 4),
-        "dtype": job.settings.dtype,
+        "dtype": job.settings.dtype, "reproducible": job.settings.reproducible,
     }  # fmt: skip
 
 

@@ -9,22 +9,22 @@ from pathlib import Path
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Engine
-from megatron_stepkto.sampling.job import Job
+from megatron_stepkto.sampling.job import EngineSettings
 
 
-def open_engine(job: Job, end_ids: Sequence[int]) -> Engine:
-    """Load the job's model into the engine that the recipe names.
+def open_engine(settings: EngineSettings, end_ids: Sequence[int]) -> Engine:
+    """Load the model into the engine that the recipe names.
 
     Raises:
         UserError: the engine is not installed, or cannot run this model here.
     """
-    if job.settings.backend == "vllm":
+    if settings.settings.backend == "vllm":
         from megatron_stepkto.sampling.vllm_engine import VLLMEngine
 
-        return VLLMEngine(job, end_ids)
+        return VLLMEngine(settings, end_ids)
     from megatron_stepkto.sampling.transformers_engine import TransformersEngine
 
-    return TransformersEngine(job, end_ids)
+    return TransformersEngine(settings, end_ids)
 
 
 def check_engines(settings: Sampling, model: Path) -> None:

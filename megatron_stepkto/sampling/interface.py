@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-Report = Callable[[int, int], None]  # called with the requests finished and the tokens generated since the last call
+Report = Callable[[int], None]  # called with the number of tokens generated since the last call
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,20 @@ class Completion:
 
 
 class Engine(Protocol):
-    def generate(self, requests: Sequence[Request], report: Report) -> list[Completion]:
-        """Draw one completion per request, in order. The result depends on nothing drawn before."""
+    """Requests are added at any time; each step finishes some of them. Keys name requests and come back with them."""
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether every request has begun: one more would run, or wait for the next free place, not behind others."""
+        ...
+
+    def add(self, requests: Mapping[str, Request]) -> None: ...
+
+    def step(self, report: Report) -> dict[str, Completion]:
+        """Generate; returns the requests that finished. Called while there are unfinished ones."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything generated before: the next requests meet the state of a new engine. Called while no
+        request is unfinished."""
         ...

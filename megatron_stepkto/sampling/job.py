@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class PromptRow(_Frozen):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Problems [start, end) of one pass: one call of the engine, one file, the unit of resuming."""
+    """Problems [start, end) of one pass: one file, the unit of claiming and resuming."""
 
     pass_: Pass
     index: int
@@ -147,6 +147,34 @@ class Job(_Frozen):
         return self.chunk_dir / f"speed-{worker}.json"
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is opened with, for one job or several that it serves one after the other.
+
+    max_length: tokens of the longest prompt with the longest response of all jobs.
+    """
+
+    model: Path
+    settings: recipe.Sampling
+    sequences_per_chunk: int
+    max_length: int
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job]) -> EngineSettings:
+        first = jobs[0]
+        return cls(first.model, first.settings, first.sequences_per_chunk, max(job.max_length for job in jobs))
+
+    @staticmethod
+    def serve_both(one: Job, other: Job) -> bool:
+        """Whether one engine can serve two jobs without changing the tokens of either."""
+        return EngineSettings._identity(one) == EngineSettings._identity(other)
+
+    @staticmethod
+    def _identity(job: Job) -> tuple[Any, ...]:
+        batch = job.sequences_per_chunk if job.settings.reproducible else None
+        return job.model, recipe.deciding(job.settings, evaluation=True), batch
+
+
 class _Begun(BaseModel):
     """What of another process's job ``_identity`` looks at."""
 
@@ -180,6 +208,6 @@ class Pulse(_Frozen):
     """
 
     busy: bool
-    solutions: int  # of the chunk in hand
+    solutions: int  # finished, of chunks that are not written yet
     tokens: int
     note: str = ""

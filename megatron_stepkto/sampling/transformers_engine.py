@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Report, Request
-from megatron_stepkto.sampling.job import Job
+from megatron_stepkto.sampling.job import EngineSettings
 
 MAX_SEQUENCES = 64  # in one call of generate
 
@@ -25,30 +25,39 @@ def check_transformers(settings: Sampling) -> None:
 
 
 class TransformersEngine:
-    def __init__(self, job: Job, end_ids: Sequence[int]) -> None:
+    def __init__(self, engine: EngineSettings, end_ids: Sequence[int]) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        check_transformers(job.settings)
+        check_transformers(engine.settings)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         if self._device == "cpu":
             torch.set_num_threads(1)  # see vllm_engine: samples must not depend on the number of threads
         model = AutoModelForCausalLM.from_pretrained(
-            job.model, local_files_only=True, trust_remote_code=False, dtype=job.settings.dtype
+            engine.model, local_files_only=True, trust_remote_code=False, dtype=engine.settings.dtype
         )
         self._model = model.to(self._device).eval()
         # The folder's generation_config.json may hold a temperature or a repetition penalty of its own.
         self._model.generation_config = GenerationConfig()
-        self._end_ids, self._max_tokens = list(end_ids), job.settings.max_tokens
+        self._end_ids, self._max_tokens = list(end_ids), engine.settings.max_tokens
+        self._waiting: dict[str, Request] = {}
 
-    def generate(self, requests: Sequence[Request], report: Report) -> list[Completion]:
-        completions: list[Completion] = []
-        for start in range(0, len(requests), MAX_SEQUENCES):
-            batch = requests[start : start + MAX_SEQUENCES]
-            completions += self._batch(batch, partial(report, len(completions), len(batch)))
-            report(len(completions), 0)
-        return completions
+    @property
+    def wants_more(self) -> bool:
+        return len(self._waiting) < MAX_SEQUENCES
+
+    def add(self, requests: Mapping[str, Request]) -> None:
+        self._waiting.update(requests)
+
+    def step(self, report: Report) -> dict[str, Completion]:
+        """Finish the next ``MAX_SEQUENCES`` requests, in the order in which they were added."""
+        batch = {key: self._waiting.pop(key) for key in list(self._waiting)[:MAX_SEQUENCES]}
+        completions = self._batch(list(batch.values()), partial(report, len(batch)))
+        return dict(zip(batch, completions, strict=True))
+
+    def reset(self) -> None:
+        pass  # each call of generate begins with an empty cache
 
     def _batch(self, requests: Sequence[Request], tick: Callable[[], None]) -> list[Completion]:
         import torch

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import io
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Report, Request
-from megatron_stepkto.sampling.job import Job
+from megatron_stepkto.sampling.job import EngineSettings
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-MAX_SEQUENCES = 256  # in one batch
+MAX_SEQUENCES = 256  # in one batch, on a CPU or of a reproducible job
 CPU_BATCH_TOKENS = 8192
 BLOCK_TOKENS = 128  # of the CPU build's cache; a sequence occupies whole blocks
 
@@ -77,40 +73,52 @@ def yarn_positions(config: Mapping[str, Any]) -> int | None:
 
 
 class VLLMEngine:
-    def __init__(self, job: Job, end_ids: Sequence[int]) -> None:
+    def __init__(self, engine: EngineSettings, end_ids: Sequence[int]) -> None:
         build = vllm_build()
         os.environ.update(vllm_environment(build))
-        settings = _cpu_settings(job) if build == "cpu" else _gpu_settings(job)
+        settings = _cpu_settings(engine) if build == "cpu" else _gpu_settings(engine)
         from vllm import LLM
 
-        self._end_ids, self._max_tokens = list(end_ids), job.settings.max_tokens
-        self._llm = LLM(
-            str(job.model), dtype=job.settings.dtype, max_model_len=job.max_length, seed=0,
-            max_num_seqs=min(MAX_SEQUENCES, job.sequences_per_chunk),
+        self._end_ids, self._max_tokens = list(end_ids), engine.settings.max_tokens
+        llm = LLM(
+            str(engine.model), dtype=engine.settings.dtype, max_model_len=engine.max_length, seed=0,
             trust_remote_code=False, logprobs_mode="raw_logprobs", **settings,
         )  # fmt: skip
+        self._reset_cache = llm.reset_prefix_cache
+        self._engine = llm.llm_engine
+        self._core = _Watched(self._engine.engine_core)
+        self._added = 0
 
-    def generate(self, requests: Sequence[Request], report: Report) -> list[Completion]:
-        # Blocks that an earlier chunk left in the cache would change how prompts are batched, and with it
-        # the last bits of the log-probs.
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not clear its prefix cache: requests of an earlier chunk still run")
-        reporter = _TokenCount(self._llm.llm_engine.engine_core, report)
-        prompts: list[Any] = [{"prompt_token_ids": request.token_ids} for request in requests]
-        with reporter:
-            outputs = self._llm.generate(
-                prompts, [self._parameters(request) for request in requests], use_tqdm=partial(_Reporter, reporter)
-            )
-        return [_completion(output.outputs[0]) for output in outputs]
+    @property
+    def wants_more(self) -> bool:
+        return self._core.begun == self._added
+
+    def add(self, requests: Mapping[str, Request]) -> None:
+        for key, request in requests.items():
+            prompt: Any = {"type": "token", "prompt_token_ids": request.token_ids}  # vllm.inputs.TokensInput
+            self._engine.add_request(key, prompt, self._parameters(request))
+        self._added += len(requests)
+
+    def step(self, report: Report) -> dict[str, Completion]:
+        finished = self._engine.step()
+        report(self._core.new_tokens())
+        return {output.request_id: _completion(output.outputs[0]) for output in finished if output.finished}
+
+    def reset(self) -> None:
+        # Blocks that earlier requests left in the cache would change how prompts are batched, and with it the last
+        # bits of the log-probs.
+        if not self._reset_cache():
+            raise RuntimeError("vLLM did not clear its prefix cache: some requests still run")
 
     def _parameters(self, request: Request) -> Any:
         """One sequence per request: with n > 1 vLLM would give sample j the seed of the request plus j."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             n=1, temperature=request.temperature, top_p=request.top_p, seed=request.seed,
             max_tokens=self._max_tokens, stop_token_ids=self._end_ids, detokenize=False,
-            logprobs=0 if request.log_probs else None,
+            logprobs=0 if request.log_probs else None, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
 
@@ -124,46 +132,35 @@ def _completion(output: Any) -> Completion:
     return Completion(token_ids, str(output.finish_reason), log_probs)
 
 
-class _TokenCount:
-    """Reports every token that the engine generates, while the ``with`` block lasts.
+class _Watched:
+    """Counts what leaves the engine's core: tokens, and requests that have a first one.
 
-    vLLM's offline interface speaks of a request when it is finished, which at 8,000 tokens tells a slow engine
-    from a stuck one too late. What comes out of the engine's core names the new tokens of each step.
+    vLLM reports a request when it is finished, which at 8,000 tokens tells a slow engine from a stuck one too late, and
+    does not say how many wait. What leaves the core names the new tokens of each step.
     """
 
-    def __init__(self, core: Any, report: Report) -> None:
-        self._core, self._report, self._get_output = core, report, core.get_output
-        self._finished = 0
+    def __init__(self, core: Any) -> None:
+        self.begun = 0
+        self._tokens = 0
+        self._running: set[str] = set()
+        self._get_output = core.get_output
+        core.get_output = self._watched
 
-    def __enter__(self) -> None:
-        def get_output() -> Any:
-            outputs = self._get_output()
-            self._report(self._finished, sum(len(output.new_token_ids) for output in outputs.outputs))
-            return outputs
+    def _watched(self) -> Any:
+        outputs = self._get_output()
+        for output in outputs.outputs:
+            self._tokens += len(output.new_token_ids)
+            if output.request_id not in self._running:
+                self.begun += 1
+                self._running.add(output.request_id)
+            if output.finish_reason is not None:
+                self._running.remove(output.request_id)
+        return outputs
 
-        self._core.get_output = get_output
-
-    def __exit__(self, *_: object) -> None:
-        self._core.get_output = self._get_output
-
-    def finished(self, requests: int) -> None:
-        self._finished = requests
-        self._report(requests, 0)
-
-
-class _Reporter(tqdm):
-    """vLLM reports to a tqdm bar that it makes itself; this one draws nothing and passes the count on."""
-
-    def __init__(self, count: _TokenCount, *arguments: Any, **options: Any) -> None:
-        self._count = count
-        super().__init__(*arguments, **{**options, "file": io.StringIO()})
-        self._counts = self.desc.startswith("Processed")  # it also makes bars for adding requests
-
-    def update(self, n: float | None = 1) -> bool | None:
-        shown: bool | None = super().update(n)
-        if self._counts:
-            self._count.finished(int(self.n))
-        return shown
+    def new_tokens(self) -> int:
+        """Tokens since the last call."""
+        new, self._tokens = self._tokens, 0
+        return new
 
 
 def check_vllm(settings: Sampling, model: Path) -> None:
@@ -207,28 +204,40 @@ def _check_head_dim(model: Path, config: Mapping[str, Any]) -> int:
     return int(head_dim)
 
 
-def _gpu_settings(job: Job) -> dict[str, Any]:
-    _check_gpus(job.settings, 1)
-    return {"tensor_parallel_size": job.settings.tensor_parallel}
+def _gpu_settings(engine: EngineSettings) -> dict[str, Any]:
+    _check_gpus(engine.settings, 1)
+    return {"tensor_parallel_size": engine.settings.tensor_parallel, "max_num_seqs": _sequences(engine)}
 
 
-def _cpu_settings(job: Job) -> dict[str, Any]:
-    config = read_config(job.model)
-    _check_one_process(job.settings)
-    head_dim = _check_head_dim(job.model, config)
+def _sequences(engine: EngineSettings) -> int | None:
+    """Sequences in one batch; None: vLLM's own limit for this GPU. Its cache may admit fewer.
+
+    A reproducible job never has more than one chunk in the engine.
+    """
+    if not engine.settings.reproducible:
+        return None
+    return min(MAX_SEQUENCES, engine.sequences_per_chunk)
+
+
+def _cpu_settings(engine: EngineSettings) -> dict[str, Any]:
+    config = read_config(engine.model)
+    _check_one_process(engine.settings)
+    head_dim = _check_head_dim(engine.model, config)
     heads = config.get("num_attention_heads", 1)
     kv_heads = config.get("num_key_value_heads") or heads
-    itemsize = 4 if job.settings.dtype == "float32" else 2
-    length = -(-job.max_length // BLOCK_TOKENS) * BLOCK_TOKENS
+    itemsize = 4 if engine.settings.dtype == "float32" else 2
+    length = -(-engine.max_length // BLOCK_TOKENS) * BLOCK_TOKENS
     token_bytes = 2 * config.get("num_hidden_layers", 1) * kv_heads * head_dim * itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    wanted = (min(MAX_SEQUENCES, job.sequences_per_chunk) + 8) * length * token_bytes
+    sequences = _sequences(engine) or MAX_SEQUENCES
+    wanted = (sequences + 8) * length * token_bytes
     return {
+        "max_num_seqs": sequences,
         "enforce_eager": True,
         "distributed_executor_backend": "uni",
-        "kv_cache_memory_bytes": min(max(wanted, 1 << 28), memory // (4 * job.settings.workers)),
+        "kv_cache_memory_bytes": min(max(wanted, 1 << 28), memory // (4 * engine.settings.workers)),
         # A seeded request whose prompt is cut over two batches fails on CPU ("CPU Generator does not use
         # offset"): prompts are taken whole, so a batch must have room for the longest.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(job.max_length, CPU_BATCH_TOKENS),
+        "max_num_batched_tokens": max(engine.max_length, CPU_BATCH_TOKENS),
     }

@@ -1,16 +1,21 @@
-"""One sampling process: ``python -m megatron_stepkto.sampling.worker JOB --name NAME`` draws what nobody draws.
+"""One sampling process: ``python -m megatron_stepkto.sampling.worker JOB... --name NAME`` samples what nobody samples.
 
-A chunk is claimed before it is drawn, by the lock of its name, so that any number of workers on any hosts share
+A chunk is claimed before it is sampled, by the lock of its name, so that any number of workers on any hosts share
 a job: one that comes late helps, and the claim of one that died is taken over. A chunk's file is whole or absent.
+
+A worker claims its next chunk as soon as every request of the others has begun, so that the engine is always full; not
+so in a reproducible job, where each chunk has the engine for itself. One engine serves all jobs, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,83 +26,169 @@ from megatron_stepkto.base.processes import child_main
 from megatron_stepkto.base.records import Sample, Sampler, write_records
 from megatron_stepkto.base.storage import check_space, writing
 from megatron_stepkto.recipe.prompts import end_token_ids, load_tokenizer
-from megatron_stepkto.sampling.engines import check_completion, open_engine
+from megatron_stepkto.sampling.engines import EngineSettings, check_completion, open_engine
 from megatron_stepkto.sampling.interface import Completion, Engine, Request
 from megatron_stepkto.sampling.job import Chunk, Job, Pulse
 
 PULSE_EVERY_S = 0.3
 SCRATCH_BYTES = 64 << 20
 LOOK_AGAIN_S = 1.0  # when all chunks that are left are in others' hands
+ALIVE_S = 300.0  # a worker whose pulse is older than that of this one by so much is not counted: engines start in less
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("job", type=Path)
-    parser.add_argument("--name", required=True, help="unique among all workers of the job")
+    parser.add_argument("jobs", type=Path, nargs="+", metavar="JOB")
+    parser.add_argument("--name", required=True, help="unique among all workers of the jobs")
     arguments = parser.parse_args()
-    Worker(Job.model_validate(read_json(arguments.job)), arguments.name).run()
+    jobs = [Job.model_validate(read_json(path)) for path in arguments.jobs]
+    engine = SharedEngine(jobs)
+    for job in jobs:
+        Worker(job, arguments.name, engine).run()
+
+
+class SharedEngine:
+    """The engine of all jobs; opened by the first that has something to sample."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.settings = EngineSettings.of(jobs)
+        self.tokenizer = load_tokenizer(self.settings.model)
+        self.vocab_size: int | None = read_json_object(self.settings.model / "config.json").get("vocab_size")
+        self._engine: Engine | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._engine is not None
+
+    def get(self) -> Engine:
+        if self._engine is None:
+            # without room an engine fails in a library or a compiler, whose messages do not say so
+            check_space(Path(tempfile.gettempdir()), SCRATCH_BYTES, "an engine's temporary files (TMPDIR)")
+            self._engine = open_engine(self.settings, end_token_ids(self.settings.model, self.tokenizer))
+        return self._engine
+
+
+@dataclass
+class Claimed:
+    """A chunk that this worker samples."""
+
+    chunk: Chunk
+    lock: Lock
+    requests: list[Request]
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.requests) - len(self.completions)
 
 
 class Worker:
-    def __init__(self, job: Job, name: str) -> None:
-        self._job, self._name = job, name
+    def __init__(self, job: Job, name: str, engine: SharedEngine) -> None:
+        self._job, self._name, self._shared = job, name, engine
         self._watch = Watch()
-        self._tokens = self._drawn_tokens = 0
+        self._claimed: dict[str, Claimed] = {}  # by the file's name
+        self._tokens = 0
         self._last_pulse = self._seconds = self._start_seconds = 0.0
-        self._vocab_size: int | None = read_json_object(job.model / "config.json").get("vocab_size")
+        self._next_look = 0.0
 
     def run(self) -> None:
-        engine: Engine | None = None
-        tokenizer = load_tokenizer(self._job.model)
-        while missing := self._job.missing():
-            claimed = self._claim(missing)
-            if claimed is None:
-                self._pulse(busy=False, solutions=0, now=True)
-                time.sleep(LOOK_AGAIN_S)
-                continue
-            chunk, claim = claimed
-            try:
-                if self._job.is_drawn(chunk):  # its owner finished it between our two looks
-                    continue
-                if engine is None:  # not before: a worker that finds nothing to do loads no model
-                    engine = self._open(tokenizer)
-                self._draw(chunk, engine, tokenizer)
-            finally:
-                claim.release()
+        """Sample until no chunk of the job is missing."""
+        try:
+            while True:
+                self._claim_more()
+                if self._claimed:
+                    self._step()
+                elif not self._job.missing():
+                    return
+                else:
+                    self._pulse(busy=False, now=True)
+                    time.sleep(LOOK_AGAIN_S)
+        finally:
+            for claimed in self._claimed.values():
+                claimed.lock.release()
 
-    def _claim(self, missing: Sequence[Chunk]) -> tuple[Chunk, Lock] | None:
+    def _claim_more(self) -> None:
+        """Claim the next chunk where the engine has room for it."""
+        if self._claimed:
+            if self._job.settings.reproducible or not self._shared.get().wants_more:
+                return
+            if time.monotonic() < self._next_look:  # of a folder that may be on a slow file system
+                return
+        missing = [chunk for chunk in self._job.missing() if chunk.file_name not in self._claimed]
+        chunk = self._claim(missing) if missing and self._is_my_turn(missing) else None
+        if chunk is None:
+            self._next_look = time.monotonic() + LOOK_AGAIN_S
+            return
+        engine = self._open()  # not before: a worker that finds nothing to do loads no model
+        if not self._claimed:
+            engine.reset()
+        claimed = self._claimed[chunk.chunk.file_name] = chunk
+        engine.add({f"{chunk.chunk.file_name} {n}": request for n, request in enumerate(claimed.requests)})
+        self._pulse(busy=True, now=True)
+
+    def _is_my_turn(self, missing: Sequence[Chunk]) -> bool:
+        """Whether a further chunk leaves enough for the other workers of the job: at the end all shall be busy."""
+        if not self._claimed:
+            return True
+        mine = sum(claimed.unfinished for claimed in self._claimed.values())
+        left = mine + sum(chunk.num_solutions for chunk in missing)
+        return mine + missing[0].num_solutions <= math.ceil(left / self._workers())
+
+    def _workers(self) -> int:
+        """Workers of all processes that sample this job now. Times of one file system are compared, not clocks."""
+        times = {}
+        for path in self._job.chunk_dir.glob("pulse-*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                times[path] = path.stat().st_mtime
+        now = times.get(self._job.pulse_path(self._name), max(times.values(), default=0.0))
+        return max(1, sum(now - time < ALIVE_S for time in times.values()))
+
+    def _claim(self, missing: Sequence[Chunk]) -> Claimed | None:
         """A chunk that nobody alive is at. Each worker looks from a place of its own, or all would collide."""
         first = stable_hash(self._name) % len(missing)
         for chunk in [*missing[first:], *missing[:first]]:
-            claim = None
+            lock = None
             with contextlib.suppress(FileNotFoundError):  # another process just merged all chunks
-                claim = try_lock(self._job.claim_path(chunk), self._watch)
-            if isinstance(claim, Lock):
-                return chunk, claim
+                lock = try_lock(self._job.claim_path(chunk), self._watch)
+            if not isinstance(lock, Lock):
+                continue
+            if not self._job.is_drawn(chunk):
+                return Claimed(chunk, lock, chunk_requests(self._job, chunk))
+            lock.release()  # its owner finished it between our two looks
         return None
 
-    def _open(self, tokenizer: Any) -> Engine:
-        self._pulse(busy=True, solutions=0, note="starting the engine", now=True)
-        # without room an engine fails in a library or a compiler, whose messages do not say so
-        check_space(Path(tempfile.gettempdir()), SCRATCH_BYTES, "an engine's temporary files (TMPDIR)")
+    def _open(self) -> Engine:
+        if self._shared.is_open:
+            return self._shared.get()
+        self._pulse(busy=True, note="starting the engine", now=True)
         begun = time.monotonic()
-        engine = open_engine(self._job, end_token_ids(self._job.model, tokenizer))
+        engine = self._shared.get()
         self._start_seconds = time.monotonic() - begun
         return engine
 
-    def _draw(self, chunk: Chunk, engine: Engine, tokenizer: Any) -> None:
-        requests = chunk_requests(self._job, chunk)
+    def _step(self) -> None:
         begun = time.monotonic()
-        self._pulse(busy=True, solutions=0, now=True)
-
-        def report(finished: int, new_tokens: int) -> None:
-            self._tokens += new_tokens
-            self._pulse(busy=True, solutions=finished)
-
-        completions = engine.generate(requests, report)
+        for key, completion in self._shared.get().step(self._report).items():
+            name, number = key.split(" ")
+            self._claimed[name].completions[int(number)] = completion
         self._seconds += time.monotonic() - begun
-        self._drawn_tokens += sum(len(completion.token_ids) for completion in completions)
-        samples = chunk_samples(self._job, chunk, requests, completions, tokenizer, self._vocab_size)
+        self._report(0)
+        for name in [name for name, claimed in self._claimed.items() if not claimed.unfinished]:
+            claimed = self._claimed.pop(name)
+            try:
+                self._write(claimed)
+            finally:
+                claimed.lock.release()
+
+    def _report(self, new_tokens: int) -> None:
+        self._tokens += new_tokens
+        self._pulse(busy=True)
+
+    def _write(self, claimed: Claimed) -> None:
+        completions = [claimed.completions[number] for number in range(len(claimed.requests))]
+        samples = chunk_samples(
+            self._job, claimed.chunk, claimed.requests, completions, self._shared.tokenizer, self._shared.vocab_size
+        )
         if self._job.is_merged:
             return  # this host hung for minutes: another process drew the chunk, too, and merged and removed all
         if not self._job.owns_chunks():  # a chunk of these settings would be taken for one of the others
@@ -105,20 +196,17 @@ class Worker:
                 f"{self._job.chunk_dir}: another process removed what was drawn, to draw with other settings "
                 "(--force); these solutions are not wanted any more: stopping"
             )
-        speed = {
-            "tokens": self._drawn_tokens,
-            "generate_seconds": self._seconds,
-            "start_seconds": self._start_seconds,
-        }
+        speed = {"tokens": self._tokens, "generate_seconds": self._seconds, "start_seconds": self._start_seconds}
         write_json(self._job.speed_path(self._name), speed)
         # The last act: once all chunks are there, another process may merge them and remove the folder.
-        write_records(self._job.chunk_dir / chunk.file_name, samples)
+        write_records(self._job.chunk_dir / claimed.chunk.file_name, samples)
 
-    def _pulse(self, *, busy: bool, solutions: int, note: str = "", now: bool = False) -> None:
+    def _pulse(self, *, busy: bool, note: str = "", now: bool = False) -> None:
         if now or time.monotonic() - self._last_pulse >= PULSE_EVERY_S:
             self._last_pulse = time.monotonic()
             if self._seconds and not note:
-                note = f"{self._drawn_tokens / self._seconds:,.0f} tokens/s"
+                note = f"{self._tokens / self._seconds:,.0f} tokens/s"
+            solutions = sum(len(claimed.completions) for claimed in self._claimed.values())
             pulse = Pulse(busy=busy, solutions=solutions, tokens=self._tokens, note=note)
             path = self._job.pulse_path(self._name)
             draft = path.with_suffix(".tmp")
