@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling import draw, worker
 from megatron_stepkto.sampling.draw import Drawing, Pass, PromptRow
-from megatron_stepkto.sampling.interface import Completion, Request
+from megatron_stepkto.sampling.interface import Completion, Report, Request
 from megatron_stepkto.sampling.job import Job
-from megatron_stepkto.sampling.worker import Worker
+from megatron_stepkto.sampling.worker import SharedEngine, Worker
 
 
 @pytest.fixture
@@ -40,13 +40,22 @@ def work(job: Job, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None
     """A worker whose engine takes its time: ``meanwhile`` happens."""
 
     class Engine:
-        def generate(self, requests: Sequence[Request], report: Callable[[int, int], None]) -> list[Completion]:
+        wants_more = False
+        requests: dict[str, Request]
+
+        def add(self, requests: Mapping[str, Request]) -> None:
+            self.requests = dict(requests)
+
+        def step(self, report: Report) -> dict[str, Completion]:
             meanwhile()
-            return [Completion([7, 2], "stop", None) for _ in requests]
+            return {key: Completion([7, 2], "stop", None) for key in self.requests}
+
+        def reset(self) -> None:
+            pass
 
     monkeypatch.setattr(worker, "open_engine", lambda *_: Engine())
     draw._claim(job)
-    Worker(job, "w").run()
+    Worker(job, "w", SharedEngine([job])).run()
 
 
 def merge(job: Job) -> None:
