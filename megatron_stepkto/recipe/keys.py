@@ -165,6 +165,11 @@ class Recipe(Section):
                 f"sample.max_tokens ({self.sample.max_tokens}) must be smaller than train.micro_batch_tokens "
                 f"({self.train.micro_batch_tokens}): a prompt and its response share a micro-batch"
             )
+        if self.sample and self.sample.is_rounded and self.sample.gap_problems == 0:
+            raise ValueError(
+                "with sample.quantization or sample.kv_cache_dtype the sampler is not quite the model that trains; "
+                "set sample.gap_problems to 1 or more: training then reports the gap and warns above train.max_gap"
+            )
         if self.evaluate and self.problems.source == "files" and getattr(self.problems, self.evaluate.split) is None:
             raise ValueError(
                 f"evaluate.split is {self.evaluate.split}, so problems.{self.evaluate.split} must name a file"

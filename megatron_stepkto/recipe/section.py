@@ -34,18 +34,22 @@ class _Mark:
     """Metadata of a field, told apart by identity."""
 
 
-_UNKEYED, _TRAINING_ONLY = _Mark(), _Mark()
+_UNKEYED, _TRAINING_ONLY, _ADDED = _Mark(), _Mark(), _Mark()
 T = TypeVar("T")
 
 Unkeyed = Annotated[T, _UNKEYED]
 """A key that determines how the work is done, not what comes out: changing it leaves finished stages valid."""
+
+Added = Annotated[T, _ADDED]
+"""A key that counts only where it is not at its default, which is what finished runs did before there was the key."""
 
 TrainingSamples = Annotated[T, _TRAINING_ONLY]
 """A key of the section sample that only training samples follow: an evaluation has its own, or none."""
 
 
 def deciding(section: Section, *, evaluation: bool = False) -> dict[str, Any]:
-    """The JSON values of a section that determine a stage's outputs: all but the keys marked ``Unkeyed``.
+    """The JSON values of a section that determine a stage's outputs: all but the keys marked ``Unkeyed``, and ``Added``
+    ones at their default.
 
     Sections inside it are treated alike. A path stays a path: a caller that counts a file by its content replaces it.
 
@@ -61,6 +65,11 @@ def unkeyed(section: type[Section]) -> frozenset[str]:
     return frozenset(name for name in section.model_fields if _has(section, name, (_UNKEYED,)))
 
 
+def is_added_default(section: type[Section], name: str, value: object) -> bool:
+    """Whether a key is marked ``Added`` and has its default."""
+    return _has(section, name, (_ADDED,)) and value == section.model_fields[name].default
+
+
 def training_only(section: type[Section]) -> frozenset[str]:
     """Names of the keys that are marked ``TrainingSamples``: an evaluation does not read them."""
     return frozenset(name for name in section.model_fields if _has(section, name, (_TRAINING_ONLY,)))
@@ -71,7 +80,7 @@ def _marked(section: Section, marks: tuple[_Mark, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
-        if _has(type(section), name, marks):
+        if _has(type(section), name, marks) or is_added_default(type(section), name, value):
             found[name] = True
         elif isinstance(value, Section) and (inner := _marked(value, marks)):
             found[name] = inner

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_stepkto.base.files import read_json_if_there, stable_hash
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.section import is_added_default
 
 
 class _Frozen(BaseModel):
@@ -197,7 +198,11 @@ def _identity(job: dict[str, Any]) -> dict[str, Any]:
     """What the samples depend on: not who draws them nor where the folders stand."""
     # the passes carry the temperatures
     others = recipe.unkeyed(recipe.Sampling) | {"temperature", "top_p"}
-    settings = {k: v for k, v in job["settings"].items() if k not in others}
+    settings = {
+        key: value
+        for key, value in job["settings"].items()
+        if key not in others and not is_added_default(recipe.Sampling, key, value)
+    }
     return {key: job[key] for key in ("model_name", "passes", "prompts", "seed")} | {"settings": settings}
 
 

@@ -12,6 +12,9 @@ from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Report, Request
 from megatron_stepkto.sampling.job import EngineSettings
 
+VLLM_KEYS = (
+    "gpu_memory_utilization", "max_num_seqs", "quantization", "kv_cache_dtype", "enable_prefix_caching", "speculative",
+)  # fmt: skip
 MAX_SEQUENCES = 64  # in one call of generate
 
 
@@ -22,6 +25,12 @@ def check_transformers(settings: Sampling) -> None:
             f"sample.tensor_parallel is {settings.tensor_parallel}, but sample.backend: transformers "
             "runs one GPU per worker; set sample.tensor_parallel: 1 or sample.backend: vllm"
         )
+    for key in VLLM_KEYS:
+        if getattr(settings, key) != Sampling.model_fields[key].default:
+            raise UserError(
+                f"sample.{key} is a setting of vLLM, but sample.backend is transformers; leave the key out or set "
+                "sample.backend: vllm"
+            )
 
 
 class TransformersEngine:

@@ -15,9 +15,11 @@ from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Report, Request
 from megatron_stepkto.sampling.job import EngineSettings
 
+GPU_KEYS = ("gpu_memory_utilization", "quantization")
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 MAX_SEQUENCES = 256  # in one batch, on a CPU or of a reproducible job
 CPU_BATCH_TOKENS = 8192
+NGRAM_TOKENS = 4  # longest run of tokens that is looked for in the text so far
 BLOCK_TOKENS = 128  # of the CPU build's cache; a sequence occupies whole blocks
 
 
@@ -82,7 +84,7 @@ class VLLMEngine:
         self._end_ids, self._max_tokens = list(end_ids), engine.settings.max_tokens
         llm = LLM(
             str(engine.model), dtype=engine.settings.dtype, max_model_len=engine.max_length, seed=0,
-            trust_remote_code=False, logprobs_mode="raw_logprobs", **settings,
+            trust_remote_code=False, logprobs_mode="raw_logprobs", **settings, **_given(engine.settings),
         )  # fmt: skip
         self._reset_cache = llm.reset_prefix_cache
         self._engine = llm.llm_engine
@@ -167,8 +169,9 @@ def check_vllm(settings: Sampling, model: Path) -> None:
     """Whatever the workers' engines refuse, in the process that starts the workers; see ``check_engines``."""
     if vllm_build() == "gpu":
         _check_gpus(settings, settings.workers)
+        _check_rounding(settings)
         return
-    _check_one_process(settings)
+    _check_on_cpu(settings)
     if (model / "config.json").is_file():
         _check_head_dim(model, read_config(model))
 
@@ -185,12 +188,28 @@ def _check_gpus(settings: Sampling, engines: int) -> None:
         )
 
 
-def _check_one_process(settings: Sampling) -> None:
+def _check_rounding(settings: Sampling) -> None:
+    if settings.quantization is not None and settings.dtype == "float32":
+        raise UserError(
+            f"sample.quantization is {settings.quantization}, which vLLM combines with bfloat16 or float16; this job "
+            "samples in float32: set sample.dtype: bfloat16"
+        )
+
+
+def _check_on_cpu(settings: Sampling) -> None:
+    """Does the recipe ask for what vLLM's CPU build does not have?"""
     if settings.tensor_parallel != 1:
         raise UserError(
             f"sample.tensor_parallel is {settings.tensor_parallel}, but vLLM's CPU build is installed; "
             "set sample.tensor_parallel: 1 and raise sample.workers"
         )
+    for key in GPU_KEYS:
+        value = getattr(settings, key)
+        if value != Sampling.model_fields[key].default:
+            raise UserError(
+                f"sample.{key} is {value}, but vLLM's CPU build is installed, which has no such setting; leave the key "
+                "out, or install the package vllm on a machine with an NVIDIA GPU"
+            )
 
 
 def _check_head_dim(model: Path, config: Mapping[str, Any]) -> int:
@@ -204,6 +223,24 @@ def _check_head_dim(model: Path, config: Mapping[str, Any]) -> int:
     return int(head_dim)
 
 
+def _given(settings: Sampling) -> dict[str, Any]:
+    """What the recipe asks for and vLLM would choose for itself."""
+    keys: dict[str, Any] = {
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "quantization": settings.quantization,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+    }
+    if (speculative := settings.speculative) is not None:
+        config: dict[str, Any] = {"method": speculative.method, "num_speculative_tokens": speculative.num_tokens}
+        if speculative.model is None:
+            config["prompt_lookup_max"] = NGRAM_TOKENS
+        else:
+            config["model"] = str(speculative.model)
+        keys["speculative_config"] = config
+    return {key: value for key, value in keys.items() if value is not None}
+
+
 def _gpu_settings(engine: EngineSettings) -> dict[str, Any]:
     _check_gpus(engine.settings, 1)
     return {"tensor_parallel_size": engine.settings.tensor_parallel, "max_num_seqs": _sequences(engine)}
@@ -214,14 +251,15 @@ def _sequences(engine: EngineSettings) -> int | None:
 
     A reproducible job never has more than one chunk in the engine.
     """
+    limit = engine.settings.max_num_seqs
     if not engine.settings.reproducible:
-        return None
-    return min(MAX_SEQUENCES, engine.sequences_per_chunk)
+        return limit
+    return min(limit or MAX_SEQUENCES, engine.sequences_per_chunk)
 
 
 def _cpu_settings(engine: EngineSettings) -> dict[str, Any]:
     config = read_config(engine.model)
-    _check_one_process(engine.settings)
+    _check_on_cpu(engine.settings)
     head_dim = _check_head_dim(engine.model, config)
     heads = config.get("num_attention_heads", 1)
     kv_heads = config.get("num_key_value_heads") or heads

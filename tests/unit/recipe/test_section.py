@@ -15,7 +15,7 @@ from megatron_stepkto.run.stage_keys import dataset_key, training_key
 
 SERVER = {"base_url", "api_key_env", "concurrency", "timeout_s", "max_outage_s", "retries"}
 UNKEYED: dict[type[recipe.Section], set[str]] = {
-    recipe.Sampling: {"workers", "stall_timeout_s"},
+    recipe.Sampling: {"workers", "stall_timeout_s", "gpu_memory_utilization"},
     recipe.LLMJudge: SERVER,
     recipe.PRMJudge: {*SERVER, "served_name", "workers", "batch_tokens"},
     recipe.RewardModel: {"workers", "batch_tokens"},
@@ -85,6 +85,9 @@ def test_sampling_keys() -> None:
     sample = recipe.Sampling(max_tokens=9, workers=4, stall_timeout_s=5.0)
     assert recipe.deciding(sample) == TRAINING_SAMPLE
     assert recipe.deciding(sample, evaluation=True) == SAMPLE
+    later = {"reproducible": False, "quantization": "fp8", "speculative": {"method": "ngram", "num_tokens": 2}}
+    changed = recipe.deciding(recipe.Sampling.model_validate({"max_tokens": 9, **later}))
+    assert changed == {**TRAINING_SAMPLE, **later, "speculative": {**later["speculative"], "model": None}}  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
