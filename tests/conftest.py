@@ -12,6 +12,18 @@ from megatron_stepkto.base.progress import console
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share fixtures that are costly, so one process runs them all; one runs the only Slurm.
+
+    Slurm's files come first: they are the longest group, and the other processes share what follows.
+    """
+    slurm = REPOSITORY / "tests" / "slurm"
+    items.sort(key=lambda item: slurm not in item.path.parents)
+    for item in items:
+        group = "slurm" if slurm in item.path.parents else item.path.relative_to(REPOSITORY).as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of real problems, solutions and labels: $STEPKTO_TEST_DATA, else ../shared/data of the checkout."""
