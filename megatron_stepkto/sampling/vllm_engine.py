@@ -82,12 +82,11 @@ class VLLMEngine:
         from vllm import LLM
 
         self._end_ids, self._max_tokens = list(end_ids), engine.settings.max_tokens
-        llm = LLM(
+        self._llm = LLM(
             str(engine.model), dtype=engine.settings.dtype, max_model_len=engine.max_length, seed=0,
             trust_remote_code=False, logprobs_mode="raw_logprobs", **settings, **_given(engine.settings),
         )  # fmt: skip
-        self._reset_cache = llm.reset_prefix_cache
-        self._engine = llm.llm_engine
+        self._engine = self._llm.llm_engine
         self._core = _Watched(self._engine.engine_core)
         self._added = 0
 
@@ -109,8 +108,9 @@ class VLLMEngine:
     def reset(self) -> None:
         # Blocks that earlier requests left in the cache would change how prompts are batched, and with it the last
         # bits of the log-probs.
-        if not self._reset_cache():
+        if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not clear its prefix cache: some requests still run")
+        self._added = self._core.begun = 0
 
     def _parameters(self, request: Request) -> Any:
         """One sequence per request: with n > 1 vLLM would give sample j the seed of the request plus j."""
