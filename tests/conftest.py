@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,16 +13,24 @@ from megatron_stepkto.base.progress import console
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share fixtures that are costly, so one process runs them all; one runs the only Slurm.
+SLURM = "tests/slurm/"
 
-    Slurm's files come first: they are the longest group, and the other processes share what follows.
-    """
-    slurm = REPOSITORY / "tests" / "slurm"
-    items.sort(key=lambda item: slurm not in item.path.parents)
-    for item in items:
-        group = "slurm" if slurm in item.path.parents else item.path.relative_to(REPOSITORY).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share fixtures that are costly, so one process runs them all; one runs all of the only Slurm."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return SLURM if nodeid.startswith(SLURM) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slurm's tests come first: they take the longest, and the other processes share what follows."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLURM))
 
 
 @pytest.fixture(scope="session")

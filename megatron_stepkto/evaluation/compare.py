@@ -66,6 +66,9 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
             "between them; evaluate both on the same data"
         )
     differences = [_yes_or_no("pass@1", pairs, lambda r: r.greedy == 1)]
+    if all(row.get("cot_pass_at_1") is not None for row in rows):
+        throughout = "right answer, right steps"
+        differences.append(_yes_or_no(throughout, pairs, lambda r: r.right_and_judged == 1 and r.flawed == 0))
     if rows[0]["k"] == rows[1]["k"]:
         differences.append(_yes_or_no(f"maj@{rows[0]['k']}", pairs, lambda r: r.majority))
     differences += [

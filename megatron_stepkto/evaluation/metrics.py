@@ -72,7 +72,9 @@ def evaluation_row(
     pass@1 and the step errors are those of the greedy solutions; those of the sampled ones are under
     "sampled", with intervals over problems, because the k solutions of a problem are alike. Undecided
     answers count as not right in pass@1 and accuracy. "pass_at_k" holds the unbiased estimate of each power of two
-    up to k, from the samples. Where problems carry a key of ``GROUPS``, "by" holds such a row for each of its values.
+    up to k, from the samples. "cot_pass_at_1" and "cot_pass_at_k" are the same where a solution counts only if its
+    answer is right, a step of it is judged and none is wrong (CoT-Pass@K of arXiv 2506.14245); null where no step is
+    judged. Where problems carry a key of ``GROUPS``, "by" holds such a row for each of its values.
 
     Raises:
         UserError: a problem does not have one greedy and k >= 1 sampled solutions.
@@ -123,19 +125,37 @@ def _measure(
     greedy, groups = [group[0] for group in first.values()], list(drawn.values())
     right = [sum(sample.outcome == 1 for sample in group) for group in groups]
     k = len(groups[0])
+    cot = [_is_right_throughout(row) for row in greedy] if any(_steps(row)[1] for row in greedy) else []
     return {
         **_measured("pass_at_1", plain_share(row.outcome == 1 for row in greedy)),
+        **_measured("cot_pass_at_1", plain_share(cot)),
         **_measured("maj_at_k", plain_share(majority_is_right(group, same) for group in groups)),
-        "pass_at_k": {
-            str(size): _measured("value", bootstrap_mean([pass_at_k(k, count, size) for count in right]))
-            for size in sorted({*(2**power for power in range(k.bit_length())), k})
-        },
+        "pass_at_k": _estimates(right, k),
+        "cot_pass_at_k": (
+            _estimates([sum(map(_is_right_throughout, group)) for group in groups], k)
+            if any(_steps(sample)[1] for group in groups for sample in group)
+            else {}
+        ),
         **_describe([[row] for row in greedy]),
         "sampled": {
             **_measured("accuracy", clustered_share((count, k) for count in right)),
             **_describe(groups),
         },
     }
+
+
+def _estimates(right: Sequence[int], k: int) -> dict[str, Any]:
+    """pass@n for each power of two n up to k, and k, from the number of right samples of each problem."""
+    return {
+        str(size): _measured("value", bootstrap_mean([pass_at_k(k, count, size) for count in right]))
+        for size in sorted({*(2**power for power in range(k.bit_length())), k})
+    }
+
+
+def _is_right_throughout(sample: JudgedSample) -> bool:
+    """A right answer, a judged step, and no wrong one."""
+    wrong, judged = _steps(sample)
+    return sample.outcome == 1 and judged > 0 and wrong == 0
 
 
 def _by_problem(ids: Sequence[str], samples: Sequence[JudgedSample], what: str) -> Mapping[str, list[JudgedSample]]:

@@ -48,6 +48,8 @@ class Measures(Flaws):
     num_problems: int
     pass_at_1: float | None
     pass_at_1_interval: Interval | None
+    cot_pass_at_1: float | None = None
+    cot_pass_at_1_interval: Interval | None = None
     maj_at_k: float | None
     maj_at_k_interval: Interval | None
     # required here: the table shows them
@@ -56,6 +58,7 @@ class Measures(Flaws):
     wrong_step_rate_in_correct: float | None
     wrong_step_rate_in_correct_interval: Interval | None
     pass_at_k: dict[str, Estimate] = {}
+    cot_pass_at_k: dict[str, Estimate] = {}
     sampled: Sampled | None = None
 
 
@@ -84,14 +87,14 @@ def results_table(summary: Mapping[str, Any]) -> str:
     groups.update(summary.get("methods") or {})
     rows = [row for group in groups.values() for row in group]
     ks = sorted({row["k"] for row in rows})
-    table = Table(box=SIMPLE_HEAD, caption="[95% interval]; wrong steps: of the greedy solutions whose answer is right")
+    table = Table(box=SIMPLE_HEAD, caption=CAPTION)
     if len(groups) > 1:
         table.add_column("method")
     table.add_column("model")
     maj = f"maj@{ks[0]}" if len(ks) == 1 else "maj@k"
-    for heading in ("pass@1", maj, "right with a wrong step", "wrong steps in right", "n"):
+    for heading in ("pass@1", "CoT-pass@1", maj, "right with a wrong step", "wrong steps in right", "n"):
         # wide enough for "100.0% [98.5, 100.0]": a cell must not break between value and interval
-        table.add_column(heading, justify="right", min_width=20 if heading != "n" else None)
+        table.add_column(heading, justify="right", min_width=None if heading in ("CoT-pass@1", "n") else 20)
     for method, group in groups.items():
         for row in group:
             cells = [row["name"], *(_cell(row, key) for key in _COLUMNS), f"{row['num_problems']:,}"]
@@ -102,12 +105,15 @@ def results_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
-_COLUMNS = ("pass_at_1", "maj_at_k", "wrong_step_share_of_correct", "wrong_step_rate_in_correct")
+CAPTION = "[95% interval]; CoT-pass@1: answer and steps right; wrong steps: of greedy solutions whose answer is right"
+_COLUMNS = ("pass_at_1", "cot_pass_at_1", "maj_at_k", "wrong_step_share_of_correct", "wrong_step_rate_in_correct")
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
     """ "47.2% [44.1, 50.3]"; a dash where nothing was counted."""
-    if row[key] is None or row[f"{key}_interval"] is None:
+    value, interval = row.get(key), row.get(f"{key}_interval")
+    if value is None or interval is None:
         return "–"
-    low, high = row[f"{key}_interval"]
-    return f"{100 * row[key]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+    if key == "cot_pass_at_1":  # no room for its interval in 120 characters
+        return f"{100 * value:.1f}%"
+    return f"{100 * value:.1f}% [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"

@@ -25,16 +25,20 @@ KNOWN = {
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
     "gsm8k": ("openai/gsm8k", "main", "test"),
     "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+    "aime25": ("math-ai/aime25", None, "test"),
     "amc23": ("math-ai/amc23", None, "test"),
+    "hmmt25": ("MathArena/hmmt_feb_2025", None, "train"),
+    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),  # text only, English, with final answers
 }
 _PROBLEM_KEYS = ("problem", "question", "Problem", "prompt")
 _ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "Answer")
-_ID_KEYS = ("problem_id", "unique_id", "id", "ID")
-_KEPT = ("subject", "level", "type")
+_ID_KEYS = ("problem_id", "unique_id", "id", "ID", "problem_idx")
+_SUBJECT_KEYS = ("subject", "type", "subfield")
 
 
 def to_problem(row: dict[str, Any]) -> Problem:
-    """Convert a row of a common layout: MATH-500's, GSM8K's (``question``, ``answer`` with ####), AMC's floats.
+    """Convert a row of a common layout: MATH-500's, GSM8K's (``question``, ``answer`` with ####), AMC's floats,
+    OlympiadBench's list ``final_answer``.
 
     Without an id, one is derived from the problem's text. Without an answer the solution must state one.
 
@@ -45,6 +49,8 @@ def to_problem(row: dict[str, Any]) -> Problem:
     if not isinstance(text, str):
         raise ValueError(f"expected the problem under {', '.join(_PROBLEM_KEYS)}, got keys {', '.join(row)}")
     solution, answer = row.get("solution"), next((row[key] for key in _ANSWER_KEYS if row.get(key) is not None), None)
+    if answer is row.get("final_answer") and isinstance(answer, list) and all(isinstance(each, str) for each in answer):
+        answer = ", ".join(answer)  # OlympiadBench's
     if isinstance(answer, str) and "####" in answer:
         solution, answer = answer, extract_answer(answer)
     if answer is None and isinstance(solution, str):
@@ -57,9 +63,8 @@ def to_problem(row: dict[str, Any]) -> Problem:
         raise ValueError(f"expected the answer under {', '.join(_ANSWER_KEYS)} or in the solution, found none")
     known = next((row[key] for key in _ID_KEYS if row.get(key) is not None), None)
     number = str(known) if known is not None else hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
-    kept = {key: row[key] for key in _KEPT if row.get(key) is not None}
-    if "type" in kept:
-        kept.setdefault("subject", kept.pop("type"))
+    subject = next((row[key] for key in _SUBJECT_KEYS if isinstance(row.get(key), str)), None)
+    kept = {key: value for key, value in (("subject", subject), ("level", row.get("level"))) if value is not None}
     return Problem(
         problem_id=number, problem=text, answer=str(answer), solution=solution if isinstance(solution, str) else None,
         **kept,
@@ -71,7 +76,7 @@ def load_problems(
 ) -> list[Problem]:
     """The problems of a data set: JSON lines, another file or folder that ``datasets`` reads, or ``hub:NAME``.
 
-    ``hub:`` takes ``math500``, ``gsm8k``, ``aime24``, ``amc23`` or REPOSITORY[:CONFIGURATION[:SPLIT]], and is the only
+    ``hub:`` takes a name of ``KNOWN`` or REPOSITORY[:CONFIGURATION[:SPLIT]], and is the only
     form that downloads.
 
     Args:

@@ -35,6 +35,7 @@ def metrics_of(rows: Sequence[Row]) -> list[Metric]:
     k = next((row.k for row in rows if row.k), None)
     return [
         Metric("pass_at_1", "pass@1", "right answers, greedy decoding"),
+        Metric("cot_pass_at_1", "CoT-pass@1", "right answers with right steps only, greedy decoding"),
         Metric("maj_at_k", f"maj@{k or 'k'}", f"right majority answer of {k or 'k'} samples"),
         Metric(
             "wrong_step_share_of_correct",
@@ -118,8 +119,8 @@ def payload(report: Report, metrics: Sequence[Metric]) -> dict[str, Any]:
     return {
         "metrics": [asdict(metric) for metric in metrics],
         "evaluations": {
-            # the page shows neither breakdowns nor pass@k
-            name: [row.model_dump(exclude={"by", "pass_at_k"}) for row in rows]
+            # the page shows neither breakdowns nor estimates for k
+            name: [row.model_dump(exclude={"by", "pass_at_k", "cot_pass_at_k"}) for row in rows]
             for name, rows in methods.items()
             if rows
         },

@@ -102,6 +102,7 @@ TRAINED = [
 def evaluation(name: str, pass_at_1: float) -> dict[str, Any]:
     rates = {
         "pass_at_1": pass_at_1,
+        "cot_pass_at_1": pass_at_1 / 2,
         "maj_at_k": 0.8,
         "wrong_step_share_of_correct": 0.25,
         "wrong_step_rate_in_correct": 0.125,
@@ -190,15 +191,17 @@ def test_the_page_opens_without_console_errors_and_shows_the_table(chromium: Any
     assert chromium.title == "browsed: run report"
     assert texts(chromium, "#table tbody th") == ["M0", "M1"]
     assert texts(chromium, "#table td[data-metric=pass_at_1]") == ["60.0%\n30.0 – 60.0", "80.0%\n40.0 – 80.0"]
+    assert texts(chromium, "#table td[data-metric=cot_pass_at_1]") == ["30.0%\n15.0 – 30.0", "40.0%\n20.0 – 40.0"]
     assert texts(chromium, "#table td[data-metric=wrong_step_share_of_correct]") == ["25.0%\n12.5 – 25.0"] * 2
     assert texts(chromium, "#curves h3") == [
         "pass@1",
+        "CoT-pass@1",
         "maj@8",
         "Right answers with a wrong step",
         "Wrong steps in right answers",
     ]
     assert texts(chromium, "#training-charts h3") == ["Loss", "Log-ratio of solutions"]
-    assert len(chromium.find_elements("css selector", "#curves svg path.band")) == 4
+    assert len(chromium.find_elements("css selector", "#curves svg path.band")) == 5
 
 
 def test_a_chart_reads_out_the_value_under_the_arrow_keys(chromium: Any, page: str) -> None:

@@ -181,6 +181,12 @@ def test_row_worked_out_by_hand() -> None:
     assert (row["name"], row["split"], row["num_problems"], row["k"]) == ("M1", "dev", 6, 3)
     assert row["pass_at_1"] == pytest.approx(3 / 6)
     assert row["pass_at_1_interval"] == pytest.approx(wilson_interval(3, 6))
+    assert row["cot_pass_at_1"] == pytest.approx(1 / 6), "of a right answer without a judged step nobody knows"
+    assert row["cot_pass_at_1_interval"] == pytest.approx(wilson_interval(1, 6))
+    # one of three samples of p0 and of p1: pass@2 of a problem is 1 - C(2, 2) / C(3, 2)
+    assert {k: v["value"] for k, v in row["cot_pass_at_k"].items()} == pytest.approx(
+        {"1": 1 / 9, "2": 2 / 9, "3": 1 / 3}
+    )
     assert row["maj_at_k"] == pytest.approx(2 / 6)
     assert row["num_correct"] == 3
     assert row["wrong_step_share_of_correct"] == pytest.approx(1 / 2)  # of the two with judged steps
@@ -206,6 +212,12 @@ def test_nothing_right_gives_null_not_zero() -> None:
     assert "–" in results_table({"iterations": [row]})
 
 
+def test_without_a_judge_nothing_is_said_of_steps() -> None:
+    rows = [judged("p0", "8", 1, (None, None))]
+    row = evaluation_row("M0", "test", problems(1), rows, rows)
+    assert (row["pass_at_1"], row["cot_pass_at_1"], row["cot_pass_at_k"]) == (1, None, {})
+
+
 def test_incomplete_samples_are_refused() -> None:
     one, two = judged("p0", "8", 1), judged("p1", "8", 1)
     with pytest.raises(UserError, match="expected one greedy solution"):
@@ -221,6 +233,7 @@ def test_table_prints_percent_and_interval() -> None:
     row = evaluation_row("M0", "test", problems(263), greedy, greedy)
     text = results_table({"method": "step_kto", "iterations": [row], "methods": {"kto": [row]}})
     assert text.count("30.8% [25.5, 36.6]") == 4  # pass@1 and maj@1, twice
+    assert text.count("30.8%") == 6  # and CoT-pass@1, without its interval
     assert "maj@1" in text
     assert "step_kto" in text
     assert "kto" in text

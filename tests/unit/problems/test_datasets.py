@@ -42,6 +42,22 @@ def test_an_answer_may_stand_in_the_solution_alone() -> None:
         to_problem({"text": "x?", "answer": "7"})
 
 
+def test_competitions_as_published() -> None:
+    """OlympiadBench's text part in English, AIME 2025, HMMT February 2025."""
+    olympiad = to_problem({
+        "id": 1606, "question": "Find k.", "solution": ["Long."], "final_answer": ["$2$", "$-1$"],
+        "subfield": "Algebra", "is_multiple_answer": True, "unit": None, "answer_type": "Numerical", "error": None,
+    })  # fmt: skip
+    assert (olympiad.problem_id, olympiad.answer, olympiad.solution) == ("1606", "$2$, $-1$", None)
+    assert (olympiad.model_extra or {})["subject"] == "Algebra"
+    aime = to_problem({"problem": "Find b.", "answer": "70", "id": "0"})
+    assert (aime.problem_id, aime.answer) == ("0", "70")
+    hmmt = to_problem({"problem_idx": 3, "problem": "n?", "answer": "\\frac{1}{576}", "problem_type": ["Algebra"]})
+    assert (hmmt.problem_id, hmmt.answer) == ("3", "\\frac{1}{576}")
+    with pytest.raises(ValueError, match="expected the answer as a text or a number"):
+        to_problem({"question": "x?", "final_answer": [7]})
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
