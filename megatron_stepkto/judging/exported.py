@@ -55,8 +55,8 @@ def export_samples(
     """
     if not judged.is_file():
         raise UserError(f"{judged}: expected the samples of the judge stage, found none; run `stepkto judge` first")
-    with judged.open("rb") as file:
-        total = sum(1 for _ in file)
+    with judged.open("rb") as lines:
+        total = sum(1 for _ in lines)
     prompts = Prompts.of(prompt, tokenizer_dir)
     texts = _problem_texts(problems) if prompt.chat else None
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
