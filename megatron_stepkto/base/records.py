@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer, describe, parse_json
 from megatron_stepkto.base.locks import exclusive_lock
+from megatron_stepkto.base.tables import is_table, table_rows
 
 Label = Literal[0, 1] | None
 # strict: "5" and true are not tokens
@@ -250,24 +251,31 @@ def bad_row(path: Path, number: int, reason: object) -> UserError:
 
 
 def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, bytes, T | ValueError]]:
-    """(line number, row, its record or what is wrong with it) of a JSON-lines file; blank lines are skipped.
+    """(line number, row, its record or what is wrong with it) of JSON lines, or of a table (base/tables.py).
+
+    Blank lines are skipped; the rows of a table are counted from 1.
 
     Raises:
         UserError: there is no such file.
     """
+    for number, raw in _raw_rows(path):
+        try:
+            found: T | ValueError = parse_row(raw, parse)
+        except UserError:  # not about this row alone
+            raise
+        except ValueError as error:
+            found = error
+        yield number, raw, found
+
+
+def _raw_rows(path: Path) -> Iterator[tuple[int, bytes]]:
+    if is_table(path):
+        yield from table_rows(path)
+        return
     if not path.is_file():
-        raise UserError(f"{path}: expected a file of JSON lines, found {'a directory' if path.is_dir() else 'none'}")
+        raise UserError(f"{path}: expected a file of JSON lines, found none")
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                found: T | ValueError = parse_row(raw, parse)
-            except UserError:  # not about this row alone
-                raise
-            except ValueError as error:
-                found = error
-            yield number, raw, found
+        yield from ((number, raw) for number, raw in enumerate(file, 1) if raw.strip())
 
 
 def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None) -> Iterator[R]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.cli import judge_eval
 from megatron_stepkto.cli.arguments import positive, positive_number
-from megatron_stepkto.cli.commands import Commands, add_quarantine
+from megatron_stepkto.cli.commands import Commands, add_quarantine, add_recipe, run_of
+from megatron_stepkto.methods.registry import METHODS
 
 
 def add_commands(commands: Commands) -> None:
@@ -49,6 +50,18 @@ def add_record_commands(commands: Commands) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="for problems.jsonl and judged.jsonl"
     )
     add_quarantine(imports)
+    exports = commands.add(
+        "export-samples", _export_samples, "write a run's judged samples as a data set for TRL",
+        "stepkto export-samples trl-kto recipes/mini_cpu.yaml --iteration 1 --output exported/kto",
+        "With prompt.chat, prompts and answers are messages, otherwise texts.",
+    )  # fmt: skip
+    exports.add_argument("layout", metavar="LAYOUT", help="trl-kto, trl-dpo or trl-stepwise (docs/data.md)")
+    add_recipe(exports)
+    exports.add_argument("--iteration", type=positive, required=True, metavar="T", help="from 1 on")
+    exports.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder: data and README.md")
+    exports.add_argument("--file-type", choices=("parquet", "jsonl"), default="parquet", help="default: parquet")
+    exports.add_argument("--method", choices=METHODS, help="a compared method; default: the recipe's own")
+    exports.set_defaults(from_scratch=False, force=False, quarantine=None, allow_overlap=False)
 
 
 def _check_answers(arguments: argparse.Namespace) -> None:
@@ -69,3 +82,18 @@ def _import(arguments: argparse.Namespace) -> None:
         warn(warning)
     for name, value in counts.items():
         say(f"{name}: {value}")
+
+
+def _export_samples(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.judging.exported import export_samples, layout_of
+
+    layout = layout_of(arguments.layout)
+    run = run_of(arguments)
+    t = arguments.iteration
+    imported = run.recipe.problems.source == "imports"
+    counts = export_samples(
+        layout, run.folder.judged(t), arguments.output, run.tokenizer_folder, run.recipe.prompt,
+        problems=run.folder.imported_problems if imported else run.folder.problems(t),
+        file_type=arguments.file_type, name=f"{run.recipe.name} iteration {t}",
+    )  # fmt: skip
+    say(f"{arguments.output}: {', '.join(f'{name}: {value}' for name, value in counts.items())}")

@@ -16,6 +16,7 @@ from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, S
 from megatron_stepkto.judging.classes import class_warnings
 from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.imported.solution import ImportedRow, ImportedSolution, same_answer
+from megatron_stepkto.problems.imported.trl import COLUMNS
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import BadText, Prompts
 
@@ -57,7 +58,8 @@ def read_imports(
     duplicates = 0
     for item in imports:
         counts = sources.setdefault(str(item.path), _no_counts(item.format))
-        for row in read_rows(item.path, _parser(item.format, prompts), quarantine=quarantine):
+        ignored: set[str] = set()
+        for row in read_rows(item.path, _parser(item.format, prompts, ignored), quarantine=quarantine):
             counts["rows"] += 1
             if row.skipped:
                 counts["skipped"][row.skipped] = counts["skipped"].get(row.skipped, 0) + 1
@@ -74,6 +76,8 @@ def read_imports(
                     continue
                 kept[solution.solution_id] = solution
                 _count(counts, solution)
+        if ignored:
+            counts["ignored_columns"] = sorted(ignored)
     solutions = list(kept.values())
     problems = _problems(solutions)
     return Imported(
@@ -90,16 +94,22 @@ def read_imports(
     )
 
 
-def _parser(name: str, prompts: Prompts | None) -> Callable[[dict[str, Any]], ImportedRow]:
+def _parser(name: str, prompts: Prompts | None, ignored: set[str]) -> Callable[[dict[str, Any]], ImportedRow]:
+    """``ignored`` collects the columns that the format does not use, where it says which it does."""
     importer = importer_of(name)
-    if prompts is None:
-        return importer
+    used = COLUMNS.get(importer.__name__.removeprefix("parse_"))
 
     def parse(row: dict[str, Any]) -> ImportedRow:
         parsed = importer(row)
-        for solution in parsed.solutions:
-            prompts.check_problem(solution.problem)
+        for solution in parsed.solutions if prompts is not None else ():
+            assert prompts is not None
+            if solution.turns:
+                prompts.conversation(solution.turns)
+            else:
+                prompts.check_problem(solution.problem)
             prompts.check_response(solution.text)
+        if used is not None:
+            ignored.update(row.keys() - used)
         return parsed
 
     return parse
@@ -167,7 +177,9 @@ def judged_samples(solutions: Sequence[ImportedSolution], prompts: Prompts) -> I
         for solution, token_ids, offsets in rows:
             try:
                 if solution.problem_id not in asked:
-                    asked[solution.problem_id] = prompts.token_ids(solution.problem)
+                    asked[solution.problem_id] = (
+                        prompts.conversation(solution.turns) if solution.turns else prompts.token_ids(solution.problem)
+                    )
                 prompts.check_response(solution.text, token_ids)
             except BadText as error:
                 raise UserError(f"solution {solution.solution_id}: {error}") from None

@@ -43,6 +43,7 @@ READS: dict[str, tuple[str, ...]] = {
     "prepare": (*_PREPARE, "problems.per_iteration", "iterations"),
     "warm-up": _PREPARE,
     "judge-eval": ("judge",),
+    "export-samples": (*_RUN, "prompt", "problems.source", "initial_model", "train.method"),
 }  # fmt: skip
 
 # Option -> the commands on which it has an effect.

@@ -213,6 +213,33 @@ class Prompts:
             )
         return ids
 
+    def conversation(self, turns: Sequence[Any]) -> list[int]:
+        """Tokens of the prompt that a conversation makes through the chat template: ``role`` and ``content`` of each.
+
+        prompt.template does not apply; prompt.system begins a conversation without a system turn.
+
+        Raises:
+            BadText: prompt.chat is false, a turn holds special tokens, or the template refuses the turns.
+        """
+        if not self._prompt.chat:
+            raise BadText(f"the prompt has {len(turns)} messages, which need a chat template; set prompt.chat: true")
+        for turn in turns:
+            if self._literal.search(turn.content) and (found := self._controls(self._encode_text(turn.content))):
+                raise BadText(
+                    f"a message of the {turn.role} holds the text of special tokens ({self._show(found)}); remove it"
+                )
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        if self._prompt.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self._prompt.system})
+        try:
+            return self._encode(self._render(messages))
+        except UserError as error:  # templates refuse some orders of roles: a matter of this conversation
+            raise BadText(str(error)) from None
+
+    def turns(self, problem: str) -> list[dict[str, str]]:
+        """The messages that ask ``problem``: of the section's system turn and its template."""
+        return self._turns(problem, self._prompt.system)
+
     def check(self, problem: Problem) -> Problem:
         """The problem as it is, for readers of rows. Raises BadText: see ``check_problem``."""
         self.check_problem(problem.problem)

@@ -16,6 +16,7 @@ from megatron_stepkto.problems.imported.people import parse_bigbench_mistake, pa
 from megatron_stepkto.problems.imported.prm800k import parse_prm800k
 from megatron_stepkto.problems.imported.rollouts import parse_gsm8k_solutions, parse_math_shepherd, parse_omegaprm
 from megatron_stepkto.problems.imported.solution import ImportedRow
+from megatron_stepkto.problems.imported.trl import parse_trl_dpo, parse_trl_kto, parse_trl_stepwise
 
 Importer = Callable[[dict[str, Any]], ImportedRow]
 
@@ -27,6 +28,9 @@ FORMATS: dict[str, Importer] = {
     "omegaprm": parse_omegaprm,
     "prm800k": parse_prm800k,
     "processbench": parse_processbench,
+    "trl_dpo": parse_trl_dpo,
+    "trl_kto": parse_trl_kto,
+    "trl_stepwise": parse_trl_stepwise,
 }
 _ALSO_CALLED = {"math_aps": "omegaprm"}
 

@@ -13,12 +13,20 @@ from megatron_stepkto.answers.text import normalise
 from megatron_stepkto.base.records import Label, Record, written
 
 
+class Turn(Record):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
 class ImportedSolution(Record):
     """One judged solution.
 
     ``steps`` are texts with their separators: joined they are the solution, character for character.
     ``finished`` is false where the source holds only the beginning of a solution: it gets no end token.
     ``problem_id`` depends on the problem's text alone, so the same problem of two sources has the same one.
+    ``turns``: the messages of a prompt that is a longer conversation than one question.
     """
 
     problem_id: str
@@ -30,6 +38,7 @@ class ImportedSolution(Record):
     outcome: Label
     source: str
     finished: bool = True
+    turns: tuple[Turn, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

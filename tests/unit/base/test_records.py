@@ -59,7 +59,10 @@ def refusal(path: Path, model: type[Any] = Problem, quarantine: Path | None = No
 
 def test_no_file_and_a_folder(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent") == f"{tmp_path / 'absent'}: expected a file of JSON lines, found none"
-    assert refusal(tmp_path) == f"{tmp_path}: expected a file of JSON lines, found a directory"
+    assert (
+        refusal(tmp_path)
+        == f"{tmp_path}: expected a file of JSON lines, found a directory without JSON lines or parquet"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "\n", " \n\t\n\n"])

@@ -16,7 +16,7 @@ GROUPS = {
     "models": ["convert", "measure", "compare-evaluations", "compare-logprobs", "plan"],
     "judges and answers": ["check-answers", "judge-eval"],
     "a cluster": ["slurm", "doctor"],
-    "records": ["import"],
+    "records": ["import", "export-samples"],
 }
 COMMANDS = [*(name for names in GROUPS.values() for name in names), "slurm submit", "slurm status", "slurm cancel"]
 

@@ -1,0 +1,116 @@
+"""Rows of the files that data sets come in beside JSON lines: parquet, JSON arrays, folders of ``datasets``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto.base.errors import UserError
+
+LINES = (".jsonl", ".ndjson", ".json")
+_PARTS = (".parquet", *LINES)
+_SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # what save_to_disk writes beside the data
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+BATCH = 1000  # rows in memory at a time
+
+
+def is_table(path: Path) -> bool:
+    """Is it read by ``table_rows``, and not line by line?"""
+    return path.suffix == ".parquet" or path.is_dir() or (path.suffix == ".json" and _is_array(path))
+
+
+def table_rows(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, JSON) of each row, in order and counted from 1; in memory are few rows at a time, but for JSON arrays.
+
+    A folder is one of ``datasets.save_to_disk``, or holds parquet or JSON-lines files of one split, which are read in
+    the order of their names.
+
+    Raises:
+        UserError: the folder holds no data or several splits, or a file is damaged.
+    """
+    for number, row in enumerate(_rows(path), 1):
+        yield number, row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=True, default=str).encode()
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    if path.is_dir():
+        if (path / _SAVED[0]).is_file() or (path / _SAVED[2]).is_file():
+            yield from _saved(path)
+            return
+        for part in _parts(path):
+            yield from _rows(part)
+    elif path.suffix == ".parquet":
+        yield from _parquet(path)
+    elif _is_array(path):
+        yield from _array(path)
+    else:
+        with path.open("rb") as file:
+            yield from (line for line in file if line.strip())
+
+
+def _parts(folder: Path) -> list[Path]:
+    parts = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in _PARTS and path.name not in _SAVED and not path.relative_to(folder).as_posix().startswith(".")
+    )
+    if not parts:
+        raise UserError(f"{folder}: expected a file of JSON lines, found a directory without JSON lines or parquet")
+    splits = {found[1] for path in parts if (found := _SPLIT.match(path.name))}
+    if len(splits) > 1:
+        raise UserError(
+            f"{folder}: holds several splits ({', '.join(sorted(splits))}); name one file, such as {parts[0]}"
+        )
+    return parts
+
+
+def _saved(folder: Path) -> Iterator[Any]:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # pyarrow, datasets and json each have their own
+        raise UserError(f"{folder}: the data set does not load: {_clause(error)}") from None
+    if not isinstance(found, datasets.Dataset):
+        raise UserError(f"{folder}: holds several splits; name one, such as {folder / next(iter(found))}")
+    yield from _python(found.with_format("arrow").iter(batch_size=BATCH))
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _python(file.iter_batches(BATCH))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: expected a parquet file, it does not read: {_clause(error)}") from None
+
+
+def _python(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        yield from batch.to_pylist()
+
+
+def _is_array(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        while character := file.read(1):
+            if not character.isspace():
+                return character == b"["
+    return False
+
+
+def _array(path: Path) -> Iterator[Any]:
+    try:
+        yield from json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON: {error}") from None
+
+
+def _clause(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
