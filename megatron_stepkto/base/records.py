@@ -101,10 +101,19 @@ class Sample(Record):
         return self
 
 
+class Opinion(Record):
+    """What one member of a combined judge said of a step; fields as of ``Step``."""
+
+    label: Label = None
+    votes: list[Label] | None = None
+    score: float | None = None
+
+
 class Step(Record):
     """One step: characters [start, end) of the text and tokens [token_start, token_end) of the response.
 
-    ``votes`` and ``score`` (share of votes or probability of "right") are what the label was derived from.
+    ``votes`` and ``score`` (share of votes or probability of "right") are what the label was derived from; of a
+    combined judge's label it is the opinions of its ``members``, by their names.
     """
 
     start: int = Field(ge=0)
@@ -114,6 +123,7 @@ class Step(Record):
     label: Label = None
     votes: list[Label] | None = None
     score: float | None = None
+    members: dict[str, Opinion] | None = Field(None, exclude_if=lambda members: members is None)
 
     @model_validator(mode="after")
     def _check_span(self) -> Self:

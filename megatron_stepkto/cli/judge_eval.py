@@ -35,12 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="Hugging Face folder that tokenises the solutions (monte_carlo)",
     )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="output of another judge's judge-eval: compare the two on the same solutions",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="judge the first N solutions of each file")
     parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and continue")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.evaluation.judges import REPORT, judge_eval, report_table
+    from megatron_stepkto.evaluation.judge_table import report_table
+    from megatron_stepkto.evaluation.judges import REPORT, judge_eval
 
     files = [_import(text) for text in arguments.files]
     report = judge_eval(
@@ -50,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         tokenizer=arguments.tokenizer,
         limit=arguments.limit,
         quarantine=arguments.quarantine,
+        against=arguments.against,
     )
     sys.stdout.write(report_table(report) + "\n")
     say(f"report: {arguments.output / REPORT}")

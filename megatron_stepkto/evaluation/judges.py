@@ -1,123 +1,56 @@
-"""How far a process judge can be trusted: its labels compared with those of people (``stepkto judge-eval``).
+"""``stepkto judge-eval``: a process judge, its members and another judge against labels of people.
 
-People judged each solution up to the first wrong step. ProcessBench's measure (arXiv 2412.06559) asks for that
-step: a judge predicts the first step that it calls wrong, or -1 where it calls none wrong. *Error accuracy* is
-the share of erroneous solutions whose first wrong step it names exactly, *correct accuracy* the share of correct
-ones in which it calls no step wrong, F1 their harmonic mean. A judge that judges nothing predicts -1 always: it
-has correct accuracy 100% and F1 0.
-
-What training sees are single labels, so they are counted too, on the steps that people judged: the precision of
-"wrong" and of "right", the share of wrong and right steps that are found, and the share that is judged at all.
+The measures are in ``judge_measures.py``. Labels of every solution are kept beside the report, so that two judges can
+be compared on the same solutions afterwards.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, sha256_of, write_json
 from megatron_stepkto.base.locks import exclusive_lock
-from megatron_stepkto.base.records import Label, Problem, Step
+from megatron_stepkto.base.records import Label, Problem, Record, Step, read_records, write_records
 from megatron_stepkto.base.stage import package_versions
-from megatron_stepkto.evaluation.statistics import Share, clustered_share, plain_share
+from megatron_stepkto.evaluation.judge_measures import Judged, compare, score
 from megatron_stepkto.judging.imported import GOLD_SOURCES, judged_samples, read_imports
-from megatron_stepkto.judging.process import Solution, Workplace, cut_after_first_error
+from megatron_stepkto.judging.process import Solution, Verdict, Verdicts, Workplace, cut_after_first_error
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.problems.imported.solution import ImportedSolution
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import Prompts
 
-RESAMPLES = 2000
-REPORT = "judge_eval.json"
+REPORT, LABELS = "judge_eval.json", "labels.jsonl"
 
 
-@dataclass(frozen=True)
-class Judged:
-    """One solution: labels of people and of the judge, step by step."""
+class JudgeLabels(Record):
+    """What one judge said of a solution; ``scores`` where it gave any."""
 
-    gold: tuple[Label, ...]
-    given: tuple[Label, ...]
-
-    @property
-    def error(self) -> int:
-        """ProcessBench's label: the first wrong step, -1 for none."""
-        return first_wrong(self.gold)
-
-    @property
-    def found(self) -> bool:
-        return first_wrong(self.given) == self.error
+    labels: list[Label]
+    scores: list[float | None] = Field(default_factory=list)
 
 
-def first_wrong(labels: Sequence[Label]) -> int:
-    return next((number for number, label in enumerate(labels) if label == 0), -1)
+class EvaluatedSolution(Record):
+    """Labels of people (``gold``), of the judge and, of a combined one, of its members by name.
 
+    ``file``: sha256 of the file that it is from.
+    """
 
-def f1(error_accuracy: float | None, correct_accuracy: float | None) -> float | None:
-    """Harmonic mean of the two accuracies, as ProcessBench defines it; 0 where both are 0."""
-    if error_accuracy is None or correct_accuracy is None:
-        return None
-    total = error_accuracy + correct_accuracy
-    return 2 * error_accuracy * correct_accuracy / total if total else 0.0
+    file: str
+    solution_id: str
+    gold: list[Label]
+    outcome: Label
+    given: JudgeLabels
+    members: dict[str, JudgeLabels] = Field(default_factory=dict)
 
-
-def _f1_interval(errors: Sequence[bool], corrects: Sequence[bool]) -> list[float] | None:
-    """95% percentile bootstrap over solutions, erroneous and correct ones apart."""
-    if not errors or not corrects:
-        return None
-    rng = random.Random(0)
-    counts = [(len(flags), sum(flags) / len(flags)) for flags in (errors, corrects)]
-    # resampling n flags with replacement draws the number of successes from a binomial distribution
-    values = sorted(
-        f1(*(sum(rng.random() < share for _ in range(size)) / size for size, share in counts)) or 0.0
-        for _ in range(RESAMPLES)
-    )
-    return [values[int(0.025 * RESAMPLES)], values[int(0.975 * RESAMPLES) - 1]]
-
-
-def score(rows: Sequence[Judged]) -> dict[str, Any]:
-    """All measures of one source, with counts and 95% intervals (steps: clustered by solution)."""
-    erroneous = [row.found for row in rows if row.error >= 0]
-    correct = [row.found for row in rows if row.error < 0]
-    error_accuracy, correct_accuracy = plain_share(erroneous), plain_share(correct)
-    result = {
-        "solutions": len(rows),
-        "erroneous": len(erroneous),
-        "correct": len(correct),
-        **_measured("error_accuracy", error_accuracy),
-        **_measured("correct_accuracy", correct_accuracy),
-        "f1": f1(error_accuracy.value, correct_accuracy.value),
-        "f1_interval": _f1_interval(erroneous, correct),
-    }
-    pairs = [[(gold, given) for gold, given in zip(r.gold, r.given, strict=True) if gold is not None] for r in rows]
-    table = {
-        f"people_{person}_judge_{judge}": sum((p, j) == (person_label, judge_label) for row in pairs for p, j in row)
-        for person, person_label in (("right", 1), ("wrong", 0))
-        for judge, judge_label in (("right", 1), ("wrong", 0), ("null", None))
-    }
-
-    def share(of: Callable[[Label, Label], bool], among: Callable[[Label, Label], bool]) -> Share:
-        return clustered_share(
-            (sum(among(*p) and of(*p) for p in row), sum(among(*p) for p in row)) for row in pairs
-        )  # fmt: skip
-
-    return {
-        **result,
-        "steps": table,
-        **_measured("judged_share", share(lambda p, j: j is not None, lambda p, j: True)),
-        **_measured("precision_of_wrong", share(lambda p, j: p == 0, lambda p, j: j == 0)),
-        **_measured("precision_of_right", share(lambda p, j: p == 1, lambda p, j: j == 1)),
-        **_measured("wrong_steps_found", share(lambda p, j: j == 0, lambda p, j: p == 0)),
-        **_measured("right_steps_found", share(lambda p, j: j == 1, lambda p, j: p == 1)),
-    }
-
-
-def _measured(key: str, share: Share) -> dict[str, Any]:
-    return {key: share.value, f"{key}_interval": None if share.interval is None else list(share.interval)}
+    def judged(self, given: JudgeLabels) -> Judged:
+        return Judged(tuple(self.gold), tuple(given.labels), tuple(given.scores), self.outcome)
 
 
 # --- the command -----------------------------------------------------------------------------------------------
@@ -132,6 +65,7 @@ def judge_eval(
     limit: int | None = None,
     quarantine: Path | None = None,
     prompt: recipe.Prompt | None = None,
+    against: Path | None = None,
 ) -> dict[str, Any]:
     """Judge solutions that people judged; leaves ``output/judge_eval.json`` and returns it.
 
@@ -140,10 +74,12 @@ def judge_eval(
     Args:
         tokenizer: Hugging Face folder; its tokens are needed by rollouts alone.
         limit: judge the first N solutions of each file.
+        against: output folder of another judge's evaluation: the two are compared on the solutions that both judged.
 
     Raises:
         UserError: bad input, see ``read_imports``; a solution that the judge cannot take; nothing to judge.
     """
+    other = None if against is None else _read_other(against)
     # one file at a time: two files may hold the same solution
     sources = {str(file.path): _solutions(file, limit, quarantine) for file in files}
     flat = [(name, solution) for name, solutions in sources.items() for solution in solutions]
@@ -153,17 +89,16 @@ def judge_eval(
         place = Workplace(output, tokenizer, 0, settings.workers, settings.timeout_s, hashes)
         judge = process_judge(settings.process, place)
         judge.load()
-        rows: dict[str, list[Judged]] = {name: [] for name in sources}
+        rows: dict[str, list[EvaluatedSolution]] = {name: [] for name in sources}
         refused: dict[str, list[str]] = {name: [] for name in sources}
+        hash_of = {name: sha256_of(Path(name)) for name in sources}
+        drop = settings.after_first_error == "drop"
         for (name, solution), verdicts in zip(flat, judge.judge(made), strict=True):
             if isinstance(verdicts, UserError):
                 # counts as not judged: else a judge would look better by refusing
                 refused[name].append(f"{solution.solution_id}: {verdicts}")
-                given: list[Label] = [None] * len(solution.steps)
-            else:
-                kept = cut_after_first_error(verdicts) if settings.after_first_error == "drop" else verdicts
-                given = [verdict.label for verdict in kept]
-            rows[name].append(Judged(solution.labels, tuple(given)))
+            rows[name].append(_evaluated(hash_of[name], solution, verdicts, list(judge.members()), drop))
+        write_records(output / LABELS, [row for name in sources for row in rows[name]])
         report = {
             "judge": judge.name,
             "settings": judging_key(settings, tokenizer, hashes),
@@ -172,17 +107,73 @@ def judge_eval(
             "sources": [
                 {
                     "file": Path(name).name,
-                    "sha256": sha256_of(Path(name)),
+                    "sha256": hash_of[name],
                     "format": file.format,
-                    **score(rows[name]),
+                    **score([row.judged(row.given) for row in rows[name]]),
                     "refused": len(refused[name]),
                     "first_refused": refused[name][:3],
+                    **_members(rows[name]),
+                    **({} if other is None else {"against": _against(rows[name], *other)}),
                 }
                 for name, file in zip(sources, files, strict=True)
             ],
         }
         write_json(output / REPORT, report)
     return dict(read_json(output / REPORT))
+
+
+def _evaluated(
+    file: str, solution: ImportedSolution, verdicts: Verdicts, members: Sequence[str], drop: bool
+) -> EvaluatedSolution:
+    steps = [Verdict(None)] * len(solution.steps) if isinstance(verdicts, UserError) else verdicts
+
+    def labels(given: Sequence[Verdict]) -> JudgeLabels:
+        kept = cut_after_first_error(given) if drop else given
+        scores = [verdict.score for verdict in given]
+        scored = any(value is not None for value in scores)
+        return JudgeLabels(labels=[verdict.label for verdict in kept], scores=scores if scored else [])
+
+    return EvaluatedSolution(
+        file=file, solution_id=solution.solution_id, gold=list(solution.labels), outcome=solution.outcome,
+        given=labels(steps),
+        members={name: labels([(step.members or {}).get(name, Verdict(None)) for step in steps]) for name in members},
+    )  # fmt: skip
+
+
+def _members(rows: Sequence[EvaluatedSolution]) -> dict[str, Any]:
+    """Measures of each member of a combined judge, and the combination compared with it."""
+    names = rows[0].members
+    if not names:
+        return {}
+    whole = [row.judged(row.given) for row in rows]
+    alone = {name: [row.judged(row.members[name]) for row in rows] for name in names}
+    return {
+        "members": {name: score(member) | {"combination": compare(whole, member)} for name, member in alone.items()}
+    }
+
+
+def _read_other(folder: Path) -> tuple[str, dict[tuple[str, str], EvaluatedSolution]]:
+    """Another judge's name and labels, by file and solution."""
+    if not (folder / REPORT).is_file() or not (folder / LABELS).is_file():
+        raise UserError(
+            f"judge-eval: --against {folder}: expected {REPORT} and {LABELS}, which a finished judge-eval leaves; "
+            "run it for the other judge"
+        )
+    rows = read_records(folder / LABELS, EvaluatedSolution)
+    return str(read_json(folder / REPORT)["judge"]), {(row.file, row.solution_id): row for row in rows}
+
+
+def _against(
+    rows: Sequence[EvaluatedSolution], name: str, others: Mapping[tuple[str, str], EvaluatedSolution]
+) -> dict[str, Any]:
+    """The comparison on the solutions of one file that both judged."""
+    common = [(row, other) for row in rows if (other := others.get((row.file, row.solution_id))) is not None]
+    if not common:
+        return {"judge": name, "solutions": 0}
+    if any(row.gold != other.gold for row, other in common):
+        raise UserError(f"judge-eval: --against: {name} was measured by another version of this package; run it again")
+    pairs = [[row.judged(row.given) for row in side] for side in zip(*common, strict=True)]
+    return {"judge": name, **compare(*pairs)}
 
 
 def _solutions(file: recipe.Import, limit: int | None, quarantine: Path | None) -> list[ImportedSolution]:
@@ -227,41 +218,3 @@ def _steps(texts: Sequence[str]) -> tuple[Step, ...]:
         steps.append(Step(start=position, end=position + len(text), token_start=0, token_end=0))
         position += len(text)
     return tuple(steps)
-
-
-# --- the table -------------------------------------------------------------------------------------------------
-
-
-def report_table(report: dict[str, Any]) -> str:
-    """Markdown: one line per source, then how to read the predictions of -1."""
-    lines = [
-        f"judge: {report['judge']}",
-        "",
-        "| source | solutions | error acc. | correct acc. | F1 | steps judged | precision of wrong | wrong found "
-        "| precision of right | right found |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    columns = (
-        "error_accuracy", "correct_accuracy", "f1", "judged_share", "precision_of_wrong", "wrong_steps_found",
-        "precision_of_right", "right_steps_found",
-    )  # fmt: skip
-    for row in report["sources"]:
-        cells = [_cell(row[key], row[f"{key}_interval"]) for key in columns]
-        lines.append(f"| {row['file']} | {row['solutions']} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        '[95% interval]. Where the judge calls no step wrong it predicts "no error" (-1), also where it judged '
-        "nothing: read the accuracies beside the share of steps judged.",
-    ]
-    refused = sum(row["refused"] for row in report["sources"])
-    if refused:
-        first = next(row["first_refused"][0] for row in report["sources"] if row["refused"])
-        lines.append(f"{refused} solutions could not be judged and count as not judged; the first: {first}")
-    return "\n".join(lines)
-
-
-def _cell(value: float | None, interval: Sequence[float] | None) -> str:
-    if value is None:
-        return "–"
-    shown = f"{100 * value:.1f}"
-    return shown if interval is None else f"{shown} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"

@@ -28,5 +28,6 @@ def judging_key(settings: recipe.Judging, sampler: Path | None = None, hashes: P
 
 def judging_resources(settings: recipe.Judging) -> list[Resources]:
     """What each judge of the section needs. They work one after another."""
-    needs = [process_judge(settings.process).resources()]
+    judge = process_judge(settings.process)
+    needs = [each.resources() for each in judge.members().values() or [judge]]
     return needs if settings.outcome is None else [*needs, OutcomeRewardModel(settings.outcome).resources()]

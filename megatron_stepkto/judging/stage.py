@@ -104,12 +104,7 @@ def _solution(sample: Sample, problem: Problem, spans: list[list[int]]) -> Solut
 def _labelled(solution: Solution, verdicts: list[Verdict], settings: Judging) -> list[Step]:
     if settings.after_first_error == "drop":
         verdicts = cut_after_first_error(verdicts)
-    return [
-        step.model_copy(
-            update={"label": v.label, "votes": None if v.votes is None else list(v.votes), "score": v.score}
-        )
-        for step, v in zip(solution.steps, verdicts, strict=True)
-    ]
+    return [step.model_copy(update=verdict.of_step()) for step, verdict in zip(solution.steps, verdicts, strict=True)]
 
 
 def _count(judged: Sequence[JudgedSample]) -> dict[str, Any]:

@@ -36,6 +36,13 @@ def _expand(text: str, path: Path, line: int) -> str:
     return _VARIABLE.sub(replace, text)
 
 
+def _models(annotation: Any) -> list[Any]:
+    """The sections that a key may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
 def _section_keys(location: tuple[str | int, ...]) -> list[str]:
     """Keys that are allowed beside ``location``, which names the kind of a section that has several."""
     model: Any = Recipe
@@ -47,9 +54,7 @@ def _section_keys(location: tuple[str | int, ...]) -> list[str]:
             model = next(m for m in several if part in get_args(m.model_fields["kind"].annotation))
             several = []
             continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        models = _models(model.model_fields[part].annotation)
         if not models:
             return []
         model, several = models[0], models if len(models) > 1 else []
@@ -63,8 +68,11 @@ def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
         for judge in get_args(get_args(ProcessJudge)[0])
         for kind in get_args(judge.model_fields["kind"].annotation)
     }
-    tagged = location[:2] == ("judge", "process") and len(location) > 2 and location[2] in kinds
-    return location[:2] + location[3:] if tagged else location
+    before = (None, *location)  # a kind comes behind the section's name, or its place in a list
+    return tuple(
+        part for part, last in zip(location, before, strict=False)
+        if not (part in kinds and (last == "process" or isinstance(last, int)))
+    )  # fmt: skip
 
 
 def _explain(error: ValidationError, places: dict[tuple[str | int, ...], str]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_stepkto.recipe.sample_keys import Sampling
-from megatron_stepkto.recipe.section import Dtype, RecipePath, Section, Unkeyed
+from megatron_stepkto.recipe.section import Added, Dtype, RecipePath, Section, Unkeyed
 
 
 class RuleJudge(Section):
@@ -25,7 +25,12 @@ class LLMJudge(Section):
     base_url: Unkeyed[str] = Field(min_length=1, description="http://host:8000/v1; several servers: commas between")
     model: str = Field(min_length=1, description="the model's name at the server")
     api_key_env: Unkeyed[str | None] = Field(None, description="environment variable that holds the API key")
-    prompt: RecipePath | None = Field(None, description="Jinja template; null: judging/prompts/step_judge.txt")
+    format: Added[Literal["schema", "genprm", "thinkprm", "r_prm"]] = Field(
+        "schema", description="how the model was trained to judge; schema: any model, under a JSON schema"
+    )
+    prompt: RecipePath | None = Field(
+        None, description="Jinja template; null: judging/prompts/step_judge.txt; r_prm: text with three places {}"
+    )
     votes: int = Field(1, ge=1, description="answers per solution")
     threshold: float = Field(0.5, ge=0.5, le=1, description="share of the votes that a label must exceed; 1: all")
     temperature: float = Field(0.6, ge=0, description="sampling temperature of the verdicts; 0: greedy")
@@ -47,6 +52,14 @@ class LLMJudge(Section):
     def _check_votes(self) -> Self:
         if self.votes > 1 and self.temperature == 0:
             raise ValueError(f"votes: {self.votes} needs temperature > 0: without it all answers are the same")
+        return self
+
+    @model_validator(mode="after")
+    def _check_format(self) -> Self:
+        if self.format == "r_prm" and self.prompt is None:
+            raise ValueError("format: r_prm needs prompt: a file with R-PRM's instructions (docs/judges.md)")
+        if self.format in ("genprm", "thinkprm") and self.prompt is not None:
+            raise ValueError(f"format: {self.format} has the prompt that the model was trained on: remove prompt")
         return self
 
 
@@ -105,12 +118,28 @@ class MonteCarloJudge(Section):
     )
 
 
-ProcessJudge = Annotated[RuleJudge | LLMJudge | PRMJudge | MonteCarloJudge, Field(discriminator="kind")]
-
-
 def _short_form(value: Any) -> Any:
     """``process: equations`` is ``process: {kind: equations}``."""
     return {"kind": value} if isinstance(value, str) else value
+
+
+SingleJudge = Annotated[RuleJudge | LLMJudge | PRMJudge | MonteCarloJudge, Field(discriminator="kind")]
+
+
+class CombinedJudge(Section):
+    """Several judges label every step; a rule makes one label of theirs, null where they disagree (docs/judges.md)."""
+
+    kind: Literal["combine"] = Field(description="several judges label every step; a rule makes one label of theirs")
+    judges: list[Annotated[SingleJudge, BeforeValidator(_short_form)]] = Field(
+        min_length=2, description="the members; their order counts for first and confirm_wrong"
+    )
+    rule: Literal["all", "majority", "first", "confirm_wrong"] = Field(
+        description="all: the label that all give; majority: that more than half of all give; first: that of the first "
+        "that gives one; confirm_wrong: that of the first, its wrong only where another says so too"
+    )
+
+
+ProcessJudge = Annotated[RuleJudge | LLMJudge | PRMJudge | MonteCarloJudge | CombinedJudge, Field(discriminator="kind")]
 
 
 class RewardModel(Section):

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.judge_keys import (
+    CombinedJudge,
     Judging,
     LLMJudge,
     MonteCarloJudge,
@@ -26,7 +27,7 @@ from megatron_stepkto.recipe.templates import TEMPLATES
 from megatron_stepkto.recipe.train_keys import FP8, Log, Loss, Method, Optimizer, Parallel, Training
 
 __all__ = [
-    "FP8", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "Log", "Loss", "Measure",
+    "FP8", "CombinedJudge", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "Log", "Loss", "Measure",
     "Method", "MonteCarloJudge", "Optimizer", "PRMJudge", "Parallel", "Problems", "ProcessJudge", "Prompt", "Recipe",
     "RewardModel", "RuleJudge", "Sampling", "Section", "Training", "WarmUp", "deciding", "nearest_place", "unkeyed",
 ]  # fmt: skip

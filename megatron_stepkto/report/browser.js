@@ -107,11 +107,15 @@ function startBrowser(browser) {
     ];
   }
 
-  function stepLine([label, text, rightVotes, votes, logRatio]) {
+  function stepLine([label, text, rightVotes, votes, logRatio, members]) {
     const [cls, mark, name] = label === 1 ? ["right", "✓", "right step"] : label === 0 ? ["wrong", "✗", "wrong step"] : ["unjudged", "·", "step not judged"];
     const notes = [];
     if (votes) notes.push(element("span", { class: "votes", title: "votes that call the step right" }, `${rightVotes} of ${votes} votes`));
-    if (logRatio !== undefined) {
+    for (const [name, [opinion, score]] of Object.entries(members ?? {})) {
+      const shown = score === null ? "" : ` ${score.toFixed(2)}`;
+      notes.push(element("span", { class: "votes", title: "label and score of one judge" }, `${name} ${opinion === 1 ? "✓" : opinion === 0 ? "✗" : "·"}${shown}`));
+    }
+    if (logRatio != null) {
       const grew = logRatio > 0.05 ? "grew" : logRatio < -0.05 ? "fell" : "stayed";
       const shown = logRatio.toFixed(2).replace(/^-(?=0\.00$)/, "");
       notes.push(element("span", { class: `ratio ${grew}`, title: "log-ratio of the step after training, nats" }, `${logRatio >= 0.005 ? "+" : ""}${minus(shown)}`));

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ MAX_TRAINING_SAMPLES = 4000
 class SolutionStep:
     """``right_votes`` of ``num_votes`` judges called the step right (a vote may be null: it counts as neither).
 
-    ``log_ratio``: sum over the step's tokens of log pi_trained - log pi_ref, in nats.
+    ``log_ratio``: sum over the step's tokens of log pi_trained - log pi_ref, in nats. ``members``: label and score of
+    each member of a combined judge, by its name.
     """
 
     label: Label
@@ -30,6 +31,7 @@ class SolutionStep:
     num_votes: int = 0
     right_votes: int = 0
     log_ratio: float | None = None
+    members: Mapping[str, tuple[Label, float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,17 @@ class Solution:
         return self.outcome == 1 and any(step.label == 0 for step in self.steps)
 
     def payload(self) -> dict[str, Any]:
-        """Steps as arrays [label, text, right votes, votes, log-ratio], cut after the last that says something."""
+        """Steps as arrays [label, text, right votes, votes, log-ratio, {member: [label, score]}], cut after the last
+        that says something."""
         steps = []
         for step in self.steps:
             row: list[Any] = [step.label, step.text]
-            if step.num_votes or step.log_ratio is not None:
+            if step.num_votes or step.log_ratio is not None or step.members:
                 row += [step.right_votes, step.num_votes]
-            if step.log_ratio is not None:
-                row.append(round(step.log_ratio, 3))
+            if step.log_ratio is not None or step.members:
+                row.append(None if step.log_ratio is None else round(step.log_ratio, 3))
+            if step.members:
+                row.append({name: [label, score and round(score, 3)] for name, (label, score) in step.members.items()})
             steps.append(row)
         return {"outcome": self.outcome, "answer": self.answer, "truncated": self.truncated, "steps": steps}
 
@@ -133,7 +138,12 @@ def solution_of(sample: JudgedSample, log_ratios: Sequence[float] | None = None)
     ratios = log_ratios if log_ratios is not None else [None] * len(sample.steps)
     steps = tuple(
         SolutionStep(
-            step.label, sample.text[a:b].strip("\n\r"), len(step.votes or ()), (step.votes or []).count(1), ratio
+            step.label,
+            sample.text[a:b].strip("\n\r"),
+            len(step.votes or ()),
+            (step.votes or []).count(1),
+            ratio,
+            {name: (member.label, member.score) for name, member in (step.members or {}).items()},
         )
         for step, a, b, ratio in zip(sample.steps, starts, ends, ratios, strict=True)
     )

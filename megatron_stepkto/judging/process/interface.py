@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.records import Label, Problem, Step
+from megatron_stepkto.base.records import Label, Opinion, Problem, Step
 from megatron_stepkto.base.stage import input_hash
 from megatron_stepkto.recipe import keys as recipe
 
@@ -90,11 +90,23 @@ class Verdict:
     """A step's label, and what it was decided from.
 
     ``votes``: single opinions (answers of a model, rollouts). ``score``: the share or probability of "right".
+    ``members``: the verdicts of a combined judge's members, by name.
     """
 
     label: Label
     votes: tuple[Label, ...] | None = None
     score: float | None = None
+    members: Mapping[str, Verdict] | None = None
+
+    def of_step(self) -> dict[str, Any]:
+        """The fields of ``Step`` that a judge fills."""
+        if self.members is None:
+            return self._opinion()
+        opinions = {name: Opinion(**verdict._opinion()) for name, verdict in self.members.items()}
+        return {**self._opinion(), "members": opinions}
+
+    def _opinion(self) -> dict[str, Any]:
+        return {"label": self.label, "votes": None if self.votes is None else list(self.votes), "score": self.score}
 
 
 Verdicts = list[Verdict] | UserError  # an error: this one solution cannot be judged
@@ -143,6 +155,10 @@ class ProcessJudge(ABC, Generic[Keys]):
         """What it needs of the machine that it works on."""
         return Resources()
 
+    def members(self) -> Mapping[str, ProcessJudge[Any]]:
+        """The judges whose verdicts it combines, by the names that they have in records; empty for most judges."""
+        return {}
+
     def load(self) -> None:
         """Read what judging needs: prompts, tokenizers.
 
@@ -189,6 +205,6 @@ def cut_after_first_error(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """Labels after the first wrong step become None; what they were decided from stays."""
     kept, wrong = [], False
     for verdict in verdicts:
-        kept.append(Verdict(None, verdict.votes, verdict.score) if wrong else verdict)
+        kept.append(replace(verdict, label=None) if wrong else verdict)
         wrong = wrong or verdict.label == 0
     return kept

@@ -31,6 +31,7 @@ from megatron_stepkto.judging.process.client import (
     run_async,
     split_urls,
 )
+from megatron_stepkto.judging.process.formats import RPRM, Format, GenPRM, ThinkPRM
 from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdicts, Workplace, majority
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import TEMPLATE_FAULTS
@@ -51,6 +52,24 @@ def template_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"judge.process.prompt: {path}: expected a text file ({error}); see docs/judges.md") from None
+
+
+def format_of(name: str, prompt: Path | None) -> Format:
+    """A generative reward model's format; ``prompt``: file of R-PRM's instructions.
+
+    Raises:
+        UserError: the file is missing, or does not hold them.
+    """
+    if name != "r_prm":
+        return {"genprm": GenPRM, "thinkprm": ThinkPRM}[name]()
+    assert prompt is not None, "the recipe's keys ask for it"
+    text = template_text(prompt)
+    if text.count("{}") != 3 or "<|" in text:
+        raise UserError(
+            f"judge.process.prompt: {prompt}: expected R-PRM's user message with three places {{}} (question, previous "
+            f"steps, now step) and without chat markers such as <|im_start|>, got {text.count('{}')} places; correct it"
+        )
+    return RPRM(text)
 
 
 class PromptTemplate:
@@ -131,6 +150,20 @@ def votes_of(answer: Any, num_steps: int) -> list[Label]:
     return read_votes(content, num_steps)
 
 
+def chain_of(answer: Any) -> str | None:
+    """A generative reward model's answer; None where the server cut it off or it is empty: it has no verdict.
+
+    Raises:
+        Unavailable: this is not a model's answer.
+    """
+    try:
+        choice = answer["choices"][0]
+        content = choice["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise Unavailable(f"expected choices[0].message.content, got {str(answer)[:200]}", "garbled") from None
+    return content if isinstance(content, str) and choice.get("finish_reason") != "length" else None
+
+
 # What turns an answer into votes, which are what is kept. It alone: any other change of this module would ask for paid
 # answers again.
 READING = (WORDS, inspect.getsource(read_votes), inspect.getsource(votes_of))
@@ -153,7 +186,8 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
         return f"llm:{self.settings.model}"
 
     def inputs(self) -> dict[str, Path]:
-        return {"prompt": self.settings.prompt or OWN_PROMPT}
+        prompt = self.settings.prompt or (OWN_PROMPT if self.settings.format == "schema" else None)
+        return {} if prompt is None else {"prompt": prompt}
 
     def content_hash(self, path: Path) -> str:
         return hashlib.sha256(template_text(path).encode()).hexdigest()  # of the text, whatever its line ends
@@ -165,8 +199,13 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
     def _template(self) -> PromptTemplate:
         return PromptTemplate(self.settings.prompt)
 
+    @functools.cached_property
+    def _format(self) -> Format | None:
+        """None: the model is asked for verdicts under a JSON schema."""
+        return None if self.settings.format == "schema" else format_of(self.settings.format, self.settings.prompt)
+
     def load(self) -> None:
-        _ = self._template
+        _ = self._format or self._template
 
     def counts(self) -> dict[str, Any]:
         counts: dict[str, Any] = dict(sorted(self._counts.items()))
@@ -189,31 +228,40 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
 
     # --- requests ---
 
-    def _body(self, solution: Solution, vote: int) -> dict[str, Any]:
-        """What is asked: all that decides the answer."""
+    def _bodies(self, solution: Solution, vote: int) -> list[dict[str, Any]]:
+        """The requests of one vote: all that decides the answers."""
+        if self._format is None:
+            prompt = self._template.render(solution, self.settings.comment_chars > 0)
+            return [self._body([{"role": "user", "content": prompt}], vote) | self._schema(len(solution.steps))]
+        prompts = self._format.prompts(solution.problem.problem, [text.strip() for text in solution.step_texts])
+        system = [] if self._format.system is None else [{"role": "system", "content": self._format.system}]
+        return [self._body([*system, {"role": "user", "content": prompt}], vote) for prompt in prompts]
+
+    def _body(self, messages: list[dict[str, str]], vote: int) -> dict[str, Any]:
         settings = self.settings
-        prompt = self._template.render(solution, settings.comment_chars > 0)
-        schema = answer_schema(len(solution.steps), settings.comment_chars)
-        # spaced by hashing: servers that draw n samples from seed s use s, s + 1, ...
-        seed = int(content_key(prompt, vote)[:8], 16) % LARGEST_SEED
-        body: dict[str, Any] = {
+        return {
             "model": settings.model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": messages,
             "temperature": settings.temperature,
             "max_tokens": settings.max_tokens,
-            "seed": seed,
+            # spaced by hashing: servers that draw n samples from seed s use s, s + 1, ...
+            "seed": int(content_key(messages[-1]["content"], vote)[:8], 16) % LARGEST_SEED,
             **settings.request,
         }
-        if settings.schema_key == "structured_outputs":
-            body["structured_outputs"] = {"json": schema}
-        else:
-            body["response_format"] = {
-                "type": "json_schema", "json_schema": {"name": "verdicts", "strict": True, "schema": schema},
-            }  # fmt: skip
-        return body
 
-    def _key(self, body: dict[str, Any]) -> str:
-        return content_key(body, self.settings.reported_model, *READING)
+    def _schema(self, num_steps: int) -> dict[str, Any]:
+        schema = answer_schema(num_steps, self.settings.comment_chars)
+        if self.settings.schema_key == "structured_outputs":
+            return {"structured_outputs": {"json": schema}}
+        return {
+            "response_format": {
+                "type": "json_schema", "json_schema": {"name": "verdicts", "strict": True, "schema": schema},
+            }
+        }  # fmt: skip
+
+    def _key(self, bodies: list[dict[str, Any]]) -> str:
+        reading = READING if self._format is None else (type(self._format).reading(),)
+        return content_key(*bodies, self.settings.reported_model, *reading)
 
     async def _ask_all(
         self, solutions: Sequence[Solution], cache: AnswerCache, votes: dict[tuple[int, int], list[Label]]
@@ -221,7 +269,7 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
         places: dict[str, list[tuple[int, int]]] = {}  # equal solutions are one question
         for number, solution in enumerate(solutions):
             for vote in range(self.settings.votes):
-                places.setdefault(self._key(self._body(solution, vote)), []).append((number, vote))
+                places.setdefault(self._key(self._bodies(solution, vote)), []).append((number, vote))
         missing = []
         for key, where in places.items():
             known = cache.get(key)
@@ -252,10 +300,10 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
             nonlocal finished
             for where in queue:
                 number, vote = where[0]
-                body = self._body(solutions[number], vote)
-                found = await self._ask(client, body, len(solutions[number].steps))
+                bodies = self._bodies(solutions[number], vote)
+                found = await self._ask(client, bodies, len(solutions[number].steps))
                 if found is not None:
-                    cache.put(self._key(body), found)
+                    cache.put(self._key(bodies), found)
                     votes.update(dict.fromkeys(where, found))
                 finished += len(where)
                 bar.update(finished, self._note())
@@ -264,17 +312,58 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
             for _ in range(min(self.settings.concurrency, len(missing))):
                 group.create_task(worker())
 
-    async def _ask(self, client: Client, body: dict[str, Any], num_steps: int) -> list[Label] | None:
-        """The votes of one request; None if it gave none."""
+    def _count_tokens(self, answer: Any) -> None:
+        usage = answer.get("usage") if isinstance(answer, dict) else None
+        for name in ("prompt_tokens", "completion_tokens"):
+            self._counts[name] += int((usage or {}).get(name) or 0)
+
+    async def _labels(self, client: Client, bodies: list[dict[str, Any]], num_steps: int) -> list[Label]:
+        """The labels of one vote, from one request under the schema, or from the requests of a format.
+
+        Raises:
+            NoAnswer: no step has a verdict, or ``client.post`` says so. TooLong: as ``client.post``.
+        """
 
         def read(answer: Any) -> list[Label]:
-            usage = answer.get("usage") if isinstance(answer, dict) else None
-            for name in ("prompt_tokens", "completion_tokens"):
-                self._counts[name] += int((usage or {}).get(name) or 0)
+            self._count_tokens(answer)
             return votes_of(answer, num_steps)
 
+        def read_chain(answer: Any) -> str | None:
+            self._count_tokens(answer)
+            return chain_of(answer)
+
+        if self._format is None:
+            return await client.post("/chat/completions", bodies[0], read)
+        labels: list[Label] = []
+        asked = num_steps if len(bodies) == 1 else 1
+        said: list[dict[str, str]] = []  # of a conversation, without the system's message
+        chain: str | None = None
+        for body in bodies:
+            *before, own = body["messages"]
+            try:
+                chain = await client.post("/chat/completions", {**body, "messages": [*before, *said, own]}, read_chain)
+            except TooLong:
+                if not labels:
+                    raise
+                self._counts["steps_too_long"] += num_steps - len(labels)
+                break  # the requests of later steps are longer still
+            self._counts["cut_off"] += chain is None
+            labels += [None] * asked if chain is None else self._format.read(chain, asked)
+            if self._format.conversation:
+                if chain is None:
+                    break  # a critique is missing: the model was not trained to go on without it
+                said += [own, {"role": "assistant", "content": chain}]
+        labels += [None] * (num_steps - len(labels))
+        self._counts["steps_without_verdict"] += labels.count(None)
+        if not any(label is not None for label in labels):
+            got = "an answer cut off at judge.process.max_tokens" if chain is None else repr(chain[-200:])
+            raise NoAnswer(f"expected verdicts in the format {self.settings.format}, got {got}")
+        return labels
+
+    async def _ask(self, client: Client, bodies: list[dict[str, Any]], num_steps: int) -> list[Label] | None:
+        """One vote; None if there is none."""
         try:
-            found = await client.post("/chat/completions", body, read)
+            found = await self._labels(client, bodies, num_steps)
             self._counts["answered"] += 1
             return found
         except TooLong as error:

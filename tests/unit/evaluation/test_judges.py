@@ -11,7 +11,8 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.cli.main import main
-from megatron_stepkto.evaluation.judges import Judged, f1, judge_eval, score
+from megatron_stepkto.evaluation.judge_measures import Judged, compare, f1, reliability, score
+from megatron_stepkto.evaluation.judges import judge_eval
 from megatron_stepkto.recipe.keys import Import, Judging
 from tests.scripted_server import Reply, ScriptedServer, chat
 
@@ -50,6 +51,57 @@ def test_a_judge_that_judges_nothing() -> None:
     assert found["judged_share"] == 0.0 and found["precision_of_wrong"] is None
 
 
+def test_right_answers_by_hand() -> None:
+    """Three right answers, two with a wrong step that people saw; the fourth solution's answer is wrong."""
+    rows = [
+        Judged((1, 0), (1, 0), outcome=1),
+        Judged((1, 0, None), (0, 1, 0), outcome=1),
+        Judged((1, 1), (1, None), outcome=1),
+        Judged((0,), (0,), outcome=0),
+    ]
+    right = score(rows)["right_answers"]
+    assert (right["solutions"], right["with_a_wrong_step"]) == (3, 2)
+    assert right["precision_of_wrong"] == 0.5 and right["wrong_steps_found"] == 0.5
+    assert right["judged_share"] == pytest.approx(5 / 6)
+    low, high = right["precision_of_wrong_interval"]
+    assert 0 < low < 0.5 < high < 1
+    assert score(rows)["precision_of_wrong"] == pytest.approx(2 / 3)
+    assert score(rows[3:])["right_answers"]["precision_of_wrong"] is None
+
+
+def test_reliability_by_hand() -> None:
+    rows = [
+        Judged((1, 0, None), (1, 1, 1), (0.95, 0.91, 0.9)),
+        Judged((1, 0), (1, 0), (1.0, 0.05)),
+        Judged((1,), (1,), (None,)),
+        Judged((1,), (1,)),
+    ]
+    low, high = reliability(rows)
+    assert (low["from"], low["to"], low["steps"], low["mean_score"], low["right"]) == (0.0, 0.1, 1, 0.05, 0.0)
+    assert (high["from"], high["steps"], high["right"]) == (0.9, 3, pytest.approx(2 / 3))
+    assert high["mean_score"] == pytest.approx((0.95 + 0.91 + 1.0) / 3)
+    assert reliability(rows[3:]) == []
+
+
+def test_a_comparison_by_hand() -> None:
+    """Of eight erroneous solutions, all with a right answer, the first judge names seven, the second one."""
+    gold: list[tuple[Any, ...]] = [(1, 0)] * 8 + [(1, 1)] * 2
+    first = [Judged(g, g if n < 7 else (1, 1), outcome=1) for n, g in enumerate(gold)]
+    second = [Judged(g, (1, 0) if n in (0, 8) else (1, 1), outcome=1) for n, g in enumerate(gold)]
+    found = compare(first, second)
+    assert (found["solutions"], found["found_only_by_first"], found["found_only_by_second"]) == (10, 7, 0)
+    assert found["p_value"] == pytest.approx(2 / 2**7)
+    assert found["f1"]["difference"] == pytest.approx(2 * 0.875 / 1.875 - 2 * 0.125 * 0.5 / 0.625)
+    right = found["right_answers"]
+    assert right["wrong_steps_found"]["difference"] == pytest.approx(6 / 8)
+    assert right["precision_of_wrong"]["difference"] == pytest.approx(1 - 1 / 2)
+    low, high = right["wrong_steps_found"]["interval"]
+    assert 0 < low < 0.75 < high <= 1
+    assert compare(first, first)["f1"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+    silent = compare(first, [Judged(g, (None, None), outcome=1) for g in gold])
+    assert silent["right_answers"]["precision_of_wrong"] == {"difference": None, "interval": None}
+
+
 def test_f1() -> None:
     assert f1(0.5, 1.0) == pytest.approx(2 / 3) and f1(0.0, 0.0) == 0.0 and f1(None, 1.0) is None
 
@@ -72,6 +124,26 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "| made.jsonl | 8 | 100.0 [51.0, 100.0] | 100.0 [51.0, 100.0] | 100.0 [100.0, 100.0] | 100.0" in table
     report = json.loads((tmp_path / "out" / "judge_eval.json").read_text())
     assert report["judge"] == "equations" and report["sources"][0]["f1"] == 1.0
+
+
+def test_members_and_another_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The combination is silent, as one member is; beside it stand its members, and a judge from another run."""
+    file, settings = solutions(tmp_path / "made.jsonl"), tmp_path / "judge.yaml"
+    settings.write_text("judge:\n  split: line\n  process: {kind: combine, judges: [equations, none], rule: all}\n")
+    main(["judge-eval", "equations", f"processbench={file}", "--output", str(tmp_path / "rule"), "--limit", "6"])
+    command = ["judge-eval", str(settings), f"processbench={file}", "--output", str(tmp_path / "both")]
+    main([*command, "--against", str(tmp_path / "rule")])
+    table = capsys.readouterr().out
+    assert "| made.jsonl: equations | 8 | 100.0" in table
+    assert "| made.jsonl: equations | 6 | 0 | 3 | 0.25 | -100.0 [-100.0, -100.0] | – | – |" in table
+    (source,) = json.loads((tmp_path / "both" / "judge_eval.json").read_text())["sources"]
+    assert source["f1"] == 0.0 and source["members"]["equations"]["f1"] == 1.0
+    assert source["members"]["none"]["judged_share"] == 0.0
+    assert source["members"]["equations"]["combination"]["found_only_by_second"] == 4
+    assert source["against"]["judge"] == "equations" and source["against"]["solutions"] == 6
+    with pytest.raises(SystemExit):
+        main([*command, "--against", str(tmp_path / "absent")])
+    assert "run it for the other judge" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_missing_prompt_is_named() -> None:
 
 def test_the_settings_with_the_packages_own_prompt() -> None:
     key = judging_key(section({"kind": "llm", "base_url": URL, "model": "j", "votes": 3, "request": {"top_k": 20}}))
-    assert content_key(key) == "b1009bcbfd62f35db14480ec6ef3226dafbe06d95ec14f857ab4c56c0c7cb14b"
+    assert content_key(key) == "3abd86039fa505dfff1947e81e97fa0bf0668efd89a0a756f0a040ee89bfc3d7"
 
 
 @pytest.mark.parametrize(

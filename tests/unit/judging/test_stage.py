@@ -89,6 +89,20 @@ def test_labels_outcomes_and_counts(folder: Folder) -> None:
     }  # fmt: skip
 
 
+def test_opinions_of_a_combined_judge_are_kept(folder: Folder) -> None:
+    process = {"kind": "combine", "judges": ["chained_arithmetic", "none"], "rule": "all"}
+    settings = Judging.model_validate({"split": "line", "process": process})
+    write_records(folder.samples, [folder.sample(0, LUCKY)])
+    judge_file(folder.problems, folder.samples, folder.output, folder.path / "model", settings)
+    (row,) = folder.judged()
+    assert row.judge.process == "all(chained_arithmetic, none)"
+    assert [step.label for step in row.steps] == [None, None, None]
+    assert [step.members and {name: each.label for name, each in step.members.items()} for step in row.steps] == [
+        {"chained_arithmetic": 0, "none": None}, {"chained_arithmetic": 1, "none": None},
+        {"chained_arithmetic": None, "none": None},
+    ]  # fmt: skip
+
+
 def test_what_the_sampler_wrote_is_kept(folder: Folder) -> None:
     sample = folder.sample(0, RIGHT)
     sample = sample.model_copy(update={"token_log_probs": [-0.5] * len(sample.token_ids)})

@@ -329,6 +329,14 @@ def test_no_text_is_lost_between_steps() -> None:
     assert solution_of(sample).steps == (SolutionStep(1, "  First;"), SolutionStep(0, "Second. tail"))
 
 
+def test_members_of_a_combined_judge_stand_beside_the_step() -> None:
+    """In the page's data; steps of a single judge carry nothing more than before."""
+    step = SolutionStep(None, "x", members={"equations": (0, None), "llm:j": (1, 2 / 3)})
+    plain, combined = Solution(1, "7", False, (SolutionStep(1, "x"), step)).payload()["steps"]
+    assert plain == [1, "x"]
+    assert combined == [None, "x", 0, 0, None, {"equations": [0, None], "llm:j": [1, 0.667]}]
+
+
 def test_late_positions_are_pooled() -> None:
     labels: list[Label] = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, None]
     shares = error_positions([solution_of(judged("p", [("x", label) for label in labels], 1))])

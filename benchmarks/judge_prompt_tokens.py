@@ -1,0 +1,74 @@
+"""Tokens that a judge's server has to read per solution: all of the prompts, and what its prefix cache leaves.
+
+    python -m benchmarks.judge_prompt_tokens DATA TOKENIZER [--prompt FILE]
+
+DATA holds eval/ and samples/; TOKENIZER is the judge's Hugging Face folder; FILE is a prompt template (docs/judges.md).
+GSM8K's model solutions, those of one problem one after another as the sample stage writes them, each with the reference
+solution. The cache is counted as vLLM's: whole blocks of 16 tokens from the beginning of the prompt, and nothing is
+dropped from it. Equal solutions are asked once. No server is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_stepkto.base.records import Problem, Step
+from megatron_stepkto.judging.process import Solution
+from megatron_stepkto.judging.process.llm import PromptTemplate
+from megatron_stepkto.recipe.prompts import load_tokenizer
+from megatron_stepkto.steps.text import split_text
+
+BLOCK = 16
+
+
+def read_solutions(data: Path) -> list[Solution]:
+    rows = [json.loads(line) for line in (data / "samples/gsm8k_model_solutions.jsonl").open()]
+    gold = {row["problem"]: row["solution"] for row in map(json.loads, (data / "eval/gsm8k_test.jsonl").open())}
+    solutions = []
+    for number, row in enumerate(sorted(rows, key=lambda row: (row["problem"], row["id"]))):
+        problem = Problem(
+            problem_id=row["problem"], problem=row["problem"], answer=row["answer"], solution=gold.get(row["problem"])
+        )
+        spans = split_text(row["response"], "line")
+        steps = tuple(Step(start=start, end=end, token_start=0, token_end=0) for start, end in spans)
+        solutions.append(Solution(str(number), problem, row["response"], steps))
+    return solutions
+
+
+def uncached(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens of all prompts that no earlier prompt begins with, in whole blocks; the last block is always read."""
+    known: set[int] = set()
+    total = 0
+    for ids in prompts:
+        chain, hit = 0, 0
+        blocks = [tuple(ids[start : start + BLOCK]) for start in range(0, len(ids) - BLOCK + 1, BLOCK)]
+        for place, block in enumerate(blocks):
+            chain = hash((chain, block))
+            if chain in known and hit == place:
+                hit += 1
+            known.add(chain)
+        total += len(ids) - min(hit * BLOCK, len(ids) - 1)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--prompt", type=Path)
+    options = parser.parse_args()
+    solutions = read_solutions(options.data)
+    template, tokenizer = PromptTemplate(options.prompt), load_tokenizer(options.tokenizer)
+    prompts = [template.render(solution, comments=True) for solution in solutions]
+    asked = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in dict.fromkeys(prompts)]
+    count = len(solutions)
+    print(f"{count} solutions of {len({s.problem.problem_id for s in solutions})} problems, {len(asked)} requests")
+    print(f"prompt tokens per solution: {sum(map(len, asked)) / count:.1f}")
+    print(f"not in the prefix cache:    {uncached(asked) / count:.1f}")
+
+
+if __name__ == "__main__":
+    main()
