@@ -3,7 +3,8 @@
 python benchmarks/answer_checking.py DATA_FOLDER [--workers 2]
 python -m benchmarks.answer_checking --pairs [FILE]
 
-The second counts false labels by kind over the pairs of tests/unit/answer_pairs.txt, or of another file in its layout.
+The second counts false labels by kind over the pairs of tests/unit/answers/answer_pairs.txt, or of another file in its
+layout.
 
 Pairs are real: GSM8K model solutions against their answers, and MATH-500 golds against their own and the next
 problem's. Rates are medians of five passes with empty caches. The gold answers of MATH-500 that the exact path does
@@ -28,7 +29,7 @@ from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.answers.text import normalise
 
 PASSES = 5
-PAIRS = Path(__file__).parent.parent / "tests/unit/answer_pairs.txt"
+PAIRS = Path(__file__).parent.parent / "tests/unit/answers/answer_pairs.txt"
 EXPECTED = {"==": "right", "!=": "wrong", "=?": "undecided", "!?": "undecided", "??": "undecided"}
 
 

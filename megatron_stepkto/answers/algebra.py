@@ -80,13 +80,9 @@ def _parsed(text: str) -> sympy.Basic:
 
 
 def _exact(found: sympy.Expr) -> sympy.Expr:
-    exact = {number: sympy.Rational(_digits(number)) for number in found.atoms(sympy.Float)}
+    exact = {number: sympy.Rational(sympy.sstr(number, full_prec=True)) for number in found.atoms(sympy.Float)}
     units = {symbol: sympy.I for symbol in found.free_symbols if symbol.name == "i"}
     return found.xreplace({**exact, **units})
-
-
-def _digits(number: sympy.Float) -> str:
-    return str(sympy.sstr(number, full_prec=True))
 
 
 def equal(gold: str, answer: str) -> bool | None:
@@ -162,25 +158,16 @@ def sign(number: sympy.Expr) -> int | None:
 
 def _is_zero(number: sympy.Expr) -> bool | None:
     """Is a constant zero? The evaluation is repeated with more bits until its leading ones are certain."""
-    if number.is_Rational:
-        return bool(number == 0)
-    number = sympy.expand(number)
+    number = number if number.is_Rational else sympy.expand(number)
     if number.is_Rational:
         return bool(number == 0)
     enough = _enough_bits(number)
-    bits = FIRST_BITS
-    while True:
-        differs = _is_certainly_not_zero(number, bits)
-        if differs is None:
-            return None
-        if differs:
-            return False
-        if bits >= min(enough, MAX_BITS):
-            break
-        bits = min(8 * bits, enough, MAX_BITS)
-    if enough <= MAX_BITS:
-        return True
-    return True if sympy.simplify(number) == 0 else None
+    bits, most = FIRST_BITS, min(enough, MAX_BITS)
+    while (differs := _is_certainly_not_zero(number, bits)) is False and bits < most:
+        bits = min(8 * bits, most)
+    if differs is not False:
+        return False if differs else None
+    return True if enough <= MAX_BITS or sympy.simplify(number) == 0 else None
 
 
 def _is_certainly_not_zero(number: sympy.Expr, bits: int) -> bool | None:

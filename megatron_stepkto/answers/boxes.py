@@ -3,7 +3,7 @@ r"""The boxes in which a solution states its answer: ``\boxed{5}``, ``\fbox{5}``
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 # only before something on the same line that can be a value: "write \boxed" at the end of a line quotes the prompt
@@ -26,17 +26,9 @@ _AROUND_PLACEHOLDERS = ("your", "the", "a", "my", "final", "correct", "numerical
 _PROMPT_WORDS = _PLACEHOLDERS.union(_AROUND_PLACEHOLDERS)
 
 
-@dataclass(frozen=True)
-class Boxed:
-    """An answer in boxes and where the last of them starts; ``quoted``: in back-ticks, as code."""
+class Box(NamedTuple):
+    """A closed box and where it stands in the text; ``quoted``: in back-ticks, as code."""
 
-    start: int
-    answer: str
-    quoted: bool
-
-
-@dataclass(frozen=True)
-class _Box:
     start: int
     end: int
     content: str
@@ -57,31 +49,28 @@ def is_placeholder(content: str) -> bool:
     )
 
 
-def last_boxed(text: str) -> Boxed | None:
-    r"""The answer of the box that opens last. Placeholders and unclosed boxes are ignored, and quoted boxes where there
-    are others.
+def last_boxed(text: str) -> Box | None:
+    r"""The box that opens last. Placeholders and unclosed boxes are ignored, and quoted boxes where there are others.
 
-    Boxes separated only by "and" or a comma form one list. ``\{`` does not count as a brace.
+    Boxes separated only by "and" or a comma form one list, which is its content. ``\{`` does not count as a brace.
     """
     boxes = [box for box in _boxes(text) if not is_placeholder(box.content)]
     boxes = [box for box in boxes if not box.quoted] or boxes[-1:]
     if not boxes:
         return None
     contents: list[str] = []
-    following: _Box | None = None
+    following = len(text)
     for box in reversed(boxes):
-        if following and not (
-            box.end <= following.start and _BETWEEN_BOXES.fullmatch(text, box.end, following.start) is not None
-        ):
+        if contents and (box.end > following or not _BETWEEN_BOXES.fullmatch(text, box.end, following)):
             break
         contents.append(box.content)
-        following = box
+        following = box.start
     # the same answer may be boxed twice
     answer = contents[0] if len(set(contents)) == 1 else ", ".join(reversed(contents))
-    return Boxed(boxes[-1].start, answer, boxes[-1].quoted)
+    return boxes[-1]._replace(content=answer)
 
 
-def _boxes(text: str) -> list[_Box]:
+def _boxes(text: str) -> list[Box]:
     """Every closed box, in the order in which they open."""
     if "\\" not in text:
         return []
@@ -100,7 +89,7 @@ def _boxes(text: str) -> list[_Box]:
         elif token[0].endswith("{") and token[0] != "\\{":
             open_braces.append((token.start(), token.end()))
     return [
-        _Box(start, end, _INNER_DOLLAR.sub("", text[inner:inner_end]).strip(), _in_back_ticks(text, start, end))
+        Box(start, end, _INNER_DOLLAR.sub("", text[inner:inner_end]).strip(), _in_back_ticks(text, start, end))
         for start, inner, inner_end, end in sorted(spans)
     ]
 

@@ -18,7 +18,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from megatron_stepkto.answers import exact, math_verify_worker
@@ -102,9 +101,7 @@ class EquivalenceChecker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for worker in list(self._workers):
             self._retire(worker)
         self._selector.close()
@@ -152,10 +149,7 @@ class EquivalenceChecker:
         return Verdict(**known) if known else None
 
     def _compute(
-        self,
-        hard: list[tuple[str, str]],
-        found: dict[tuple[str, str], Verdict],
-        report: Callable[[int], None],
+        self, hard: list[tuple[str, str]], found: dict[tuple[str, str], Verdict], report: Callable[[int], None]
     ) -> None:
         waiting = iter(range(len(hard)))
         left = len(hard)
@@ -166,12 +160,8 @@ class EquivalenceChecker:
                 if worker.ready and worker.pair is None and (number := next(waiting, None)) is not None:
                     worker.compare(number, *hard[number])
             for number, verdict in self._collect():
-                doubt = None
-                if verdict.verdict == "right":
-                    doubt = exact.doubt(*hard[number])
-                elif verdict.how == "open":
-                    doubt = exact.why_open(*hard[number])
-                if doubt:
+                why = exact.doubt if verdict.verdict == "right" else exact.why_open if verdict.how == "open" else None
+                if why and (doubt := why(*hard[number])):
                     verdict = Verdict("undecided", f"doubt: {doubt}", verdict.milliseconds)
                 found[hard[number]] = verdict
                 if self._cache is not None and verdict.how not in ("stuck", "crashed"):

@@ -72,11 +72,6 @@ def to_number(form: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
-def _is_rounding(gold: str, answer: str) -> bool:
-    """One is a decimal and the other a fraction: whether 0.333333 is 1/3 is left to computer algebra."""
-    return ("." in gold) != ("." in answer) and ("/" in gold + answer or "\\frac" in gold + answer)
-
-
 def _compare_numbers(a: Fraction, b: Fraction, gold: str, answer: str) -> Exact:
     """Compare the values of two normal forms, which drop units: the units are compared here."""
     one, other = unit_of(gold), unit_of(answer)
@@ -84,21 +79,21 @@ def _compare_numbers(a: Fraction, b: Fraction, gold: str, answer: str) -> Exact:
         return Doubt("units")
     if one and other and not one.clashes(other):
         a, b = a * one.size, b * other.size
-    if not one and other and other.kind == "share":
-        # "0.5%" for 0.5 may be a fraction of a percent; above 1 the question asked for percent
-        return b / 100 == a or (b == a and (abs(a) >= 1 or Doubt("percent"))) or False
-    if one and one.kind == "share" and not other:
-        return a / 100 == b or (b == a and (abs(a) >= 1 or Doubt("percent"))) or False
+    for unit, share, missing, plain in ((other, b, one, a), (one, a, other, b)):
+        if unit and unit.kind == "share" and not missing:
+            # "0.5%" for 0.5 may be a fraction of a percent; above 1 the question asked for percent
+            return share / 100 == plain or (share == plain and (abs(share) >= 1 or Doubt("percent"))) or False
     if a == b:
         return Doubt("units") if one and other and one.clashes(other) else True
-    rounding = _is_rounding(normalise(gold), normalise(answer)) and abs(a - b) <= CLOSE * abs(a)
-    return None if rounding else False
+    gold, answer = normalise(gold), normalise(answer)
+    decimal_and_fraction = ("." in gold) != ("." in answer) and ("/" in gold + answer or "\\frac" in gold + answer)
+    # whether 0.333333 is 1/3 is left to computer algebra
+    return None if decimal_and_fraction and abs(a - b) <= CLOSE * abs(a) else False
 
 
 def _in_base(form: str) -> tuple[str, int] | None:
     """(digits, base) of '1011_2' or 'A3_{16}'; None where the digits do not fit the base, as in x_1."""
-    match = _IN_BASE.fullmatch(form)
-    if not match:
+    if not (match := _IN_BASE.fullmatch(form)):
         return None
     base = _BASES.get(match["base"], int(match["base"]) if match["base"].isdigit() else 0)
     digits = match["digits"].lower()
@@ -207,11 +202,14 @@ def _quantity(answer: str) -> tuple[Fraction, str] | None:
     return (value * unit.size, unit.kind) if value is not None and unit else None
 
 
-def _compare_choices(gold: str, answer: str) -> bool | None:
-    """One is a letter of a multiple-choice question; the other is a letter, or a text that names one."""
+def _compare_choices(gold: str, answer: str) -> Exact:
+    """One is a letter of a multiple-choice question; the other is a letter, or a text that names one. A letter whose
+    value is unknown and a number may be the same choice."""
     one = bare_choice(gold) or named_choice(gold)
     other = bare_choice(answer) or named_choice(answer)
-    return one == other if one and other else None
+    if one and other:
+        return one == other
+    return None if to_number(gold) is None and to_number(answer) is None else Doubt("choice or value")
 
 
 def _compare_values_of_choices(gold: str, answer: str) -> Exact:
@@ -222,8 +220,7 @@ def _compare_values_of_choices(gold: str, answer: str) -> Exact:
         return letters if letters is values else None
     letter, value = one or other or ("", "")
     plain = answer if one else gold
-    named = bare_choice(normalise(plain))
-    if named:
+    if named := bare_choice(normalise(plain)):
         return named == letter
     return compare(value, plain) if one else compare(plain, value)
 
@@ -244,10 +241,7 @@ def doubt(gold: str, answer: str) -> Doubt | None:
     one, other = unit_of(gold), unit_of(answer)
     if one and other and one.clashes(other) and {one.kind, other.kind} != {"angle", "radian"}:
         return Doubt("units")
-    a, b = normalise(gold), normalise(answer)
-    if _in_base(a) or _in_base(b):
-        return Doubt("base")
-    return None
+    return Doubt("base") if _in_base(normalise(gold)) or _in_base(normalise(answer)) else None
 
 
 def why_open(gold: str, answer: str) -> Doubt | None:
@@ -268,10 +262,9 @@ def compare(gold: str, answer: str) -> Exact:
         return Fraction(gold) == Fraction(answer)
     if choice_and_value(gold) or choice_and_value(answer):
         return _compare_values_of_choices(gold, answer)
-    if (verdict := _compare_quantities(gold, answer)) is not None:
-        return verdict
-    if (verdict := _compare_letters_of_units(gold, answer)) is not None:
-        return verdict
+    for comparison in (_compare_quantities, _compare_letters_of_units):
+        if (verdict := comparison(gold, answer)) is not None:
+            return verdict
     one, other = normalise(gold), normalise(answer)
     if not one or not other:
         return None
@@ -303,8 +296,7 @@ def _compare_forms(one: str, other: str, gold: str, answer: str) -> Exact:
     if (verdict := _compare_in_base(one, other)) is not None:
         return verdict
     if bare_choice(one) or bare_choice(other):
-        verdict = _compare_choices(one, other)
-        return verdict if verdict is not None else _letter_and_value(one, other)
+        return _compare_choices(one, other)
     if _WORDS.fullmatch(one) and _WORDS.fullmatch(other):
         return _compare_words(one.casefold(), other.casefold())
     if _UNFINISHED.search(other) and to_number(one) is not None:
@@ -313,11 +305,6 @@ def _compare_forms(one: str, other: str, gold: str, answer: str) -> Exact:
         if _WORD.fullmatch(word) and word.casefold() not in _COUNTS and _FORMULA_WITH_NUMBER.fullmatch(form):
             return False
     return None
-
-
-def _letter_and_value(one: str, other: str) -> Exact:
-    """The letter of a choice whose value is unknown, against a number: the two may be the same choice."""
-    return Doubt("choice or value") if to_number(one) is not None or to_number(other) is not None else None
 
 
 def _compare_words(one: str, other: str) -> Exact:

@@ -100,7 +100,7 @@ def _stated(text: str) -> str | None:
             return value.text
         in_words = in_words or (value.text if value else None)
     if boxed and (firm_box or not in_words):
-        return boxed.answer
+        return boxed.content
     return in_words or (text.strip() if is_answer(text) else None)
 
 

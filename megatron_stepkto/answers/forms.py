@@ -405,13 +405,8 @@ def equal_sets(a: sympy.Set, b: sympy.Set) -> Verdict:
     """Sets of real numbers: the same intervals and points, with ends that are exactly equal."""
     if a == b:
         return True
-    parts = [_components(found) for found in (a, b)]
-    if None in parts:
-        return None
-    one, other = parts
-    assert one is not None
-    assert other is not None
-    return _in_any_order(one, other, _same_component)
+    one, other = _components(a), _components(b)
+    return None if one is None or other is None else _in_any_order(one, other, _same_component)
 
 
 Component = tuple[sympy.Expr, sympy.Expr, bool, bool]

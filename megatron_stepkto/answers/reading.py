@@ -153,8 +153,8 @@ _REPEATING = re.compile(
     rf"|\((?P<parens>\d+)\)|\\dot\s*\{{?(?P<first>\d)\}}?(?:(?P<middle>\d*)\\dot\s*\{{?(?P<last>\d)\}}?)?"
     rf"|(?P<dots>{_DOTS}))"
 )
-_GROUPS_IN_BRACES = re.compile(r"(?<=(?<!\\)\{)\d{1,3}(?:,\d{3})+(?=\})")
-_GROUPS_WITH_ZERO = re.compile(r"(?<![\d,])\d{1,3}(?:,0\d\d)+(?!\d)")  # no list has the number 000
+# in braces; or a number that no list has, such as 000
+_CERTAIN_GROUPS = re.compile(r"(?<=(?<!\\)\{)\d{1,3}(?:,\d{3})+(?=\})|(?<![\d,])\d{1,3}(?:,0\d\d)+(?!\d)")
 _GROUPS_AFTER_EQUALS = re.compile(r"(?<==)\d{1,3}(?:,\d{3})+$")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)")
 _DEGREES_IN = re.compile(r"(\d+(?:\.\d+)?)\s*°")
@@ -174,6 +174,7 @@ _NAME = re.compile(
 )
 _FIGURE = re.compile(r"(?:m(?=\s*\\)|m?\\(?:angle|triangle|frac|overline|measuredangle)|[A-Z_0-9{}|:/\s])+")
 _VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]+")
+_FUNCTION = re.compile(r"\A([a-zA-Z])\s*\([a-zA-Z]\)\Z")
 _FUNCTION_OF_NUMBER = re.compile(r"[fghFGHP]\s*\(\s*-?[\d./]+\s*\)")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 # commands that latex2sympy interprets; it takes others for symbols
@@ -193,9 +194,8 @@ _PROSE = re.compile(
 
 def _spell(text: str) -> str:
     """The text with one spelling for each sign, words for relations replaced, and repeating decimals as fractions."""
-    text = text.translate(_SIGNS)
-    text = _GROUPS_IN_BRACES.sub(lambda match: match[0].replace(",", ""), _DELIMITERS.sub(" ", text))
-    text = _GROUPS_WITH_ZERO.sub(lambda match: match[0].replace(",", ""), text)
+    text = _DELIMITERS.sub(" ", text.translate(_SIGNS))
+    text = _CERTAIN_GROUPS.sub(lambda match: match[0].replace(",", ""), text)
     text = _GROUPS_AFTER_EQUALS.sub(_joined_groups, text)
     if text.count("{") > text.count("}"):  # an unclosed box
         text = text.removeprefix("\\boxed{")
@@ -214,29 +214,22 @@ def _joined_groups(match: re.Match[str]) -> str:
     return "".join(groups)
 
 
-def _fraction(match: re.Match[str]) -> tuple[int, int] | None:
+def _as_fraction(match: re.Match[str]) -> str:
+    """A repeating decimal, of ``_REPEATING``, as a LaTeX fraction."""
     lead = match["lead"]
     if match["dots"] is not None:  # the digits must show the period: at least two repeats, three for a single digit
         found = re.fullmatch(r"(\d*?)(\d)\2{2,}|(\d*?)(\d{2,9}?)\4+", lead)
         if found is None:
-            return None
+            raise Unreadable("a decimal without a visible period")
         lead, period = (found[1], found[2]) if found[2] else (found[3], found[4])
     elif match["first"] is not None:
         period = match["first"] + (match["middle"] or "") + (match["last"] or "")
     else:
         period = match["over"] or match["bar"] or match["parens"]
     if len(lead) + len(period) > 200:
-        return None
-    whole = match["whole"] or "0"
-    bottom = 10 ** len(lead) * (10 ** len(period) - 1)
-    return int(whole + lead + period) - int(whole + lead), bottom
-
-
-def _as_fraction(match: re.Match[str]) -> str:
-    value = _fraction(match)
-    if value is None:
         raise Unreadable("a decimal without a visible period")
-    return rf"\frac{{{value[0]}}}{{{value[1]}}}"
+    whole = (match["whole"] or "0") + lead
+    return rf"\frac{{{int(whole + period) - int(whole)}}}{{{10 ** len(lead) * (10 ** len(period) - 1)}}}"
 
 
 def read(answer: str) -> Form:
@@ -245,7 +238,8 @@ def read(answer: str) -> Form:
     Raises:
         Unreadable: it is not mathematical notation, or ambiguous.
     """
-    form = _read(_spell(normalise(answer)))
+    text = _spell(normalise(answer))
+    form = _read_marked(_WORDS.sub(lambda match: _MARKS[match[1].lower()], text))
     if isinstance(form, Literal):
         raise Unreadable("words")
     return form
@@ -273,10 +267,6 @@ def _pieces(text: str, separators: frozenset[str]) -> Iterator[tuple[str, str]]:
 _WORDS = re.compile(r"(?:,\s*)?(?<![\\a-zA-Z])((?i:and|or))(?![a-z])")
 # single characters in place of the words, so that they separate like signs
 _MARKS = {"and": "\x01", "or": "\x02"}
-
-
-def _read(text: str) -> Form:
-    return _read_marked(_WORDS.sub(lambda match: _MARKS[match[1].lower()], text))
 
 
 def _read_marked(text: str) -> Form:
@@ -309,9 +299,7 @@ def _joined(separators: list[str], items: list[Form]) -> Form:
     """Several pieces between commas, "and" and "or" as one form."""
     regions = [isinstance(item, Relation | Combined) and not is_equation(item) for item in items]
     if all(regions):
-        kinds = set(separators)
-        operator = r"\cup" if kinds == {_MARKS["or"]} else ","
-        return Combined(operator, tuple(items))
+        return Combined(r"\cup" if set(separators) == {_MARKS["or"]} else ",", tuple(items))
     if any(regions):
         raise Unreadable("inequalities and other things in one list")
     if any(isinstance(item, Assigned) for item in items):
@@ -429,7 +417,8 @@ def _related(sides: list[str], operators: list[str]) -> Form:
     if not all(sides):
         raise Unreadable("a relation with an empty side")
     if set(operators) != {"="}:
-        return Relation(tuple(_formula(_function_name(side)) for side in sides), tuple(operators))
+        # f(x) in a chain of inequalities is one unknown
+        return Relation(tuple(_formula(_FUNCTION.sub(r"\1", side)) for side in sides), tuple(operators))
     left, right = sides[0], _read_one(sides[-1])
     if _NAME.fullmatch(left):
         name = left.split("(")[0].strip() if left[0] != "(" else re.sub(r"\s", "", left)
@@ -440,9 +429,3 @@ def _related(sides: list[str], operators: list[str]) -> Form:
     if len(sides) > 2:
         raise Unreadable("a chain of equations")
     return Relation(tuple(_formula(side) for side in sides), ("=",))
-
-
-def _function_name(side: str) -> str:
-    """``f(x)`` in a chain of inequalities is one unknown."""
-    match = re.fullmatch(r"([a-zA-Z])\s*\([a-zA-Z]\)", side)
-    return match[1] if match else side

@@ -98,7 +98,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json_if_there(path: Path, shape: type[BaseModel] | None = None) -> Any:
-    """``read_json``, or None where there is no file (also where another process removes it meanwhile)."""
+    """``read_json``, or None if the file does not exist, even if another process deletes it during the call."""
     content = _content(path)
     return None if content is None else _parse(path, content, shape)
 

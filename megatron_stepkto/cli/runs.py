@@ -44,7 +44,7 @@ def add_commands(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.evaluation.table import results_table
-    from megatron_stepkto.report import write_report
+    from megatron_stepkto.report.page import write_report
     from megatron_stepkto.run.pipeline import run_all
 
     recipe = recipe_of(arguments)
@@ -81,6 +81,6 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.report import write_report
+    from megatron_stepkto.report.page import write_report
 
     sys.stdout.write(f"{write_report(arguments.run)}\n")

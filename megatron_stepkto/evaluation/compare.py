@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from megatron_stepkto.base.errors import UserError
@@ -18,7 +16,7 @@ from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.records import read_records
 from megatron_stepkto.evaluation.metrics import ProblemResult
 from megatron_stepkto.evaluation.statistics import Interval, bootstrap_interval, mcnemar_exact
-from megatron_stepkto.evaluation.table import METRICS, Row
+from megatron_stepkto.evaluation.table import METRICS, Row, table_text
 
 Pairs = Sequence[tuple[ProblemResult, ProblemResult]]
 
@@ -138,6 +136,4 @@ def comparison_table(comparison: dict[str, Any]) -> str:
         paired = row["p_value"] is not None
         solved = f"{row['only_first']} | {row['only_second']}" if paired else ""
         table.add_row(row["metric"], *shares, change, solved, f"{row['p_value']:.3g}" if paired else "")
-    text = io.StringIO()
-    Console(file=text, width=120, color_system=None, highlight=False, markup=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+    return table_text(table)

@@ -107,7 +107,8 @@ class Comparison:
         lines += [f"{text.line()}  text {number}" for number, text in enumerate(self.texts, 1)]
         lines += [f"{self.total.line()}  all", ""]
         if self.same:
-            lines.append(f"SAME: within the limits for {self.dtype}: {_spelled(LIMITS[self.dtype])}")
+            limits = ", ".join(f"{name} {limit:g}" for name, limit in asdict(LIMITS[self.dtype]).items())
+            lines.append(f"SAME: within the limits for {self.dtype}: {limits}")
         else:
             lines.append(f"DIFFERENT for {self.dtype}: {'; '.join(self.faults)}")
         return "\n".join(lines) + "\n"
@@ -116,30 +117,20 @@ class Comparison:
         return {**asdict(self), "limits": asdict(LIMITS[self.dtype]), "same": self.same}
 
 
-def _spelled(limits: Limits) -> str:
-    return f"mean {limits.mean:g}, p99 {limits.p99:g}, max {limits.max:g}"
-
-
 def judge(total: Distribution, limits: Limits) -> list[str]:
     """The numbers that are beyond their limit; NaN counts as beyond."""
     return [
-        f"{name} is {found:.2e}, the limit {limit:g}"
-        for name, found, limit in (
-            ("mean", total.mean, limits.mean),
-            ("p99", total.p99, limits.p99),
-            ("max", total.max, limits.max),
-        )
-        if not found <= limit
+        f"{name} is {getattr(total, name):.2e}, the limit {limit:g}"
+        for name, limit in asdict(limits).items()
+        if not getattr(total, name) <= limit
     ]
 
 
 def compare_scores(names: tuple[str, str], ours: Sequence[Scores], theirs: Sequence[Scores], dtype: str) -> Comparison:
-    texts = [distribution(a.log_probs - b.log_probs, a.best == b.best) for a, b in zip(ours, theirs, strict=True)]
-    total = distribution(
-        torch.cat([a.log_probs - b.log_probs for a, b in zip(ours, theirs, strict=True)]),
-        torch.cat([a.best == b.best for a, b in zip(ours, theirs, strict=True)]),
-    )
-    return Comparison(names, dtype, tuple(texts), total, tuple(judge(total, LIMITS[dtype])))
+    pairs = [(a.log_probs - b.log_probs, a.best == b.best) for a, b in zip(ours, theirs, strict=True)]
+    texts = tuple(distribution(*pair) for pair in pairs)
+    total = distribution(*(torch.cat(column) for column in zip(*pairs, strict=True)))
+    return Comparison(names, dtype, texts, total, tuple(judge(total, LIMITS[dtype])))
 
 
 def compare(first: str, second: str, text: Path | None, tokenizer: Path | None, dtype: str) -> Comparison:

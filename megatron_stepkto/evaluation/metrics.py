@@ -88,24 +88,11 @@ def evaluation_row(
             f"{name}: expected one greedy solution and the same number of sampled ones for each of {len(ids)} "
             f"problems, got {len(greedy)} and {len(sampled)}; delete the evaluation's folder (--force)"
         )
-    row = {
-        "name": name,
-        "split": split,
-        "num_problems": len(ids),
-        "k": sizes.pop(),
-        **_measure(first, drawn, same),
-    }
-    groups = {key: _groups(problems, key) for key in GROUPS}
+    row = {"name": name, "split": split, "k": sizes.pop(), **_measure(ids, first, drawn, same)}
     by = {
-        key: {
-            value: {
-                "num_problems": len(members),
-                **_measure({i: first[i] for i in members}, {i: drawn[i] for i in members}, same),
-            }
-            for value, members in values.items()
-        }
-        for key, values in groups.items()
-        if values
+        key: {value: _measure(members, first, drawn, same) for value, members in groups.items()}
+        for key in GROUPS
+        if (groups := _groups(problems, key))
     }
     return {**row, "by": by} if by else row
 
@@ -120,13 +107,15 @@ def _groups(problems: Sequence[Problem], key: str) -> dict[str, list[str]]:
 
 
 def _measure(
-    first: Mapping[str, list[JudgedSample]], drawn: Mapping[str, list[JudgedSample]], same: Same
+    ids: Sequence[str], first: Mapping[str, list[JudgedSample]], drawn: Mapping[str, list[JudgedSample]], same: Same
 ) -> dict[str, Any]:
-    greedy, groups = [group[0] for group in first.values()], list(drawn.values())
+    """The metrics of the problems ``ids``."""
+    greedy, groups = [first[number][0] for number in ids], [drawn[number] for number in ids]
     right = [sum(sample.outcome == 1 for sample in group) for group in groups]
     k = len(groups[0])
     cot = [_is_right_throughout(row) for row in greedy] if any(_steps(row)[1] for row in greedy) else []
     return {
+        "num_problems": len(ids),
         **_measured("pass_at_1", plain_share(row.outcome == 1 for row in greedy)),
         **_measured("cot_pass_at_1", plain_share(cot)),
         **_measured("maj_at_k", plain_share(majority_is_right(group, same) for group in groups)),

@@ -100,6 +100,11 @@ def results_table(summary: Mapping[str, Any]) -> str:
             cells = [row["name"], *(_cell(row, key) for key in _COLUMNS), f"{row['num_problems']:,}"]
             table.add_row(*([method] if len(groups) > 1 else []), *cells)
         table.add_section()
+    return table_text(table)
+
+
+def table_text(table: Table) -> str:
+    """As it is printed, without colours and trailing spaces."""
     text = io.StringIO()
     Console(file=text, width=120, color_system=None, highlight=False, markup=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())

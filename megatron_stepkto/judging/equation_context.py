@@ -81,8 +81,10 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|emph)\s*\{([^
 _BULLET = re.compile(r"[ \t]*(?:[-*•+]|\d{1,3}[.)]|\([a-z]\))[ \t]")
 # "(since there are more)", not the factor of "3 (m - 1)" and "2 (sin x)"
 REMARK = re.compile(r"\((?!(?:sin|cos|tan|log|ln|exp|sqrt)\b)[A-Za-z]{2,},?[ \t]+(?:[A-Za-z]{2}|[\d$])")
-_ANNOTATED = re.compile(rf"[ \t]*>>[ \t]*-?(?:{NUMBER})?%?")  # GSM8K's "<<48/2=24>>24"
-_CLOSED = re.compile(r"[ \t]|\\[\])]|[})](?![\^_!\d])|[”’»`\]]")
+_CLOSERS = re.compile(
+    rf"\A(?:[ \t]*>>[ \t]*-?(?:{NUMBER})?%?)?"  # GSM8K's "<<48/2=24>>24"
+    r"(?:[ \t]|\\[\])]|[})](?![\^_!\d])|[”’»`\]])*"
+)
 _NOUN = re.compile(r"(?:\n[ \t]*(?![A-Z])|\()?([A-Za-z]+)")
 _WORD_AFTER = re.compile(r"[A-Za-z]+(?:[’'.][A-Za-z]+)*")
 _COMMAND_AFTER = re.compile(
@@ -306,12 +308,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _past_closers(text: str) -> str:
-    position = 0
-    if annotated := _ANNOTATED.match(text):
-        position = annotated.end()
-    while closed := _CLOSED.match(text, position):
-        position = closed.end()
-    return text[position:]
+    return _CLOSERS.sub("", text, count=1)
 
 
 def continues_line_before(before: str) -> bool:

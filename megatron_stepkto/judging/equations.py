@@ -31,16 +31,7 @@ from megatron_stepkto.judging.equation_sides import NUMBER, Side, parse_side, si
 
 MAX_CONTEXT = 100
 MAX_RUN_CHARS = 300  # also bounds the depth of brackets
-_LATEX = {
-    "times": "*",
-    "cdot": "*",
-    "div": "/",
-    "$": "$",
-    "%": "%",
-    ",": " ",
-    "left": "",
-    "right": "",
-}
+_LATEX = {"times": "*", "cdot": "*", "div": "/", "$": "$", "%": "%", ",": " ", "left": "", "right": ""}
 _COMMAND = re.compile(r"\\(?:(times|cdot|div|left|right)(?![a-zA-Z])|([$%,]))")
 _SIGNS = str.maketrans("×·⋅∙÷−–$€£", "****/--   ")
 # 24,\!000  24{,}000  24\,000  24~000, and no-break and thin spaces
@@ -188,13 +179,13 @@ def check_equations(
         ahead = text[max(start, begin - MAX_CONTEXT) : begin]
         whole = _begins(ahead, run)
         if not whole:  # the left side is cut off by what stands before it
-            run = run[run.find("=") + 1 :] if run.strip().find("=") >= 0 else ""
+            run = run.partition("=")[2]
         behind = text[end : end + 1]
         cut = bool(behind and not run[-1:].isspace() and behind not in _FREE_AFTER)
         cut = cut and not text.startswith((r"\]", r"\\"), end)
         cut = cut or bool(_MULTIPLIED.match(text, end))
         if cut:
-            run = run[: run.rfind("=")] if "=" in run else ""
+            run = run.rpartition("=")[0]
         surroundings = _Surroundings(
             (before if begin <= MAX_CONTEXT else "") + text[max(0, begin - MAX_CONTEXT) : begin],
             text[end : end + MAX_CONTEXT] + after,
@@ -221,11 +212,8 @@ def _without_remark(text: str, match: re.Match[str]) -> tuple[int, int]:
 
 def _begins(before: str, run: str) -> bool:
     """Does a run begin with a whole left side, not with the rest of one ("3x" before "+ 4 = 10")?"""
-    stripped = run.strip()
-    if (before and not run[0].isspace() and before[-1] not in _OPEN_BEFORE) or (
-        not run[0].isspace() and _CLOCK.search(before)
-    ):
+    if not run[0].isspace() and ((before and before[-1] not in _OPEN_BEFORE) or _CLOCK.search(before)):
         return False
     if _takes(before, run) or (_BEFORE_WORDS.search(before) and not of_amount(before, run)):
         return False
-    return not (before.strip() and stripped[0] in "+*/-%)")
+    return not (before.strip() and run.strip()[0] in "+*/-%)")

@@ -153,12 +153,11 @@ def _rows(rows: Iterable[Any], source: str, parse: Parse) -> Iterator[Problem]:
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, got {type(row).__name__}")
             yield parse(row)
-        except ValidationError as error:
-            raise UserError(f"{source}: row {number}: {describe(error)}") from None
         except UserError:  # not about this row alone
             raise
         except ValueError as error:
-            raise UserError(f"{source}: row {number}: {error}") from None
+            reason = describe(error) if isinstance(error, ValidationError) else error
+            raise UserError(f"{source}: row {number}: {reason}") from None
 
 
 def data_name(source: str) -> str:

@@ -50,11 +50,8 @@ def find_overlaps(train: Iterable[Text], held_out: Sequence[Text], ngrams: bool)
     for text in train:
         if (other := same.get(_normal(text.problem))) is not None:
             found.append(Overlap(text, other, "same"))
-        elif (
-            ngrams
-            and (met := next((by_gram[gram] for gram in _grams(text.problem) if gram in by_gram), None)) is not None
-        ):
-            found.append(Overlap(text, met, "13-gram"))
+        elif ngrams and (gram := next((gram for gram in _grams(text.problem) if gram in by_gram), ())):
+            found.append(Overlap(text, by_gram[gram], "13-gram"))
     return found
 
 

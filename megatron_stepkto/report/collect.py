@@ -81,7 +81,7 @@ def collect(run_dir: Path) -> Report:
     ends = dict.fromkeys(models[:1] + models[-1:])
     problems = _problems(own.evaluation_problems) if solutions else {}
     trained, trained_problems = _training_samples(own)
-    judged = [solution for by_problem in trained.values() for rows in by_problem.values() for solution in rows]
+    judged = [solution for by_problem in trained.values() for solution in _all(by_problem)]
     held_out, num_held_out = choose(problems, solutions, MAX_BYTES)
     training, num_training = choose(trained_problems, trained, MAX_TRAINING_BYTES)
     browser = Browser(
@@ -192,15 +192,14 @@ def _missing(
     solutions: Mapping[str, SolutionsOf],
     problems: Mapping[str, Problem],
 ) -> list[str]:
-    found = []
-    if not finished:
-        found.append("The run is not finished (no summary.json): the page shows what exists so far.")
-    if not summary.iterations:
-        found.append("No model has been evaluated: no table, no curves per iteration.")
-    if not trainings:
-        found.append("No training has begun: no training curves.")
-    if not solutions:
-        found.append("There are no greedy solutions of held-out problems: none to read, no error positions.")
-    elif not problems:
-        found.append("evaluate/problems/problems.jsonl is absent: solutions are shown without their problems.")
-    return found
+    sentences = (
+        (finished, "The run is not finished (no summary.json): the page shows what exists so far."),
+        (summary.iterations, "No model has been evaluated: no table, no curves per iteration."),
+        (trainings, "No training has begun: no training curves."),
+        (solutions, "There are no greedy solutions of held-out problems: none to read, no error positions."),
+        (
+            problems or not solutions,
+            "evaluate/problems/problems.jsonl is absent: solutions are shown without their problems.",
+        ),
+    )
+    return [sentence for there, sentence in sentences if not there]

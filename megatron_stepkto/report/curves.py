@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import describe, read_json
@@ -68,13 +68,10 @@ def read_training(path: Path, label: str) -> Training:
                 f"{path}:{number}: expected a row of training metrics, {describe(error)}; "
                 "restore the file, or remove the stage folder and train again"
             ) from None
-    rows = [updates[key] for key in sorted(updates)]
-    columns = _columns(rows, ("update", *_numbers(UpdateRow)))
-    measured_columns = _columns(
-        [{"update": key, **held_out[key].held_out.model_dump()} for key in sorted(held_out)],
-        ("update", *HeldOut.model_fields),
-    )
-    broken = sum(1 for row in rows for name in _numbers(UpdateRow) if _infinite(getattr(row, name)))
+    rows = [updates[key].model_dump() for key in sorted(updates)]
+    held_out_rows = [{"update": key, **held_out[key].held_out.model_dump()} for key in sorted(held_out)]
+    numbers = [name for name in UpdateRow.model_fields if name != "update" and name not in COUNTS]
+    broken = sum(_infinite(row[name]) for row in rows for name in numbers)
     if broken:
         notes.append(f"{label}: {broken} values are not finite (NaN or infinity): the training diverged.")
     left = path.with_name(NOTES)  # the trainer's own, left at its end
@@ -86,9 +83,9 @@ def read_training(path: Path, label: str) -> Training:
     return Training(
         label=label,
         num_updates=len(rows),
-        updates={name: thin(values) for name, values in columns.items()},
-        held_out={name: thin(values) for name, values in measured_columns.items()},
-        totals={name: sum(getattr(row, name) or 0 for row in rows) for name in COUNTS},
+        updates=_columns(rows, ("update", *numbers)),
+        held_out=_columns(held_out_rows, ("update", *HeldOut.model_fields)),
+        totals={name: sum(row[name] or 0 for row in rows) for name in COUNTS},
         notes=tuple(notes),
     )
 
@@ -106,17 +103,10 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def _numbers(model: type[BaseModel]) -> tuple[str, ...]:
-    return tuple(name for name in model.model_fields if name != "update" and name not in COUNTS)
-
-
 def _infinite(value: float | None) -> bool:
     return value is not None and not math.isfinite(value)
 
 
-def _columns(rows: Sequence[BaseModel | Mapping[str, float | None]], names: Sequence[str]) -> dict[str, Column]:
-    def take(row: BaseModel | Mapping[str, float | None], name: str) -> float | None:
-        value = row.get(name) if isinstance(row, Mapping) else getattr(row, name)
-        return None if _infinite(value) else value
-
-    return {name: [take(row, name) for row in rows] for name in names}
+def _columns(rows: Sequence[Mapping[str, float | None]], names: Iterable[str]) -> dict[str, Column]:
+    """The values of each name, null where not finite, thinned."""
+    return {name: thin([None if _infinite(row[name]) else row[name] for row in rows]) for name in names}

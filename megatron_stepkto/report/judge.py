@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_stepkto.base.records import Label
 from megatron_stepkto.evaluation.statistics import Interval, wilson_interval
 from megatron_stepkto.report.solutions import Solution
 
@@ -25,23 +26,13 @@ def agreement(solutions: Iterable[Solution]) -> list[AgreementRow]:
     A judge that can be trusted separates the rows: many right answers above, few below. Rows without a solution
     stay out.
     """
-    decided = [solution for solution in solutions if solution.outcome is not None]
-
-    def wrong(solution: Solution) -> int:
-        return sum(step.label == 0 for step in solution.steps)
-
-    def judged(solution: Solution) -> bool:
-        return any(step.label is not None for step in solution.steps)
-
-    return _rows(
-        decided,
-        [
-            ("no wrong step", lambda s: judged(s) and wrong(s) == 0),
-            ("one wrong step", lambda s: wrong(s) == 1),
-            ("two wrong steps or more", lambda s: wrong(s) >= 2),
-            ("no step judged", lambda s: not judged(s)),
-        ],
-    )
+    titles = ("no wrong step", "one wrong step", "two wrong steps or more", "no step judged")
+    outcomes: dict[str, list[Label]] = {title: [] for title in titles}
+    for solution in solutions:
+        labels = [step.label for step in solution.steps if step.label is not None]
+        group = titles[min(labels.count(0), 2)] if labels else titles[3]
+        outcomes[group].append(solution.outcome)
+    return _rows(outcomes)
 
 
 def calibration(solutions: Iterable[Solution], num_bins: int = 5) -> list[AgreementRow]:
@@ -49,28 +40,20 @@ def calibration(solutions: Iterable[Solution], num_bins: int = 5) -> list[Agreem
 
     Empty for judges that cast a single vote. Bins are equal parts of [0, 1]; the last holds 1.
     """
-    weakest: list[tuple[float, Solution]] = []
+    titles = [f"{100 * index // num_bins}–{100 * (index + 1) // num_bins}%" for index in range(num_bins)]
+    outcomes: dict[str, list[Label]] = {title: [] for title in titles}
     for solution in solutions:
         shares = [step.right_votes / step.num_votes for step in solution.steps if step.num_votes > 1]
-        if shares and solution.outcome is not None:
-            weakest.append((min(shares), solution))
-    bins = [min(int(share * num_bins), num_bins - 1) for share, _ in weakest]
-    members = [[s for b, (_, s) in zip(bins, weakest, strict=True) if b == index] for index in range(num_bins)]
-    return [
-        row
-        for index, part in enumerate(members)
-        for row in _rows(part, [(f"{100 * index // num_bins}–{100 * (index + 1) // num_bins}%", lambda _: True)])
-    ]
+        if shares:
+            outcomes[titles[min(int(min(shares) * num_bins), num_bins - 1)]].append(solution.outcome)
+    return _rows(outcomes)
 
 
-def _rows(
-    solutions: Sequence[Solution], groups: Sequence[tuple[str, Callable[[Solution], bool]]]
-) -> list[AgreementRow]:
+def _rows(groups: Mapping[str, Sequence[Label]]) -> list[AgreementRow]:
+    """A row for each group of outcomes, of which only the decided ones count."""
     rows = []
-    for title, belongs in groups:
-        outcomes = [solution.outcome for solution in solutions if belongs(solution)]
-        if outcomes:
-            right = outcomes.count(1)
-            interval = wilson_interval(right, len(outcomes))
-            rows.append(AgreementRow(title, len(outcomes), right / len(outcomes), interval))
+    for title, outcomes in groups.items():
+        right, num = outcomes.count(1), len(outcomes) - outcomes.count(None)
+        if num:
+            rows.append(AgreementRow(title, num, right / num, wilson_interval(right, num)))
     return rows

@@ -14,7 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_stepkto.base.files import atomic_writer
-from megatron_stepkto.evaluation.table import Interval, Row
+from megatron_stepkto.evaluation.statistics import Interval
+from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.report.collect import Report, collect
 from megatron_stepkto.run.folder import RunFolder
 
@@ -71,13 +72,8 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": percent,
-        "interval": interval,
-        "duration": duration,
-        "count": count,
-        "counts": counts,
-    }
+    filters = {"percent": percent, "interval": interval, "duration": duration, "count": count, "counts": counts}
+    environment.filters |= filters
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
     katex = (FOLDER / "katex" / "katex.min.js").read_text(encoding="utf-8")
     names = ("charts.js", "formulas.js", "browser.js", "page.js")

@@ -16,20 +16,6 @@ REPLACEMENT = "\ufffd"  # what decoding puts in place of bytes that are not a wh
 MAX_WAITING_TOKENS = 4
 
 
-class _Decoder:
-    """Decodes windows of one response's token ids, special tokens left out."""
-
-    def __init__(self, tokenizer: Any, token_ids: Sequence[int]) -> None:
-        self.tokenizer, self.token_ids = tokenizer, token_ids
-
-    def __call__(self, start: int, end: int) -> str:
-        return str(
-            self.tokenizer.decode(
-                self.token_ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
-
-
 def _byte_tokens(tokenizer: Any) -> dict[int, int]:
     """Id to byte of the tokens <0x00> ... <0xFF> of a tokenizer with byte fallback; none of any other."""
     look_up = getattr(tokenizer, "convert_tokens_to_ids", None)
@@ -64,10 +50,6 @@ def _starts_in_run(run: bytes) -> list[int]:
     return starts
 
 
-def _whole_characters(decoded: str) -> int:
-    return len(decoded.rstrip(REPLACEMENT))
-
-
 def _decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
     """Text of ``token_ids`` (no special tokens among them) and the character at which each token starts.
 
@@ -77,7 +59,11 @@ def _decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[
     whole character. A run of byte tokens is one unit, as it is to the decoder. Each token is decoded a
     bounded number of times.
     """
-    decode = _Decoder(tokenizer, token_ids)
+
+    def decode(start: int, end: int) -> str:
+        window = token_ids[start:end]
+        return str(tokenizer.decode(window, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
     byte_of = _byte_tokens(tokenizer)
     pieces: list[str] = []
     starts: list[int] = []
@@ -92,7 +78,7 @@ def _decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[
         window = decode(anchor, now)
         end = now
         if not run and (window.endswith(REPLACEMENT) or len(window) <= len(context)):
-            unfinished_at = max(unfinished_at, length + _whole_characters(window) - len(context))
+            unfinished_at = max(unfinished_at, length + len(window.rstrip(REPLACEMENT)) - len(context))
             end = now - MAX_WAITING_TOKENS + 1
             # bytes that never form a character would wait for ever: release what is independent of the rest
             if end <= read or decode(anchor, end) + decode(end, now) != window:
@@ -117,7 +103,7 @@ def token_starts(text: str, token_ids: Sequence[int], tokenizer: Any) -> list[in
     Raises:
         UserError: the tokens do not decode to the text; names the first character that differs.
     """
-    special = _special_ids(tokenizer)
+    special = {*tokenizer.all_special_ids, *_added_specials(tokenizer)}  # decoding leaves them out
     plain = [token for token in token_ids if token not in special]
     decoded, starts = _decode_tokens(plain, tokenizer)
     if text == decoded or text == decoded.rstrip(REPLACEMENT):
@@ -140,10 +126,11 @@ def token_starts(text: str, token_ids: Sequence[int], tokenizer: Any) -> list[in
     return shifted
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids that decoding leaves out; ``all_special_ids`` alone lacks the reserved ones of many models."""
+def _added_specials(tokenizer: Any) -> dict[int, str]:
+    """Id to text of the special tokens among those added to the vocabulary; ``all_special_ids`` lacks the reserved ones
+    of many models."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(tokenizer.all_special_ids) | {token for token, entry in added.items() if entry.special}
+    return {token: entry.content for token, entry in added.items() if entry.special}
 
 
 def step_spans(
@@ -164,7 +151,8 @@ def step_spans(
         UserError: the tokens do not decode to the text, or see ``split_text``.
     """
     starts = token_starts(text, token_ids, tokenizer)
-    special_tag = _special_id(tokenizer, tag) if how == "tag" else None
+    specials = _added_specials(tokenizer) if how == "tag" else {}
+    special_tag = next((token for token, content in specials.items() if content == tag), None)
     if special_tag is None:
         spans = split_text(text, how, tag)
     else:
@@ -172,10 +160,8 @@ def step_spans(
     begins = [start for start, _ in spans]
     owners: list[int] = []
     for start in starts:
-        if start is None:
-            owners.append(owners[-1] if owners else 0)
-        else:
-            owners.append(bisect.bisect_right(begins, start) - 1)
+        before = owners[-1] if owners else 0
+        owners.append(before if start is None else bisect.bisect_right(begins, start) - 1)
     steps: list[Step] = []
     for number, (start, end) in enumerate(spans):
         token_start, token_end = bisect.bisect_left(owners, number), bisect.bisect_right(owners, number)
@@ -184,11 +170,6 @@ def step_spans(
         else:
             steps.append(Step(start=start, end=end, token_start=token_start, token_end=token_end))
     return steps
-
-
-def _special_id(tokenizer: Any, tag: str | None) -> int | None:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return next((token for token, entry in added.items() if entry.special and entry.content == tag), None)
 
 
 def _cuts_at(tag: int, token_ids: Sequence[int], starts: Sequence[int | None], length: int) -> list[int]:

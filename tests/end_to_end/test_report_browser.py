@@ -13,7 +13,7 @@ import pytest
 
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.base.records import Judge, JudgedSample, Label, LogRatios, Problem, Step, write_records
-from megatron_stepkto.report import write_report
+from megatron_stepkto.report.page import write_report
 
 pytestmark = pytest.mark.browser
 

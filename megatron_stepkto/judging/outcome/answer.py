@@ -38,12 +38,8 @@ def judge_outcomes(
     """
     extracted = [extract_answer(text) for text in texts]
     pairs = [(gold, answer) for gold, answer in zip(golds, extracted, strict=True) if answer is not None]
-    verdicts = iter(checker.check_many(pairs, progress))
-    outcomes = []
-    for answer in extracted:
-        if answer is None:
-            outcomes.append(Outcome(0, None, "no answer"))
-        else:
-            verdict = next(verdicts)
-            outcomes.append(Outcome(verdict.label, answer, verdict.how, milliseconds=verdict.milliseconds))
-    return outcomes
+    decided = (
+        Outcome(verdict.label, answer, verdict.how, milliseconds=verdict.milliseconds)
+        for (_, answer), verdict in zip(pairs, checker.check_many(pairs, progress), strict=True)
+    )
+    return [Outcome(0, None, "no answer") if answer is None else next(decided) for answer in extracted]

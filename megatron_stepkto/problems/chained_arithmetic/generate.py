@@ -44,15 +44,9 @@ class Link:
     result: int
 
     def sentence(self, before: str) -> str:
-        if self.op == "+":
-            relation = f"{self.operand} more than"
-        elif self.op == "-":
-            relation = f"{self.operand} fewer than"
-        elif self.operand == 2:
-            relation = "twice as many as"
-        else:
-            relation = f"{self.operand} times as many as"
-        return f"{self.name} has {relation} {before}."
+        factor = "twice" if self.operand == 2 else f"{self.operand} times"
+        relations = {"+": f"{self.operand} more than", "-": f"{self.operand} fewer than", "*": f"{factor} as many as"}
+        return f"{self.name} has {relations[self.op]} {before}."
 
 
 @dataclass(frozen=True)

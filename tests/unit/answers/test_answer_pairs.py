@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,6 @@ from benchmarks.answer_checking import EXPECTED, read_pairs
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 
 PAIRS = read_pairs(Path(__file__).with_name("answer_pairs.txt"))
-
-
-@pytest.fixture(scope="module")
-def checker() -> Iterator[EquivalenceChecker]:
-    with EquivalenceChecker(workers=1, timeout_s=20.0) as checker:
-        yield checker
 
 
 @pytest.mark.parametrize("kind", PAIRS)

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from megatron_stepkto.answers import exact
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.answers.final_answer import extract_answer
 from tests.unit.base.test_processes import assert_ends
-
-
-@pytest.fixture(scope="module")
-def checker() -> Iterator[EquivalenceChecker]:
-    with EquivalenceChecker(workers=1, timeout_s=20.0) as checker:
-        yield checker
 
 
 @pytest.mark.parametrize(

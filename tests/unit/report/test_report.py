@@ -13,11 +13,10 @@ import pytest
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.base.records import Judge, JudgedSample, Label, LogRatios, Problem, Step, write_records
-from megatron_stepkto.report import write_report
 from megatron_stepkto.report.collect import collect
 from megatron_stepkto.report.curves import read_training, thin
 from megatron_stepkto.report.judge import agreement, calibration
-from megatron_stepkto.report.page import FOLDER, counts, duration, embed
+from megatron_stepkto.report.page import FOLDER, counts, duration, embed, write_report
 from megatron_stepkto.report.solutions import (
     PositionShare,
     Solution,
