@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 # Used only if the default package index has no CPU build of torch.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
-# Test files run in as many processes; the multi-process tests wait a lot, so that two on two cores save half an hour.
+# The number of processes that run test files: a test of ranks or engines waits for them most of the time.
 TEST_WORKERS ?= 2
 PARALLEL = -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
