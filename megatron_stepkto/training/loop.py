@@ -7,7 +7,8 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_stepkto.base.ahead import OneAhead
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import flush_tree, read_json, stable_hash, write_json
 from megatron_stepkto.base.packing import plan_updates
@@ -54,6 +56,16 @@ from megatron_stepkto.training.watch import WINDOW, falling_below_zero
 
 LAGGED = ("batch", "running")  # estimators that read the log-ratios of earlier updates
 MAX_BLAMED = 20  # records named when a number is not finite
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What one update reads: the documents of its units and its KL pairs, and this rank's micro-batches of both."""
+
+    units: list[tuple[Document, ...]]
+    pairs: list[Document]
+    batches: list[MicroBatch]
+    kl_batches: list[MicroBatch]
 
 
 class Trainer:
@@ -117,14 +129,17 @@ class Trainer:
         if done == 0:
             self._show_gradients()
         self._log_held_out(done)
-        for update in range(done, len(self.updates)):
-            self._update(update)
-            self.engine.checkpoints.finish_saving(wait=False)
-            if self._stop:
-                self._save_and_end(update + 1)
-            self._log_held_out(update + 1)  # before the checkpoint: a resumed run keeps the rows up to it
-            if self._due(update + 1) and update + 1 < len(self.updates):
-                self._checkpoint(update + 1)
+        with OneAhead(self._global_batch, self.updates[done:]) as prepared:
+            for update in range(done, len(self.updates)):
+                self._update(update, prepared)
+                self.engine.checkpoints.finish_saving(wait=False)
+                if self._due(update + 1):
+                    prepared.settle()  # an asynchronous save forks
+                if self._stop:
+                    self._save_and_end(update + 1)
+                self._log_held_out(update + 1)  # before the checkpoint: a resumed run keeps the rows up to it
+                if self._due(update + 1) and update + 1 < len(self.updates):
+                    self._checkpoint(update + 1)
 
     def _trained(self) -> list[TrainExample]:
         """Examples that an update uses (``max_updates`` may leave out most), in the order of the file."""
@@ -154,8 +169,7 @@ class Trainer:
         """
         if self.engine.acceleration.rounds_by_history:
             points = reference_points(self.batch_kl, "none", self.engine.device)
-            units = [unit_documents(self.units[i], self.references, False).documents for i in self.updates[0]]
-            self._accumulate(units, points)
+            self._accumulate(self._global_batch(self.updates[0]).batches, points)
 
     def _ask_to_stop(self, *_: Any) -> None:
         self._asked = True
@@ -238,31 +252,37 @@ class Trainer:
 
     # --- one update ------------------------------------------------------------------------------------------
 
-    def _update(self, update: int) -> None:
-        begun = time.perf_counter()
+    def _global_batch(self, members: Sequence[int]) -> GlobalBatch:
+        """The batch of these units. Changes nothing and meets no other rank: a thread runs it during an update."""
         with_kl = self.estimator == "mismatched"
-        units = [unit_documents(self.units[i], self.references, with_kl) for i in self.updates[update]]
-        pairs = [unit.kl for unit in units if unit.kl is not None]
-        points, kl = self._reference_points(pairs)
-        if not all(map(math.isfinite, kl.values())):
-            self._not_finite(update, "the log-ratio over the KL pairs", "KL pairs", self._bad_pairs(pairs))
+        units = [unit_documents(self.units[i], self.references, with_kl) for i in members]
         documents = [unit.documents for unit in units]
-        sums = self._accumulate(documents, points)
+        pairs = [unit.kl for unit in units if unit.kl is not None]
+        slot = self.engine.slot()
+        kl_batches = pack_units([[pair] for pair in pairs], slot) if pairs else []
+        return GlobalBatch(documents, pairs, pack_units(documents, slot), kl_batches)
+
+    def _update(self, update: int, prepared: Iterator[GlobalBatch]) -> None:
+        begun = time.perf_counter()
+        batch = next(prepared)
+        points, kl = self._reference_points(batch.kl_batches)
+        if not all(map(math.isfinite, kl.values())):
+            self._not_finite(update, "the log-ratio over the KL pairs", "KL pairs", self._bad_pairs(batch.pairs))
+        sums = self._accumulate(batch.batches, points)
         if not math.isfinite(sums["loss"]):
-            self._not_finite(update, "the loss", "records", self._bad_units(documents, points))
+            self._not_finite(update, "the loss", "records", self._bad_units(batch.units, points))
         lr = learning_rate(update, len(self.updates), self.settings.optimizer)
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
-            self._not_finite(update, "the gradient", "records", self._bad_units(documents, points))
+            self._not_finite(update, "the gradient", "records", self._bad_units(batch.units, points))
         if self.estimator in LAGGED:
             before = self.batch_kl if self.estimator == "running" else dict.fromkeys(KL_SUMS, 0.0)
             kl = self.batch_kl = {name: before[name] + sums[name] for name in KL_SUMS}
         memory = self._meet()
         self._log(update, sums, kl, points, grad_norm, lr, time.perf_counter() - begun, memory)
 
-    def _accumulate(self, units: Sequence[Sequence[Document]], points: ReferencePoints) -> dict[str, float]:
-        """Gradients of the mean loss over ``units``, in the engine; returns sums pooled over all ranks."""
-        batches = pack_units(units, self.engine.slot())
+    def _accumulate(self, batches: Sequence[MicroBatch], points: ReferencePoints) -> dict[str, float]:
+        """Gradients of the mean loss over all ranks' ``batches``, in the engine; returns sums pooled over all ranks."""
 
         def loss(batch: MicroBatch, log_probs: Tensor) -> tuple[Tensor, int, dict[str, Tensor]]:
             result = self.objective.loss(batch, log_probs, points)
@@ -276,16 +296,15 @@ class Trainer:
 
         return self._pool(self.engine.accumulate(batches, loss), batches)
 
-    def _reference_points(self, documents: Sequence[Document]) -> tuple[ReferencePoints, dict[str, float]]:
-        """z_o and z_s of this global batch, and the pooled sums behind them.
+    def _reference_points(self, batches: Sequence[MicroBatch]) -> tuple[ReferencePoints, dict[str, float]]:
+        """z_o and z_s of a global batch, from this rank's micro-batches of its KL pairs, and the pooled sums.
 
         mismatched: one pass without gradient over the KL pairs of the whole global batch. batch: the mean
         log-ratio of the previous update's own solutions and steps (0 before the first), so that it costs no pass
         and does not depend on how a batch was cut. running: the same, of all updates before this one.
         """
         kl = dict.fromkeys(KL_SUMS, 0.0)
-        if self.estimator == "mismatched" and documents:
-            batches = pack_units([[document] for document in documents], self.engine.slot())
+        if self.estimator == "mismatched" and batches:
             for sums in self.engine.score(batches, kl_sums):
                 for name in kl:
                     kl[name] += sums[name].item()
@@ -305,7 +324,8 @@ class Trainer:
 
     def _bad_units(self, units: Sequence[Sequence[Document]], points: ReferencePoints) -> list[str]:
         """Records whose loss or gradient is not finite on its own, found by halving; the first ``MAX_BLAMED``."""
-        if math.isfinite(self._accumulate(units, points)["loss"]) and math.isfinite(self.engine.gradient_norm()):
+        batches = pack_units(units, self.engine.slot())
+        if math.isfinite(self._accumulate(batches, points)["loss"]) and math.isfinite(self.engine.gradient_norm()):
             return []
         if len(units) == 1:
             return [document.key for document in units[0]]

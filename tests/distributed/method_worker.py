@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +33,7 @@ from megatron_stepkto.methods.registry import METHODS
 from megatron_stepkto.methods.select import single_examples, with_outcome
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
-from megatron_stepkto.training.loop import Trainer
+from megatron_stepkto.training.loop import GlobalBatch, Trainer
 from megatron_stepkto.training.rank import make_trainer
 from tests.distributed.layout_worker import whole_weights
 
@@ -75,10 +75,10 @@ class Linear(Method):
 def stop_in_update(trainer: Trainer, number: int) -> None:
     update = trainer._update
 
-    def signalled(done: int) -> None:
+    def signalled(done: int, prepared: Iterator[GlobalBatch]) -> None:
         if done + 1 == number and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        update(done)
+        update(done, prepared)
 
     trainer._update = signalled  # type: ignore[method-assign]
 
