@@ -7,9 +7,6 @@ PYTHON ?= python3.11
 # Used only if the default package index has no CPU build of torch.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
-# The number of processes that run test files: a test of ranks or engines waits for them most of the time.
-TEST_WORKERS ?= 2
-PARALLEL = -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,14 +36,14 @@ gsm8k: setup
 	$(BIN)/stepkto run recipes/gsm8k_offline_cpu.yaml
 
 test: setup
-	$(BIN)/python -m pytest -m "not long" $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
 
 # With the tests that take over a minute each.
 test-all: setup
-	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 unit: setup
-	$(BIN)/python -m pytest tests/unit $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from tests.slurm.cluster import Cluster, free_ports, stepkto, write_site
 from tests.slurm.environments import WITHOUT, installed, make_environment
 from tests.slurm.runs import arguments, copy_without, lines, number, state, updates_saved
 
-pytestmark = [pytest.mark.slurm, pytest.mark.vllm, pytest.mark.distributed]
+pytestmark = [pytest.mark.slurm, pytest.mark.vllm, pytest.mark.distributed, pytest.mark.long]
 STAND_INS = Path(__file__).parent / "stand_ins"
 
 

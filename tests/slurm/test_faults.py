@@ -36,6 +36,7 @@ def ranks_of(run: Path) -> list[psutil.Process]:
     return [process for process in found if process.info["ppid"] not in numbers]  # not what they fork to write files
 
 
+@pytest.mark.long
 def test_time_limit_requeue_and_lost_node_in_mid_training(
     cluster: Cluster, undisturbed: Path, tmp_path: Path, repository: Path, python_bin: Path
 ) -> None:
