@@ -38,7 +38,7 @@ gsm8k: setup
 test: setup
 	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
 
-# With the tests that take over a minute each.
+# With the tests that take about a minute or more each.
 test-all: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

@@ -106,8 +106,11 @@ def contents(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_killed_in_every_stage_ends_as_undisturbed(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.long)], ids=["three kills", "nine"])
+def test_killed_in_every_stage_ends_as_undisturbed(repository: Path, tmp_path: Path, everywhere: bool) -> None:
     expected = run_to_end(repository, tmp_path / "undisturbed")
+    sampling = json.loads((tmp_path / "undisturbed/mini_cpu/iteration_1/sample/manifest.json").read_text())["counts"]
+    assert sampling["engine_start_seconds"] == 0, "the engines that evaluated M0 sample for the first iteration"
     output = tmp_path / "interrupted"  # as long a name: the size of a checkpoint counts its own path
     run = output / "mini_cpu"
     first = run / "iteration_1"
@@ -115,16 +118,24 @@ def test_killed_in_every_stage_ends_as_undisturbed(repository: Path, tmp_path: P
     def begun(stage: Path) -> Callable[[], bool]:
         return lambda: (stage / "started.json").exists()
 
-    kill_when(repository, output, lambda: any((run / "evaluate" / "M0" / "drawn" / "chunks").glob("*.jsonl")))
-    kill_when(repository, output, lambda: any((first / "sample" / "chunks").glob("samples-*.jsonl")))
-    kill_when(repository, output, begun(first / "judge"))
-    kill_when(repository, output, begun(first / "dataset"))
-    kill_when(repository, output, lambda: (first / "train" / "reference.safetensors").exists())
-    kill_when(repository, output, lambda: any((first / "train" / "checkpoints").glob("update_*/state.json")))
-    # in the middle of writing a later checkpoint
-    kill_when(repository, output, lambda: any((first / "train" / "checkpoints").glob(".update_*.partial")))
-    kill_when(repository, output, begun(first / "convert"))
-    kill_when(repository, output, begun(run / "evaluate" / "M1"))
+    drawn, sampled = run / "evaluate" / "M0" / "drawn" / "chunks", first / "sample" / "chunks"
+    checkpoints = first / "train" / "checkpoints"
+    # three: the evaluation's and the next iteration's samples come from one start of the engines; in the middle of
+    # writing a later checkpoint; in the last stage
+    instants: list[tuple[bool, Callable[[], bool]]] = [
+        (False, lambda: any(drawn.glob("*.jsonl"))),
+        (True, lambda: any(sampled.glob("samples-*.jsonl"))),
+        (False, begun(first / "judge")),
+        (False, begun(first / "dataset")),
+        (False, lambda: (first / "train" / "reference.safetensors").exists()),
+        (False, lambda: any(checkpoints.glob("update_*/state.json"))),
+        (True, lambda: any(checkpoints.glob(".update_*.partial"))),
+        (False, begun(first / "convert")),
+        (True, begun(run / "evaluate" / "M1")),
+    ]
+    for always, seen in instants:
+        if always or everywhere:
+            kill_when(repository, output, seen)
     got = run_to_end(repository, output)
 
     assert without_measurements(got) == without_measurements(expected)

@@ -114,6 +114,7 @@ def test_elements_that_end_together_agree(alone: Path, model: Path, tmp_path: Pa
     assert not (tmp_path / "chunks").exists()
 
 
+@pytest.mark.long  # it must be silent for half a minute
 def test_an_engine_without_progress_is_started_again(alone: Path, model: Path, tmp_path: Path) -> None:
     """A stopped process is the purest stuck engine: alive, silent, deaf to SIGTERM."""
     process = start(model, tmp_path, stall_timeout_s=30)  # an engine starts within that, also on a busy machine

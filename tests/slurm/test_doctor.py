@@ -47,6 +47,7 @@ def test_a_node_with_other_packages_and_few_files(
     assert second.startswith("fault: n2: apex is 9.9, on n1 it is absent; use one environment")
 
 
+@pytest.mark.long
 def test_a_folder_that_the_nodes_do_not_share(
     cluster: Cluster, tmp_path: Path, repository: Path, python_bin: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_time_limit_requeue_and_lost_node_in_mid_training(
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.long
 def test_sampling_requeued_and_killed_then_a_stage_that_fails(
     cluster: Cluster, undisturbed: Path, tmp_path: Path, repository: Path, python_bin: Path
 ) -> None:
