@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import read_json
 
 LINES = (".jsonl", ".ndjson", ".json")
 _PARTS = (".parquet", *LINES)
@@ -29,7 +30,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     the order of their names.
 
     Raises:
-        UserError: the folder holds no data or several splits, or a file is damaged.
+        UserError: the folder holds no data or several splits, or a file is damaged. See ``read_json`` for a JSON array.
     """
     for number, row in enumerate(_rows(path), 1):
         yield number, row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=True, default=str).encode()
@@ -45,7 +46,7 @@ def _rows(path: Path) -> Iterator[Any]:
     elif path.suffix == ".parquet":
         yield from _parquet(path)
     elif _is_array(path):
-        yield from _array(path)
+        yield from read_json(path)
     else:
         with path.open("rb") as file:
             yield from (line for line in file if line.strip())
@@ -103,13 +104,6 @@ def _is_array(path: Path) -> bool:
             if not character.isspace():
                 return character == b"["
     return False
-
-
-def _array(path: Path) -> Iterator[Any]:
-    try:
-        yield from json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: broken JSON: {error}") from None
 
 
 def _clause(error: Exception) -> str:
