@@ -139,8 +139,10 @@ def begin_sampling(run: Run, t: int) -> list[Drawing]:
     stage, begun = sampling_of(run, t), list[Any]()
     drawing = functools.cache(lambda: _trainable_drawing(run, t))
     if not stage.is_finished(force=run.force):
-        together = lambda: begun.append(drawing())  # noqa: E731
-        run_stage(stage, lambda: None, force=run.force, together=together, check=lambda: drawing().check())
+        run_stage(
+            stage, lambda: None, force=run.force, together=lambda: begun.append(drawing()),
+            check=lambda: drawing().check(),
+        )  # fmt: skip
     return begun
 
 

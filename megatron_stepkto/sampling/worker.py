@@ -115,15 +115,16 @@ class Worker:
             if time.monotonic() < self._next_look:  # of a folder that may be on a slow file system
                 return
         missing = [chunk for chunk in self._job.missing() if chunk.file_name not in self._claimed]
-        chunk = self._claim(missing) if missing and self._is_my_turn(missing) else None
-        if chunk is None:
+        claimed = self._claim(missing) if missing and self._is_my_turn(missing) else None
+        if claimed is None:
             self._next_look = time.monotonic() + LOOK_AGAIN_S
             return
+        name = claimed.chunk.file_name
+        self._claimed[name] = claimed  # before anything fails: ``run`` releases its lock
         engine = self._open()  # not before: a worker that finds nothing to do loads no model
-        if not self._claimed:
+        if len(self._claimed) == 1:
             engine.reset()
-        claimed = self._claimed[chunk.chunk.file_name] = chunk
-        engine.add({f"{chunk.chunk.file_name} {n}": request for n, request in enumerate(claimed.requests)})
+        engine.add({f"{name} {number}": request for number, request in enumerate(claimed.requests)})
         self._pulse(busy=True, now=True)
 
     def _is_my_turn(self, missing: Sequence[Chunk]) -> bool:
