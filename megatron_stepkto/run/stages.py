@@ -206,7 +206,7 @@ def import_stage(run: Run) -> None:
 
 def dataset_stage(run: Run, t: int) -> None:
     directory, judged = run.folder.stage("dataset", t), run.folder.judged(t)
-    train, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
+    train, held_out = directory / "train", directory / "held_out"
     share, seed = run.recipe.problems.held_out_share, run.recipe.seed
     settings = {
         "dataset": dataset_key(run.recipe.dataset, run.method),
@@ -231,8 +231,8 @@ def dataset_stage(run: Run, t: int) -> None:
 def training_of(run: Run, t: int) -> Stage:
     data = run.folder.stage("dataset", t)
     settings = run.recipe.train.model_copy(update={"method": run.method})
-    inputs = {"model": run.model(t - 1), "train": data / "train.jsonl"}
-    held_out = data / "held_out.jsonl"
+    inputs = {"model": run.model(t - 1), "train": _examples(data / "train")}
+    held_out = _examples(data / "held_out")
     if held_out.exists():
         inputs["held_out"] = held_out
     if settings.reference == "initial" and t > 1:
@@ -240,6 +240,12 @@ def training_of(run: Run, t: int) -> Stage:
     seed = stable_hash(run.recipe.seed, "train", t) % 2**31
     key = {"train": training_key(settings), "seed": seed}
     return run.known(Stage(run.title(t, "train"), run.folder.stage("train", t), key, inputs))
+
+
+def _examples(folder: Path) -> Path:
+    """The folder, or the file of JSON lines where an earlier version made the data set."""
+    lines = folder.with_name(f"{folder.name}.jsonl")
+    return lines if lines.exists() else folder
 
 
 def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import write_examples
 from megatron_stepkto.base.files import stable_hash
-from megatron_stepkto.base.records import TrainExample, TrainStep, write_records
+from megatron_stepkto.base.records import TrainExample, TrainStep
 from megatron_stepkto.base.stage import Result, Stage
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.chained_arithmetic.student import corpus
@@ -77,7 +78,7 @@ def make_m0(run: Run) -> None:
     )
 
     data = run.folder.m0("corpus")
-    examples = data / "train.jsonl"
+    examples = data / "train"
     judged = run.folder.judged(1)
     imported = run.recipe.problems.source == "imports"
     share = run.recipe.problems.held_out_share
@@ -166,4 +167,4 @@ def write_corpus(size: int, seed: int, tokenizer: Path, prompt: recipe.Prompt, o
                 outcome=1,
             )
 
-    return write_records(output, examples())
+    return write_examples(output, examples())

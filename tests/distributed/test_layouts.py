@@ -54,15 +54,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.records import KLPartner, TrainExample
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
-from megatron_stepkto.megatron.batch import Slot, kl_document, pack_units, solution_document
+from megatron_stepkto.megatron.batch import (
+    Documents,
+    Part,
+    Slot,
+    pack_units,
+    with_partner,
+)
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
@@ -238,7 +246,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
             hf_to_megatron(hf, folder / f"{name} {which}", torch.float32)
         initial[name] = folder / f"{name} initial"
     for name in sorted({row.data for row in ROWS}):
-        write_examples(folder / f"{name}.jsonl", data_of(name))
+        write_examples(folder / name, data_of(name))
     launched: set[int] = set()
 
     def launch(rows: Sequence[Row], ranks: int) -> None:
@@ -247,7 +255,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
             directory = folder / row.name
             directory.mkdir()
             job = Job(settings=row.settings(), seed=SEED, initial=initial[row.model],
-                      reference=folder / f"{row.model} reference", train_examples=folder / f"{row.data}.jsonl",
+                      reference=folder / f"{row.model} reference", train_examples=folder / row.data,
                       held_out_examples=None, directory=directory, fingerprint="x")  # fmt: skip
             (directory / "job.json").write_text(job.model_dump_json())
             jobs.append(str(directory / "job.json"))
@@ -325,13 +333,10 @@ def test_the_compared_runs_move(outcome_of: Callable[[Row], Outcome]) -> None:
 
 def cut(row: Row, update: int, kl: bool) -> list[list[list[str]]]:
     """Names of the documents that each data-parallel rank holds in an update, by micro-batch."""
-    examples = data_of(row.data)
-    members = plan_updates(len(examples), row.batch, 1, SEED, 3)[update]
-    chosen = [examples[i] for i in members]
-    if kl:
-        units = [[kl_document(e, e.kl_partner)] for e in chosen if e.kl_partner]
-    else:
-        units = [[solution_document(e)] for e in chosen]
+    examples = Examples.of(data_of(row.data))
+    members = np.array(plan_updates(len(examples), row.batch, 1, SEED, 3)[update])
+    chosen = with_partner(examples, members) if kl else members
+    units = [[document] for document in Documents([Part(examples, chosen, kl)])]
     ranks = row.ranks // math.prod(row.parallel.get(way, 1) for way in ("tensor", "pipeline", "context"))
     multiple = 64 if row.padded else 1
     slots = [Slot(r, ranks, row.micro_batch_tokens, 1, 1, torch.device("cpu"), multiple) for r in range(ranks)]

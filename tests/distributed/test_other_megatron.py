@@ -51,7 +51,7 @@ def test_the_other_python_has_another_version() -> None:
 def test_begun_here_and_finished_there(name: str, tmp_path: Path) -> None:
     """From the older version to the newer; run with the older one's Python."""
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    write_examples(tmp_path / "train", random_examples(24))
     run(tmp_path / "undisturbed", LAYOUTS[name])
     moved = tmp_path / "moved"
     run_until(moved, LAYOUTS[name], moved / "checkpoints" / "update_000002" / "state.json")
@@ -67,7 +67,7 @@ def test_begun_here_and_finished_there(name: str, tmp_path: Path) -> None:
 def test_the_way_back_is_refused(tmp_path: Path) -> None:
     """Megatron-Core 0.16 asks for a file that 0.19 does not write: told, not a traceback."""
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    write_examples(tmp_path / "train", random_examples(24))
     moved = tmp_path / "moved"
     run_until(moved, {"ranks": 1}, moved / "checkpoints" / "update_000002" / "state.json", str(OTHER))
     with pytest.raises(UserError, match=r"no common\.pt.*make megatron-019"):

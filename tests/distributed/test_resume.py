@@ -46,7 +46,7 @@ def settings(parallel: dict[str, Any], **changes: Any) -> recipe.Training:
 
 def run(folder: Path, parallel: dict[str, Any], **changes: Any) -> Result:
     """Train in ``folder/<name>`` on the data beside it. Also called in a process of its own, to be killed."""
-    stage = Stage("train", folder, {}, {"model": folder.parent / "model", "train": folder.parent / "train.jsonl"})
+    stage = Stage("train", folder, {}, {"model": folder.parent / "model", "train": folder.parent / "train"})
     return train(stage, settings(parallel, **changes), seed=5)
 
 
@@ -70,7 +70,7 @@ def run_until(folder: Path, parallel: dict[str, Any], sign: Path, python: str = 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    write_examples(tmp_path / "train", random_examples(24))
     run(tmp_path / "undisturbed", LAYOUTS[name])
     killed = tmp_path / "killed"
     changes = {"async_checkpoints": name == ASYNC}
@@ -112,7 +112,7 @@ RESHARDED = {
 
 def undisturbed_run(folder: Path) -> Path:
     """Of the model in ``folder``."""
-    write_examples(folder / "train.jsonl", random_examples(24))
+    write_examples(folder / "train", random_examples(24))
     run(folder / "undisturbed", {"ranks": 1})
     return folder
 
@@ -155,7 +155,7 @@ def resumed_equals_undisturbed(killed: Path, before: dict[str, Any], after: dict
 def test_a_request_to_stop_saves_and_ends(number: signal.Signals, tmp_path: Path) -> None:
     """To the command alone, as a batch system or a terminal sends it. Then it goes on to the same weights."""
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    write_examples(tmp_path / "train", random_examples(24))
     parallel = LAYOUTS["PP 2 interleaved"]
     # a constant rate: the short run below must not differ by its schedule
     changes = {"epochs": 20, "checkpoint_every": 1000, "optimizer": {"lr": 2e-3}}
@@ -188,7 +188,7 @@ def test_a_request_to_stop_saves_and_ends(number: signal.Signals, tmp_path: Path
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
     """A kill while the stage tidies up leaves half-deleted folders: they are never read."""
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(8))
+    write_examples(tmp_path / "train", random_examples(8))
     first = run(tmp_path / "run", {"ranks": 1})
     when = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
     for leftover in ("initial", "checkpoints/update_000002"):
@@ -201,7 +201,7 @@ def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
 def test_bfloat16_follows_float32(tmp_path: Path) -> None:
     """bf16 weights with fp32 main weights, gradients and loss: near float32's curve, and exported as bf16."""
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    write_examples(tmp_path / "train", random_examples(24))
     losses: dict[str, list[float]] = {}
     for dtype in ("float32", "bfloat16"):
         run(tmp_path / dtype, {"ranks": 2, "tensor": 2}, dtype=dtype, max_updates=3)
