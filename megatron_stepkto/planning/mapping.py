@@ -86,9 +86,9 @@ def _mapping(all_slices: list[Slice]) -> Iterator[str]:
         firsts.setdefault(slice_.key, slice_)
         lasts[slice_.key] = slice_
     for key, first in firsts.items():
-        yield f"  {key} {list(first.full_shape)}"
+        yield f"  {key} {list(first.entry.full_shape)}"
         for part, (name, shape) in enumerate(first.tensors()):
-            runs = [run for run in first.runs if run.part == part]
+            runs = [run for run in first.entry.runs if run.part == part]
             rows = f"rows {runs[0].target} to {runs[0].target + runs[0].count - 1}" if len(first.names) > 1 else "whole"
             if len(runs) > 1:
                 rows += f", ... in {len(runs)} runs of {runs[0].count}"
