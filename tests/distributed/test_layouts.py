@@ -74,7 +74,7 @@ from megatron_stepkto.megatron.batch import (
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
-from tests.model_folders import write_model
+from tests.model_folders import read_tensor, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -281,7 +281,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
         change = {}
         for key, weight in result.pop("weights").items():
             words = VOCABULARY if "embedding" in key or "output_layer" in key else None  # without the padding's rows
-            change[key] = torch.stack([before.read(key, rows=words), weight[:words]])
+            change[key] = torch.stack([read_tensor(before, key, rows=words), weight[:words]])
         assert set(change) == set(before.shapes())
         return rows, change, result
 

@@ -23,7 +23,7 @@ from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import finished_checkpoints
 from megatron_stepkto.training.launch import train
 from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
-from tests.model_folders import write_model
+from tests.model_folders import read_tensor, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -83,7 +83,7 @@ def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
     expected, got = CheckpointReader(tmp_path / "undisturbed" / "final"), CheckpointReader(killed / "final")
     assert got.shapes() == expected.shapes()
     for key in expected.shapes():
-        assert torch.equal(got.read(key), expected.read(key)), key
+        assert torch.equal(read_tensor(got, key), read_tensor(expected, key)), key
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
     # the lagged estimator: z is the last update's own mean log-ratio, clamped; 0 at first
@@ -141,8 +141,8 @@ def resumed_equals_undisturbed(killed: Path, before: dict[str, Any], after: dict
     expected, got = CheckpointReader(undisturbed / "final"), CheckpointReader(killed / "final")
     for key in expected.shapes():
         rows = VOCABULARY if "embedding" in key else None
-        truth = expected.read(key, rows=rows)
-        assert (got.read(key, rows=rows) - truth).norm() <= 1e-5 * truth.norm(), key
+        truth = read_tensor(expected, key, rows=rows)
+        assert (read_tensor(got, key, rows=rows) - truth).norm() <= 1e-5 * truth.norm(), key
     rows = {folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             for folder in (undisturbed, killed)}  # fmt: skip
     for ours, truth in zip(rows[killed], rows[undisturbed], strict=True):
@@ -182,7 +182,7 @@ def test_a_request_to_stop_saves_and_ends(number: signal.Signals, tmp_path: Path
     for name in ("run", "undisturbed"):
         run(tmp_path / name, parallel, **changes, max_updates=done + 2)
     expected, got = (CheckpointReader(tmp_path / name / "final") for name in ("undisturbed", "run"))
-    assert all(torch.equal(got.read(key), expected.read(key)) for key in expected.shapes())
+    assert all(torch.equal(read_tensor(got, key), read_tensor(expected, key)) for key in expected.shapes())
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
