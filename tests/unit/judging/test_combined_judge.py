@@ -129,5 +129,5 @@ def test_mistakes_are_named(tmp_path: Path, process: str, said: str) -> None:
 def test_an_unreachable_member_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ScriptedServer(lambda body, number: chat({}), models=None) as server:
         judge = process_judge(settings(server.url, model="llama").process, Workplace(tmp_path))
-        with pytest.raises(UserError, match="no model 'llama'"):
+        with pytest.raises(UserError, match=r"^judge\.process\.judges\.1\.model: .* has no model 'llama'"):
             judge.check()
