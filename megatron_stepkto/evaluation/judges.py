@@ -19,7 +19,7 @@ from megatron_stepkto.base.records import Label, Problem, Record, Step, read_rec
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.evaluation.judge_measures import Judged, compare, score
 from megatron_stepkto.judging.imported import GOLD_SOURCES, judged_samples, read_imports
-from megatron_stepkto.judging.process import Solution, Verdict, Verdicts, Workplace, cut_after_first_error
+from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace, cut_after_first_error
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.problems.imported.solution import ImportedSolution

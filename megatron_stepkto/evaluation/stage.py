@@ -16,8 +16,8 @@ from megatron_stepkto.evaluation.table import GREEDY, METRICS, Row
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
-from megatron_stepkto.sampling.draw import Drawing, FixedDtype, Pass, read_prompts
-from megatron_stepkto.sampling.job import Job
+from megatron_stepkto.sampling.draw import Drawing, FixedDtype, read_prompts
+from megatron_stepkto.sampling.job import Job, Pass
 
 # Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same random numbers.
 SEED = 0

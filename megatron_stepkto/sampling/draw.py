@@ -33,18 +33,6 @@ from megatron_stepkto.sampling.engines import check_engines
 from megatron_stepkto.sampling.job import EngineSettings, Job, Pass, PromptRow, Pulse, Speed
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 
-__all__ = [
-    "DrawResult",
-    "Drawing",
-    "FixedDtype",
-    "Pass",
-    "PromptRow",
-    "draw",
-    "draw_all",
-    "read_prompts",
-    "sample_drawing",
-    "sampling_dtype",
-]  # fmt: skip
 WORKER = "megatron_stepkto.sampling.worker"  # imports torch: not here
 
 

@@ -21,7 +21,8 @@ from megatron_stepkto.base.records import Sample, read_records
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.recipe.prompts import load_tokenizer
-from megatron_stepkto.sampling.draw import DrawResult, Pass, PromptRow, draw
+from megatron_stepkto.sampling.draw import DrawResult, draw
+from megatron_stepkto.sampling.job import Pass, PromptRow
 
 pytestmark = [
     pytest.mark.vllm,

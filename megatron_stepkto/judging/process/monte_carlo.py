@@ -22,8 +22,9 @@ from megatron_stepkto.judging.outcome.answer import judge_outcomes
 from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, tokenizer_difference
-from megatron_stepkto.sampling.draw import WORKER, Pass, PromptRow, draw, sampling_dtype
+from megatron_stepkto.sampling.draw import WORKER, draw, sampling_dtype
 from megatron_stepkto.sampling.engines import check_engines
+from megatron_stepkto.sampling.job import Pass, PromptRow
 
 CHUNK = 2048  # completions whose answers are compared together
 

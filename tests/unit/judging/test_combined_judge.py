@@ -9,8 +9,8 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Opinion, Step
-from megatron_stepkto.judging.process import Resources, Workplace, cut_after_first_error
 from megatron_stepkto.judging.process.combine import RULES
+from megatron_stepkto.judging.process.interface import Resources, Workplace, cut_after_first_error
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.section import judging_key, judging_resources
 from megatron_stepkto.recipe import keys as recipe

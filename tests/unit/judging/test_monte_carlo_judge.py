@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Sample, read_records
-from megatron_stepkto.judging.process import Solution, Workplace, monte_carlo
+from megatron_stepkto.judging.process import monte_carlo
+from megatron_stepkto.judging.process.interface import Solution, Workplace
 from megatron_stepkto.judging.process.monte_carlo import estimate
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.section import judging_key

@@ -17,7 +17,8 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.judging.outcome import reward_model
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
-from megatron_stepkto.judging.process import Workplace, prm
+from megatron_stepkto.judging.process import prm
+from megatron_stepkto.judging.process.interface import Workplace
 from megatron_stepkto.judging.process.prm import PRMJob
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe import keys as recipe

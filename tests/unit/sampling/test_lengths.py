@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
+from megatron_stepkto.sampling.draw import draw
+from megatron_stepkto.sampling.job import Pass, PromptRow
 from tests.unit.checkpoint_folders import refusal
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
