@@ -49,10 +49,9 @@ class Pending:
 
     @property
     def title(self) -> str:
-        method = f"{self.run.compared} " if self.run.compared else ""
-        return (
-            f"{method}{self.kind} M{self.t}" if self.kind == "evaluate" else f"{method}iteration {self.t} {self.kind}"
-        )
+        if self.kind != "evaluate":
+            return self.run.title(self.t, self.kind)
+        return f"{self.run.compared + ' ' if self.run.compared else ''}evaluate M{self.t}"
 
 
 def pending(run: Run, compare: Sequence[Method] = ()) -> Iterator[Pending]:
@@ -86,9 +85,7 @@ def _stages(recipe: Recipe) -> Iterator[tuple[Kind, int]]:
 
 
 def _directory(run: Run, kind: Kind, t: int) -> Path:
-    if kind == "evaluate":
-        return run.folder.evaluation(t)
-    return run.folder.stage(kind, t)
+    return run.folder.evaluation(t) if kind == "evaluate" else run.folder.stage(kind, t)
 
 
 def check_machine(

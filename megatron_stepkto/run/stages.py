@@ -270,15 +270,18 @@ def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
 
 
 def convert_stage(run: Run, t: int) -> None:
+    convert(run, run.title(t, "convert"), run.folder.stage("train", t) / "final", run.folder.model(t))
+
+
+def convert(run: Run, title: str, trained: Path, out: Path) -> None:
+    """Convert the weights that a training left to a Hugging Face folder."""
     from megatron_stepkto.checkpoints.convert import megatron_to_hf
 
-    source, out = run.folder.stage("train", t) / "final", run.folder.model(t)
-
     def work() -> Result:
-        megatron_to_hf(source, out)
+        megatron_to_hf(trained, out)
         return Result([out])
 
-    run.run(Stage(run.title(t, "convert"), out.parent, {}, {"trained": source}), work)
+    run.run(Stage(title, out.parent, {}, {"trained": trained}), work)
 
 
 def evaluation_of(run: Run, t: int) -> Stage:

@@ -57,8 +57,8 @@ def tokenizer_stage(run: Run) -> None:
 
 def make_m0(run: Run) -> None:
     """M0/initial (random weights), M0/corpus, M0/train and M0/convert."""
-    from megatron_stepkto.checkpoints.convert import megatron_to_hf
     from megatron_stepkto.run.stage_keys import dataset_key, training_key
+    from megatron_stepkto.run.stages import convert
     from megatron_stepkto.training.launch import train
     from megatron_stepkto.training.requirements import Ranks, check_training
 
@@ -111,13 +111,7 @@ def make_m0(run: Run) -> None:
     here = Ranks(settings=warm_up.training, model=initial / "model", ranks=warm_up.training.parallel.ranks)
     run.run(stage, lambda: train(stage, warm_up.training, seed), check=lambda: check_training(here))
 
-    converted = run.folder.m0("convert")
-
-    def convert() -> Result:
-        megatron_to_hf(training / "final", converted / "model")
-        return Result([converted / "model"])
-
-    run.run(Stage("M0 convert", converted, {}, {"trained": training / "final"}), convert)
+    convert(run, "M0 convert", training / "final", run.folder.m0("convert") / "model")
 
 
 def initialise(architecture: dict[str, Any], tokenizer: Path, output: Path, seed: int) -> Path:
