@@ -67,6 +67,8 @@ from megatron_stepkto.training.watch import WINDOW, falling_below_zero
 
 LAGGED = ("batch", "running")  # estimators that read the log-ratios of earlier updates
 MAX_BLAMED = 20  # records named when a number is not finite
+# Examples whose log-ratios are written at the end: what a page can show, one or two percent of an iteration's work.
+MAX_LOG_RATIOS = 1000
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,9 @@ class Trainer:
         """Save a checkpoint and end, after ``update`` updates: a rank was asked to stop."""
         if update:
             self._checkpoint(update)
-        self._close_tracker()
-        raise SystemExit(STOPPED)
-
-    def _close_tracker(self) -> None:
         if self.tracker:
             self.tracker.close()
+        raise SystemExit(STOPPED)
 
     def _show_gradients(self) -> None:
         """Compute gradients of the first batch without an update, so that FP8's scales of gradients have a history.
@@ -426,17 +425,12 @@ class Trainer:
         }
         self._append(UpdateRow.model_validate(row))
         self._watch_collapse(update, row["log_ratio_right"])
-        self._report(
-            update + 1,
-            len(self.updates),
-            f"loss {row['loss']:.4f}  {sums['tokens'] / seconds:,.0f} tokens/s",
-        )
+        note = f"loss {row['loss']:.4f}  {sums['tokens'] / seconds:,.0f} tokens/s"
+        self._report(update + 1, len(self.updates), note)
 
     def _watch_collapse(self, update: int, right: float | None) -> None:
         """Warn once when right solutions are less likely than under the reference and still losing probability."""
-        if right is None:
-            return
-        if "collapse" in self.notes:
+        if right is None or "collapse" in self.notes:
             return
         self.right_history = [*self.right_history, right][-3 * WINDOW :]
         if (fell := falling_below_zero(self.right_history)) is not None:
@@ -541,7 +535,8 @@ class Trainer:
 
     def _finish(self) -> None:
         self._log_ratios()
-        self._close_tracker()
+        if self.tracker:
+            self.tracker.close()
         self.engine.checkpoints.finish_saving(wait=True)
         temporary = self.job.final.with_name(".final.partial")
         if self.is_writer and temporary.exists():
@@ -552,7 +547,3 @@ class Trainer:
             write_json(self.job.notes, self.notes)
             flush_tree(temporary)
             temporary.rename(self.job.final)
-
-
-# Examples whose log-ratios are written at the end: what a page can show, one or two percent of an iteration's work.
-MAX_LOG_RATIOS = 1000
