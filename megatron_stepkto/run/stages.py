@@ -105,13 +105,18 @@ def sampling_of(run: Run, t: int) -> Stage:
 
 def drawing_of(run: Run, t: int, model: Path) -> Drawing:
     """The sampling job of iteration t, from the model in the folder ``model``."""
-    from megatron_stepkto.sampling.draw import sample_drawing
+    from megatron_stepkto.sampling.draw import new_drawing, read_prompts
+    from megatron_stepkto.sampling.job import Pass
 
     stage, sampling = sampling_of(run, t), run.recipe.sample
     assert sampling is not None
-    return sample_drawing(
-        model, model_name(t - 1), stage.inputs["problems"], run.recipe.prompt, sampling, stage.settings["seed"],
-        stage.directory, title=stage.title,
+    prompts = read_prompts(stage.inputs["problems"], run.recipe.prompt, model)
+    pass_ = Pass(
+        name="samples", num_samples=sampling.num_samples, temperature=sampling.temperature, top_p=sampling.top_p
+    )
+    return new_drawing(
+        model, model_name(t - 1), prompts, [pass_], sampling, stage.settings["seed"], stage.directory,
+        title=stage.title,
     )  # fmt: skip
 
 
