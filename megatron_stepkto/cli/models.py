@@ -67,7 +67,7 @@ def _add_measure_options(measure: argparse.ArgumentParser) -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.evaluation.folder import evaluate_folder, rows_by_data
+    from megatron_stepkto.evaluation.folder import evaluate_folder
     from megatron_stepkto.evaluation.table import results_table
 
     overrides = list(arguments.set)
@@ -77,7 +77,8 @@ def _measure(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.data, arguments.output, overrides, force=arguments.force,
         quarantine=arguments.quarantine,
     )  # fmt: skip
-    sys.stdout.write(results_table({"iterations": rows_by_data(row)}) + "\n")
+    rows = [{"k": row["k"], **inner, "name": name} for name, inner in row["by"]["data"].items()]
+    sys.stdout.write(results_table({"iterations": rows}) + "\n")
     say(f"metrics by data set, subject and level: {arguments.output / 'results' / 'metrics.json'}")
 
 

@@ -89,7 +89,8 @@ def export_samples(
         file.parent.mkdir()
         counts["rows"] = (_write_parquet if file_type == "parquet" else _write_lines)(file, rows)
         if not counts["rows"]:
-            raise UserError(f"{judged}: no row of {layout} comes of it ({_said(counts)}); check the labels")
+            said = ", ".join(f"{name}: {value}" for name, value in counts.items()) or "no samples"
+            raise UserError(f"{judged}: no row of {layout} comes of it ({said}); check the labels")
         flush(file)
         card = folder / "README.md"
         card.write_text(_card(layout, file_type, name or judged.stem, counts), encoding="utf-8")
@@ -207,10 +208,6 @@ _COLUMNS = {
     "trl_stepwise": "`prompt`, `completions` (steps), `labels` (true, false, or null where a step was not judged): "
     "TRL's stepwise supervision; `label` is the outcome of the final answer. TRL ignores that column.",
 }
-
-
-def _said(counts: Counter[str]) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in counts.items()) or "no samples"
 
 
 def _card(layout: Layout, file_type: FileType, name: str, counts: Counter[str]) -> str:

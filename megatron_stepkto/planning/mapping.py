@@ -51,7 +51,8 @@ def dry_run(source: Path, parallel: Parallel) -> str:
     ]
     for stage in range(parallel.pipeline):
         held = stage_parameters(config, entries, parallel, stage)
-        layers = ", ".join(_span(numbers) for numbers in stage_layers(config, parallel, stage))
+        spans = ((numbers[0], numbers[-1]) for numbers in stage_layers(config, parallel, stage))
+        layers = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in spans)
         lines.append(
             f"  stage {stage}: layers {layers}: {held.total:,} parameters, "
             f"{held.total * dtype.itemsize:,} bytes ({held.total * dtype.itemsize / 1e9:.2f} GB)"
@@ -72,10 +73,6 @@ def _dtype(config: dict[str, object]) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"config.json: dtype = {name!r}: expected float32, float16 or bfloat16")
     return dtype
-
-
-def _span(numbers: list[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def _mapping(all_slices: list[Slice]) -> Iterator[str]:

@@ -88,13 +88,6 @@ def _directory(run: Run, kind: Kind, t: int) -> Path:
     return run.folder.evaluation(t) if kind == "evaluate" else run.folder.stage(kind, t)
 
 
-def check_machine(
-    run: Run, compare: Sequence[Method] = (), *, environment: Environment | None = None, elsewhere: bool = False
-) -> None:
-    """Raises UserError with all that ``machine_refusals`` finds, if it finds anything."""
-    _refuse(machine_refusals(run, compare, environment=environment, elsewhere=elsewhere))
-
-
 def machine_refusals(
     run: Run, compare: Sequence[Method] = (), *, environment: Environment | None = None, elsewhere: bool = False
 ) -> list[str]:
@@ -137,10 +130,11 @@ def check_prepared(run: Run, compare: Sequence[Method] = ()) -> None:
         checks += [(item.title, check) for check in (_weights(item) if item.kind == "train" else ())]
     for item in left:
         checks += [(item.title, check) for check in _of_what_is_prepared(item)]
-    _refuse(_collect(checks))
+    refuse(_collect(checks))
 
 
-def _refuse(found: list[str]) -> None:
+def refuse(found: list[str]) -> None:
+    """Raises UserError with all that was found, if anything was."""
     if found:
         raise UserError("\n".join(["refused before anything is sampled:", *found]) if len(found) > 1 else found[0])
 
