@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 # --- problems ------------------------------------------------------------------------------------------------
 
 
-def _source_settings(source: recipes.Problems) -> dict[str, Any]:
-    """The settings that determine the problems. Files are inputs: their content counts, not their path."""
-    return {"source": source.source}
-
-
 def _apart_from(source: recipes.Problems, settings: dict[str, Any]) -> dict[str, Path]:
     """The further evaluation sets as inputs. Adds problems.overlap to ``settings`` where it is not the default."""
     if source.overlap != "exact":
@@ -53,8 +48,8 @@ def _prompt_check(run: Run) -> ProblemCheck | None:
 
 def problems_stage(run: Run, t: int) -> None:
     out, source = run.folder.problems(t), run.recipe.problems
-    settings = {
-        **_source_settings(source),
+    settings = {  # files are inputs: their content counts, not their path
+        "source": source.source,
         "per_iteration": source.per_iteration,
         "seed": run.recipe.seed,
         "iteration": t,
@@ -79,7 +74,7 @@ def evaluation_problems_stage(run: Run) -> None:
     source, split, count = run.recipe.problems, evaluation.split, evaluation.num_problems
     out = run.folder.evaluation_problems
     file = getattr(source, split)
-    settings = {**_source_settings(source), "split": split, "num_problems": count}
+    settings = {"source": source.source, "split": split, "num_problems": count}
 
     def work() -> Result:
         # a fixed seed: every run of a recipe, whatever its own seed, is measured on the same problems
