@@ -237,7 +237,7 @@ class Prompts:
             raise BadText(str(error)) from None
 
     def turns(self, problem: str, system: str | None = None) -> list[dict[str, str]]:
-        """The messages that ask ``problem``: the template after the section's system turn, or ``system`` in its place."""
+        """The messages that ask ``problem``: the template behind the section's system turn (or ``system``)."""
         system = self._prompt.system if system is None else system
         turns = [{"role": "system", "content": system}] if system is not None else []
         return [*turns, {"role": "user", "content": self._prompt.template.replace("{problem}", problem)}]
