@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -185,21 +186,14 @@ def _write_parquet(path: Path, rows: Iterator[Row]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, writer, batch = 0, None, []
-    try:
-        for row in rows:
-            batch.append(row)
-            if writer is None:
-                writer = pq.ParquetWriter(path, _schema(row))
-            if len(batch) == ROWS:
-                writer.write_table(pa.Table.from_pylist(batch, schema=writer.schema))
-                count, batch = count + len(batch), []
-        if writer is not None and batch:
-            writer.write_table(pa.Table.from_pylist(batch, schema=writer.schema))
-    finally:
-        if writer is not None:
-            writer.close()
-    return count + len(batch)
+    if (first := next(rows, None)) is None:
+        return 0
+    count, schema, rows = 0, _schema(first), itertools.chain([first], rows)
+    with pq.ParquetWriter(path, schema) as writer:
+        while batch := list(itertools.islice(rows, ROWS)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            count += len(batch)
+    return count
 
 
 _COLUMNS = {
