@@ -92,7 +92,8 @@ def attempt(job: Job, *, stop: bool) -> dict[str, Any]:
     except SystemExit as end:
         assert (stop, end.code) == (True, STOPPED)
     weights = whole_weights(trainer.engine)
-    trainer._close_tracker()
+    if trainer.tracker:
+        trainer.tracker.close()
     del trainer
     gc.collect()
     parallel_state.destroy_model_parallel()
