@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError: no layout fits, or the given one is impossible (exit code 2)."""
-    from megatron_stepkto.planning.search import propose
+    from megatron_stepkto.planning.search import nothing_fits, propose
     from megatron_stepkto.planning.table import report
 
     recipe = load_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
             _warn_about_recipe(case, recipe)
         plans = propose(case, base, longest)[: arguments.top]
         if not plans:
-            raise UserError(_nothing_fits(case, base, longest))
+            raise UserError(nothing_fits(case, base, longest, "lower --longest"))
     checks = _check(case, plans[0]) if arguments.check else None
     if arguments.json:
         answer = {
@@ -225,23 +225,6 @@ def _warn_about_recipe(case: Scenario, recipe: Recipe) -> None:
         _judge(case, recipe.train, recipe)
     except UserError as error:
         warn(f"the recipe's own layout is impossible: {error}")
-
-
-def _nothing_fits(case: Scenario, base: Training, longest: int) -> str:
-    from megatron_stepkto.planning.search import recipe_keys, smallest
-
-    least = smallest(case, base, longest)
-    cluster = case.cluster
-    if least is None:
-        return (
-            f"no layout of {cluster.gpus} GPUs is possible: tensor x pipeline must divide it, tensor the model's heads "
-            f"and pipeline its {case.config.num_layers} layers; change --gpus"
-        )
-    return (
-        f"no layout of {cluster.gpus} GPUs fits into {cluster.memory_gb:g} GB each (with 10% left free): the smallest "
-        f"needs {least.peak / 1e9:.1f} GB at {recipe_keys(least.settings)}; raise --gpus, take GPUs with more memory, "
-        "or lower --longest"
-    )
 
 
 def _check(case: Scenario, plan: Plan) -> list[Any]:

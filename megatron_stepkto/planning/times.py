@@ -206,6 +206,14 @@ def _once_per_update(case: Scenario, settings: Training) -> tuple[float, float]:
     return share * moved / _rate(case, parallel.tensor * replicas), traffic / (case.cluster.hbm_gbs * 1e9)
 
 
+def gpus_per_engine(entries: list[Entry], cluster: Cluster) -> int:
+    """The fewest GPUs (a power of two, of one node) whose half memory holds the weights in bfloat16."""
+    gpus = 1
+    while 2.0 * model_parameters(entries) / gpus > 0.5 * cluster.memory_gb * 1e9 and gpus < cluster.gpus_per_node:
+        gpus *= 2
+    return gpus
+
+
 def sampling_seconds(case: Scenario) -> float:
     """Time to sample the iteration's solutions on the same GPUs with the fewest GPUs per engine whose half memory
     holds the weights. A decoding step reads the weights and the keys and values of all sequences."""
@@ -213,9 +221,7 @@ def sampling_seconds(case: Scenario) -> float:
     if not work.samples:
         return 0.0
     weights = 2.0 * model_parameters(case.entries)
-    per_engine = 1
-    while weights / per_engine > 0.5 * cluster.memory_gb * 1e9 and per_engine < cluster.gpus_per_node:
-        per_engine *= 2
+    per_engine = gpus_per_engine(case.entries, cluster)
     engines = max(1, cluster.gpus // per_engine)
     cache = 4.0 * config.num_layers * config.num_kv_heads * config.head_dim * work.tokens
     read = (weights + cache * assumed.sequences) / (cluster.hbm_gbs * 1e9 * assumed.sampling_hbm * per_engine)
