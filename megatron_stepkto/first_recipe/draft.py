@@ -350,7 +350,7 @@ def _train(found: Found, layout: Layout, batch: int, updates: int, notes: Draft)
         loss_why = "KTO paper (arXiv 2402.01306): beta 0.1, lambdas by the balance of classes"
         small = "; no source gives it for models this small, which usually bear a higher one" if size < SMALL else ""
         notes.undecided.append(
-            "train.optimizer.lr and train.loss.beta_* are those of KTO's literature, not tuned on your model and problems: "
+            "train.optimizer.lr and train.loss.beta_* are those of the literature on KTO, not tuned on your model: "
             f"the Step-KTO paper does not fix them{small}. Watch log_ratio_right (docs/loss.md), and choose on "
             "development problems (problems.dev, evaluate.split: dev)"
         )

@@ -200,13 +200,13 @@ def _longest(prompts: Prompts, problems: Sequence[Problem]) -> int:
 def _rejected_lines(published: Published, quarantine: Path) -> list[str]:
     lines = []
     if published.rejected:
-        lines.append(f"{len(published.rejected)} rows cannot be used and were written to {quarantine}:")
+        lines.append(f"rows that cannot be used, written to {quarantine}: {len(published.rejected)}")
         lines += [f"  {row['file']}:{row['line']}: {row['error']}" for row in published.rejected[:SHOWN]]
         lines += [f"  and {len(published.rejected) - SHOWN} more"] if len(published.rejected) > SHOWN else []
     if published.repeated:
         shown = ", ".join(published.repeated[:SHOWN])
         more = ", ..." if len(published.repeated) > SHOWN else ""
-        lines.append(f"{len(published.repeated)} rows repeat an earlier problem and were left out: {shown}{more}")
+        lines.append(f"repeated problems, left out: {len(published.repeated)} ({shown}{more})")
     if published.renamed:
         lines.append("ids are not unique in the files: all were replaced by hashes of the texts")
     return lines
