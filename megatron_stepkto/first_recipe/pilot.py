@@ -12,7 +12,7 @@ from megatron_stepkto.base.records import Problem, Sample, read_records
 from megatron_stepkto.judging.single import judge_answers, label_steps
 from megatron_stepkto.recipe.keys import Prompt, Sampling
 from megatron_stepkto.recipe.prompts import Prompts
-from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
+from megatron_stepkto.sampling.draw import Pass, PromptRow, new_drawing
 from megatron_stepkto.steps.text import SplitRule, split_text
 
 # The more specific one first: headings of steps stand between blank lines, and these between lines.
@@ -88,7 +88,9 @@ def sample_some(model: Path, problems: Sequence[Problem], prompt: Prompt, settin
     rows = [PromptRow(problem_id=p.problem_id, token_ids=prompts.token_ids(p.problem)) for p in problems]
     pass_ = Pass(name="pilot", num_samples=1, temperature=1.0, top_p=1.0)
     with tempfile.TemporaryDirectory(prefix="stepkto-init-") as folder:
-        drawn = draw(model, "M0", rows, [pass_], settings, 0, Path(folder), title="a few solutions")
+        drawing = new_drawing(model, "M0", rows, [pass_], settings, 0, Path(folder), title="a few solutions")
+        drawing.draw()
+        drawn = drawing.finish()
         samples = list(read_records(drawn.paths["pilot"], Sample))
     texts = tuple(sample.text for sample in samples)
     outcomes = judge_answers(texts, [problem.answer or "" for problem in problems])
