@@ -213,12 +213,12 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
                 f"the length of its answers in format {self.settings.format} is not known; judge a few solutions "
                 "(stepkto judge-eval --limit) and read completion_tokens in the manifest"
             )
-        shared = INSTRUCTIONS + typical.prompt + typical.reference  # in the server's prefix cache after the first
+        shared = typical.prompt + typical.reference  # in the server's prefix cache after the first; so the instructions
         own = typical.response + STEP_MARK * typical.steps
         answer = typical.steps * (ENTRY + self.settings.comment_chars / COMMENT_CHARS)
         read = typical.solutions * (shared / typical.per_problem + own)
         written = typical.solutions * self.settings.votes * answer
-        return Work(Path(self.settings.model), read, written, shared + own + answer)
+        return Work(Path(self.settings.model), read, written, INSTRUCTIONS + shared + own + answer)
 
     @functools.cached_property
     def _template(self) -> PromptTemplate:

@@ -331,11 +331,11 @@ def test_a_served_judges_cost_by_hand(repository: Path, capsys: pytest.CaptureFi
     [judge] = plan_json(capsys, recipe)["judges"]
     response, prompt = 870, 1024 - 870
     steps = response / 80
-    shared, own, answer = 179 + prompt + 271, response + 6 * steps, steps * (16 + 200 / 4)
+    shared, own, answer = prompt + 271, response + 6 * steps, steps * (16 + 200 / 4)
     assert (judge["gpus"], judge["judge"]) == (8, "llm:Llama-3.3-70B-Instruct")
     assert judge["read"] == pytest.approx(60_000 * (shared / 8 + own))
     assert judge["written"] == pytest.approx(60_000 * answer)
-    weights, cache = 2 * 70_553_706_496, 4 * 80 * 8 * 128 * (shared + own + answer)
+    weights, cache = 2 * 70_553_706_496, 4 * 80 * 8 * 128 * (179 + shared + own + answer)
     sequences = (0.9 * 80e9 * 4 - weights) // cache
     assert sequences == 198
     assert judge["write_rate"] == pytest.approx(2 * sequences * 0.5 * 3350e9 * 4 / (weights + cache * sequences))
