@@ -359,7 +359,7 @@ def test_judges_of_a_plan_as_text(
     shown = plan("model: Llama-3.3-70B-Instruct")
     assert "Judging an iteration's 60,000 solutions (assumed, not measured: 80 tokens per step" in shown
     [row] = [line.split() for line in shown.splitlines() if line.startswith("llm:")]
-    assert row == "llm:Llama-3.3-70B-Instruct 8 35.3 72.0 59.3M 16,971 43.1M 9,227 2.27 18.1".split()
+    assert row == ["llm:Llama-3.3-70B-Instruct", "8", "35.3", "72.0", "59.3M", "16,971", "43.1M", "9,227", "2.27", "18.1"]
     assert f"llm:other: found no config.json of other at {models}/other: give its folder by --judge-model" in plan(
         "model: other"
     )
