@@ -17,7 +17,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
 from megatron_stepkto.planning.memory import rank_capacity, stage_memory
 from megatron_stepkto.planning.search import Plan, nothing_fits, propose
-from megatron_stepkto.planning.times import Assumptions, Scenario, Workload, gpus_per_engine
+from megatron_stepkto.planning.times import Assumptions, Scenario, Workload, engine_gpus
 from megatron_stepkto.recipe.keys import Parallel, Sampling, Training
 from megatron_stepkto.sampling.engines import check_engines
 from megatron_stepkto.sampling.vllm_engine import vllm_build
@@ -158,7 +158,7 @@ def sampling_keys(backend: Literal["vllm", "transformers"] | str, max_tokens: in
 def engines(config: ModelConfig, entries: list[Entry], cluster: Cluster) -> tuple[int, int]:
     """(workers, GPUs of each) on a node. vLLM cuts the attention heads between an engine's GPUs."""
     node = min(cluster.gpus, cluster.gpus_per_node)
-    each = min(gpus_per_engine(entries, cluster), node)
+    each = engine_gpus(2.0 * model_parameters(entries), node, cluster)
     while each > 1 and (config.num_heads % each or node % each):
         each -= 1
     return max(1, node // each), each

@@ -363,7 +363,10 @@ async def check_servers(service: Service) -> None:
     async with Client(service) as client:
         while len(silent := await client.silent_servers()) == len(service.urls()):
             if time.monotonic() > deadline:
-                raise UserError(f"{service.key}.base_url: no server answers: {', '.join(silent)}; start one first")
+                raise UserError(
+                    f"{service.key}.base_url: no server answers: {', '.join(silent)}; start one first (where a "
+                    "cluster's judging jobs start it, JUDGE_SERVER in the site file, this is no fault)"
+                )
             await asyncio.sleep(_pause(0))
 
 
