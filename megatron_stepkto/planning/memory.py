@@ -19,6 +19,7 @@ from megatron_stepkto.architectures.sharding import (
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.logprobs import tokens_at_a_time
 from megatron_stepkto.planning.activations import (
+    CPU,
     CUDA,
     Layout,
     head_saved_bytes,
@@ -83,6 +84,7 @@ def stage_memory(
     *,
     num_micro_batches: int,
     response_share: float = 1.0,
+    on_gpu: bool = True,
 ) -> StageMemory:
     """Memory of a rank of pipeline stage ``stage`` at the fullest micro-batch (``micro_batch_tokens``).
 
@@ -90,7 +92,7 @@ def stage_memory(
     """
     parallel, tokens = settings.parallel, settings.micro_batch_tokens // settings.parallel.context
     num_bytes = 2 if settings.dtype == "bfloat16" else 4
-    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, CUDA)
+    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, CUDA if on_gpu else CPU)
     weights, gradients, optimizer = state_bytes(config, entries, settings, stage)
     in_flight = layers_in_flight(config, parallel, stage, num_micro_batches)
     activations = tokens * (in_flight * saved_per_layer(config, layout) + working_bytes(config, layout))
@@ -119,8 +121,8 @@ def stage_memory(
         activations=activations,
         head=head,
         kl_pass=forward_only,
-        step=4 * shard,  # torch's AdamW takes the root of all second moments at once
-        overhead=OVERHEAD_BYTES,
+        step=4 * shard if on_gpu else 0.0,  # torch's AdamW takes the root of all second moments at once
+        overhead=OVERHEAD_BYTES if on_gpu else 0.0,
     )
 
 
