@@ -124,7 +124,9 @@ def read_solutions(path: Path, log_ratios: Path | None = None, limit: int | None
     """
     measured: dict[str, list[float]] = {}
     if log_ratios is not None and log_ratios.is_file():
-        measured = {row.example_id: row.steps for row in read_records(log_ratios, LogRatios)}
+        # a training leaves those of all its examples, and samples are too large to hold
+        ids = {sample.sample_id for sample in itertools.islice(read_records(path, JudgedSample), limit)}
+        measured = {row.example_id: row.steps for row in read_records(log_ratios, LogRatios) if row.example_id in ids}
     found: dict[str, list[Solution]] = {}
     for sample in itertools.islice(read_records(path, JudgedSample), limit):
         found.setdefault(sample.problem_id, []).append(solution_of(sample, measured.get(sample.sample_id)))
