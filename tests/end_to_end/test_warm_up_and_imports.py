@@ -13,9 +13,13 @@ import torch
 
 from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.base.packing import plan_updates
-from megatron_stepkto.base.records import JudgedSample, read_records, write_records
+from megatron_stepkto.base.records import JudgedSample, TrainExample, read_records, write_records
+from megatron_stepkto.methods.registry import load_recipe
 from megatron_stepkto.problems.chained_arithmetic.student import corpus
 from megatron_stepkto.recipe.prompts import load_tokenizer
+from megatron_stepkto.report.status import status_text
+from megatron_stepkto.run.folder import Run
+from megatron_stepkto.run.pipeline import prepare
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed]
 
@@ -66,12 +70,10 @@ def test_warm_up_of_a_pretrained_model(repository: Path, tmp_path: Path) -> None
     written = [problem.model_copy(update={"solution": text}) for problem, text in corpus(96, seed=5)]
     assert write_records(solutions, written) == 96
     training = "{method: rft, optimizer: {lr: 1.0e-3}, global_batch_size: 32, epochs: 2, device: cpu}"
-    arguments = [
-        "warm-up", repository / "recipes" / "mini_cpu.yaml", f"--set=output={tmp_path}", "--set=evaluate=null",
-        f"--set=warm_up={{solutions: [{solutions}], training: {training}}}",
-    ]  # fmt: skip
-    stepkto(*arguments)
-    examples = list(read_records(run / "corpus" / "train.jsonl", TrainExample))
+    overrides = [f"output={tmp_path}", "evaluate=null", f"warm_up={{solutions: [{solutions}], training: {training}}}"]
+    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
+    prepare(Run(recipe))
+    examples = list(Examples.open(run / "corpus" / "train"))
     assert len(examples) == 96
     tokenizer = load_tokenizer(m0)
     assert examples[0].token_ids == [*tokenizer.encode(written[0].solution, add_special_tokens=False), 2]
@@ -85,7 +87,11 @@ def test_warm_up_of_a_pretrained_model(repository: Path, tmp_path: Path) -> None
 
     stages = {path.parent.name: path.read_bytes() for path in run.glob("*/manifest.json")}
     assert sorted(stages) == ["convert", "corpus", "train"]
-    stepkto(*arguments)  # nothing is done twice
+    again = Run(recipe)
+    prepare(again)  # nothing is done twice
+    assert [name for name, _ in again.finished] == ["M0/corpus", "M0/train", "M0/convert"]
+    assert again.model(0) == run / "convert" / "model"
+    assert "done     M0/corpus" in status_text(run.parent)
     assert {path.parent.name: path.read_bytes() for path in run.glob("*/manifest.json")} == stages
 
 
