@@ -2,8 +2,8 @@
 
     python examples/word_problems.py DATA OUT
 
-DATA holds problems/mawps_asdiv_train.jsonl, problems/gsm8k_train.jsonl, eval/svamp.jsonl and eval/gsm8k_test.jsonl (rows
-with ``problem``, ``answer``, ``solution``). OUT gets:
+DATA holds problems/mawps_asdiv_train.jsonl, problems/gsm8k_train.jsonl, eval/svamp.jsonl and eval/gsm8k_test.jsonl:
+rows with ``problem``, ``answer`` and ``solution``. OUT gets:
 
 - train.jsonl  MAWPS and ASDiv, each text once, without those of which the set gives two answers
 - dev.jsonl    300 of them that do not train, to choose settings on

@@ -12,11 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_stepkto.base.records import JudgedSample, Problem, Sample, TrainExample, read_records, write_records
+from megatron_stepkto.base.records import (
+    JudgedSample,
+    KLPartner,
+    Problem,
+    Sample,
+    TrainExample,
+    TrainStep,
+    read_records,
+    write_records,
+)
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.judging.stage import judge_file
-from megatron_stepkto.methods.registry import method_of
-from megatron_stepkto.recipe.keys import Dataset, Judging, Prompt, Sampling
+from megatron_stepkto.recipe.keys import Judging, Prompt, Sampling
 from megatron_stepkto.sampling.draw import Pass, draw, read_prompts
 from tests.conftest import REPOSITORY
 
@@ -98,13 +106,25 @@ class Sampled:
     @property
     def examples(self) -> list[TrainExample]:
         """The judged samples with labels in turns: what a small model gets right must not decide what is tested."""
-        labelled = []
-        for number, sample in enumerate(self.judged):
-            steps = [step.model_copy(update={"label": (1, 0, None)[n % 3]}) for n, step in enumerate(sample.steps)]
-            labelled.append(sample.model_copy(update={"steps": steps, "outcome": number % 2}))
-        found = method_of("step_kto").select({s.problem_id: [s] for s in labelled}, Dataset(), 7)
-        assert all(example.kl_partner is not None for example in found)
-        return found
+        partners = [
+            KLPartner(example_id=sample.sample_id, token_ids=sample.token_ids, steps=_labelled(sample))
+            for sample in (*self.judged[1:], self.judged[0])
+        ]
+        return [
+            TrainExample(
+                example_id=sample.sample_id, problem_id=sample.problem_id, prompt_token_ids=sample.prompt_token_ids,
+                token_ids=sample.token_ids, steps=_labelled(sample), outcome=(0, 1)[number % 2], kl_partner=partner,
+                token_log_probs=sample.token_log_probs,
+            )
+            for number, (sample, partner) in enumerate(zip(self.judged, partners, strict=True))
+        ]  # fmt: skip
+
+
+def _labelled(sample: JudgedSample) -> list[TrainStep]:
+    return [
+        TrainStep(token_start=step.token_start, token_end=step.token_end, label=(1, 0, None)[number % 3])
+        for number, step in enumerate(sample.steps) if step.token_end > step.token_start
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
