@@ -18,7 +18,7 @@ PYTHON312 ?= python3.12
 VENV019 := .venv-megatron-0.19
 PIP019 := $(VENV019)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all unit lint setup demo-short compare gsm8k figures m0 gpu-smoke megatron-019 benchmark-trl clean
+.PHONY: demo test test-all real unit lint setup demo-short compare gsm8k figures m0 gpu-smoke megatron-019 benchmark-trl clean
 
 demo: setup
 	$(BIN)/stepkto run recipes/mini_cpu.yaml
@@ -36,11 +36,16 @@ gsm8k: setup
 	$(BIN)/stepkto run recipes/gsm8k_offline_cpu.yaml
 
 test: setup
-	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not long and not big_model" $(PYTEST_ARGS)
 
 # With the tests that take about a minute or more each.
 test-all: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not big_model" $(PYTEST_ARGS)
+
+# Pretrained models through every stage: SmolLM2-135M, which test runs too, and Qwen2.5-Coder-0.5B (0.5 GB to download once,
+# 12 GB of memory).
+real: setup
+	$(BIN)/python -m pytest tests/real $(PYTEST_ARGS)
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)

@@ -37,7 +37,7 @@ def add_commands(commands: Commands) -> None:
     )  # fmt: skip
     add_run_options(prepare, "prepare")
     warm_up = commands.add(
-        "warm-up", _warm_up, "make M0 from random weights (section warm_up)", "stepkto warm-up recipes/mini_cpu.yaml"
+        "warm-up", _warm_up, "make M0 by supervised training (section warm_up)", "stepkto warm-up recipes/mini_cpu.yaml"
     )
     add_run_options(warm_up, "warm-up")
     for name, action, text in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.overlap import check_apart
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import ProblemCheck
+
+_File = tuple[Path, Callable[[dict[str, Any]], Iterable[Any]]]  # and how a row is parsed into problems
 
 
 def write_problems(
@@ -81,17 +83,45 @@ def check_training_problems(source: recipe.Problems, *, allow: bool, skip_bad: b
     Raises:
         UserError: there are overlaps (lists them with file:line and id on both sides), or a file cannot be read.
     """
-    sets = [path for path in (source.dev, source.test, *source.apart_from) if path]
-    if not sets or source.source == "chained_arithmetic":
+    if source.source == "chained_arithmetic":
         return {}
-    held_out = [text for path in sets for text in _texts(path, lambda row: [to_problem(row)], skip_bad=skip_bad)]
-    files: list[tuple[Path, Callable[[dict[str, Any]], Iterable[Any]]]] = (
+    files: list[_File] = (
         [(item.path, _imported(item.format)) for item in source.imports]
         if source.source == "imports"
         else [(source.train, lambda row: [Problem.model_validate(row)])]  # type: ignore[list-item]
     )
+    return _check_apart(source, files, allow=allow, skip_bad=skip_bad)
+
+
+def check_solutions_apart(
+    source: recipe.Problems, files: Sequence[Path], *, allow: bool, skip_bad: bool
+) -> dict[str, object]:
+    """``check_training_problems`` for files of solutions that the warm-up trains on."""
+    return _check_apart(source, [(path, _any_layout) for path in files], allow=allow, skip_bad=skip_bad)
+
+
+def evaluation_sets(source: recipe.Problems, settings: dict[str, Any]) -> dict[str, Path]:
+    """What training problems are compared with, as inputs of the stage that reads them.
+
+    Adds problems.overlap to ``settings`` where it is not the default.
+    """
+    if source.overlap != "exact":
+        settings["overlap"] = source.overlap
+    files = {split: path for split in ("dev", "test") if (path := getattr(source, split))}
+    return files | {f"apart_from-{number}": path for number, path in enumerate(source.apart_from)}
+
+
+def _check_apart(source: recipe.Problems, files: list[_File], *, allow: bool, skip_bad: bool) -> dict[str, object]:
+    sets = [path for path in (source.dev, source.test, *source.apart_from) if path]
+    if not sets:
+        return {}
+    held_out = [text for path in sets for text in _texts(path, _any_layout, skip_bad=skip_bad)]
     train = [text for path, parse in files for text in _texts(path, parse, skip_bad=skip_bad)]
     return check_apart(train, held_out, ngrams=source.overlap == "13gram", allow=allow)
+
+
+def _any_layout(row: dict[str, Any]) -> Iterable[Any]:
+    return [to_problem(row)]
 
 
 def _imported(name: str) -> Callable[[dict[str, Any]], Iterable[Any]]:

@@ -111,11 +111,20 @@ class Evaluation(Measure):
 
 
 class WarmUp(Section):
-    """Makes M0: a new model and tokenizer, trained on solutions with plain next-token loss."""
+    """Makes M0 by training on solutions with plain next-token loss: from random weights, or from initial_model.
 
-    architecture: dict[str, Any] = Field(description="keys of the Hugging Face config.json; vocab_size is filled in")
-    tokenizer: Literal["chained_arithmetic", "byte_level_bpe"] = Field(
-        description="the miniature task's words, or byte-level BPE trained on problems.imports"
+    With ``architecture`` and ``tokenizer`` a new model trains on the student's or imported solutions. With
+    ``solutions`` the model of the key initial_model trains on those (supervised fine-tuning).
+    """
+
+    architecture: dict[str, Any] | None = Field(
+        None, description="of a new model: keys of the Hugging Face config.json; vocab_size is filled in"
+    )
+    tokenizer: Literal["chained_arithmetic", "byte_level_bpe"] | None = Field(
+        None, description="of a new model: the miniature task's words, or byte-level BPE trained on problems.imports"
+    )
+    solutions: list[RecipePath] = Field(
+        [], description="JSON lines of problems with their solution: initial_model is trained on these"
     )
     vocab_size: int = Field(512, ge=300, description="tokens of a byte_level_bpe tokenizer")
     corpus_size: int | None = Field(None, ge=1, description="solutions of the simulated student (chained_arithmetic)")
@@ -123,6 +132,18 @@ class WarmUp(Section):
 
     @model_validator(mode="after")
     def _check_corpus(self) -> Self:
+        new = {"architecture": self.architecture, "tokenizer": self.tokenizer, "corpus_size": self.corpus_size}
+        given = [name for name, value in new.items() if value is not None]
+        if self.solutions and given:
+            raise ValueError(
+                f"solutions train initial_model, and {', '.join(given)} are of a new model: remove one or the other"
+            )
+        if self.solutions:
+            return self
+        if self.architecture is None or self.tokenizer is None:
+            raise ValueError(
+                "give solutions, to train initial_model on them, or architecture and tokenizer, to make a new model"
+            )
         if (self.tokenizer == "chained_arithmetic") != (self.corpus_size is not None):
             raise ValueError(
                 "corpus_size goes with tokenizer: chained_arithmetic, whose student writes that many solutions; "
@@ -136,7 +157,9 @@ class Recipe(Section):
     seed: int = Field(0, description="of sampling, training, and the choice and order of problems")
     iterations: int = Field(1, ge=1, description="T: M_1 to M_T are trained")
     output: TextPath = Field(Path("runs"), description="folder of runs, relative to the working directory")
-    initial_model: RecipePath | None = Field(None, description="Hugging Face folder of M0; null: warm_up makes M0")
+    initial_model: RecipePath | None = Field(
+        None, description="Hugging Face folder of M0, or of the model that warm_up trains on solutions to make M0"
+    )
     problems: Problems = Field(description="where problems come from")
     prompt: Prompt = Field(Prompt(), description="how a problem is put to the model")
     sample: Sampling | None = Field(None, description="how solutions are sampled")
@@ -144,7 +167,7 @@ class Recipe(Section):
     dataset: Dataset = Field(Dataset(), description="which examples train")
     train: Training = Field(description="layout, optimizer and loss")
     evaluate: Evaluation | None = Field(None, description="held-out problems for M0, M1, ...; null: no evaluation")
-    warm_up: WarmUp | None = Field(None, description="makes M0 from nothing; null: initial_model is M0")
+    warm_up: WarmUp | None = Field(None, description="makes M0 by supervised training; null: initial_model is M0")
     # The place of each key; () is the whole file. Empty for a recipe that came from no file.
     _places: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
 
@@ -152,6 +175,8 @@ class Recipe(Section):
     def _check_sections(self) -> Self:
         if self.initial_model is None and self.warm_up is None:
             raise ValueError("give initial_model (a Hugging Face folder) or warm_up (which makes one)")
+        if self.initial_model is None and self.warm_up is not None and self.warm_up.solutions:
+            raise ValueError("warm_up.solutions train initial_model, a Hugging Face folder: give initial_model")
         sampled = self.problems.source != "imports"
         if sampled and (self.sample is None or self.judge is None):
             raise ValueError(f"problems.source: {self.problems.source} needs the sections sample and judge")
@@ -177,8 +202,16 @@ class Recipe(Section):
     def run_dir(self) -> Path:
         return self.output / self.name
 
+    def pretrained(self) -> Path | None:
+        """The folder initial_model where a warm-up trains it to make M0; None: it is M0, or a new model becomes M0.
+
+        Raises:
+            UserError: there is no such folder.
+        """
+        return self.given_model() if self.warm_up is not None and self.warm_up.solutions else None
+
     def given_model(self) -> Path | None:
-        """The folder initial_model; None: warm_up makes M0.
+        """The folder initial_model; None: warm_up makes M0 from random weights.
 
         Raises:
             UserError: there is no such folder.

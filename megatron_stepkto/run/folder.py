@@ -133,17 +133,28 @@ class Run:
 
     @property
     def makes_m0(self) -> bool:
-        return self.from_scratch or self.recipe.initial_model is None
+        return self.from_scratch or self.recipe.initial_model is None or self.pretrained is not None
+
+    @property
+    def pretrained(self) -> Path | None:
+        """See ``Recipe.pretrained``."""
+        return self.recipe.pretrained()
 
     def model(self, t: int) -> Path:
-        """Hugging Face folder of M_t; M0's is the recipe's initial_model where it has one."""
-        given = self.recipe.given_model() if t == 0 and not self.from_scratch else None
+        """Hugging Face folder of M_t; M0's is the recipe's initial_model unless a warm-up makes it."""
+        given = self.recipe.given_model() if t == 0 and not self.makes_m0 else None
         return given or self.folder.model(t)
 
     @property
+    def blueprint(self) -> Path:
+        """A folder with the architecture and the tokenizer of every M_t: M0, or the model that becomes it."""
+        return self.pretrained or self.model(0)
+
+    @property
     def tokenizer_folder(self) -> Path:
-        """The tokenizer of M0, and so of every M_t: a warm-up makes it before M0."""
-        return self.folder.m0("tokenizer") / "model" if self.makes_m0 else self.model(0)
+        """The tokenizer of M0, and so of every M_t: a warm-up from random weights makes it before M0."""
+        makes_it = self.makes_m0 and self.pretrained is None
+        return self.folder.m0("tokenizer") / "model" if makes_it else self.blueprint
 
     def title(self, t: int, stage: str) -> str:
         return f"{self.compared + ' ' if self.compared else ''}iteration {t} {stage}"

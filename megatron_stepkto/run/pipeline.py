@@ -31,7 +31,7 @@ from megatron_stepkto.run.summary import Summary
 
 def prepare(run: Run) -> None:
     """Make what the first iteration needs: M0 and the problems of the evaluation."""
-    if run.makes_m0:
+    if run.makes_m0 and run.pretrained is None:
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
         import_stage(run)

@@ -157,7 +157,7 @@ def _training(item: Pending, elsewhere: bool) -> Iterator[Check]:
     from megatron_stepkto.base.nodes import this_node
     from megatron_stepkto.training.requirements import Ranks, training_checks
 
-    settings, model = item.run.recipe.train, item.run.model(0)  # all models of a run have the same architecture
+    settings, model = item.run.recipe.train, item.run.blueprint
     ranks = settings.parallel.ranks if elsewhere else this_node().ranks_here(settings.parallel.ranks)
     yield from training_checks(Ranks(settings=settings, model=model, ranks=ranks), elsewhere=elsewhere)
     if (model / "config.json").is_file():
@@ -167,18 +167,26 @@ def _training(item: Pending, elsewhere: bool) -> Iterator[Check]:
 def _weights(item: Pending) -> Iterator[Check]:
     from megatron_stepkto.checkpoints.convert import HFSide
 
-    model = item.run.model(0)
+    model = item.run.blueprint
     yield partial(HFSide, model, one_dtype=False)
     yield partial(check_fits, model, item.run.recipe)
 
 
 def _warm_up(run: Run) -> Iterator[Check]:
+    from megatron_stepkto.architectures.layout import check_layout
+    from megatron_stepkto.checkpoints.convert import HFSide, read_model_config
     from megatron_stepkto.training.requirements import Ranks, training_checks
+
+    def place(key: str) -> str:
+        return run.recipe.place(f"warm_up.training.{key.removeprefix('train.')}")
 
     if run.makes_m0 and run.recipe.warm_up is not None and not (run.folder.m0("train") / MANIFEST).is_file():
         settings = run.recipe.warm_up.training
-        model = run.folder.m0("initial") / "model"
+        model = run.pretrained or run.folder.m0("initial") / "model"
         yield from training_checks(Ranks(settings=settings, model=model, ranks=settings.parallel.ranks))
+        if run.pretrained:
+            yield partial(HFSide, model, one_dtype=False)
+            yield lambda: check_layout(read_model_config(model)[0], settings.parallel, place)
 
 
 def _engines_and_judges(item: Pending) -> Iterator[Check]:
@@ -188,10 +196,10 @@ def _engines_and_judges(item: Pending) -> Iterator[Check]:
     sampling, judging = item.run.recipe.sample, item.run.recipe.judge
     if item.kind in ("sample", "evaluate"):
         assert sampling is not None
-        yield partial(check_engines, sampling, item.run.model(0))
+        yield partial(check_engines, sampling, item.run.blueprint)
     if item.kind in ("judge", "evaluate"):
         assert judging is not None
-        yield partial(check_judge, judging, item.run.model(0), _directory(item.run, item.kind, item.t))
+        yield partial(check_judge, judging, item.run.blueprint, _directory(item.run, item.kind, item.t))
 
 
 def _of_what_is_prepared(item: Pending) -> Iterator[Check]:
@@ -250,12 +258,17 @@ def checkpoint_bytes(recipe: Recipe, model: Path, trainings: int) -> int:
 def check_space(run: Run, trainings: Sequence[Pending]) -> None:
     """Check that the unfinished trainings have room on disk. What an earlier attempt has written counts as available.
 
+    A pretrained model's warm-up is one of them.
+
     Raises:
         UserError: there is not enough; names both numbers.
     """
-    needed = checkpoint_bytes(run.recipe, run.model(0), len(trainings))
-    for item in trainings:
-        for path in find_files(_directory(item.run, "train", item.t), "*"):
+    warm_up = run.folder.m0("train")
+    warms_up = run.pretrained is not None and not (warm_up / MANIFEST).is_file()
+    folders = [warm_up] * warms_up + [_directory(item.run, "train", item.t) for item in trainings]
+    needed = checkpoint_bytes(run.recipe, run.blueprint, len(folders))
+    for folder in folders:
+        for path in find_files(folder, "*"):
             with contextlib.suppress(FileNotFoundError):  # a running training removes old checkpoints
                 needed -= path.stat().st_size
     place = next((p for p in (run.base, *run.base.parents) if p.is_dir()), None)

@@ -15,7 +15,7 @@ from megatron_stepkto.base.progress import warn
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.evaluation.table import METRICS, Row
 from megatron_stepkto.methods.dataset import build_dataset
-from megatron_stepkto.problems.source import check_training_problems, write_problems
+from megatron_stepkto.problems.source import check_training_problems, evaluation_sets, write_problems
 from megatron_stepkto.recipe import keys as recipes
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
 from megatron_stepkto.run.folder import Run, model_name
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 
 
 # --- problems ------------------------------------------------------------------------------------------------
-
-
-def _apart_from(source: recipes.Problems, settings: dict[str, Any]) -> dict[str, Path]:
-    """The further evaluation sets as inputs. Adds problems.overlap to ``settings`` where it is not the default."""
-    if source.overlap != "exact":
-        settings["overlap"] = source.overlap
-    return {f"apart_from-{number}": path for number, path in enumerate(source.apart_from)}
 
 
 def _prompt_check(run: Run) -> ProblemCheck | None:
@@ -54,9 +47,8 @@ def problems_stage(run: Run, t: int) -> None:
         "seed": run.recipe.seed,
         "iteration": t,
     }
-    # the dev and test files too: none of their problems may train
-    inputs = {split: path for split in ("train", "dev", "test") if (path := getattr(source, split))}
-    inputs |= _apart_from(source, settings)
+    inputs = {"train": source.train} if source.train else {}
+    inputs |= evaluation_sets(source, settings)  # none of their problems may train
 
     def work() -> Result:
         shared = check_training_problems(source, allow=run.allow_overlap, skip_bad=run.quarantine is not None)
@@ -191,7 +183,7 @@ def import_stage(run: Run) -> None:
     problems, judged = run.folder.imported_problems, run.folder.judged(1)
     settings = {"prompt": run.recipe.prompt.model_dump(mode="json"), "formats": [s.format for s in sources]}
     inputs = {f"{i}-{s.format}": s.path for i, s in enumerate(sources)} | {"tokenizer": tokenizer}
-    inputs |= _apart_from(run.recipe.problems, settings)
+    inputs |= evaluation_sets(run.recipe.problems, settings)
 
     def work() -> Result:
         shared = check_training_problems(

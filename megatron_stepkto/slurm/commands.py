@@ -37,8 +37,7 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
     # jobs start in the folder of the submission; the copy of the recipe must mean the same from anywhere
     recipe = recipe.model_copy(update={"output": recipe.output.resolve()})
     run = recipe.run_dir
-    if recipe.initial_model is not None:
-        check_fits(Run(recipe).model(0), recipe)  # before hours of sampling
+    _check_m0(Run(recipe))
     check_site(recipe, site)
     steps = chain(recipe, site)
     if dry_run:
@@ -50,6 +49,22 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
             file.write(site_file.read_bytes())
         (folder(run) / "logs").mkdir(exist_ok=True)
         return _submit_missing(steps, recipe, site, queued)
+
+
+def _check_m0(run: Run) -> None:
+    """Check, before hours of sampling, that the layout fits M0, and that the chain's jobs can make M0 or have it.
+
+    Raises:
+        UserError: it does not fit, or a pretrained model is to be warmed up, for which there is no job.
+    """
+    if run.recipe.initial_model is not None:
+        check_fits(run.blueprint, run.recipe)
+    if run.pretrained is not None and not (run.folder.m0("convert") / MANIFEST).is_file():
+        raise UserError(
+            f"{run.recipe.place('warm_up')}: warm_up trains initial_model, for which the chain has no job: run "
+            "`stepkto warm-up RECIPE` with the same output folder in an allocation with the GPUs of "
+            "warm_up.training.parallel, then submit"
+        )
 
 
 def _write_recipe(recipe: Recipe, run: Path, queued: list[Queued]) -> None:

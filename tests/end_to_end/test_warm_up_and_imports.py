@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from megatron_stepkto.base.examples import Examples
-from megatron_stepkto.base.records import JudgedSample, read_records
+from megatron_stepkto.base.packing import plan_updates
+from megatron_stepkto.base.records import JudgedSample, TrainExample, read_records, write_records
+from megatron_stepkto.methods.registry import load_recipe
+from megatron_stepkto.problems.chained_arithmetic.student import corpus
+from megatron_stepkto.recipe.prompts import load_tokenizer
+from megatron_stepkto.report.status import status_text
+from megatron_stepkto.run.folder import Run
+from megatron_stepkto.run.pipeline import prepare
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed]
 
@@ -54,6 +61,51 @@ def test_warm_up_makes_m0(repository: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         assert model(ids, labels=labels).loss.item() < 1.5
     assert tokenizer.decode(example.token_ids, skip_special_tokens=True).splitlines()[-1].startswith("Answer: \\boxed{")
+
+
+def test_warm_up_of_a_pretrained_model(repository: Path, tmp_path: Path) -> None:
+    """The shipped M0 on new solutions: the first loss is transformers' on those, and a sampler opens the result."""
+    m0, run = repository / "recipes" / "mini_cpu_m0", tmp_path / "mini_cpu" / "M0"
+    solutions = tmp_path / "solutions.jsonl"
+    written = [problem.model_copy(update={"solution": text}) for problem, text in corpus(96, seed=5)]
+    assert write_records(solutions, written) == 96
+    training = "{method: rft, optimizer: {lr: 1.0e-3}, global_batch_size: 32, epochs: 2, device: cpu}"
+    overrides = [f"output={tmp_path}", "evaluate=null", f"warm_up={{solutions: [{solutions}], training: {training}}}"]
+    recipe = load_recipe(repository / "recipes" / "mini_cpu.yaml", overrides)
+    prepare(Run(recipe))
+    examples = list(Examples.open(run / "corpus" / "train"))
+    assert len(examples) == 96
+    tokenizer = load_tokenizer(m0)
+    assert examples[0].token_ids == [*tokenizer.encode(written[0].solution, add_special_tokens=False), 2]
+
+    losses = [row["loss"] for row in rows(run / "train" / "metrics.jsonl")]
+    first = [examples[i] for i in plan_updates(96, 32, 2, seed=0)[0]]
+    before, after = (mean_loss(folder, first) for folder in (m0, run / "convert" / "model"))
+    assert len(losses) == 6
+    assert losses[0] == pytest.approx(before, rel=1e-5)
+    assert after < before - 0.01
+
+    stages = {path.parent.name: path.read_bytes() for path in run.glob("*/manifest.json")}
+    assert sorted(stages) == ["convert", "corpus", "train"]
+    again = Run(recipe)
+    prepare(again)  # nothing is done twice
+    assert [name for name, _ in again.finished] == ["M0/corpus", "M0/train", "M0/convert"]
+    assert again.model(0) == run / "convert" / "model"
+    assert "done     M0/corpus" in status_text(run.parent)
+    assert {path.parent.name: path.read_bytes() for path in run.glob("*/manifest.json")} == stages
+
+
+def mean_loss(folder: Path, examples: list[TrainExample]) -> float:
+    """Next-token loss of transformers over all response tokens, nats per token."""
+    from transformers import AutoModelForCausalLM
+
+    model, total = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 0.0
+    for example in examples:
+        ids = torch.tensor([[*example.prompt_token_ids, *example.token_ids]])
+        with torch.no_grad():
+            scores = model(ids).logits[0, len(example.prompt_token_ids) - 1 : -1].log_softmax(-1)
+        total -= float(scores.gather(1, torch.tensor(example.token_ids)[:, None]).sum())
+    return total / sum(len(example.token_ids) for example in examples)
 
 
 def test_real_text_with_labels_by_people(repository: Path, data_dir: Path, tmp_path: Path) -> None:

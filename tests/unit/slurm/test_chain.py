@@ -389,6 +389,24 @@ def test_a_cancelled_job_is_not_put_back(site: Path, tmp_path: Path, line: str, 
     assert asked == ["scontrol requeue 7"]
 
 
+def test_a_pretrained_model_is_warmed_up_before_the_chain(
+    site: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No job of the chain trains M0 on GPUs; once `stepkto warm-up` has made it, the chain is as without warm_up."""
+    (tmp_path / "solutions.jsonl").touch()
+    training = "{method: rft, optimizer: {lr: 1}, global_batch_size: 1}"
+    words = ["slurm", "submit", str(repository / "recipes" / "mini_cpu.yaml"), f"--site={site}", "--dry-run",
+             f"--set=output={tmp_path}",
+             f"--set=warm_up={{solutions: [{tmp_path}/solutions.jsonl], training: {training}}}"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(words)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warm_up trains initial_model, for which the chain has no job: run `stepkto warm-up RECIPE`" in said
+    write_json(tmp_path / "mini_cpu" / "M0" / "convert" / "manifest.json", {})
+    main(words)
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 6 * 3
+
+
 @pytest.mark.parametrize("name", JUDGES_OF_REAL)
 def test_recipes_for_real_models(
     name: str, site: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
