@@ -16,8 +16,7 @@ from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.architectures.sharding import model_parameters
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.model_folder import CONFIG, read_config
-from megatron_stepkto.judging.process import Workplace
-from megatron_stepkto.judging.process.interface import ProcessJudge, Typical, Work
+from megatron_stepkto.judging.process.interface import ProcessJudge, Typical, Work, Workplace
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.planning.memory import OVERHEAD_BYTES
 from megatron_stepkto.planning.times import ENGINE_SHARE, Scenario, decoding_rate, engine_gpus
