@@ -167,7 +167,7 @@ def holds_otherwise(left: Side, right: Side, words: StepWords, noun: str) -> boo
         or (words.inexact_quotients and "/" in left.tokens + right.tokens)
         or any(_equal(*values, right, left) for values in _regrouped(left, right))
         or _rounded_factors(left, right)
-        or _in_other_units(left.value, right.value, _slack(left, right), words, noun)
+        or in_other_units(left.value, right.value, _slack(left, right), words, noun)
         or (left.value == -right.value and (words.below or bool(_BOOKED_LOSS.fullmatch(right.text))))
         or (words.about and abs(left.value - right.value) <= _rounding(left))
     )
@@ -298,7 +298,7 @@ def _nudged(number: str, sign: int) -> str:
     return f"{digits[:cut]}.{digits[cut:]}"
 
 
-def _in_other_units(left: Fraction, right: Fraction, width: Fraction, words: StepWords, noun: str) -> bool:
+def in_other_units(left: Fraction, right: Fraction, width: Fraction, words: StepWords, noun: str) -> bool:
     """Are the sides told in two units, or one of them after a full cycle ("11 + 3 = 2 o'clock")?"""
     small, large = sorted((abs(left), abs(right)))
     width = min(width, small / 50)

@@ -136,7 +136,7 @@ def _true_with_units(text: str) -> list[bool]:
     return found
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """LaTeX, signs and thousands in the one notation that runs are made of."""
     text = _THOUSANDS.sub(",", text)
     text = _COMMAND.sub(lambda m: _LATEX[m[1] or m[2]], text)
@@ -165,7 +165,7 @@ def check_equations(
         right, but equations with units or powers, which are told only when true, stand last.
     """
     words = StepWords(text, subject or Subject(text))
-    before, text, after = _plain(before[-MAX_CONTEXT:]), _plain(text), _plain(after[:MAX_CONTEXT])
+    before, text, after = plain_text(before[-MAX_CONTEXT:]), plain_text(text), plain_text(after[:MAX_CONTEXT])
     before += "\n" if before and not before.endswith("\n") else ""  # a step is a line of its own
     after = "\n" + after if after and not text.endswith("\n") else after
     marker = _MARKER.match(text)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from megatron_stepkto.base.records import Label
 from megatron_stepkto.judging.equation_context import Subject
 from megatron_stepkto.judging.equations import MAX_CONTEXT, check_equations
+from megatron_stepkto.judging.formulas import formula_verdicts
 from megatron_stepkto.problems.chained_arithmetic.judge import label_steps
 
 Spans = Sequence[Sequence[int]]  # first character of each step, and the one behind its last
@@ -22,8 +23,9 @@ def _equations(problem: str, text: str, spans: Spans) -> list[Label]:
     all that it holds are true; None where it holds none, or one that is false only as read."""
     labels: list[Label] = []
     subject = Subject(problem, text)
-    for start, end in spans:
-        verdicts = check_equations(
+    of_formulas = formula_verdicts(problem, text, spans, subject)
+    for (start, end), verdicts in zip(spans, of_formulas, strict=True):
+        verdicts += check_equations(
             text[start:end], text[max(0, start - MAX_CONTEXT) : start], text[end : end + MAX_CONTEXT], subject=subject
         )
         if False in verdicts:
