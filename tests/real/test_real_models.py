@@ -240,6 +240,8 @@ class Formula:
 def formula(real: RealModel, sampled: Sampled) -> Formula:
     [members] = plan_updates(len(sampled.examples), BATCH, 1, SEED, 1)
     model = load(real.folder)
+    # transformers gives the padding token's input embedding no gradient, and here that token also ends every turn
+    model.get_input_embeddings().padding_idx = None
     loss = first_update(model, [sampled.examples[i] for i in members])
     squares = [float(weight.grad.double().square().sum()) for weight in model.parameters()]
     return Formula(model, loss, math.sqrt(sum(squares)))
@@ -262,5 +264,5 @@ def first_update(model: Any, batch: list[TrainExample]) -> float:
         if steps:
             loss = loss + torch.stack(steps).mean()
         (loss / len(batch)).backward()
-        total += float(loss) / len(batch)
+        total += float(loss.detach()) / len(batch)
     return total
