@@ -24,12 +24,13 @@ from megatron_stepkto.recipe.judge_keys import (
 from megatron_stepkto.recipe.sample_keys import Sampling
 from megatron_stepkto.recipe.section import Dtype, RecipePath, Section, TextPath, deciding, unkeyed
 from megatron_stepkto.recipe.templates import TEMPLATES
-from megatron_stepkto.recipe.train_keys import FP8, Log, Loss, Method, Optimizer, Parallel, Training
+from megatron_stepkto.recipe.train_keys import FP8, Log, LoRA, Loss, Method, Optimizer, Parallel, Training
 
 __all__ = [
-    "FP8", "CombinedJudge", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "Log", "Loss", "Measure",
-    "Method", "MonteCarloJudge", "Optimizer", "PRMJudge", "Parallel", "Problems", "ProcessJudge", "Prompt", "Recipe",
-    "RewardModel", "RuleJudge", "Sampling", "Section", "Training", "WarmUp", "deciding", "nearest_place", "unkeyed",
+    "FP8", "CombinedJudge", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "LoRA", "Log", "Loss",
+    "Measure", "Method", "MonteCarloJudge", "Optimizer", "PRMJudge", "Parallel", "Problems", "ProcessJudge", "Prompt",
+    "Recipe", "RewardModel", "RuleJudge", "Sampling", "Section", "Training", "WarmUp", "deciding", "nearest_place",
+    "unkeyed",
 ]  # fmt: skip
 
 
@@ -127,6 +128,8 @@ class WarmUp(Section):
 
     @model_validator(mode="after")
     def _check_corpus(self) -> Self:
+        if self.training.lora is not None:
+            raise ValueError("training.lora: a new model has no weights to keep; remove it, and set train.lora")
         if (self.tokenizer == "chained_arithmetic") != (self.corpus_size is not None):
             raise ValueError(
                 "corpus_size goes with tokenizer: chained_arithmetic, whose student writes that many solutions; "

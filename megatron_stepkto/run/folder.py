@@ -52,6 +52,10 @@ class RunFolder:
         """Hugging Face folder of M_t as the run makes it; M0 by a warm-up."""
         return (self.stage("convert", t) if t > 0 else self.m0("convert")) / "model"
 
+    def adapter(self, t: int) -> Path:
+        """PEFT folder of M_t's adapter, of a run that trains one; M0 is its base."""
+        return self.stage("convert", t) / "adapter"
+
     def m0(self, stage: Literal["tokenizer", "initial", "corpus", "train", "convert"]) -> Path:
         """The folder of a stage of the warm-up."""
         return self.base / "M0" / stage

@@ -232,10 +232,14 @@ def training_of(run: Run, t: int) -> Stage:
     data = run.folder.stage("dataset", t)
     settings = run.recipe.train.model_copy(update={"method": run.method})
     inputs = {"model": run.model(t - 1), "train": data / "train.jsonl"}
+    if settings.lora:  # one adapter, of M0, for all iterations
+        inputs["model"] = run.model(0)
+        if t > 1:
+            inputs["adapter"] = run.folder.adapter(t - 1)
     held_out = data / "held_out.jsonl"
     if held_out.exists():
         inputs["held_out"] = held_out
-    if settings.reference == "initial" and t > 1:
+    if settings.reference == "initial" and t > 1 and not settings.lora:
         inputs["reference"] = run.model(0)
     seed = stable_hash(run.recipe.seed, "train", t) % 2**31
     key = {"train": training_key(settings), "seed": seed}
@@ -264,15 +268,29 @@ def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
 
 
 def convert_stage(run: Run, t: int) -> None:
+    import torch
+
+    from megatron_stepkto.checkpoints.adapter import export_adapter, merge_adapter
     from megatron_stepkto.checkpoints.convert import megatron_to_hf
 
     source, out = run.folder.stage("train", t) / "final", run.folder.model(t)
+
+    inputs = {"trained": source}
 
     def work() -> Result:
         megatron_to_hf(source, out)
         return Result([out])
 
-    run.run(Stage(run.title(t, "convert"), out.parent, {}, {"trained": source}), work)
+    def merge() -> Result:
+        base, adapter = run.model(0), run.folder.adapter(t)
+        export_adapter(source, adapter, base)
+        merge_adapter(base, adapter, out, getattr(torch, run.recipe.train.dtype))
+        return Result([adapter, out])
+
+    if run.recipe.train.lora:
+        inputs["base"] = run.model(0)
+    stage = Stage(run.title(t, "convert"), out.parent, {}, inputs)
+    run.run(stage, merge if run.recipe.train.lora else work)
 
 
 def evaluation_of(run: Run, t: int) -> Stage:
@@ -342,10 +360,15 @@ def evaluate_stage(run: Run, t: int, *, sample_next: bool = False) -> dict[str, 
 
 def check_fits(model: Path, recipe: recipes.Recipe) -> None:
     """Raises UserError for a model that cannot be trained in this layout on any machine."""
+    from megatron_stepkto.architectures.adapters import adapted_linears
     from megatron_stepkto.architectures.layout import check_layout
     from megatron_stepkto.checkpoints.convert import read_model_config
 
-    check_layout(read_model_config(model)[0], recipe.train.parallel, recipe.place)
+    config, entries = read_model_config(model)
+    check_layout(config, recipe.train.parallel, recipe.place)
+    if lora := recipe.train.lora:
+        key = "train.lora.targets"
+        adapted_linears(entries, lora.targets, f"{recipe.place(key)}: {key}")
 
 
 # Those that take an iteration from 1; evaluate also takes 0, for M0.

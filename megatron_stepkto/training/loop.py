@@ -24,11 +24,13 @@ from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import STOPPED
 from megatron_stepkto.base.progress import ProgressFile
 from megatron_stepkto.base.records import LogRatios, TrainExample, write_records
+from megatron_stepkto.checkpoints.adapter import SETTINGS, Trained, read_adapter
 from megatron_stepkto.checkpoints.convert import COMPANIONS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, pack_units, solution_document
 from megatron_stepkto.megatron.engine import Engine
+from megatron_stepkto.megatron.lora import initial_factors
 from megatron_stepkto.methods.metrics import (
     KL_SUMS,
     add_up,
@@ -116,6 +118,7 @@ class Trainer:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
         self.engine.checkpoints.load_weights(self.job.initial)
+        self.start_adapters()
         first = [solution_document(example) for example in self._trained()[: self.settings.global_batch_size]]
         self.engine.calibrate(pack_units([[document] for document in first], self.engine.slot()))
         self._measure_gap([example for unit in self.units for example in unit])
@@ -140,6 +143,12 @@ class Trainer:
                 self._log_held_out(update + 1)  # before the checkpoint: a resumed run keeps the rows up to it
                 if self._due(update + 1) and update + 1 < len(self.updates):
                     self._checkpoint(update + 1)
+
+    def start_adapters(self) -> None:
+        """Give the adapters, if the model has some, the values that training starts from."""
+        if self.settings.lora:
+            adapter = self.job.adapter
+            self.engine.set_adapters(read_adapter(adapter).factors if adapter else initial_factors(self.job.seed))
 
     def _trained(self) -> list[TrainExample]:
         """Examples that an update uses (``max_updates`` may leave out most), in the order of the file."""
@@ -438,8 +447,13 @@ class Trainer:
             return 0
         done, directory = newest[0]
         self.saved = done
-        self.engine.checkpoints.load_state(directory)
         state = read_json(directory / "state.json", State)
+        if self.settings.lora and state["base"] != self.job.base:
+            raise UserError(
+                f"{directory}: its adapters belong to another base model than {self.job.initial}; restore that model, "
+                "or remove the checkpoint to train from the start"
+            )
+        self.engine.checkpoints.load_state(directory)
         self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]
         before, now = (notes.get("acceleration") for notes in (state["notes"], self.notes))
         if before != now:
@@ -461,7 +475,12 @@ class Trainer:
         self.saved = update
         final = self.job.checkpoints / f"update_{update:06d}"
         temporary = final.with_name(f".{final.name}.partial")
-        state = {"batch_kl": self.batch_kl, "right_history": self.right_history, "notes": copy.deepcopy(self.notes)}
+        state = {
+            "base": self.job.base,
+            "batch_kl": self.batch_kl,
+            "right_history": self.right_history,
+            "notes": copy.deepcopy(self.notes),
+        }
 
         def publish() -> None:
             if self.is_writer:
@@ -498,6 +517,9 @@ class Trainer:
             shutil.rmtree(temporary)
         self.engine.checkpoints.save_weights(temporary)
         if self.is_writer:
+            if self.settings.lora:
+                about = Trained(lora=self.settings.lora, base=self.job.base)
+                write_json(temporary / SETTINGS, about.model_dump(mode="json"))
             copy_companions(self.job.initial / COMPANIONS, temporary / COMPANIONS)
             write_json(self.job.notes, self.notes)
             flush_tree(temporary)

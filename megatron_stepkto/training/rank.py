@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_stepkto.architectures.adapters import adapted_linears
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.records import TrainExample, read_records
@@ -54,7 +55,10 @@ def make_trainer(job: Job, device: torch.device, acceleration: Acceleration = PL
     examples = list(read_records(job.train_examples, TrainExample))
     held_out = list(read_records(job.held_out_examples, TrainExample)) if job.held_out_examples else []
     check_lengths(examples + held_out, job, config.max_positions, config.vocab_size)
-    return Trainer(Engine(config, job.settings, device, acceleration), job, examples, held_out)
+    lora = job.settings.lora
+    adapted = adapted_linears(entries, lora.targets) if lora else None
+    engine = Engine(config, job.settings, device, acceleration, adapted=adapted)
+    return Trainer(engine, job, examples, held_out)
 
 
 def same_everywhere(line: str) -> str:

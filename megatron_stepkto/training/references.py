@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -144,7 +145,9 @@ def find_references(
 
         if job.reference is not None:
             engine.checkpoints.load_weights(job.reference)
-        found |= score(documents, per_step, known=found, keep=keep)
+        base = job.settings.lora is not None and job.settings.reference == "initial"
+        with engine.without_adapters() if base else contextlib.nullcontext():
+            found |= score(documents, per_step, known=found, keep=keep)
         save(found)
         if job.reference is not None:
             engine.checkpoints.load_weights(job.initial)
