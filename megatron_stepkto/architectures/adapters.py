@@ -155,6 +155,20 @@ def adapter_parameters(
     )
 
 
+def low_rank_width(config: ModelConfig, entries: Sequence[Entry], lora: LoRA, parallel: Parallel) -> float:
+    """Elements per token that the adapters of one model layer keep on a rank for the backward pass: each A x."""
+    width = 0.0
+    for linear in adapted_linears(entries, lora.targets).values():
+        count: float = lora.rank * len(linear.matrices)
+        if linear.of_expert:  # of the experts that a token goes to; tensor-parallel ranks share the tokens
+            assert config.experts is not None
+            count *= config.experts.per_token / parallel.tensor
+        elif linear.splits_input and parallel.sequence:
+            count /= parallel.tensor
+        width += count
+    return width
+
+
 def describe_targets(linears: Mapping[str, AdaptedLinear]) -> list[str]:
     """The names of all targets, as PEFT lists them."""
     return sorted({matrix.target for linear in linears.values() for matrix in linear.matrices})
