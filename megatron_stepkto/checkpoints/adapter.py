@@ -6,6 +6,7 @@ PEFT keeps A [rank, in] and B [out, rank] of each Hugging Face matrix W, and com
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_stepkto.architectures.adapters import ADAPTER as CHILD
-from megatron_stepkto.architectures.adapters import adapted_linears, describe_targets
+from megatron_stepkto.architectures.adapters import AdaptedLinear, adapted_linears, describe_targets
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import flush_tree, read_json, read_json_object
 from megatron_stepkto.base.whole_folder import whole_folder
@@ -122,6 +123,33 @@ def read_adapter(directory: Path) -> PeftAdapter:
     if odd := sorted(keys ^ expected):
         raise UserError(f"{directory / WEIGHTS}: not a plain LoRA's tensors, or incomplete: {', '.join(odd[:5])}")
     return PeftAdapter(directory, rank, float(alpha), frozenset(names))  # type: ignore[arg-type]
+
+
+def check_adapter(adapter: PeftAdapter, linears: Mapping[str, AdaptedLinear], lora: LoRA) -> None:
+    """Check that an adapter is one that ``train.lora`` describes: all of it is trained further, and scaled alike.
+
+    Raises:
+        UserError: names every key to change.
+    """
+    names = {
+        linear.hf_name(matrix, index)
+        for linear in linears.values()
+        for matrix in linear.matrices
+        for index in linear.entry.indices()
+    }
+    faults = []
+    if adapter.rank != lora.rank:
+        faults.append(f"its rank is {adapter.rank}, train.lora.rank is {lora.rank}")
+    if adapter.alpha != lora.alpha:
+        faults.append(f"its alpha is {adapter.alpha:g}, train.lora.alpha is {lora.alpha:g}")
+    if names != adapter.names:
+        own = sorted({name.rpartition(".")[2] for name in adapter.names})
+        faults.append(
+            f"it adapts {', '.join(own)} in {len(adapter.names)} matrices, train.lora.targets "
+            f"{', '.join(describe_targets(linears))} in {len(names)}"
+        )
+    if faults:
+        raise UserError(f"{adapter.directory}: " + "; ".join(faults) + "; make them equal")
 
 
 def export_adapter(source: Path, target: Path, base: Path) -> None:

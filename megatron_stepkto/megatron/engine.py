@@ -61,6 +61,7 @@ class Engine:
     ) -> None:
         self.config, self.settings, self.device, self.acceleration = config, settings, device, acceleration
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+        self.adapted = adapted or {}
         parallel = settings.parallel
         self.megatron = transformer_config(
             config,

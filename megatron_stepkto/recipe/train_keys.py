@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_stepkto.recipe.section import Added, Section, Unkeyed
+from megatron_stepkto.recipe.section import Added, RecipePath, Section, Unkeyed
 
 Method = str  # a name of methods/registry.py, which checks it, and the keys beside it, right after loading
 
@@ -127,6 +127,9 @@ class LoRA(Section):
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     targets: Literal["all"] | list[str] = Field(
         "all", description="linear layers by the last part of their Hugging Face name (q_proj, down_proj), or all"
+    )
+    start: RecipePath | None = Field(
+        None, description="PEFT folder of an adapter of initial_model, to train further; null: a new adapter"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="0: with dropout the policy would not be the one that sampled")
 

@@ -56,8 +56,8 @@ class RunFolder:
         """PEFT folder of M_t's adapter, of a run that trains one; M0 is its base."""
         return self.stage("convert", t) / "adapter"
 
-    def m0(self, stage: Literal["tokenizer", "initial", "corpus", "train", "convert"]) -> Path:
-        """The folder of a stage of the warm-up."""
+    def m0(self, stage: Literal["tokenizer", "initial", "corpus", "train", "convert", "merge"]) -> Path:
+        """The folder of a stage of the warm-up; merge: of initial_model and the adapter that it starts with."""
         return self.base / "M0" / stage
 
     def evaluation(self, t: int) -> Path:
@@ -139,15 +139,23 @@ class Run:
     def makes_m0(self) -> bool:
         return self.from_scratch or self.recipe.initial_model is None
 
+    @property
+    def base_model(self) -> Path:
+        """Hugging Face folder of initial_model, or of what the warm-up makes: adapters are trained of it."""
+        given = self.recipe.given_model() if not self.from_scratch else None
+        return given or self.folder.model(0)
+
     def model(self, t: int) -> Path:
-        """Hugging Face folder of M_t; M0's is the recipe's initial_model where it has one."""
-        given = self.recipe.given_model() if t == 0 and not self.from_scratch else None
-        return given or self.folder.model(t)
+        """Hugging Face folder of M_t; M0's is ``base_model``, or with a starting adapter the two merged."""
+        if t > 0:
+            return self.folder.model(t)
+        lora = self.recipe.train.lora
+        return self.folder.m0("merge") / "model" if lora and lora.start else self.base_model
 
     @property
     def tokenizer_folder(self) -> Path:
         """The tokenizer of M0, and so of every M_t: a warm-up makes it before M0."""
-        return self.folder.m0("tokenizer") / "model" if self.makes_m0 else self.model(0)
+        return self.folder.m0("tokenizer") / "model" if self.makes_m0 else self.base_model
 
     def title(self, t: int, stage: str) -> str:
         return f"{self.compared + ' ' if self.compared else ''}iteration {t} {stage}"

@@ -166,7 +166,7 @@ def _training(item: Pending, elsewhere: bool) -> Iterator[Check]:
     from megatron_stepkto.base.nodes import this_node
     from megatron_stepkto.training.requirements import Ranks, training_checks
 
-    settings, model = item.run.recipe.train, item.run.model(0)  # all models of a run have the same architecture
+    settings, model = item.run.recipe.train, item.run.base_model  # all models of a run have the same architecture
     ranks = settings.parallel.ranks if elsewhere else this_node().ranks_here(settings.parallel.ranks)
     yield from training_checks(Ranks(settings=settings, model=model, ranks=ranks), elsewhere=elsewhere)
     if (model / "config.json").is_file():
@@ -176,7 +176,7 @@ def _training(item: Pending, elsewhere: bool) -> Iterator[Check]:
 def _weights(item: Pending) -> Iterator[Check]:
     from megatron_stepkto.checkpoints.convert import HFSide
 
-    model = item.run.model(0)
+    model = item.run.base_model
     yield partial(HFSide, model, one_dtype=False)
     yield partial(check_fits, model, item.run.recipe)
 
@@ -264,7 +264,7 @@ def check_space(run: Run, trainings: Sequence[Pending]) -> None:
     Raises:
         UserError: there is not enough; names both numbers.
     """
-    needed = checkpoint_bytes(run.recipe, run.model(0), len(trainings))
+    needed = checkpoint_bytes(run.recipe, run.base_model, len(trainings))
     for item in trainings:
         for path in find_files(_directory(item.run, "train", item.t), "*"):
             with contextlib.suppress(FileNotFoundError):  # a running training removes old checkpoints

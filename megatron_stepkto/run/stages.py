@@ -228,14 +228,34 @@ def dataset_stage(run: Run, t: int) -> None:
 # --- train, convert, evaluate ----------------------------------------------------------------------------------
 
 
+def merge_stage(run: Run) -> None:
+    """Make M0 of initial_model and the adapter that train.lora.start names."""
+    import torch
+
+    from megatron_stepkto.checkpoints.adapter import merge_adapter
+
+    lora = run.recipe.train.lora
+    assert lora is not None
+    assert lora.start is not None
+    base, adapter, out = run.base_model, lora.start, run.model(0)
+    dtype = run.recipe.train.dtype
+
+    def work() -> Result:
+        check_fits(base, run.recipe)
+        merge_adapter(base, adapter, out, getattr(torch, dtype))
+        return Result([out])
+
+    run.run(Stage("M0 merge", out.parent, {"dtype": dtype}, {"base": base, "adapter": adapter}), work)
+
+
 def training_of(run: Run, t: int) -> Stage:
     data = run.folder.stage("dataset", t)
     settings = run.recipe.train.model_copy(update={"method": run.method})
     inputs = {"model": run.model(t - 1), "train": data / "train.jsonl"}
-    if settings.lora:  # one adapter, of M0, for all iterations
-        inputs["model"] = run.model(0)
-        if t > 1:
-            inputs["adapter"] = run.folder.adapter(t - 1)
+    if settings.lora:  # one adapter for all iterations
+        inputs["model"] = run.base_model
+        if adapter := run.folder.adapter(t - 1) if t > 1 else settings.lora.start:
+            inputs["adapter"] = adapter
     held_out = data / "held_out.jsonl"
     if held_out.exists():
         inputs["held_out"] = held_out
@@ -282,13 +302,13 @@ def convert_stage(run: Run, t: int) -> None:
         return Result([out])
 
     def merge() -> Result:
-        base, adapter = run.model(0), run.folder.adapter(t)
-        export_adapter(source, adapter, base)
-        merge_adapter(base, adapter, out, getattr(torch, run.recipe.train.dtype))
+        adapter = run.folder.adapter(t)
+        export_adapter(source, adapter, run.base_model)
+        merge_adapter(run.base_model, adapter, out, getattr(torch, run.recipe.train.dtype))
         return Result([adapter, out])
 
     if run.recipe.train.lora:
-        inputs["base"] = run.model(0)
+        inputs["base"] = run.base_model
     stage = Stage(run.title(t, "convert"), out.parent, {}, inputs)
     run.run(stage, merge if run.recipe.train.lora else work)
 
@@ -362,13 +382,16 @@ def check_fits(model: Path, recipe: recipes.Recipe) -> None:
     """Raises UserError for a model that cannot be trained in this layout on any machine."""
     from megatron_stepkto.architectures.adapters import adapted_linears
     from megatron_stepkto.architectures.layout import check_layout
+    from megatron_stepkto.checkpoints.adapter import check_adapter, read_adapter
     from megatron_stepkto.checkpoints.convert import read_model_config
 
     config, entries = read_model_config(model)
     check_layout(config, recipe.train.parallel, recipe.place)
     if lora := recipe.train.lora:
         key = "train.lora.targets"
-        adapted_linears(entries, lora.targets, f"{recipe.place(key)}: {key}")
+        linears = adapted_linears(entries, lora.targets, f"{recipe.place(key)}: {key}")
+        if lora.start:
+            check_adapter(read_adapter(lora.start), linears, lora)
 
 
 # Those that take an iteration from 1; evaluate also takes 0, for M0.

@@ -37,7 +37,7 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
     recipe = _absolute(recipe)
     run = recipe.run_dir
     if recipe.initial_model is not None:
-        check_fits(Run(recipe).model(0), recipe)  # before hours of sampling
+        check_fits(Run(recipe).base_model, recipe)  # before hours of sampling
     check_site(recipe, site)
     steps = chain(recipe, site)
     if dry_run:

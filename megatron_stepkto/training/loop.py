@@ -24,7 +24,7 @@ from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import STOPPED
 from megatron_stepkto.base.progress import ProgressFile
 from megatron_stepkto.base.records import LogRatios, TrainExample, write_records
-from megatron_stepkto.checkpoints.adapter import SETTINGS, Trained, read_adapter
+from megatron_stepkto.checkpoints.adapter import SETTINGS, Trained, check_adapter, read_adapter
 from megatron_stepkto.checkpoints.convert import COMPANIONS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
@@ -146,9 +146,14 @@ class Trainer:
 
     def start_adapters(self) -> None:
         """Give the adapters, if the model has some, the values that training starts from."""
-        if self.settings.lora:
-            adapter = self.job.adapter
-            self.engine.set_adapters(read_adapter(adapter).factors if adapter else initial_factors(self.job.seed))
+        if self.settings.lora is None:
+            return
+        factors = initial_factors(self.job.seed)
+        if self.job.adapter:
+            adapter = read_adapter(self.job.adapter)
+            check_adapter(adapter, self.engine.adapted, self.settings.lora)
+            factors = adapter.factors
+        self.engine.set_adapters(factors)
 
     def _trained(self) -> list[TrainExample]:
         """Examples that an update uses (``max_updates`` may leave out most), in the order of the file."""
@@ -518,7 +523,7 @@ class Trainer:
         self.engine.checkpoints.save_weights(temporary)
         if self.is_writer:
             if self.settings.lora:
-                about = Trained(lora=self.settings.lora, base=self.job.base)
+                about = Trained(lora=self.settings.lora.model_copy(update={"start": None}), base=self.job.base)
                 write_json(temporary / SETTINGS, about.model_dump(mode="json"))
             copy_companions(self.job.initial / COMPANIONS, temporary / COMPANIONS)
             write_json(self.job.notes, self.notes)
