@@ -388,8 +388,10 @@ def test_the_rows_are_what_their_names_say() -> None:
     assert sorted(len(names) for rank in cut(idle, 0, kl=False) for names in rank) == [0, 1]
 
 
-@pytest.mark.parametrize("row", [ROWS[0].baseline, *(r for r in ROWS if r.name in ("TP 2", "DP 2", "TP 2 x PP 2"))],
-                         ids=lambda row: row.name)  # fmt: skip
+RESIDENT = ("TP 2", "DP 2", "TP 2 x PP 2", "LoRA, TP 2")
+
+
+@pytest.mark.parametrize("row", [ROWS[0].baseline, *(r for r in ROWS if r.name in RESIDENT)], ids=lambda row: row.name)
 def test_no_second_model_is_resident(row: Row, outcome_of: Callable[[Row], Outcome]) -> None:
     """reference: initial, of another model than the one trained; parameters that live in rank 0 during any pass."""
     *_, facts = outcome_of(row)

@@ -25,7 +25,10 @@ from megatron_stepkto.slurm.queue import Queued, comment
 from megatron_stepkto.slurm.site import read_site
 from tests.slurm.cluster import free_ports
 
-REAL = ["llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100", "qwen2.5_1.5b_1xh200_smoke", "llama3.3_70b_64xh100_fp8"]
+REAL = [
+    "llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100", "qwen2.5_1.5b_1xh200_smoke", "llama3.3_70b_64xh100_fp8",
+    "llama3.1_8b_lora_1xh100",
+]  # fmt: skip
 
 
 def test_graph_of_two_iterations(site: Path, repository: Path, tmp_path: Path) -> None:
