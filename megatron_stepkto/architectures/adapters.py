@@ -11,6 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from megatron_stepkto.architectures.mapping import Entry
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.architectures.sharding import StageParameters, stage_layers
@@ -73,20 +76,19 @@ class AdaptedLinear:
         rows, columns = self.entry.hf_shapes()[matrix.part]
         return rows, columns
 
-    def rows(self, matrix: Matrix, ranks: int = 1, rank: int = 0) -> list[int]:
-        """The matrix's rows that a tensor-parallel rank holds, in the order of its Megatron-Core weight.
+    def rows(self, matrix: Matrix, ranks: int = 1, rank: int = 0) -> Tensor:
+        """The matrix's rows that a tensor-parallel rank holds, in the order of its Megatron-Core weight: int64.
 
         ranks: 1 for the whole weight, as in a checkpoint.
         """
-        held = [run for run in self.entry.runs if run.part == matrix.part]
-        source_of = {run.target + i: run.source + i for run in held for i in range(run.count)}
-        size = self.entry.shape[0] if self.splits_input else self.entry.shape[0] // ranks
-        first = 0 if self.splits_input else rank * size
-        if self.key.endswith(".linear_fc1"):
-            half = size // 2
-            starts = (rank * half, self.entry.shape[0] // 2 + rank * half)
-            return [source_of[row] for start in starts for row in range(start, start + half) if row in source_of]
-        return [source_of[row] for row in range(first, first + size) if row in source_of]
+        sources = torch.full((self.entry.shape[0],), -1, device="cpu")  # of other matrices
+        for run in self.entry.runs:
+            if run.part == matrix.part:
+                sources[run.target : run.target + run.count] = torch.arange(run.source, run.source + run.count)
+        if not self.splits_input:
+            parts = sources.chunk(2) if self.key.endswith(".linear_fc1") else (sources,)
+            sources = torch.cat([part.chunk(ranks)[rank] for part in parts])
+        return sources[sources >= 0]
 
     def pattern(self, ranks: int) -> tuple[int, tuple[int, ...]]:
         """(times, rows per part): a rank's output is so many times these rows of each Hugging Face matrix in turn."""

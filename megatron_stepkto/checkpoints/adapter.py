@@ -25,6 +25,7 @@ from megatron_stepkto.base.whole_folder import whole_folder
 from megatron_stepkto.checkpoints.checksums import checksum
 from megatron_stepkto.checkpoints.convert import (
     COMPANIONS,
+    LORA_SETTINGS,
     Converted,
     HFSide,
     check_finite,
@@ -40,7 +41,6 @@ from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.recipe.keys import LoRA
 
 WEIGHTS = "adapter_model.safetensors"
-SETTINGS = "lora.json"  # beside the weights of a checkpoint of adapters: ``Trained``
 MERGE = "merge"
 _PREFIX = "base_model.model."
 # Settings of PEFT with which an adapter is more than alpha / rank * B A, and their values with which it is not.
@@ -58,7 +58,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 class Trained(BaseModel):
-    """What the weights of a checkpoint of adapters belong to. base: hash of the base model's folder."""
+    """``LORA_SETTINGS``: what a checkpoint's adapters belong to. base: hash of the base model's folder."""
 
     lora: LoRA
     base: str
@@ -161,7 +161,7 @@ def export_adapter(source: Path, target: Path, base: Path) -> None:
     Raises:
         UserError: an adapter is missing, left over, or not finite.
     """
-    lora = Trained.model_validate(read_json(source / SETTINGS)).lora
+    lora = Trained.model_validate(read_json(source / LORA_SETTINGS)).lora
     _, entries = read_model_config(source / COMPANIONS)
     linears = adapted_linears(entries, lora.targets)
     reader = CheckpointReader(source)
@@ -172,11 +172,13 @@ def export_adapter(source: Path, target: Path, base: Path) -> None:
         for letter in "ab"
     }
     if odd := sorted(expected ^ reader.shapes().keys()):
-        raise UserError(f"{source}: not the adapters of its {SETTINGS}; missing or left over: {', '.join(odd[:10])}")
+        raise UserError(
+            f"{source}: not the adapters of its {LORA_SETTINGS}; missing or left over: {', '.join(odd[:10])}"
+        )
     tensors = {}
     for linear in linears.values():
         for matrix in linear.matrices:
-            key, order = f"{linear.key}.{CHILD}.{matrix.target}", torch.tensor(linear.rows(matrix))
+            key, order = f"{linear.key}.{CHILD}.{matrix.target}", linear.rows(matrix)
             for index in linear.entry.indices():
                 name = f"{_PREFIX}{linear.hf_name(matrix, index)}"
                 b = reader.read(f"{key}.b", index)

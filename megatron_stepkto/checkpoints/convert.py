@@ -40,6 +40,7 @@ from megatron_stepkto.checkpoints.torch_dist import CheckpointReader, Checkpoint
 
 # Inside a Megatron folder: the Hugging Face config and tokenizer files, so that the way back needs nothing else.
 COMPANIONS = "huggingface"
+LORA_SETTINGS = "lora.json"  # inside a Megatron folder that holds adapters alone (adapter.py)
 HEAD, EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"
 HF_TO_MEGATRON, MEGATRON_TO_HF = "hf_to_megatron", "megatron_to_hf"
 
@@ -165,6 +166,11 @@ class MegatronSide:
 
     def __init__(self, directory: Path) -> None:
         weights = find_weights(directory)
+        if (weights / LORA_SETTINGS).is_file():
+            raise UserError(
+                f"{directory}: holds adapters alone ({LORA_SETTINGS}); the run's convert stage merges them into their "
+                "base (convert/model) and writes them for PEFT (convert/adapter)"
+            )
         self.reader = CheckpointReader(weights)
         self.companions = next((f / COMPANIONS for f in (weights, directory) if (f / COMPANIONS).is_dir()), None)
         if self.companions is None:

@@ -24,8 +24,8 @@ from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import STOPPED
 from megatron_stepkto.base.progress import ProgressFile
 from megatron_stepkto.base.records import LogRatios, TrainExample, write_records
-from megatron_stepkto.checkpoints.adapter import SETTINGS, Trained, check_adapter, read_adapter
-from megatron_stepkto.checkpoints.convert import COMPANIONS
+from megatron_stepkto.checkpoints.adapter import Trained, check_adapter, read_adapter
+from megatron_stepkto.checkpoints.convert import COMPANIONS, LORA_SETTINGS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, pack_units, solution_document
@@ -524,7 +524,7 @@ class Trainer:
         if self.is_writer:
             if self.settings.lora:
                 about = Trained(lora=self.settings.lora.model_copy(update={"start": None}), base=self.job.base)
-                write_json(temporary / SETTINGS, about.model_dump(mode="json"))
+                write_json(temporary / LORA_SETTINGS, about.model_dump(mode="json"))
             copy_companions(self.job.initial / COMPANIONS, temporary / COMPANIONS)
             write_json(self.job.notes, self.notes)
             flush_tree(temporary)

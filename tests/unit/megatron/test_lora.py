@@ -16,8 +16,14 @@ from torch.nn.functional import rms_norm
 
 from megatron_stepkto.architectures.adapters import adapted_linears
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.checkpoints.adapter import SETTINGS, export_adapter, read_adapter
-from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, read_model_config
+from megatron_stepkto.checkpoints.adapter import export_adapter, read_adapter
+from megatron_stepkto.checkpoints.convert import (
+    COMPANIONS,
+    LORA_SETTINGS,
+    hf_to_megatron,
+    megatron_to_hf,
+    read_model_config,
+)
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.megatron.batch import MicroBatch, pack_units, solution_document
@@ -104,8 +110,10 @@ def test_log_ratios_after_updates_are_those_of_two_models(hf: Path, ranks: None,
     saved = tmp_path / "saved"
     engine.checkpoints.save_weights(saved)
     assert all(".adapter." in key for key in CheckpointReader(saved).shapes())
-    (saved / SETTINGS).write_text(json.dumps({"lora": LORA, "base": "x"}))
+    (saved / LORA_SETTINGS).write_text(json.dumps({"lora": LORA, "base": "x"}))
     copy_companions(hf, saved / COMPANIONS)
+    with pytest.raises(UserError, match="holds adapters alone"):
+        megatron_to_hf(saved, tmp_path / "model")
     export_adapter(saved, tmp_path / "adapter", hf)
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     weights = load_file(hf / "model.safetensors")
