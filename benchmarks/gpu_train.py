@@ -21,9 +21,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -31,13 +32,14 @@ from megatron.core import parallel_state
 from megatron_stepkto.architectures.families import ARCHITECTURES
 from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import ModelConfig
+from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.megatron.acceleration import choose, choose_device, describe, find_machine
-from megatron_stepkto.megatron.batch import kl_document, pack_units, solution_document
+from megatron_stepkto.megatron.batch import Document, kl_document, pack_units, solution_document, with_partner
 from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.megatron.ranks import join_ranks, lay_out
-from megatron_stepkto.methods.objective import kl_sums, unit_documents
+from megatron_stepkto.methods.objective import kl_sums
 from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.references import per_step
@@ -126,20 +128,21 @@ class Bench:
                     weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02, generator=generator)
         self.engine.optimizer.reload_model_params()
         method = method_of(chosen.method)
-        self.objective = method.objective(chosen.loss, examples)
-        found = {d.key: torch.zeros(len(d.steps)) for e in examples for d in self.documents(e)}
+        mapped = Examples.of(examples)
+        indices = np.arange(len(mapped))
+        self.objective = method.objective(chosen.loss, mapped, indices)
+        self.units = [tuple(self.known(solution_document(mapped, i)) for i in unit) for unit in method.units(mapped)]
         with_kl = method.estimator(chosen.loss) == "mismatched"
-        self.units = [unit_documents(unit, found, with_kl) for unit in method.units(examples)]
+        self.pairs = [self.known(kl_document(mapped, i)) for i in with_partner(mapped, indices)] if with_kl else []
         zero = torch.zeros((), device=device)
         self.points = ReferencePoints(zero, zero)
 
     @staticmethod
-    def documents(example: TrainExample) -> list[Any]:
-        assert example.kl_partner is not None
-        return [solution_document(example), kl_document(example, example.kl_partner)]
+    def known(document: Document) -> Document:
+        return replace(document, reference=torch.zeros(document.num_steps))
 
     def update(self) -> None:
-        batches = pack_units([unit.documents for unit in self.units], self.engine.slot())
+        batches = pack_units(self.units, self.engine.slot())
 
         def loss(batch: Any, log_probs: torch.Tensor) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
             result = self.objective.loss(batch, log_probs, self.points)
@@ -149,18 +152,17 @@ class Bench:
         self.engine.step(1e-6)
 
     def kl_pass(self) -> None:
-        pairs = [unit.kl for unit in self.units if unit.kl is not None]
-        self.engine.score(pack_units([[pair] for pair in pairs], self.engine.slot()), kl_sums)
+        self.engine.score(pack_units([[pair] for pair in self.pairs], self.engine.slot()), kl_sums)
 
     def reference_pass(self) -> None:
-        self.engine.score(pack_units([unit.documents for unit in self.units], self.engine.slot()), per_step)
+        self.engine.score(pack_units(self.units, self.engine.slot()), per_step)
 
     def tokens(self) -> int:
-        return sum(len(d) for unit in self.units for d in unit.documents)
+        return sum(len(d) for unit in self.units for d in unit)
 
     def flops(self, config: ModelConfig) -> float:
         total = 0.0
-        for document in (d for unit in self.units for d in unit.documents):
+        for document in (d for unit in self.units for d in unit):
             layer, head = forward_flops(config, len(document), len(document.response), len(document))
             total += 3 * (config.num_layers * layer + head)
         return total

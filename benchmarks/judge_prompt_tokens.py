@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_stepkto.base.records import Problem, Step
-from megatron_stepkto.judging.process import Solution
+from megatron_stepkto.judging.process.interface import Solution
 from megatron_stepkto.judging.process.llm import PromptTemplate
 from megatron_stepkto.recipe.prompts import load_tokenizer
 from megatron_stepkto.steps.text import split_text

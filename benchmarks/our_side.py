@@ -14,8 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.workload import BATCH, BETA, LEARNING_RATE, Row, peak_memory_mb, read_rows
+from megatron_stepkto.base.examples import write_examples
 from megatron_stepkto.base.files import stable_hash
-from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep, write_records
+from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.megatron.acceleration import choose_device
 from megatron_stepkto.megatron.ranks import join_ranks
@@ -111,13 +112,13 @@ def main() -> None:
         seed=0,
         initial=arguments.work / "initial",
         reference=None,
-        train_examples=arguments.work / "train.jsonl",
+        train_examples=arguments.work / "train",
         held_out_examples=None,
         directory=arguments.work,
         fingerprint="benchmark",
     )
     hf_to_megatron(arguments.model, job.initial, None)
-    write_records(job.train_examples, examples_of(rows, arguments.method, arguments.kl_share))
+    write_examples(job.train_examples, examples_of(rows, arguments.method, arguments.kl_share))
     device = choose_device("cpu")
     join_ranks(job.settings.parallel, device, job.settings.timeout_s)
     trainer = make_trainer(job, device)

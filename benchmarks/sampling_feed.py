@@ -31,9 +31,8 @@ from typing import Any
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling import draw, worker
-from megatron_stepkto.sampling.draw import Pass, PromptRow
 from megatron_stepkto.sampling.interface import Request
-from megatron_stepkto.sampling.job import EngineSettings, Job
+from megatron_stepkto.sampling.job import EngineSettings, Job, Pass, PromptRow
 from megatron_stepkto.sampling.vllm_engine import VLLMEngine
 from megatron_stepkto.sampling.worker import SharedEngine, Worker, chunk_requests
 

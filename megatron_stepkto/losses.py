@@ -14,8 +14,9 @@ Sources: Step-KTO arXiv 2501.10799; KTO arXiv 2402.01306; DPO arXiv 2305.18290; 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -221,12 +222,19 @@ class Balance:
         return replace(self, undesirable_weight=self.undesirable_weight * ratio / (4 / 3))
 
 
-def class_balance(label: Tensor, divisor: Tensor, desirable_weight: float, undesirable_weight: float) -> Balance:
-    """Balance of n terms of one level.
+def class_balance(
+    terms: Iterable[tuple[Tensor, Tensor]], desirable_weight: float, undesirable_weight: float
+) -> Balance:
+    """Balance of the terms of one level, which come in blocks.
 
     Args:
-        label: [n] int64. divisor: [n] float64, what each term is divided by in the loss.
+        terms: of each block, [n] integer labels and [n] float64, what each term is divided by in the loss.
     """
-    # fsum: the same to the last bit on every rank, whatever its number of threads
-    right, wrong = (math.fsum(divisor[label == kind].reciprocal().tolist()) for kind in (RIGHT, WRONG))
-    return Balance(right, wrong, desirable_weight, undesirable_weight)
+    # exact, rounded once: the same to the last bit on every rank, whatever its number of threads and the blocks
+    sums = {RIGHT: Fraction(0), WRONG: Fraction(0)}
+    for label, divisor in terms:
+        for kind in sums:
+            weights, counts = divisor[label == kind].reciprocal().unique(return_counts=True)
+            pairs = zip(weights.tolist(), counts.tolist(), strict=True)
+            sums[kind] += sum(Fraction(weight) * count for weight, count in pairs)
+    return Balance(float(sums[RIGHT]), float(sums[WRONG]), desirable_weight, undesirable_weight)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep, write_records
+from megatron_stepkto.base import examples as examples_on_disk
+from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 
 VOCABULARY = 99
 
@@ -94,9 +95,9 @@ def random_examples(count: int, seed: int = 0) -> list[TrainExample]:
     ]
 
 
-def write_examples(path: Path, examples: list[TrainExample]) -> Path:
-    write_records(path, examples)
-    return path
+def write_examples(folder: Path, examples: list[TrainExample]) -> Path:
+    examples_on_disk.write_examples(folder, examples)
+    return folder
 
 
 def evaluation_row(name: str, **changes: Any) -> dict[str, Any]:

@@ -1,12 +1,18 @@
-"""One small random model per architecture, with weights, biases and norms large enough that a mistake in any shows."""
+"""One small random model per architecture, with weights, biases and norms large enough that a mistake in any shows; and
+how tests read a tensor of a checkpoint."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.checkpoints.stream import Files
+from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 
 VOCABULARY = 99
 
@@ -72,3 +78,21 @@ def write_model(directory: Path, family: str, seed: int = 0, **changes: Any) -> 
                 weight.copy_(torch.randn_like(weight) * 0.3)
     model.save_pretrained(directory)
     return directory
+
+
+def read_tensor(
+    reader: CheckpointReader, key: str, index: tuple[int, ...] = (), rows: int | None = None
+) -> torch.Tensor:
+    """The tensor ``key``, or its slice at ``index`` of the leading axes (layer, expert), cut to ``rows`` rows."""
+    if faults := reader.check([key]):
+        raise UserError("; ".join(faults))
+    shape = reader.shapes()[key][len(index) :]
+    if rows is not None:
+        shape = (rows, *shape[1:])
+    out = torch.empty(shape, dtype=reader.dtype(key))
+    data = out.view(torch.uint8).numpy()
+    inner = shape[: max(0, len(shape) - 2)]  # below these axes are rows and columns
+    with Files() as files:
+        for position in itertools.product(*map(range, inner)):
+            reader.read_rows(files, key, (*index, *position), 0, shape[len(inner)], data[position].reshape(-1))
+    return out

@@ -1,6 +1,8 @@
-"""Compare two copies of a model by the log-probs that they give to some text (see --help)."""
+"""Compare two copies of a model by the log-probs that they give to some text: ``stepkto compare-logprobs``."""
 
-from megatron_stepkto.cli.compare import tool
+import sys
+
+from megatron_stepkto.cli.main import main
 
 if __name__ == "__main__":
-    tool()
+    main(["compare-logprobs", *sys.argv[1:]])

@@ -106,10 +106,6 @@ class EquivalenceChecker:
             self._retire(worker)
         self._selector.close()
 
-    @property
-    def num_processes(self) -> int:
-        return len(self._workers)
-
     def check_many(
         self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] | None = None
     ) -> list[Verdict]:

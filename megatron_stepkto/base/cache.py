@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from megatron_stepkto.base.errors import UserError
@@ -66,9 +65,7 @@ class AnswerCache:
             self._file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with writing(self.path):
             try:
                 os.fsync(self._file.fileno())

@@ -28,8 +28,10 @@ def code_hash(*modules: str) -> str:
     while waiting:
         name = waiting.pop()
         if name not in sources:
-            sources[name] = _source(name)
-            waiting += _imports(sources[name])
+            if (source := _find(name)) is None:
+                raise ModuleNotFoundError(f"{name}: expected a module of {PACKAGE}")
+            sources[name] = source
+            waiting += _imports(source)
     return content_key(sorted([name, sha256_of(path)] for name, path in sources.items()))
 
 
@@ -40,13 +42,6 @@ def versions(*packages: str) -> dict[str, str]:
         importlib.metadata.PackageNotFoundError: one is not installed.
     """
     return {name: importlib.metadata.version(name) for name in packages}
-
-
-def _source(module: str) -> Path:
-    found = _find(module)
-    if found is None:
-        raise ModuleNotFoundError(f"{module}: expected a module of {PACKAGE}")
-    return found
 
 
 def _find(module: str) -> Path | None:

@@ -62,19 +62,11 @@ class Owner:
         return f"process {self.pid} on {self.host}{job}"
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
 def _kernel() -> str:
     try:
-        namespace = os.readlink("/proc/self/ns/pid")
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
-    return f"{_read(Path('/proc/sys/kernel/random/boot_id')).strip()} {namespace}"
 
 
 def this_process() -> Owner:

@@ -13,8 +13,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, write_json
 
@@ -98,10 +96,6 @@ def _reserve_port() -> socket.socket:
     return holder
 
 
-class _Word(BaseModel):
-    start: bool
-
-
 def _word(directory: Path, nodes: Nodes) -> Path:
     return directory / "logs" / f"launch-{nodes.attempt}.json"
 
@@ -116,4 +110,4 @@ def wait_for_word(directory: Path, nodes: Nodes) -> bool:
     """Wait for the signal on another node. If the first node fails, srun kills this process (--kill-on-bad-exit)."""
     while not _word(directory, nodes).is_file():
         time.sleep(POLL_S)
-    return bool(read_json(_word(directory, nodes), _Word)["start"])
+    return bool(read_json(_word(directory, nodes))["start"])

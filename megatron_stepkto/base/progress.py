@@ -12,7 +12,6 @@ import os
 import time
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from rich.console import Console
@@ -95,9 +94,7 @@ class ProgressBar:
         note = f"  {self._note}" if self._note else ""
         say(f"{self.title}: {self._done}/{self.total} {self.unit}, {now - self._began:.0f} s{left}{note}")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._rich:
             self._rich.stop()
         else:

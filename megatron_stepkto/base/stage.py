@@ -222,29 +222,23 @@ def run_stage(
 def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | None:
     """Return the manifest of a finished stage; else mark the directory as begun for ``key`` and return None."""
     directory = stage.directory
-    shapes: tuple[tuple[str, type[Started]], ...] = ((MANIFEST, Manifest), (STARTED, Started))
-    for name, shape in shapes:
-        found = read_json_if_there(directory / name, shape)
-        if found is None:
-            continue
-        different = _differences(found["key"], key)
-        if different and not force:
-            state = "finished" if name == MANIFEST else "begun"
-            raise UserError(
-                f"{directory} was {state} with another configuration:\n  "
-                + "\n  ".join(different)
-                + "\nundo the change, choose another name, or pass --force to redo the stage and what follows"
-            )
-        if different:
-            _clear(directory)
-            if (directory / CACHE).is_dir():
-                say(
-                    f"{stage.title}: --force keeps {directory / CACHE}, whose entries are reused for the same request, "
-                    "code and model; remove it to recompute them, for example when a server's model got new weights"
-                )
-        break
     manifest = read_json_if_there(stage.manifest_path, Manifest)
-    if manifest is not None:
+    begun = manifest or read_json_if_there(directory / STARTED, Started)
+    different = _differences(begun["key"], key) if begun else []
+    if different and not force:
+        raise UserError(
+            f"{directory} was {'finished' if manifest else 'begun'} with another configuration:\n  "
+            + "\n  ".join(different)
+            + "\nundo the change, choose another name, or pass --force to redo the stage and what follows"
+        )
+    if different:
+        _clear(directory)
+        if (directory / CACHE).is_dir():
+            say(
+                f"{stage.title}: --force keeps {directory / CACHE}, whose entries are reused for the same request, "
+                "code and model; remove it to recompute them, for example when a server's model got new weights"
+            )
+    elif manifest is not None:
         lost = [name for name in manifest["outputs"] if not (directory / name).exists()]
         if not lost:
             return dict(manifest)

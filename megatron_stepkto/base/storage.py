@@ -84,14 +84,11 @@ def size(num_bytes: float) -> str:
 def _free(path: Path) -> str:
     place = _existing(path)
     usage = shutil.disk_usage(place)
-    return f"{size(usage.free)} of {size(usage.total)} are free on {_mount_point(place)}"
+    mount = next(each for each in (place.resolve(), *place.resolve().parents) if each.is_mount())
+    return f"{size(usage.free)} of {size(usage.total)} are free on {mount}"
 
 
 def _existing(path: Path) -> Path:
     """``path``, or the nearest folder above it that exists."""
     path = Path(os.path.abspath(path))
     return next((each for each in (path, *path.parents) if each.exists()), Path("/"))
-
-
-def _mount_point(path: Path) -> Path:
-    return next(each for each in (path.resolve(), *path.resolve().parents) if each.is_mount())

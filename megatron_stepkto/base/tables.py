@@ -1,4 +1,5 @@
-"""Rows of the files that data sets come in beside JSON lines: parquet, JSON arrays, folders of ``datasets``."""
+"""Rows of the files that data sets come in beside JSON lines: parquet, CSV, JSON arrays, folders of
+``datasets``."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
 
 LINES = (".jsonl", ".ndjson", ".json")
-_PARTS = (".parquet", *LINES)
+SUFFIXES = (*LINES, ".parquet", ".csv")
 _SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # what save_to_disk writes beside the data
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
 BATCH = 1000  # rows in memory at a time
@@ -20,11 +21,11 @@ BATCH = 1000  # rows in memory at a time
 
 def is_table(path: Path) -> bool:
     """Is it read by ``table_rows``, and not line by line?"""
-    return path.suffix == ".parquet" or path.is_dir() or (path.suffix == ".json" and _is_array(path))
+    return path.suffix in (".parquet", ".csv") or path.is_dir() or (path.suffix == ".json" and _is_array(path))
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, JSON) of each row, in order and counted from 1; in memory are few rows at a time, but for JSON arrays.
+    """(number, JSON) of each row, in order and counted from 1; JSON arrays and CSV are read whole, others in parts.
 
     A folder is one of ``datasets.save_to_disk``, or holds parquet or JSON-lines files of one split, which are read in
     the order of their names.
@@ -43,8 +44,8 @@ def _rows(path: Path) -> Iterator[Any]:
             return
         for part in _parts(path):
             yield from _rows(part)
-    elif path.suffix == ".parquet":
-        yield from _parquet(path)
+    elif path.suffix in (".parquet", ".csv"):
+        yield from _table(path)
     elif _is_array(path):
         yield from read_json(path)
     else:
@@ -56,7 +57,9 @@ def _parts(folder: Path) -> list[Path]:
     parts = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in _PARTS and path.name not in _SAVED and not path.relative_to(folder).as_posix().startswith(".")
+        if path.suffix in (*LINES, ".parquet")
+        and path.name not in _SAVED
+        and not path.relative_to(folder).as_posix().startswith(".")
     )
     if not parts:
         raise UserError(f"{folder}: expected a file of JSON lines, found a directory without JSON lines or parquet")
@@ -80,15 +83,21 @@ def _saved(folder: Path) -> Iterator[Any]:
     yield from _python(found.with_format("arrow").iter(batch_size=BATCH))
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _table(path: Path) -> Iterator[Any]:
     import pyarrow as pa
+    import pyarrow.csv as pc
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            yield from _python(file.iter_batches(BATCH))
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as file:
+                yield from _python(file.iter_batches(BATCH))
+        else:
+            multiline, nulls = pc.ParseOptions(newlines_in_values=True), pc.ConvertOptions(strings_can_be_null=True)
+            table = pc.read_csv(path, parse_options=multiline, convert_options=nulls)
+            yield from _python(table.to_batches(BATCH))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: expected a parquet file, it does not read: {_clause(error)}") from None
+        raise UserError(f"{path}: expected a {path.suffix[1:]} file, it does not read: {_clause(error)}") from None
 
 
 def _python(batches: Iterable[Any]) -> Iterator[Any]:

@@ -19,7 +19,7 @@ def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Itera
     """Yield an empty folder beside ``target``; on a clean exit it becomes ``target``, replacing what was there.
 
     An error or Ctrl-C removes it, unless another process considered this one dead and started over; after a hard kill
-    ``.NAME.partial`` remains, which the next attempt reuses.
+    ``.NAME.partial`` remains, which the next attempt removes.
     The folder ``.NAME.lock`` always stays, with one small file: if it were removed, its numbers would start again,
     and a process that was considered dead could not tell a new owner's lock from its own.
     The files' contents must be on disk (flushed) when the block ends; their names are flushed here.
@@ -37,8 +37,9 @@ def whole_folder(target: Path, num_bytes: int, *, replace: bool = True) -> Itera
         if target.exists() and not replace:
             raise UserError(f"{target}: already exists: another process has just written it; run the command again")
         try:
-            partial.mkdir(exist_ok=True)
-            _empty(partial)
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir()
             check_space(target, num_bytes, "the converted model")
             yield partial
             for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
@@ -73,11 +74,3 @@ def _remove_if_ours(partial: Path, held: Lock) -> None:
     """Remove it, unless another process took the lock over and now fills a folder of the same name."""
     if held.is_ours:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

@@ -175,14 +175,16 @@ def export_adapter(source: Path, target: Path, base: Path) -> None:
         raise UserError(
             f"{source}: not the adapters of its {LORA_SETTINGS}; missing or left over: {', '.join(odd[:10])}"
         )
+    if faults := reader.check(sorted(expected)):
+        raise UserError("; ".join(faults))
     tensors = {}
     for linear in linears.values():
         for matrix in linear.matrices:
             key, order = f"{linear.key}.{CHILD}.{matrix.target}", linear.rows(matrix)
             for index in linear.entry.indices():
                 name = f"{_PREFIX}{linear.hf_name(matrix, index)}"
-                b = reader.read(f"{key}.b", index)
-                tensors[f"{name}.lora_A.weight"] = reader.read(f"{key}.a", index)
+                a, b = (_read(reader, f"{key}.{letter}", index) for letter in "ab")
+                tensors[f"{name}.lora_A.weight"] = a
                 tensors[f"{name}.lora_B.weight"] = torch.empty_like(b).index_copy_(0, order, b)
     check_finite({name for name, tensor in tensors.items() if not tensor.isfinite().all()}, source)
     settings = {
@@ -201,6 +203,15 @@ def export_adapter(source: Path, target: Path, base: Path) -> None:
         (folder / WEIGHTS).write_bytes(content)
         (folder / ADAPTER).write_text(json.dumps(settings, indent=2) + "\n")
         flush_tree(folder)
+
+
+def _read(reader: CheckpointReader, key: str, index: tuple[int, ...]) -> Tensor:
+    """A matrix of a stacked tensor, which has been checked."""
+    rows, columns = reader.shapes()[key][len(index) :]
+    matrix = torch.empty(rows, columns, dtype=reader.dtype(key))
+    with Files() as files:
+        reader.read_rows(files, key, index, 0, rows, matrix.view(torch.uint8).numpy().reshape(-1))
+    return matrix
 
 
 def merge_adapter(

@@ -227,7 +227,7 @@ def pieces(
     """Cut a model into pieces; each is rows of one tensor and, in Megatron's slice, of one block of ``blocks``."""
     for slice_ in all_slices:
         row_bytes = torch.Size(slice_.shapes[0][1:]).numel() * itemsize(slice_)
-        for run in slice_.runs:
+        for run in slice_.entry.runs:
             cut = blocks(slice_, run.target, run.count) if blocks else split_rows(run.target, run.count, row_bytes)
             for at, count in cut:
                 row = run.source + at - run.target
@@ -297,7 +297,7 @@ def hf_to_megatron(
     chunks = [
         chunk
         for slice_ in side.slices
-        for chunk in cut_slice(slice_.key, slice_.full_shape, slice_.index, stored(slice_))
+        for chunk in cut_slice(slice_.key, slice_.entry.full_shape, slice_.index, stored(slice_))
     ]
     weight_bytes = sum(chunk.file.num_bytes for chunk in chunks)
     framing = 4096 * (len(chunks) + 16 + sum(len(content) // 4096 + 1 for content in companions.values()))

@@ -239,10 +239,6 @@ class HFWriter:
             start = len(self._headers[file]) + header[name]["data_offsets"][0]
             self.weights[name] = StoredWeight(self.directory / file, start, _NAMES[dtype], shape)
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(header) for header in self._headers.values()) + sum(w.num_bytes for w in self.weights.values())
-
     def write(self, files: Files, name: str, row: int, data: Bytes) -> None:
         """Rows from ``row`` of a tensor."""
         weight = self.weights[name]

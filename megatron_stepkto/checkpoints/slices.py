@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_stepkto.architectures.mapping import LAYERS, Entry, Run
+from megatron_stepkto.architectures.mapping import LAYERS, Entry
 from megatron_stepkto.architectures.model_config import ModelConfig
 
 
@@ -21,10 +21,6 @@ class Slice:
         return self.entry.key
 
     @property
-    def full_shape(self) -> tuple[int, ...]:
-        return self.entry.full_shape
-
-    @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.entry.hf_names(self.index))
 
@@ -35,14 +31,6 @@ class Slice:
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of its Hugging Face tensors."""
         return zip(self.names, self.shapes, strict=True)
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        return self.entry.runs
-
-    @property
-    def pads_rows(self) -> bool:
-        return self.entry.pads_rows
 
 
 def slices(entries: list[Entry]) -> list[Slice]:

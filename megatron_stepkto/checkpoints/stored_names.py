@@ -145,7 +145,7 @@ def _shape_faults(slices: list[Slice], layout: Layout, shapes: Shapes) -> set[st
     for slice_ in slices:
         for place in layout.places.get((slice_.key, slice_.index), []):
             found, asked = shapes[place.key], _asked(slice_.entry, place)
-            rows_may_pad = slice_.pads_rows and len(found) == len(asked) and found[0] >= asked[0]
+            rows_may_pad = slice_.entry.pads_rows and len(found) == len(asked) and found[0] >= asked[0]
             if found != (asked if not rows_may_pad else (found[0], *asked[1:])):
                 faults.add(f"{place.key} has shape {found}, expected {asked}")
     return faults

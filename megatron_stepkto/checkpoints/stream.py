@@ -13,9 +13,9 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -166,9 +166,7 @@ class Files:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._closing = True
         self._wake.set()
         if self._flusher:
@@ -196,49 +194,36 @@ def move(
     The threads run side by side: reading, writing, checksums and checks release Python's lock.
     The first exception stops all workers and is raised; so does Ctrl-C.
     """
-    queue = iter(pieces)
-    lock = threading.Lock()
-    finished = threading.Condition(lock)
+    queue, lock, stop = iter(pieces), threading.Lock(), threading.Event()
     moved: list[Moved] = []
-    state = {"bytes": 0, "running": workers}
-    failures: list[BaseException] = []
+    num_bytes = 0
 
     def worker() -> None:
+        nonlocal num_bytes
         try:
-            while True:
+            while not stop.is_set():
                 with lock:
-                    piece = None if failures else next(queue, None)
+                    piece = next(queue, None)
                 if piece is None:
                     return
                 done = work(piece)
                 with lock:
                     moved.append(done)
-                    state["bytes"] += done.read_bytes
-        except BaseException as error:
-            with lock:
-                failures.append(error)
-        finally:
-            with lock:
-                state["running"] -= 1
-                finished.notify()
+                    num_bytes += done.read_bytes
+        except BaseException:
+            stop.set()
+            raise
 
-    threads = [threading.Thread(target=worker, daemon=True) for _ in range(workers)]
-    with ProgressBar(title, -(-total_bytes // _MB), "MB") as bar:
-        for thread in threads:
-            thread.start()
+    with ProgressBar(title, -(-total_bytes // _MB), "MB") as bar, ThreadPoolExecutor(workers) as threads:
+        futures = [threads.submit(worker) for _ in range(workers)]
         try:
-            while state["running"]:
-                with finished:
-                    finished.wait(timeout=0.2)
-                bar.update(state["bytes"] // _MB)
-        except BaseException as error:
-            with lock:
-                failures.append(error)
-        for thread in threads:
-            thread.join()
-        bar.update(-(-state["bytes"] // _MB))
-    if failures:
-        raise failures[-1] if isinstance(failures[-1], KeyboardInterrupt) else failures[0]
+            while wait(futures, timeout=0.2).not_done:
+                bar.update(num_bytes // _MB)
+        finally:
+            stop.set()
+        for future in futures:
+            future.result()
+        bar.update(-(-num_bytes // _MB))
     return moved
 
 

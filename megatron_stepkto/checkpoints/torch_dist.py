@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -349,25 +348,3 @@ class CheckpointReader:
                     found[position].append(box)
             self._by_index[key, len(index)] = found
         return found.get(index, [])
-
-    def read(self, key: str, index: Index = (), rows: int | None = None) -> Tensor:
-        """The tensor ``key``, or its slice at ``index`` of the leading axes (layer, expert), cut to ``rows`` rows.
-
-        For small tensors: holds all of it in memory.
-
-        Raises:
-            UserError: the chunks do not cover the region, or a file is missing or damaged.
-        """
-        if faults := self.check([key]):
-            raise UserError("; ".join(faults))
-        shape = self.shapes()[key][len(index) :]
-        if rows is not None:
-            shape = (rows, *shape[1:])
-        out = torch.empty(shape, dtype=self.dtype(key))
-        data = out.view(torch.uint8).numpy()
-        inner = shape[: max(0, len(shape) - 2)]  # below these axes are rows and columns
-        with Files() as files:
-            for position in itertools.product(*map(range, inner)):
-                at = (*index, *position)
-                self.read_rows(files, key, at, 0, shape[len(inner)], data[position].reshape(-1))
-        return out

@@ -29,13 +29,13 @@ def add_commands(commands: Commands) -> None:
     )  # fmt: skip
     submit.add_argument("--dry-run", action="store_true", help="print the exact sbatch commands instead")
     submit.set_defaults(command=_slurm_submit, name="slurm submit")
-    for name, action, text in (
-        ("status", _slurm_status, "show each job: state, attempts, progress, why it waits, its log"),
-        ("cancel", _slurm_cancel, "cancel this run's jobs and no others"),
+    for name, text in (
+        ("status", "show each job: state, attempts, progress, why it waits, its log"),
+        ("cancel", "cancel this run's jobs and no others"),
     ):
         verb = _add_verb(verbs, name, text, "runs/mini_cpu")
         verb.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/mini_cpu")
-        verb.set_defaults(command=action)
+        verb.set_defaults(command=_slurm_of_run, verb=name)
     doctor = commands.add(
         "doctor", _doctor, "check that this machine (or each node, by srun) is fit for a recipe",
         "srun --nodes 8 --ntasks-per-node 1 stepkto doctor recipes/llama3.3_70b_64xh100_fp8.yaml",
@@ -62,16 +62,10 @@ def _slurm_submit(arguments: argparse.Namespace) -> None:
     sys.stdout.write(submit(recipe_of(arguments), arguments.site, dry_run=arguments.dry_run) + "\n")
 
 
-def _slurm_status(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.slurm.commands import status
+def _slurm_of_run(arguments: argparse.Namespace) -> None:
+    from megatron_stepkto.slurm.commands import cancel, status
 
-    sys.stdout.write(status(arguments.run) + "\n")
-
-
-def _slurm_cancel(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.slurm.commands import cancel
-
-    sys.stdout.write(cancel(arguments.run) + "\n")
+    sys.stdout.write({"status": status, "cancel": cancel}[arguments.verb](arguments.run) + "\n")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -41,14 +41,3 @@ def run_comparison(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, found.to_json())
     if not found.same:
         raise SystemExit(1)
-
-
-def tool() -> None:
-    from megatron_stepkto.cli.guard import guarded
-
-    parser = argparse.ArgumentParser(
-        description="Compare two copies of a model by the log-probs that they give to some text.", epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add_comparison_options(parser)
-    guarded(lambda: run_comparison(parser.parse_args()))

@@ -10,6 +10,7 @@ from typing import get_args
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.cli.arguments import positive
+from megatron_stepkto.cli.commands import add_quarantine, add_set
 from megatron_stepkto.problems.imported.formats import FORMATS
 from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="for judge_eval.json and unfinished work"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: judge....=...")
+    add_set(parser, "override a key: judge....=...")
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="output of another judge's judge-eval: compare the two on the same solutions",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="judge the first N solutions of each file")
-    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="set bad rows aside there and continue")
+    add_quarantine(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

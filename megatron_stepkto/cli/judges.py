@@ -72,12 +72,13 @@ def _check_answers(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.judging.imported import run_import
-    from megatron_stepkto.recipe.keys import Prompt
+    from megatron_stepkto.judging.imported import import_all
+    from megatron_stepkto.recipe.keys import Import, Prompt
 
-    counts = run_import(
-        arguments.format, arguments.file, arguments.tokenizer, arguments.output, arguments.quarantine, Prompt()
-    )
+    counts = import_all(
+        [Import(format=arguments.format, path=arguments.file)], arguments.tokenizer, Prompt(),
+        arguments.output / "problems.jsonl", arguments.output / "judged.jsonl", quarantine=arguments.quarantine,
+    )  # fmt: skip
     for warning in counts.pop("warnings", []):
         warn(warning)
     for name, value in counts.items():

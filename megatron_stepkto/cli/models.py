@@ -12,7 +12,7 @@ from megatron_stepkto.cli import compare as log_probs
 from megatron_stepkto.cli import plan
 from megatron_stepkto.cli.arguments import positive
 from megatron_stepkto.cli.commands import Commands, Moved, add_quarantine, add_set, hide_moved
-from megatron_stepkto.cli.conversion_options import EPILOG, add_conversion_options
+from megatron_stepkto.cli.convert import EPILOG, add_conversion_options, run_conversion
 
 EXPORT = "export RECIPE --iteration T"
 
@@ -20,7 +20,7 @@ EXPORT = "export RECIPE --iteration T"
 def add_commands(commands: Commands) -> None:
     commands.group("models")
     convert = commands.add(
-        "convert", _convert, "convert a Hugging Face folder to Megatron's torch_dist, or back",
+        "convert", run_conversion, "convert a Hugging Face folder to Megatron's torch_dist, or back",
         "stepkto convert llama3.1_8b llama3.1_8b_megatron --verify", EPILOG,
     )  # fmt: skip
     convert.add_argument(
@@ -66,14 +66,8 @@ def _add_measure_options(measure: argparse.ArgumentParser) -> None:
     add_quarantine(measure)
 
 
-def _convert(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.cli.convert import run_conversion
-
-    run_conversion(arguments)
-
-
 def _measure(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.evaluation.folder import evaluate_folder, rows_by_data
+    from megatron_stepkto.evaluation.folder import evaluate_folder
     from megatron_stepkto.evaluation.table import results_table
 
     overrides = list(arguments.set)
@@ -83,7 +77,8 @@ def _measure(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.data, arguments.output, overrides, force=arguments.force,
         quarantine=arguments.quarantine,
     )  # fmt: skip
-    sys.stdout.write(results_table({"iterations": rows_by_data(row)}) + "\n")
+    rows = [{"k": row["k"], **inner, "name": name} for name, inner in row["by"]["data"].items()]
+    sys.stdout.write(results_table({"iterations": rows}) + "\n")
     say(f"metrics by data set, subject and level: {arguments.output / 'results' / 'metrics.json'}")
 
 

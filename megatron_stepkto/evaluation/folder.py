@@ -85,8 +85,3 @@ def _problems(data: Sequence[str], quarantine: Path | None, limit: int | None, c
         for name, source in zip(names, data, strict=True)
         for problem in load_problems(source, quarantine=quarantine, limit=limit, check=check)
     ]
-
-
-def rows_by_data(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per data set, under its name, to print."""
-    return [{"k": row["k"], **inner, "name": name} for name, inner in row["by"]["data"].items()]

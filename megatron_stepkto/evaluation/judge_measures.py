@@ -97,8 +97,8 @@ def score(rows: Sequence[Judged]) -> dict[str, Any]:
         "solutions": len(rows),
         "erroneous": len(erroneous),
         "correct": len(correct),
-        **_measured("error_accuracy", error_accuracy),
-        **_measured("correct_accuracy", correct_accuracy),
+        **error_accuracy.named("error_accuracy"),
+        **correct_accuracy.named("correct_accuracy"),
         "f1": f1(error_accuracy.value, correct_accuracy.value),
         "f1_interval": _f1_interval(erroneous, correct),
     }
@@ -129,11 +129,11 @@ def _labels(solutions: Steps) -> dict[str, Any]:
             for person, person_label in (("right", 1), ("wrong", 0))
             for judge, judge_label in (("right", 1), ("wrong", 0), ("null", None))
         },
-        **_measured("judged_share", share(lambda p, j: j is not None, lambda p, j: True)),
-        **_measured("precision_of_wrong", share(lambda p, j: p == 0, lambda p, j: j == 0)),
-        **_measured("precision_of_right", share(lambda p, j: p == 1, lambda p, j: j == 1)),
-        **_measured("wrong_steps_found", share(lambda p, j: j == 0, lambda p, j: p == 0)),
-        **_measured("right_steps_found", share(lambda p, j: j == 1, lambda p, j: p == 1)),
+        **share(lambda p, j: j is not None, lambda p, j: True).named("judged_share"),
+        **share(lambda p, j: p == 0, lambda p, j: j == 0).named("precision_of_wrong"),
+        **share(lambda p, j: p == 1, lambda p, j: j == 1).named("precision_of_right"),
+        **share(lambda p, j: j == 0, lambda p, j: p == 0).named("wrong_steps_found"),
+        **share(lambda p, j: j == 1, lambda p, j: p == 1).named("right_steps_found"),
     }
 
 
@@ -158,7 +158,7 @@ def reliability(rows: Sequence[Judged]) -> list[dict[str, Any]]:
             right = clustered_share((sum(gold == 1 for _, gold in row), len(row)) for row in inside)
             found.append({
                 "from": place / NUM_BINS, "to": (place + 1) / NUM_BINS, "steps": len(scores),
-                "mean_score": sum(scores) / len(scores), **_measured("right", right),
+                "mean_score": sum(scores) / len(scores), **right.named("right"),
             })  # fmt: skip
     return found
 
@@ -212,7 +212,3 @@ def _counts(rows: Sequence[Judged]) -> np.ndarray[Any, Any]:
 
 def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
-
-
-def _measured(key: str, share: Share) -> dict[str, Any]:
-    return {key: share.value, f"{key}_interval": None if share.interval is None else list(share.interval)}

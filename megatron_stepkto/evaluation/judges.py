@@ -19,7 +19,7 @@ from megatron_stepkto.base.records import Label, Problem, Record, Step, read_rec
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.evaluation.judge_measures import Judged, compare, score
 from megatron_stepkto.judging.imported import GOLD_SOURCES, judged_samples, read_imports
-from megatron_stepkto.judging.process import Solution, Verdict, Verdicts, Workplace, cut_after_first_error
+from megatron_stepkto.judging.process.interface import Solution, Verdict, Verdicts, Workplace, cut_after_first_error
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.problems.imported.solution import ImportedSolution
@@ -64,7 +64,6 @@ def judge_eval(
     tokenizer: Path | None = None,
     limit: int | None = None,
     quarantine: Path | None = None,
-    prompt: recipe.Prompt | None = None,
     against: Path | None = None,
 ) -> dict[str, Any]:
     """Judge solutions that people judged; leaves ``output/judge_eval.json`` and returns it.
@@ -83,7 +82,7 @@ def judge_eval(
     # one file at a time: two files may hold the same solution
     sources = {str(file.path): _solutions(file, limit, quarantine) for file in files}
     flat = [(name, solution) for name, solutions in sources.items() for solution in solutions]
-    made = _as_seen_by_judge([solution for _, solution in flat], tokenizer, prompt or recipe.Prompt())
+    made = _as_seen_by_judge([solution for _, solution in flat], tokenizer)
     with exclusive_lock(output / ".lock", str(output)):
         hashes = output / ".hashes.json"
         place = Workplace(output, tokenizer, 0, settings.workers, settings.timeout_s, hashes)
@@ -184,9 +183,7 @@ def _solutions(file: recipe.Import, limit: int | None, quarantine: Path | None) 
     return judged[:limit]
 
 
-def _as_seen_by_judge(
-    solutions: Sequence[ImportedSolution], tokenizer: Path | None, prompt: recipe.Prompt
-) -> list[Solution]:
+def _as_seen_by_judge(solutions: Sequence[ImportedSolution], tokenizer: Path | None) -> list[Solution]:
     problems = [
         # Only a gold answer may be shown. One taken from a right solution would reveal that it is right.
         Problem.model_construct(
@@ -202,7 +199,7 @@ def _as_seen_by_judge(
             Solution(s.solution_id, problem, s.text, _steps(s.steps), finished=s.finished)
             for s, problem in zip(solutions, problems, strict=True)
         ]
-    samples = judged_samples(solutions, Prompts.of(prompt, tokenizer))
+    samples = judged_samples(solutions, Prompts.of(recipe.Prompt(), tokenizer))
     return [
         Solution(
             s.solution_id, problem, s.text, tuple(step.model_copy(update={"label": None}) for step in sample.steps),

@@ -11,7 +11,7 @@ from pydantic import Field
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, Label, Problem, Record
 from megatron_stepkto.evaluation.majority import Same, majority_is_right
-from megatron_stepkto.evaluation.statistics import Share, bootstrap_mean, clustered_share, pass_at_k, plain_share
+from megatron_stepkto.evaluation.statistics import bootstrap_mean, clustered_share, pass_at_k, plain_share
 
 GROUPS = ("data", "subject", "level")  # keys of a problem by which an evaluation is also counted
 
@@ -116,9 +116,9 @@ def _measure(
     cot = [_is_right_throughout(row) for row in greedy] if any(_steps(row)[1] for row in greedy) else []
     return {
         "num_problems": len(ids),
-        **_measured("pass_at_1", plain_share(row.outcome == 1 for row in greedy)),
-        **_measured("cot_pass_at_1", plain_share(cot)),
-        **_measured("maj_at_k", plain_share(majority_is_right(group, same) for group in groups)),
+        **plain_share(row.outcome == 1 for row in greedy).named("pass_at_1"),
+        **plain_share(cot).named("cot_pass_at_1"),
+        **plain_share(majority_is_right(group, same) for group in groups).named("maj_at_k"),
         "pass_at_k": _estimates(right, k),
         "cot_pass_at_k": (
             _estimates([sum(map(_is_right_throughout, group)) for group in groups], k)
@@ -127,7 +127,7 @@ def _measure(
         ),
         **_describe([[row] for row in greedy]),
         "sampled": {
-            **_measured("accuracy", clustered_share((count, k) for count in right)),
+            **clustered_share((count, k) for count in right).named("accuracy"),
             **_describe(groups),
         },
     }
@@ -136,7 +136,7 @@ def _measure(
 def _estimates(right: Sequence[int], k: int) -> dict[str, Any]:
     """pass@n for each power of two n up to k, and k, from the number of right samples of each problem."""
     return {
-        str(size): _measured("value", bootstrap_mean([pass_at_k(k, count, size) for count in right]))
+        str(size): bootstrap_mean([pass_at_k(k, count, size) for count in right]).named("value")
         for size in sorted({*(2**power for power in range(k.bit_length())), k})
     }
 
@@ -156,10 +156,6 @@ def _by_problem(ids: Sequence[str], samples: Sequence[JudgedSample], what: str) 
     return groups
 
 
-def _measured(key: str, share: Share) -> dict[str, Any]:
-    return {key: share.value, f"{key}_interval": None if share.interval is None else list(share.interval)}
-
-
 def _describe(groups: Sequence[Sequence[JudgedSample]]) -> dict[str, Any]:
     """Wrong steps inside right solutions, and what solutions look like; one group per problem.
 
@@ -176,8 +172,8 @@ def _describe(groups: Sequence[Sequence[JudgedSample]]) -> dict[str, Any]:
         (sum(wrong for wrong, _ in group), sum(judged for _, judged in group)) for group in wrong_and_judged
     )
     return {
-        **_measured("wrong_step_share_of_correct", share),
-        **_measured("wrong_step_rate_in_correct", rate),
+        **share.named("wrong_step_share_of_correct"),
+        **rate.named("wrong_step_rate_in_correct"),
         "num_correct": sum(sample.outcome == 1 for sample in samples),
         "truncated_share": _mean(sample.finish_reason == "length" for sample in samples),
         "unparsed_share": _mean(sample.extracted_answer is None for sample in samples),

@@ -124,7 +124,7 @@ class MegatronScorer:
         self.max_tokens, self.words = self._config.max_positions, self._config.vocab_size
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
-        from megatron_stepkto.base.records import TrainStep
+        from megatron_stepkto.losses import UNJUDGED
         from megatron_stepkto.megatron.acceleration import choose_device
         from megatron_stepkto.megatron.batch import Document, make_micro_batch
         from megatron_stepkto.megatron.ranks import one_rank
@@ -139,8 +139,8 @@ class MegatronScorer:
                 else policy.output_layer.weight
             )
             for number, ids in enumerate(texts):
-                step = TrainStep(token_start=0, token_end=len(ids) - 1, label=None)
-                batch = make_micro_batch([Document(str(number), ids[:1], ids[1:], [step], None)], 1, device)
+                document = Document(str(number), ids[:1], ids[1:], [len(ids) - 1], [UNJUDGED])
+                batch = make_micro_batch([document], 1, device)
                 hidden = policy(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed)
                 found.append(_read_head(hidden[:, 0].index_select(0, batch.rows), weight, batch.targets, policy.words))
                 bar.update(number + 1)

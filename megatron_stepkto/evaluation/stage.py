@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
-from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.records import JudgedSample, Problem, read_records, write_records
 from megatron_stepkto.evaluation.majority import answer_comparison
@@ -16,8 +15,8 @@ from megatron_stepkto.evaluation.table import GREEDY, METRICS, Row
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
-from megatron_stepkto.sampling.draw import Drawing, FixedDtype, Pass, read_prompts
-from megatron_stepkto.sampling.job import Job
+from megatron_stepkto.sampling.draw import Drawing, FixedDtype, read_prompts
+from megatron_stepkto.sampling.job import Job, Pass
 
 # Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same random numbers.
 SEED = 0
@@ -27,14 +26,9 @@ OUTPUTS = (GREEDY, "sampled.jsonl", "problems.jsonl", METRICS)
 def evaluation_drawing(
     model: Path, name: str, problems: Path, recipe: Recipe | ModelEvaluation, directory: Path
 ) -> Drawing:
-    """The solutions that an evaluation judges: one greedy and k sampled per problem.
-
-    Raises:
-        UserError: the recipe has no section evaluate or sample.
-    """
+    """The solutions that an evaluation judges: one greedy and k sampled per problem."""
     evaluation, sampling = recipe.evaluate, recipe.sample
-    if evaluation is None or sampling is None:
-        raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
+    assert evaluation is not None and sampling is not None, "only a recipe that samples has a section evaluate"
     title, drawn = f"{name}: solving {evaluation.split} problems", directory / "drawn"
     dtype = FixedDtype.of(sampling, model, directory)
     job = Job(
@@ -67,11 +61,10 @@ def evaluate_model(
     After a kill the same call resumes where it stopped.
 
     Raises:
-        UserError: the recipe has no section evaluate, sample or judge, or what ``Drawing`` and ``judge_file`` raise.
+        UserError: what ``Drawing`` and ``judge_file`` raise.
     """
     evaluation, judging = recipe.evaluate, recipe.judge
-    if evaluation is None or judging is None:
-        raise UserError(f"recipe {recipe.name}: evaluating needs the sections evaluate, sample and judge; add them")
+    assert evaluation is not None and judging is not None, "only a recipe that samples has a section evaluate"
     drawn = directory / "drawn"
     if (directory / METRICS).is_file():  # written last; an earlier attempt was killed while tidying up
         shutil.rmtree(drawn, ignore_errors=True)

@@ -31,6 +31,10 @@ class Share:
     value: float | None
     interval: Interval | None
 
+    def named(self, key: str) -> dict[str, Any]:
+        """As reports hold it: the value under ``key``, the interval beside it."""
+        return {key: self.value, f"{key}_interval": None if self.interval is None else list(self.interval)}
+
 
 def clustered_share(clusters: Iterable[tuple[int, int]]) -> Share:
     """Sum of successes over sum of trials, where the trials of one cluster are alike (steps of one solution).

@@ -11,9 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from megatron_stepkto.evaluation.statistics import Interval
+
 # In the folder of an evaluation: a Row; the judged greedy solutions.
 METRICS, GREEDY = "metrics.json", "greedy.jsonl"
-Interval = tuple[float, float]
 
 
 class Flaws(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -89,7 +90,8 @@ def export_samples(
         file.parent.mkdir()
         counts["rows"] = (_write_parquet if file_type == "parquet" else _write_lines)(file, rows)
         if not counts["rows"]:
-            raise UserError(f"{judged}: no row of {layout} comes of it ({_said(counts)}); check the labels")
+            said = ", ".join(f"{name}: {value}" for name, value in counts.items()) or "no samples"
+            raise UserError(f"{judged}: no row of {layout} comes of it ({said}); check the labels")
         flush(file)
         card = folder / "README.md"
         card.write_text(_card(layout, file_type, name or judged.stem, counts), encoding="utf-8")
@@ -184,21 +186,14 @@ def _write_parquet(path: Path, rows: Iterator[Row]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, writer, batch = 0, None, []
-    try:
-        for row in rows:
-            batch.append(row)
-            if writer is None:
-                writer = pq.ParquetWriter(path, _schema(row))
-            if len(batch) == ROWS:
-                writer.write_table(pa.Table.from_pylist(batch, schema=writer.schema))
-                count, batch = count + len(batch), []
-        if writer is not None and batch:
-            writer.write_table(pa.Table.from_pylist(batch, schema=writer.schema))
-    finally:
-        if writer is not None:
-            writer.close()
-    return count + len(batch)
+    if (first := next(rows, None)) is None:
+        return 0
+    count, schema, rows = 0, _schema(first), itertools.chain([first], rows)
+    with pq.ParquetWriter(path, schema) as writer:
+        while batch := list(itertools.islice(rows, ROWS)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            count += len(batch)
+    return count
 
 
 _COLUMNS = {
@@ -207,10 +202,6 @@ _COLUMNS = {
     "trl_stepwise": "`prompt`, `completions` (steps), `labels` (true, false, or null where a step was not judged): "
     "TRL's stepwise supervision; `label` is the outcome of the final answer. TRL ignores that column.",
 }
-
-
-def _said(counts: Counter[str]) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in counts.items()) or "no samples"
 
 
 def _card(layout: Layout, file_type: FileType, name: str, counts: Counter[str]) -> str:

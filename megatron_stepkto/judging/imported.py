@@ -275,20 +275,3 @@ def import_all(
     write_records(problems_out, imported.problems)
     warnings = class_warnings(labels)
     return {**imported.counts, **tokens, **({"warnings": warnings} if warnings else {})}
-
-
-def import_file(
-    format: str, path: Path, tokenizer_dir: Path, prompt: recipe.Prompt, problems_out: Path, judged_out: Path,
-    *, quarantine: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """``import_all`` of one file."""
-    files = [recipe.Import(format=format, path=path)]
-    return import_all(files, tokenizer_dir, prompt, problems_out, judged_out, quarantine=quarantine)
-
-
-def run_import(
-    format: str, path: Path, tokenizer: Path, output_dir: Path, quarantine: Path | None, prompt: recipe.Prompt
-) -> dict[str, Any]:
-    """``stepkto import``: problems.jsonl and judged.jsonl of one file, in ``output_dir``."""
-    problems, judged = output_dir / "problems.jsonl", output_dir / "judged.jsonl"
-    return import_file(format, path, tokenizer, prompt, problems, judged, quarantine=quarantine)

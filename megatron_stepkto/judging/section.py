@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
-from megatron_stepkto.judging.process import Resources, Workplace
+from megatron_stepkto.judging.process.interface import Resources, Workplace
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.recipe import keys as recipe
 

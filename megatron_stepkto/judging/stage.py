@@ -25,7 +25,7 @@ from megatron_stepkto.base.records import (
 from megatron_stepkto.judging.classes import class_warnings
 from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
-from megatron_stepkto.judging.process import Solution, Verdict, Workplace, cut_after_first_error
+from megatron_stepkto.judging.process.interface import Solution, Verdict, Workplace, cut_after_first_error
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.row_tasks import run_task, tokenizer_hash
 from megatron_stepkto.recipe.keys import Judging

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_stepkto.base.examples import NONE, Examples, Indices
+from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.packing import pack, share_out
-from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.losses import UNJUDGED
 from megatron_stepkto.megatron.packed import PackedDocuments
 
@@ -19,31 +24,86 @@ from megatron_stepkto.megatron.packed import PackedDocuments
 class Document:
     """A prompt with a response to score.
 
-    key: its name in logs and in the reference file.
-    reference: [S] float64 reference log-prob per step, once known.
+    key: its name in logs. prompt, response: tokens. step_ends: [S], one past each step's last response token.
+    step_labels: [S]; with outcome RIGHT, WRONG or UNJUDGED. reference: [S] float64 reference log-prob per step, once
+    known.
     """
 
     key: str
-    prompt: Sequence[int]
-    response: Sequence[int]
-    steps: Sequence[TrainStep]
-    outcome: int | None
+    prompt: NDArray[Any] | Sequence[int]
+    response: NDArray[Any] | Sequence[int]
+    step_ends: NDArray[Any] | Sequence[int]
+    step_labels: NDArray[Any] | Sequence[int]
+    outcome: int = UNJUDGED
     reference: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
 
-
-def solution_document(example: TrainExample, reference: Tensor | None = None) -> Document:
-    return Document(
-        example.example_id, example.prompt_token_ids, example.token_ids, example.steps, example.outcome, reference
-    )
+    @property
+    def num_steps(self) -> int:
+        return len(self.step_ends)
 
 
-def kl_document(example: TrainExample, partner: KLPartner, reference: Tensor | None = None) -> Document:
-    """(x_i, y_j): this example's prompt with another problem's solution."""
-    key = f"{example.example_id} <- {partner.example_id}"
-    return Document(key, example.prompt_token_ids, partner.token_ids, partner.steps, None, reference)
+def solution_document(examples: Examples, index: int, reference: Tensor | None = None) -> Document:
+    own = examples.solution(examples.sample[index])
+    key = examples.example_id(index)
+    return Document(key, own.prompt, own.response, own.step_ends, own.step_labels, own.outcome, reference)
+
+
+def kl_document(examples: Examples, index: int, reference: Tensor | None = None) -> Document:
+    """(x_i, y_j): this example's prompt with another problem's solution, its KL partner."""
+    own, other = (examples.solution(rows[index]) for rows in (examples.sample, examples.partner))
+    key = f"{examples.example_id(index)} <- {other.sample_id}"
+    return Document(key, own.prompt, other.response, other.step_ends, other.step_labels, UNJUDGED, reference)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents of the examples with these ``indices``: their solutions, or their KL pairs."""
+
+    examples: Examples
+    indices: Indices
+    kl: bool = False
+
+
+class Documents(Sequence[Document]):
+    """The documents of ``parts``, one after another, each made when it is read: a pass over all holds few in memory.
+
+    lengths: [n] int32 tokens. num_steps: [n] int32.
+    """
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *(len(part.indices) for part in self.parts)])
+        lengths, steps = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        for part in self.parts:
+            own = part.examples.sample[part.indices]
+            other = part.examples.partner[part.indices] if part.kl else own
+            lengths.append(part.examples.prompt_tokens[own] + part.examples.response_tokens[other])
+            steps.append(part.examples.num_steps[other])
+        self.lengths, self.num_steps = np.concatenate(lengths), np.concatenate(steps)
+
+    def digest(self) -> int:
+        """Of which examples they are, by index."""
+        return stable_hash(*((part.kl, sha256(part.indices.tobytes()).hexdigest()) for part in self.parts))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        part = self.parts[number]
+        make = kl_document if part.kl else solution_document
+        return make(part.examples, part.indices[index - self.starts[number]])
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[index] for index in range(len(self)))
+
+
+def with_partner(examples: Examples, indices: Indices) -> Indices:
+    """Those of the examples that have a KL pair."""
+    return indices[examples.partner[indices] != NONE]
 
 
 @dataclass(frozen=True)
@@ -87,41 +147,39 @@ def make_micro_batch(
     ``document_multiple``: with one as long as the longest document this is the usual batch of padded rows.
     The list may be empty: then the micro-batch is only padding, and contributes no gradient.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    bounds = [0]
-    rows: list[int] = []
-    targets: list[int] = []
-    token_step: list[int] = []
-    step_document: list[int] = []
-    step_label: list[int] = []
-    references = [torch.zeros(0, dtype=torch.float64)]  # the dtype, also of no document
-    num_padding = 0
-    for number, document in enumerate(documents):
-        first = len(tokens) + len(document.prompt)
-        gap = -len(document) % document_multiple
-        tokens += [*document.prompt, *document.response, *[0] * gap]
-        positions += range(len(document) + gap)
-        num_padding += gap
-        bounds.append(len(tokens))
-        rows += range(first - 1, first - 1 + len(document.response))
-        targets += document.response
-        for step in document.steps:
-            token_step += [len(step_label)] * (step.token_end - step.token_start)
-            step_document.append(number)
-            step_label.append(UNJUDGED if step.label is None else step.label)
-        references.append(document.reference if document.reference is not None else torch.zeros(len(document.steps)))
-    assert len(token_step) == len(targets), "steps must cover the response"
-    padding = -len(tokens) % multiple if tokens else multiple
+    sizes = np.array([len(document) for document in documents], np.int64)
+    padded = -(-sizes // document_multiple) * document_multiple
+    bounds = [0, *np.cumsum(padded).tolist()]
+    num_tokens = bounds[-1]
+    padding = -num_tokens % multiple if num_tokens else multiple
     if padding:
-        tokens += [0] * padding
-        positions += range(padding)
-        bounds.append(len(tokens))
+        bounds.append(num_tokens + padding)
+    tokens = np.zeros(bounds[-1], np.int64)
+    positions = np.zeros(bounds[-1], np.int64)
+    for start, end in pairwise(bounds):
+        positions[start:end] = np.arange(end - start)
+    rows: list[NDArray[Any]] = []
+    token_step: list[NDArray[Any]] = []
+    references = [torch.zeros(0, dtype=torch.float64)]  # the dtype, also of no document
+    num_steps = 0
+    for start, document in zip(bounds, documents, strict=False):
+        first = start + len(document.prompt)
+        end = first + len(document.response)
+        tokens[start:first], tokens[first:end] = document.prompt, document.response
+        rows.append(np.arange(first - 1, end - 1))
+        steps = np.diff(document.step_ends, prepend=0)
+        assert steps.sum() == len(document.response), "steps must cover the response"
+        token_step.append(np.repeat(np.arange(num_steps, num_steps + len(steps)), steps))
+        num_steps += len(steps)
+        references.append(document.reference if document.reference is not None else torch.zeros(len(steps)))
 
-    def integers(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def integers(values: Sequence[Any] | NDArray[Any]) -> Tensor:
+        return torch.tensor(np.asarray(values, np.int64), device=device)
 
-    scored = integers(rows)
+    def joined(parts: Sequence[Any]) -> Tensor:
+        return integers(np.concatenate(parts) if parts else ())
+
+    scored = joined(rows)
     longest = max(b - a for a, b in pairwise(bounds))
     offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
     packed = PackedDocuments(
@@ -138,14 +196,14 @@ def make_micro_batch(
         integers(positions)[None],
         packed,
         scored,
-        integers(targets),
-        integers(token_step),
-        integers(step_document),
-        integers(step_label),
-        integers([UNJUDGED if d.outcome is None else d.outcome for d in documents]),
+        joined([document.response for document in documents]),
+        joined(token_step),
+        integers(np.repeat(np.arange(len(documents)), [document.num_steps for document in documents])),
+        joined([document.step_labels for document in documents]),
+        integers([document.outcome for document in documents]),
         torch.cat(references).to(device),
         tuple(documents),
-        num_padding + padding,
+        bounds[-1] - int(sizes.sum()),
     )
 
 
@@ -164,10 +222,14 @@ class Slot:
     device: torch.device
     document_multiple: int = 1
 
-    def size(self, documents: Sequence[Document]) -> int:
-        """Tokens that they take in a micro-batch."""
+    def sizes(self, lengths: NDArray[np.int32] | Sequence[int]) -> Indices:
+        """Tokens that documents of these lengths take in a micro-batch."""
         step = self.document_multiple
-        return sum(-(-len(document) // step) * step for document in documents)
+        return -(-np.asarray(lengths, np.int64) // step) * step
+
+    def size(self, documents: Sequence[Document]) -> int:
+        """Tokens that they take together."""
+        return int(self.sizes([len(document) for document in documents]).sum())
 
     def micro_batch(self, documents: Sequence[Document]) -> MicroBatch:
         return make_micro_batch(documents, self.multiple, self.device, self.document_multiple)

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from megatron_stepkto.base.records import TrainExample
+from megatron_stepkto.base.examples import Examples, Indices
 from megatron_stepkto.judging.classes import check_both_classes
-from megatron_stepkto.losses import UNJUDGED, Balance, class_balance, step_divisors
+from megatron_stepkto.losses import Balance, class_balance, step_divisors
 from megatron_stepkto.recipe import keys as recipe
 
-
-def labels_of(values: Iterable[int | None]) -> Tensor:
-    """[n] int64: RIGHT, WRONG, or UNJUDGED for None."""
-    return torch.tensor([UNJUDGED if value is None else value for value in values], dtype=torch.int64)
+BLOCK = 8192  # examples whose steps are in memory together
 
 
-def outcome_balance(loss: recipe.Loss, examples: Sequence[TrainExample]) -> Balance:
-    """Of outcomes, with the lambdas of the recipe, or those that balance them."""
-    balance = class_balance(
-        labels_of(example.outcome for example in examples),
-        torch.ones(len(examples), dtype=torch.float64),
-        loss.desirable_weight_outcome,
-        loss.undesirable_weight_outcome,
-    )
+def outcome_balance(loss: recipe.Loss, examples: Examples, used: Indices) -> Balance:
+    """Of outcomes, with the lambdas of the recipe, or those that balance them.
+
+    Args:
+        used: indices of the examples, as often as they train.
+    """
+    label = torch.from_numpy(examples.outcomes()[used])
+    terms = [(label, torch.ones(len(used), dtype=torch.float64))]
+    balance = class_balance(terms, loss.desirable_weight_outcome, loss.undesirable_weight_outcome)
     return balance.balanced() if loss.balance == "auto" else balance
 
 
-def step_balance(loss: recipe.Loss, examples: Sequence[TrainExample]) -> Balance:
+def step_balance(loss: recipe.Loss, examples: Examples, used: Indices) -> Balance:
     """Of steps, as ``outcome_balance``."""
-    label = labels_of(step.label for example in examples for step in example.steps)
-    solution = torch.repeat_interleave(torch.tensor([len(example.steps) for example in examples], dtype=torch.int64))
-    divisors = step_divisors(label, solution, len(examples), loss.step_reduction)
-    balance = class_balance(label, divisors, loss.desirable_weight_step, loss.undesirable_weight_step)
+    rows = examples.sample[used]
+
+    def terms() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            label = torch.from_numpy(examples.step_labels(block))
+            solution = torch.repeat_interleave(torch.from_numpy(examples.num_steps[block]))
+            yield label, step_divisors(label, solution, len(block), loss.step_reduction)
+
+    balance = class_balance(terms(), loss.desirable_weight_step, loss.undesirable_weight_step)
     return balance.balanced() if loss.balance == "auto" else balance
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import ExampleWriter, writing_examples
 from megatron_stepkto.base.files import stable_hash
-from megatron_stepkto.base.records import JudgedSample, read_records, write_records
+from megatron_stepkto.base.progress import ProgressBar
+from megatron_stepkto.base.records import JudgedSample, count_rows, read_records
 from megatron_stepkto.judging.classes import SMALL_SHARE, check_both_classes, class_warnings
 from megatron_stepkto.methods.method import Method
 from megatron_stepkto.methods.registry import method_of
-from megatron_stepkto.methods.select import example_of, is_judged, usable_right
+from megatron_stepkto.methods.select import Candidate, Candidates, Chosen, usable_right
 from megatron_stepkto.recipe import keys as recipe
 
 
@@ -29,56 +36,111 @@ def build_dataset(
 ) -> dict[str, Any]:
     """Write training (and held-out) examples; returns counts, and ``warnings`` of data that teach little.
 
-    A problem is held out or not by a hash of its id, so that the split is the same for every method and run.
+    A problem is held out or not by a hash of its id, so that the split is the same for every method and run. Samples
+    are stored as they are read: in memory are a few hundred bytes of each.
+
+    Args:
+        train_out, held_out: folders of base/examples.py. Without an example that is held out there is no second one.
 
     Raises:
         UserError: a bad row, or nothing that the method can train on (with what was there instead), or only right or
             only wrong examples for a method that learns from the difference.
     """
     chosen = method_of(method)
-    by_problem: dict[str, list[JudgedSample]] = {}
+    training: Candidates = {}
+    held: dict[str, list[tuple[str, int]]] = {}
     seen: set[str] = set()
     too_long = 0
-    for sample in read_records(judged, JudgedSample, quarantine=quarantine):
-        if sample.sample_id in seen:
-            raise UserError(f"{judged}: sample_id {sample.sample_id} is duplicated; a sample trains once, remove one")
-        seen.add(sample.sample_id)
-        if settings.max_tokens and len(sample.prompt_token_ids) + len(sample.token_ids) > settings.max_tokens:
-            too_long += 1
-            continue
-        by_problem.setdefault(sample.problem_id, []).append(sample)
-    held = {problem for problem in by_problem if stable_hash("held out", problem) / 2**64 < held_out_share}
-    training = {problem: samples for problem, samples in by_problem.items() if problem not in held}
-    examples = chosen.select(training, settings, seed)
-    if not examples:
-        outcomes = Counter(sample.outcome for samples in training.values() for sample in samples)
-        raise UserError(
-            f"{judged}: no example that {method} can train on: it needs {chosen.needs}; got {len(training)} problems "
-            f"with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided samples; "
-            "sample more solutions of each problem (sample.num_samples), or problems nearer to what the model can do"
-        )
-    counts: dict[str, Any] = {
-        "samples": len(seen),
-        "too_long": too_long,
-        "problems": len(training),
-        "examples": len(examples),
-        "right": sum(e.outcome == 1 for e in examples),
-        "wrong": sum(e.outcome == 0 for e in examples),
-        "steps_right": sum(s.label == 1 for e in examples for s in e.steps),
-        "steps_wrong": sum(s.label == 0 for e in examples for s in e.steps),
-        "kl_pairs": sum(e.kl_partner is not None for e in examples),
-        "tokens": sum(len(e.prompt_token_ids) + len(e.token_ids) for e in examples),
-    }
-    if not chosen.contrasts:
-        counts |= _sides(training, settings)
-    if warnings := _warnings(judged, chosen, counts):
-        counts["warnings"] = warnings
-    write_records(train_out, examples)
-    if held_out is not None and held:
-        kept = [example_of(s) for p in by_problem if p in held for s in by_problem[p] if is_judged(s)]
-        counts["held_out_problems"] = len(held)
-        counts["held_out_examples"] = write_records(held_out, kept) if kept else 0
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(writing_examples(train_out))
+        held_writer = stack.enter_context(writing_examples(held_out)) if held_out is not None else None
+        bar = stack.enter_context(ProgressBar("building the data set", count_rows(judged), "samples"))
+        for sample in read_records(judged, JudgedSample, quarantine=quarantine):
+            bar.update(len(seen))
+            if sample.sample_id in seen:
+                raise UserError(
+                    f"{judged}: sample_id {sample.sample_id} is duplicated; a sample trains once, remove one"
+                )
+            seen.add(sample.sample_id)
+            if settings.max_tokens and len(sample.prompt_token_ids) + len(sample.token_ids) > settings.max_tokens:
+                too_long += 1
+            elif stable_hash("held out", sample.problem_id) / 2**64 < held_out_share:
+                rows = held.setdefault(sample.problem_id, [])
+                if held_writer is not None and is_judged(sample):
+                    rows.append((sample.sample_id, store(held_writer, sample)))
+            else:
+                training.setdefault(sample.problem_id, []).append(candidate_of(sample, store(out, sample)))
+        bar.update(len(seen))
+        examples = chosen.select(training, settings, seed)
+        if not examples:
+            outcomes = Counter(sample.outcome for samples in training.values() for sample in samples)
+            raise UserError(
+                f"{judged}: no example that {method} can train on: it needs {chosen.needs}; got {len(training)} "
+                f"problems with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided samples; "
+                "sample more solutions of each problem (sample.num_samples), or problems nearer to what the model can "
+                "do"
+            )
+        counts: dict[str, Any] = {
+            "samples": len(seen),
+            "too_long": too_long,
+            "problems": len(training),
+            "examples": len(examples),
+            "right": sum(e.sample.outcome == 1 for e in examples),
+            "wrong": sum(e.sample.outcome == 0 for e in examples),
+            "steps_right": sum(e.sample.right_steps for e in examples),
+            "steps_wrong": sum(e.sample.wrong_steps for e in examples),
+            "kl_pairs": sum(e.partner is not None for e in examples),
+            "tokens": sum(e.sample.prompt_tokens + e.sample.response_tokens for e in examples),
+        }
+        if not chosen.contrasts:
+            counts |= _sides(training, settings)
+        if warnings := _warnings(judged, chosen, counts):
+            counts["warnings"] = warnings
+        add_chosen(out, examples)
+        if held_writer is not None and held:
+            for name, row in (kept for rows in held.values() for kept in rows):
+                held_writer.add_example(name, row, None, None, None)
+            counts["held_out_problems"] = len(held)
+            counts["held_out_examples"] = held_writer.examples.count
     return counts
+
+
+def is_judged(sample: JudgedSample) -> bool:
+    return sample.outcome is not None or any(step.label is not None for step in sample.steps)
+
+
+def store(writer: ExampleWriter, sample: JudgedSample) -> int:
+    """Store the solution; returns its row."""
+    return writer.add_sample(
+        sample.sample_id,
+        sample.problem_id,
+        sample.prompt_token_ids,
+        sample.token_ids,
+        [step.token_end for step in sample.steps],
+        [step.label for step in sample.steps],
+        sample.outcome,
+        sample.token_log_probs,
+    )
+
+
+def candidate_of(sample: JudgedSample, row: int) -> Candidate:
+    """The sample without its text and tokens, which are stored in ``row``."""
+    return Candidate(
+        sample.sample_id,
+        row,
+        sample.outcome,
+        sum(step.label == 1 for step in sample.steps),
+        sum(step.label == 0 for step in sample.steps),
+        len(sample.prompt_token_ids),
+        len(sample.token_ids),
+        hashlib.blake2b(np.array(sample.token_ids, np.int32).data, digest_size=16).digest(),
+    )
+
+
+def add_chosen(writer: ExampleWriter, examples: Iterable[Chosen]) -> None:
+    for e in examples:
+        partner = None if e.partner is None else e.partner.row
+        writer.add_example(e.example_id, e.sample.row, partner, e.pair_id, e.side)
 
 
 def _warnings(judged: Path, method: Method, counts: dict[str, Any]) -> list[str]:
@@ -101,7 +163,7 @@ def _warnings(judged: Path, method: Method, counts: dict[str, Any]) -> list[str]
     return found
 
 
-def _sides(by_problem: dict[str, list[JudgedSample]], settings: recipe.Dataset) -> dict[str, int]:
+def _sides(by_problem: Candidates, settings: recipe.Dataset) -> dict[str, int]:
     """Counts of problems with a usable right sample, a wrong one, both (only these give pairs) or neither."""
     found: Counter[str] = Counter(
         problems_with_both=0, problems_right_only=0, problems_wrong_only=0, problems_neither=0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.methods.method import Method, Metrics, Samples
-from megatron_stepkto.methods.select import pair_examples
+from megatron_stepkto.base.examples import Examples, Indices
+from megatron_stepkto.methods.method import Method, Metrics
+from megatron_stepkto.methods.select import Candidates, Chosen, pair_examples
 from megatron_stepkto.recipe import keys as recipe
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ class DPO(Method):
     against_collapse = "raise loss.dpo_beta"
     paired = True
 
-    def select(self, by_problem: Samples, settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+    def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
         """Pairs of a right and a wrong sample of the same problem."""
         return pair_examples(by_problem, settings, seed)
 
-    def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> PairObjective:
+    def objective(self, loss: recipe.Loss, examples: Examples, used: Indices) -> PairObjective:
         return PairObjective(loss.dpo_beta, None)

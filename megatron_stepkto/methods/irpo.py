@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-from megatron_stepkto.base.records import TrainExample
+from megatron_stepkto.base.examples import Examples, Indices
 from megatron_stepkto.methods.dpo import DPO, PairObjective
 from megatron_stepkto.methods.method import Metrics
 from megatron_stepkto.recipe import keys as recipe
@@ -19,5 +18,5 @@ class IRPO(DPO):
     metrics: ClassVar[Metrics] = {**DPO.metrics, "loss_nll": ("loss_nll", "units")}
     against_collapse = "raise loss.nll_weight or loss.dpo_beta"
 
-    def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> PairObjective:
+    def objective(self, loss: recipe.Loss, examples: Examples, used: Indices) -> PairObjective:
         return PairObjective(loss.dpo_beta, loss.nll_weight)

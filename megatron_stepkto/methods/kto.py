@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.methods.method import Samples
-from megatron_stepkto.methods.select import single_examples, with_outcome
+from megatron_stepkto.methods.select import Candidates, Chosen, single_examples, with_outcome
 from megatron_stepkto.methods.step_kto import StepKTO
 from megatron_stepkto.recipe import keys as recipe
 
@@ -16,7 +14,7 @@ class KTO(StepKTO):
     needs = "a sample with a judged outcome"
     reads_steps = False
 
-    def select(self, by_problem: Samples, settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+    def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
         """Every sample with a judged outcome, with a KL partner."""
         return single_examples(with_outcome(by_problem), settings, seed, kl_pairs=True)
 

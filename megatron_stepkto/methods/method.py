@@ -6,11 +6,14 @@ A method is one file of this folder, which subclasses ``Method``, and one line o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+import numpy as np
+
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.records import JudgedSample, TrainExample
+from megatron_stepkto.base.examples import Examples, Indices
+from megatron_stepkto.methods.select import Candidates, Chosen
 from megatron_stepkto.recipe import keys as recipe
 
 if TYPE_CHECKING:  # the command line lists the methods, and must not wait for torch
@@ -22,7 +25,6 @@ if TYPE_CHECKING:  # the command line lists the methods, and must not wait for t
 # Where the reference points of a global batch come from: a pass over its KL pairs, the previous update's own
 # log-ratios, those of all updates before this one, or nowhere (0).
 Estimator = Literal["mismatched", "batch", "running", "none"]
-Samples = dict[str, list[JudgedSample]]
 Metrics = Mapping[str, tuple[str, str]]
 
 
@@ -73,15 +75,16 @@ class Method(ABC):
     reference_levels: ClassVar[tuple[str, ...]] = ()  # reference points that are logged: outcome, step
 
     @abstractmethod
-    def select(self, by_problem: Samples, settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+    def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
         """The examples to train on, from judged samples by problem."""
 
     @abstractmethod
-    def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> Objective:
+    def objective(self, loss: recipe.Loss, examples: Examples, used: Indices) -> Objective:
         """The loss over micro-batches.
 
         Args:
-            examples: those that train, on all ranks, as often as they train; ``balance: auto`` weighs their classes.
+            used: indices of the examples that train, on all ranks, as often as they train; ``balance: auto`` weighs
+                their classes.
 
         Raises:
             UserError: the examples do not suit the loss, for instance all are right.
@@ -94,34 +97,39 @@ class Method(ABC):
     def check_settings(self, loss: recipe.Loss) -> None:  # noqa: B027 (most methods have nothing to check)
         """Raises ValueError for keys that each are valid and make no sense together with this method."""
 
-    def check_example(self, example: TrainExample) -> None:  # noqa: B027
-        """Raises ValueError, which says what was expected and what came, for an example of another method's data."""
+    def check_examples(self, examples: Examples) -> None:  # noqa: B027
+        """Raises ValueError, which names the example, what was expected and what came, for another method's data."""
 
-    def units(self, examples: Sequence[TrainExample]) -> list[list[TrainExample]]:
-        """Examples grouped into what must stay together: (chosen, rejected) of a pair, or one alone.
+    def units(self, examples: Examples) -> Indices:
+        """[U, 1] or, of pairs, [U, 2] indices of what must stay together: one example, or (chosen, rejected).
 
         Raises:
             UserError: the examples were made for another method; they would train silently, and wrongly.
         """
         fix = f"build the data set again: `stepkto dataset` with train.method: {self.name}"
-        for example in examples:
-            if (example.pair_id is not None) != self.paired:
-                wanted = "a" if self.paired else "no"
-                raise UserError(f"{example.example_id}: expected {wanted} preference pair for {self.name}; {fix}")
-            try:
-                self.check_example(example)
-            except ValueError as error:
-                raise UserError(f"{example.example_id}: {error}; {fix}") from None
+        pair, has_pair = examples.pairs()
+        if (other := np.flatnonzero(has_pair != self.paired)).size:
+            wanted = "a" if self.paired else "no"
+            name = examples.example_id(other[0])
+            raise UserError(f"{name}: expected {wanted} preference pair for {self.name}; {fix}")
+        try:
+            self.check_examples(examples)
+        except ValueError as error:
+            raise UserError(f"{error}; {fix}") from None
         if not self.paired:
-            return [[example] for example in examples]
-        pairs: dict[str | None, list[TrainExample]] = {}
-        for example in examples:
-            pairs.setdefault(example.pair_id, []).append(example)
-        for pair, members in pairs.items():
-            sides = [member.side for member in members]
-            if sorted(map(str, sides)) != ["chosen", "rejected"]:
-                raise UserError(f"pair {pair}: expected one chosen and one rejected example, got {sides}; {fix}")
-        return [sorted(members, key=lambda member: str(member.side)) for members in pairs.values()]
+            return np.arange(len(examples), dtype=np.int64)[:, None]
+        order = np.lexsort((examples.side, pair))
+        starts = np.flatnonzero(np.diff(pair[order], prepend=-1))
+        sizes = np.diff(starts, append=len(order))
+        for start, size in zip(starts, sizes, strict=True):
+            members = order[start : start + size]
+            if examples.side[members].tolist() != [0, 1]:
+                sides = [examples.side_name(i) for i in members]
+                raise UserError(
+                    f"pair {examples.pair_id(members[0])}: expected one chosen and one rejected example, got {sides}; "
+                    f"{fix}"
+                )
+        return order.reshape(-1, 2)
 
 
 def all_but(section: type[recipe.Section], *keys: str) -> frozenset[str]:

@@ -1,14 +1,16 @@
-"""What the loop and the objectives share: documents of units, sums to pool, reference points."""
+"""What the loop and the objectives share: solutions with their log-ratios, sums to pool, reference points."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_stepkto.base.records import TrainExample
+from megatron_stepkto.base.examples import Examples, Indices
 from megatron_stepkto.losses import (
     RIGHT,
     WRONG,
@@ -18,17 +20,8 @@ from megatron_stepkto.losses import (
     clamp_reference,
     pool_reference,
 )
-from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, solution_document
-from megatron_stepkto.methods.balances import labels_of
+from megatron_stepkto.megatron.batch import MicroBatch
 from megatron_stepkto.methods.method import Estimator
-
-
-@dataclass(frozen=True)
-class UnitDocuments:
-    """The documents of one unit that the loss reads, and its KL pair."""
-
-    documents: tuple[Document, ...]
-    kl: Document | None
 
 
 def solutions_of(batch: MicroBatch, token_log_probs: Tensor) -> Solutions:
@@ -37,15 +30,18 @@ def solutions_of(batch: MicroBatch, token_log_probs: Tensor) -> Solutions:
     return Solutions(log_ratio, batch.step_document, batch.step_label, batch.outcome)
 
 
-def solutions_of_documents(
-    documents: Sequence[Document], log_probs: Mapping[str, Tensor], references: Mapping[str, Tensor]
-) -> Solutions:
-    """Log-ratios and labels of scored documents; both mappings hold [S] float64 of a document's steps by its key."""
+def solutions_of_examples(examples: Examples, indices: Indices, log_ratio: Tensor) -> Solutions:
+    """The examples with the log-ratios of all their steps, [S] float64."""
+    rows = examples.sample[indices]
+
+    def integers(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64))
+
     return Solutions(
-        torch.cat([log_probs[d.key] - references[d.key] for d in documents]),
-        torch.repeat_interleave(torch.tensor([len(d.steps) for d in documents], dtype=torch.int64)),
-        labels_of(step.label for d in documents for step in d.steps),
-        labels_of(d.outcome for d in documents),
+        log_ratio,
+        torch.repeat_interleave(integers(examples.num_steps[rows])),
+        integers(examples.step_labels(rows)),
+        integers(examples.outcome[rows]),
     )
 
 
@@ -94,16 +90,3 @@ def reference_points(sums: Mapping[str, float], estimator: Estimator, device: to
     if estimator == "running":
         return ReferencePoints(outcome.mean(), step.mean())
     return clamp_reference(outcome, step)
-
-
-def unit_documents(unit: Sequence[TrainExample], references: dict[str, Tensor], with_kl: bool) -> UnitDocuments:
-    """Documents of one unit with their reference log-probs, where these are known."""
-    documents = []
-    kl = None
-    for example in unit:
-        document = solution_document(example)
-        documents.append(solution_document(example, references.get(document.key)))
-        if with_kl and example.kl_partner is not None:
-            key = kl_document(example, example.kl_partner).key
-            kl = kl_document(example, example.kl_partner, references.get(key))
-    return UnitDocuments(tuple(documents), kl)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.methods.method import Method, Metrics, Samples
-from megatron_stepkto.methods.select import single_examples, with_outcome
+import numpy as np
+
+from megatron_stepkto.base.examples import NONE, Examples, Indices
+from megatron_stepkto.methods.method import Method, Metrics
+from megatron_stepkto.methods.select import Candidates, Chosen, single_examples, with_outcome
 from megatron_stepkto.recipe import keys as recipe
 
 if TYPE_CHECKING:
@@ -49,19 +51,22 @@ class OutcomeMethod(Method):
     def solutions_loss(self, batch: Solutions, points: ReferencePoints, level: Level) -> LossSum:
         """The loss, summed over solutions."""
 
-    def select(self, by_problem: Samples, settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+    def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
         """Every sample with a judged outcome."""
         return single_examples(with_outcome(by_problem), settings, seed, kl_pairs=False)
 
-    def check_example(self, example: TrainExample) -> None:
-        if example.outcome is None:
-            raise ValueError(f"{self.name} trains on solutions with a judged answer, this one's outcome is None")
+    def check_examples(self, examples: Examples) -> None:
+        if (wrong := np.flatnonzero(examples.outcomes() == NONE)).size:
+            raise ValueError(
+                f"{examples.example_id(wrong[0])}: {self.name} trains on solutions with a judged answer, this one's "
+                "outcome is None"
+            )
 
-    def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> OutcomeObjective:
+    def objective(self, loss: recipe.Loss, examples: Examples, used: Indices) -> OutcomeObjective:
         from megatron_stepkto.losses import Level
         from megatron_stepkto.methods.balances import check_classes, outcome_balance
 
-        balance = outcome_balance(loss, examples)
+        balance = outcome_balance(loss, examples, used)
         check_classes(self.name, {"outcome": balance})
         level = Level(loss.beta_outcome, balance.desirable_weight, balance.undesirable_weight, 1.0)
         return OutcomeObjective(self.solutions_loss, level, {"outcome": balance})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.methods.method import Method, Metrics, Samples
-from megatron_stepkto.methods.select import distinct, single_examples, usable_right
+import numpy as np
+
+from megatron_stepkto.base.examples import Examples, Indices, label_of
+from megatron_stepkto.methods.method import Method, Metrics
+from megatron_stepkto.methods.select import Candidates, Chosen, distinct, single_examples, usable_right
 from megatron_stepkto.recipe import keys as recipe
 
 if TYPE_CHECKING:
@@ -42,14 +44,18 @@ class RFT(Method):
     against_collapse = "epochs"
     uses_reference = False
 
-    def select(self, by_problem: Samples, settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+    def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
         """Right samples, each distinct solution of a problem once."""
         chosen = {p: distinct(usable_right(samples, settings)) for p, samples in by_problem.items()}
         return single_examples(chosen, settings, seed, kl_pairs=False)
 
-    def check_example(self, example: TrainExample) -> None:
-        if example.outcome != 1:
-            raise ValueError(f"rft trains on right solutions, this one's outcome is {example.outcome}")
+    def check_examples(self, examples: Examples) -> None:
+        outcomes = examples.outcomes()
+        if (wrong := np.flatnonzero(outcomes != 1)).size:
+            raise ValueError(
+                f"{examples.example_id(wrong[0])}: rft trains on right solutions, this one's outcome is "
+                f"{label_of(outcomes[wrong[0]])}"
+            )
 
-    def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> Supervised:
+    def objective(self, loss: recipe.Loss, examples: Examples, used: Indices) -> Supervised:
         return Supervised()

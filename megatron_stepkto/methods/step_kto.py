@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from megatron_stepkto.base.records import TrainExample
-from megatron_stepkto.methods.method import Estimator, Method, Metrics, Samples, all_but
-from megatron_stepkto.methods.select import is_judged, single_examples
+from megatron_stepkto.base.examples import Examples, Indices
+from megatron_stepkto.methods.method import Estimator, Method, Metrics, all_but
+from megatron_stepkto.methods.select import Candidates, Chosen, single_examples
 from megatron_stepkto.recipe import keys as recipe
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class StepKTO(Method):
     reads_steps = True
     reference_levels = ("outcome", "step")
 
-    def select(self, by_problem: Samples, settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+    def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
         """Every sample with something judged, with a KL partner."""
-        chosen = {problem: [s for s in samples if is_judged(s)] for problem, samples in by_problem.items()}
+        chosen = {problem: [s for s in samples if s.is_judged] for problem, samples in by_problem.items()}
         return single_examples(chosen, settings, seed, kl_pairs=True)
 
     def estimator(self, loss: recipe.Loss) -> Estimator:
@@ -63,11 +63,11 @@ class StepKTO(Method):
     def step_weight(self, loss: recipe.Loss) -> float:
         return loss.step_weight
 
-    def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> StepKTOObjective:
+    def objective(self, loss: recipe.Loss, examples: Examples, used: Indices) -> StepKTOObjective:
         from megatron_stepkto.losses import Level, StepKTOSettings
         from megatron_stepkto.methods.balances import check_classes, outcome_balance, step_balance
 
-        outcome, step = outcome_balance(loss, examples), step_balance(loss, examples)
+        outcome, step = outcome_balance(loss, examples, used), step_balance(loss, examples, used)
         settings = StepKTOSettings(
             Level(loss.beta_outcome, outcome.desirable_weight, outcome.undesirable_weight, loss.outcome_weight),
             Level(loss.beta_step, step.desirable_weight, step.undesirable_weight, self.step_weight(loss)),

@@ -51,7 +51,8 @@ def dry_run(source: Path, parallel: Parallel) -> str:
     ]
     for stage in range(parallel.pipeline):
         held = stage_parameters(config, entries, parallel, stage)
-        layers = ", ".join(_span(numbers) for numbers in stage_layers(config, parallel, stage))
+        spans = ((numbers[0], numbers[-1]) for numbers in stage_layers(config, parallel, stage))
+        layers = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in spans)
         lines.append(
             f"  stage {stage}: layers {layers}: {held.total:,} parameters, "
             f"{held.total * dtype.itemsize:,} bytes ({held.total * dtype.itemsize / 1e9:.2f} GB)"
@@ -74,10 +75,6 @@ def _dtype(config: dict[str, object]) -> torch.dtype:
     return dtype
 
 
-def _span(numbers: list[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-
-
 def _mapping(all_slices: list[Slice]) -> Iterator[str]:
     """One line per Hugging Face tensor name, with ``{0..79}`` for the layers (and experts)."""
     firsts: dict[str, Slice] = {}
@@ -86,9 +83,9 @@ def _mapping(all_slices: list[Slice]) -> Iterator[str]:
         firsts.setdefault(slice_.key, slice_)
         lasts[slice_.key] = slice_
     for key, first in firsts.items():
-        yield f"  {key} {list(first.full_shape)}"
+        yield f"  {key} {list(first.entry.full_shape)}"
         for part, (name, shape) in enumerate(first.tensors()):
-            runs = [run for run in first.runs if run.part == part]
+            runs = [run for run in first.entry.runs if run.part == part]
             rows = f"rows {runs[0].target} to {runs[0].target + runs[0].count - 1}" if len(first.names) > 1 else "whole"
             if len(runs) > 1:
                 rows += f", ... in {len(runs)} runs of {runs[0].count}"

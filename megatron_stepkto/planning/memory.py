@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -22,7 +21,6 @@ from megatron_stepkto.architectures.sharding import (
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.logprobs import tokens_at_a_time
 from megatron_stepkto.planning.activations import (
-    CPU,
     CUDA,
     Layout,
     head_saved_bytes,
@@ -68,9 +66,6 @@ class StageMemory:
         dynamic = max(self.activations + self.head, self.kl_pass, self.step)
         return self.state + dynamic * (1 + FRAGMENTATION) + self.overhead
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "peak": self.peak}
-
 
 def state_bytes(config: ModelConfig, entries: list[Entry], settings: Training, stage: int) -> tuple[int, int, int]:
     """(weights, gradients, optimizer) of a rank, as ``Engine`` allocates them. Frozen weights are weights alone."""
@@ -101,7 +96,6 @@ def stage_memory(
     *,
     num_micro_batches: int,
     response_share: float = 1.0,
-    on_gpu: bool = True,
 ) -> StageMemory:
     """Memory of a rank of pipeline stage ``stage`` at the fullest micro-batch (``micro_batch_tokens``).
 
@@ -110,8 +104,7 @@ def stage_memory(
     parallel, tokens = settings.parallel, settings.micro_batch_tokens // settings.parallel.context
     num_bytes = 2 if settings.dtype == "bfloat16" else 4
     low_rank = low_rank_width(config, entries, settings.lora, parallel) if settings.lora else 0.0
-    kernels = CUDA if on_gpu else CPU
-    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, kernels, low_rank)
+    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, CUDA, low_rank)
     weights, gradients, optimizer = state_bytes(config, entries, settings, stage)
     in_flight = layers_in_flight(config, parallel, stage, num_micro_batches)
     activations = tokens * (in_flight * saved_per_layer(config, layout) + working_bytes(config, layout))
@@ -142,8 +135,8 @@ def stage_memory(
         activations=activations,
         head=head,
         kl_pass=forward_only,
-        step=4 * shard if on_gpu else 0.0,  # torch's AdamW takes the root of all second moments at once
-        overhead=OVERHEAD_BYTES if on_gpu else 0.0,
+        step=4 * shard,  # torch's AdamW takes the root of all second moments at once
+        overhead=OVERHEAD_BYTES,
     )
 
 
@@ -179,8 +172,7 @@ def check_state_fits(
     stage = max(sizes, key=lambda s: sizes[s])
     if sizes[stage] <= capacity:
         return
-    key = "train.parallel"
-    prefix = f"{place(key)}: " if place else ""
+    prefix = f"{place('train.parallel')}: " if place else ""
     raise UserError(
         f"{prefix}weights, gradients and optimizer of a rank of pipeline stage {stage} take "
         f"{sizes[stage] / 1e9:.1f} GB, {where} has {capacity / 1e9:.1f} GB; {advice(settings.parallel)} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_stepkto.architectures.layout import expert_choices, layout_faults, tensor_choices
@@ -39,8 +39,8 @@ class Plan:
         return {
             "train": recipe_keys(self.settings),
             "peak_bytes": self.peak,
-            "stages": [stage.as_dict() for stage in self.stages],
-            "seconds": self.times.as_dict(),
+            "stages": [{**asdict(stage), "peak": stage.peak} for stage in self.stages],
+            "seconds": asdict(self.times),
         }
 
 

@@ -39,38 +39,25 @@ def _header(model: Path, case: Scenario) -> str:
     )
 
 
-def _rows(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+def _rows(rows: Sequence[Sequence[object]]) -> str:
+    columns = [[str(cell) for cell in column] for column in zip(*rows, strict=True)]
+    aligned = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
+    return "\n".join("  ".join(row) for row in zip(*aligned, strict=True))
 
 
 def _proposals(case: Scenario, plans: Sequence[Plan]) -> str:
-    rows = [
-        [
-            *("", "TP", "PP", "v", "DP", "EP", "SP", "recompute", "micro-batch", "peak GB"),
-            *("s/update", "bubble", "MFU", "h/iteration"),
-        ]
-    ]
+    rows: list[list[object]] = [[
+        "", "TP", "PP", "v", "DP", "EP", "SP", "recompute", "micro-batch", "peak GB", "s/update", "bubble", "MFU",
+        "h/iteration",
+    ]]  # fmt: skip
     for number, plan in enumerate(plans, 1):
         p, t = plan.settings.parallel, plan.times
-        rows.append(
-            [
-                str(number),
-                str(p.tensor),
-                str(p.pipeline),
-                str(p.virtual_pipeline or 1),
-                str(data_parallel_size(p)),
-                str(p.expert),
-                "yes" if p.sequence else "no",
-                "full" if plan.settings.recompute else "no",
-                f"{plan.settings.micro_batch_tokens:,}",
-                f"{plan.peak / 1e9:.1f}",
-                f"{t.update:.2f}",
-                f"{t.bubble / t.update:.0%}",
-                f"{t.mfu:.0%}",
-                f"{t.iteration / 3600:.2f}",
-            ]
-        )
+        rows.append([
+            number, p.tensor, p.pipeline, p.virtual_pipeline or 1, data_parallel_size(p), p.expert,
+            "yes" if p.sequence else "no", "full" if plan.settings.recompute else "no",
+            f"{plan.settings.micro_batch_tokens:,}", f"{plan.peak / 1e9:.1f}", f"{t.update:.2f}",
+            f"{t.bubble / t.update:.0%}", f"{t.mfu:.0%}", f"{t.iteration / 3600:.2f}",
+        ])  # fmt: skip
     return f"Layouts, fastest first (peak of {case.cluster.memory_gb:g} GB; v: chunks per stage):\n\n" + _rows(rows)
 
 
@@ -110,11 +97,11 @@ def _times(plan: Plan) -> str:
 
 
 def _checked(checks: Sequence[Check]) -> str:
-    rows = [["rank", "tensor", "stage", "parameters", "optimizer shard"]]
+    rows: list[list[object]] = [["rank", "tensor", "stage", "parameters", "optimizer shard"]]
     for check in checks:
         s = check.shard
         held = f"{s.optimizer:,}" if s.optimizer is not None else "whole"
-        rows.append([str(s.rank), str(s.tensor_rank), str(s.stage), f"{s.parameters:,}", held])
+        rows.append([s.rank, s.tensor_rank, s.stage, f"{s.parameters:,}", held])
     return (
         "Shards built on the meta device, equal to the plan (data-parallel rank 0, first and last tensor rank):\n\n"
         + _rows(rows)

@@ -8,8 +8,7 @@ reduction and the optimizer come once per update.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import Entry, ModelConfig
@@ -92,9 +91,6 @@ class Times:
     iteration: float
     mfu: float
     micro_batches: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
-from megatron_stepkto.base.records import Problem, describe, read_rows
+from megatron_stepkto.base.files import describe
+from megatron_stepkto.base.records import Problem, read_rows
+from megatron_stepkto.base.tables import SUFFIXES
 from megatron_stepkto.problems.distinct import check_distinct
 from megatron_stepkto.recipe.prompts import ProblemCheck
 
@@ -74,7 +75,7 @@ def to_problem(row: dict[str, Any]) -> Problem:
 def load_problems(
     source: str, *, quarantine: Path | None = None, limit: int | None = None, check: ProblemCheck | None = None
 ) -> list[Problem]:
-    """The problems of a data set: JSON lines, another file or folder that ``datasets`` reads, or ``hub:NAME``.
+    """The problems of a data set: a file or folder that ``read_rows`` reads, or ``hub:NAME``.
 
     ``hub:`` takes a name of ``KNOWN`` or REPOSITORY[:CONFIGURATION[:SPLIT]], and is the only
     form that downloads.
@@ -103,35 +104,12 @@ def load_problems(
 
 def _local(source: str, quarantine: Path | None, parse: Parse) -> Iterator[Problem]:
     path = Path(source)
-    if path.suffix in (".jsonl", ".ndjson") and path.is_file():
-        yield from read_rows(path, parse, quarantine=quarantine)
-        return
     if not path.exists():
         hint = f"; to download it, write {HUB}{source}" if source in KNOWN or source.count("/") == 1 else ""
         raise UserError(f"{source}: expected a file of problems (JSON lines, parquet, csv), found none{hint}")
-    yield from _rows(_read_local(path), source, parse)
-
-
-def _read_local(path: Path) -> Iterable[dict[str, Any]]:
-    if path.suffix == ".json":
-        content = read_json(path)
-        if not isinstance(content, list):
-            raise UserError(f"{path}: expected a JSON list of problems, got {type(content).__name__}")
-        return content
-    import datasets
-
-    if path.is_dir():
-        found = datasets.load_from_disk(str(path))
-        if not isinstance(found, datasets.Dataset):
-            raise UserError(f"{path}: holds several splits; name one, such as {path / next(iter(found))}")
-        return list(found)
-    readers = {".parquet": datasets.Dataset.from_parquet, ".csv": datasets.Dataset.from_csv}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: expected .jsonl, .json, .parquet, .csv or a folder of datasets.save_to_disk")
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as cache:
-        return list(readers[path.suffix](str(path), cache_dir=cache))
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of datasets.save_to_disk")
+    return read_rows(path, parse, quarantine=quarantine)
 
 
 def _hub(source: str, parse: Parse) -> Iterator[Problem]:
@@ -144,14 +122,8 @@ def _hub(source: str, parse: Parse) -> Iterator[Problem]:
         found = datasets.load_dataset(repository, configuration, split=split or "test")
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    yield from _rows(found, source, parse)
-
-
-def _rows(rows: Iterable[Any], source: str, parse: Parse) -> Iterator[Problem]:
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(found, 1):
         try:
-            if not isinstance(row, dict):
-                raise ValueError(f"expected an object, got {type(row).__name__}")
             yield parse(row)
         except UserError:  # not about this row alone
             raise

@@ -47,17 +47,17 @@ def write_problems(
         problems = generate(split, count, stable_hash(seed, split, iteration) % 2**31)
         return {"problems": write_records(output, problems)}
     path = getattr(source, split)
-    problems = list(read_rows(path, _parser(check), quarantine=quarantine))
+
+    def parse(row: dict[str, Any]) -> Problem:
+        return check(Problem.model_validate(row)) if check else Problem.model_validate(row)
+
+    problems = list(read_rows(path, parse, quarantine=quarantine))
     repeated = check_distinct(problems, str(path), train=split == "train")
     if split == "train":
         problems = take_turns(problems, count, seed, iteration)
     elif count is not None and count > len(problems):
         raise UserError(f"{path}: evaluate.num_problems is {count}, the file holds {len(problems)}; lower it")
     return {"problems": write_records(output, problems[:count]), **repeated}
-
-
-def _parser(check: ProblemCheck | None) -> Callable[[dict[str, Any]], Problem]:
-    return lambda row: check(Problem.model_validate(row)) if check else Problem.model_validate(row)
 
 
 def take_turns(problems: list[Problem], count: int | None, seed: int, iteration: int) -> list[Problem]:

@@ -67,17 +67,13 @@ class Problems(Section):
         return self
 
 
-def _named_template(value: str) -> str:
-    return TEMPLATES.get(value, value)
-
-
 class Prompt(Section):
     """Text of a prompt; ``{problem}`` is replaced. With ``chat`` it is the user turn of the chat template.
 
     ``template`` is a text, or the name of one (templates.py): plain, boxed, qwen_math, llama_math, minerva, gsm8k.
     """
 
-    template: Annotated[str, AfterValidator(_named_template)] = Field(
+    template: Annotated[str, AfterValidator(lambda value: TEMPLATES.get(value, value))] = Field(
         TEMPLATES["plain"], description="text with {problem}, or the name of a template"
     )
     chat: bool = Field(False, description="make it the user turn of the model's chat template")

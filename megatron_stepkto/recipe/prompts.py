@@ -236,9 +236,11 @@ class Prompts:
         except UserError as error:  # templates refuse some orders of roles: a matter of this conversation
             raise BadText(str(error)) from None
 
-    def turns(self, problem: str) -> list[dict[str, str]]:
-        """The messages that ask ``problem``: of the section's system turn and its template."""
-        return self._turns(problem, self._prompt.system)
+    def turns(self, problem: str, system: str | None = None) -> list[dict[str, str]]:
+        """The messages that ask ``problem``: the template behind the section's system turn (or ``system``)."""
+        system = self._prompt.system if system is None else system
+        turns = [{"role": "system", "content": system}] if system is not None else []
+        return [*turns, {"role": "user", "content": self._prompt.template.replace("{problem}", problem)}]
 
     def check(self, problem: Problem) -> Problem:
         """The problem as it is, for readers of rows. Raises BadText: see ``check_problem``."""
@@ -265,15 +267,9 @@ class Prompts:
         if self.thinks and text.lstrip().startswith(THINK):
             raise BadText(f"the response begins with {THINK}, which the prompt ends with already; remove it")
 
-    def _turns(self, problem: str, system: str | None) -> list[dict[str, str]]:
-        turns = [{"role": "system", "content": system}] if system is not None else []
-        return [*turns, {"role": "user", "content": self._prompt.template.replace("{problem}", problem)}]
-
     def _text(self, problem: str, system: str | None = None) -> str:
-        turns = self._turns(problem, self._prompt.system if system is None else system)
-        if not self._prompt.chat:
-            return turns[-1]["content"]
-        return self._render(turns)
+        turns = self.turns(problem, system)
+        return self._render(turns) if self._prompt.chat else turns[-1]["content"]
 
     def _render(self, turns: Sequence[dict[str, str]], *, generation_prompt: bool = True) -> str:
         system = "remove" if self._prompt.system is not None else "set"
@@ -316,8 +312,7 @@ class Prompts:
             return
         if self._prompt.chat and visible[-1] != self._tokenizer.eos_token_id:
             # Phi-3 lists <|assistant|> among its end tokens, so that a response ends where another turn would begin.
-            turns = self._turns("1 + 1 = ?", self._prompt.system)
-            closed = self._render(turns, generation_prompt=False)
+            closed = self._render(self.turns("1 + 1 = ?"), generation_prompt=False)
             if visible[-1] not in self._encode(closed):
                 return
         fix = (
@@ -346,7 +341,7 @@ class Prompts:
     def _closing_token(self) -> int | None:
         """The special token that the chat template puts behind an assistant's turn."""
         answer = "1 + 1 = 2."
-        turns = [*self._turns("1 + 1 = ?", self._prompt.system), {"role": "assistant", "content": answer}]
+        turns = [*self.turns("1 + 1 = ?"), {"role": "assistant", "content": answer}]
         try:
             text = self._render(turns, generation_prompt=False)
         except UserError:  # a template may take no assistant's turn: none is ever given

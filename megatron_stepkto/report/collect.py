@@ -75,7 +75,10 @@ def collect(run_dir: Path) -> Report:
     others = {str(folder.compared): folder for folder in own.others()}
     names = dict.fromkeys(name for name in [*summary.methods, *others] if name in others)
     folders = {method: own} | {name: others[name] for name in names}
-    trainings = {name: _trainings(folder) for name, folder in folders.items()}
+    trainings = {
+        name: [found for t in folder.iterations() if (found := _training(folder.stage("train", t), f"Iteration {t}"))]
+        for name, folder in folders.items()
+    }
     solutions = _solutions(folders)
     models = [model for model in solutions if " " not in model]
     ends = dict.fromkeys(models[:1] + models[-1:])
@@ -138,11 +141,6 @@ def _partial_summary(run: RunFolder) -> Summary:
 def _rows(run: RunFolder) -> list[Row]:
     found = (_validate_if_there(run.evaluation(t) / METRICS, Row) for t in run.evaluated())
     return [row for row in found if row is not None]
-
-
-def _trainings(run: RunFolder) -> list[Training]:
-    found = [_training(run.stage("train", t), f"Iteration {t}") for t in run.iterations()]
-    return [training for training in found if training]
 
 
 def _training(folder: Path, label: str) -> Training | None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import atomic_writer, write_json
+from megatron_stepkto.problems.chained_arithmetic.tokenizer import save_tokenizer
 
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 SPECIALS = (PAD, BEGIN, END)
 MIN_VOCAB_SIZE = len(SPECIALS) + 256  # every byte is a token, so that no text is unknown
+MODEL_MAX_LENGTH = 2048
 
 
-def train_byte_level_bpe(
-    texts: Iterable[str], vocab_size: int, directory: Path, *, model_max_length: int = 2048
-) -> int:
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: Path) -> int:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json for transformers and vLLM.
 
     ``decode(encode(text)) == text`` for every text. Digits are single tokens, so a number's tokens are its
@@ -26,7 +25,6 @@ def train_byte_level_bpe(
 
     Args:
         vocab_size: tokens in all, the three special ones and the 256 bytes among them.
-        model_max_length: tokens that the model takes.
 
     Returns:
         The size of the vocabulary: ``vocab_size``, or less where the texts hold no more pairs to merge.
@@ -58,25 +56,5 @@ def train_byte_level_bpe(
         show_progress=False,
     )
     tokenizer.train_from_iterator(kept, trainer, length=len(kept))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A",
-        pair=f"{BEGIN} $A {BEGIN}:1 $B:1",
-        special_tokens=[(BEGIN, SPECIALS.index(BEGIN))],
-    )
-    _save(tokenizer, directory, model_max_length)
+    save_tokenizer(tokenizer, directory, {"pad_token": PAD, "bos_token": BEGIN, "eos_token": END}, MODEL_MAX_LENGTH)
     return int(tokenizer.get_vocab_size())
-
-
-def _save(tokenizer: Tokenizer, directory: Path, model_max_length: int) -> None:
-    names = {"pad_token": PAD, "bos_token": BEGIN, "eos_token": END}
-    with atomic_writer(directory / "tokenizer.json") as file:
-        file.write(tokenizer.to_str(pretty=True))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **names,
-        "clean_up_tokenization_spaces": False,  # it would delete the space before a full stop
-        "model_max_length": model_max_length,
-        "padding_side": "right",
-    }
-    write_json(directory / "tokenizer_config.json", config)
-    write_json(directory / "special_tokens_map.json", names)

@@ -54,7 +54,7 @@ def choose_problems(run: Run) -> None:
 def prepare_all(run: Run) -> None:
     """Make what depends on the recipe alone: M0, and the problems of every iteration and of the evaluation."""
     # training is another job's, with GPUs that this machine may not have; the packages are this job's
-    refusals.check_machine(run, environment="train", elsewhere=True)
+    refusals.refuse(refusals.machine_refusals(run, environment="train", elsewhere=True))
     prepare(run)
     input_hash(run.model(0), run.folder.hashes)
     choose_problems(run)
@@ -86,7 +86,7 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
         UserError: another process works on this run, or a stage refuses its input.
     """
     begun = time.time()
-    refusals.check_machine(run, compare)
+    refusals.refuse(refusals.machine_refusals(run, compare))
     with exclusive_lock(run.folder.lock, str(run.base)):
         # An old summary would contradict the new stages: there is none until all of them are finished.
         run.folder.summary.unlink(missing_ok=True)

@@ -49,10 +49,9 @@ class Pending:
 
     @property
     def title(self) -> str:
-        method = f"{self.run.compared} " if self.run.compared else ""
-        return (
-            f"{method}{self.kind} M{self.t}" if self.kind == "evaluate" else f"{method}iteration {self.t} {self.kind}"
-        )
+        if self.kind != "evaluate":
+            return self.run.title(self.t, self.kind)
+        return f"{self.run.compared + ' ' if self.run.compared else ''}evaluate M{self.t}"
 
 
 def pending(run: Run, compare: Sequence[Method] = ()) -> Iterator[Pending]:
@@ -86,16 +85,7 @@ def _stages(recipe: Recipe) -> Iterator[tuple[Kind, int]]:
 
 
 def _directory(run: Run, kind: Kind, t: int) -> Path:
-    if kind == "evaluate":
-        return run.folder.evaluation(t)
-    return run.folder.stage(kind, t)
-
-
-def check_machine(
-    run: Run, compare: Sequence[Method] = (), *, environment: Environment | None = None, elsewhere: bool = False
-) -> None:
-    """Raises UserError with all that ``machine_refusals`` finds, if it finds anything."""
-    _refuse(machine_refusals(run, compare, environment=environment, elsewhere=elsewhere))
+    return run.folder.evaluation(t) if kind == "evaluate" else run.folder.stage(kind, t)
 
 
 def machine_refusals(
@@ -140,10 +130,11 @@ def check_prepared(run: Run, compare: Sequence[Method] = ()) -> None:
         checks += [(item.title, check) for check in (_weights(item) if item.kind == "train" else ())]
     for item in left:
         checks += [(item.title, check) for check in _of_what_is_prepared(item)]
-    _refuse(_collect(checks))
+    refuse(_collect(checks))
 
 
-def _refuse(found: list[str]) -> None:
+def refuse(found: list[str]) -> None:
+    """Raises UserError with all that was found, if anything was."""
     if found:
         raise UserError("\n".join(["refused before anything is sampled:", *found]) if len(found) > 1 else found[0])
 

@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 # --- problems ------------------------------------------------------------------------------------------------
 
 
-def _source_settings(source: recipes.Problems) -> dict[str, Any]:
-    """The settings that determine the problems. Files are inputs: their content counts, not their path."""
-    return {"source": source.source}
-
-
 def _apart_from(source: recipes.Problems, settings: dict[str, Any]) -> dict[str, Path]:
     """The further evaluation sets as inputs. Adds problems.overlap to ``settings`` where it is not the default."""
     if source.overlap != "exact":
@@ -53,8 +48,8 @@ def _prompt_check(run: Run) -> ProblemCheck | None:
 
 def problems_stage(run: Run, t: int) -> None:
     out, source = run.folder.problems(t), run.recipe.problems
-    settings = {
-        **_source_settings(source),
+    settings = {  # files are inputs: their content counts, not their path
+        "source": source.source,
         "per_iteration": source.per_iteration,
         "seed": run.recipe.seed,
         "iteration": t,
@@ -79,7 +74,7 @@ def evaluation_problems_stage(run: Run) -> None:
     source, split, count = run.recipe.problems, evaluation.split, evaluation.num_problems
     out = run.folder.evaluation_problems
     file = getattr(source, split)
-    settings = {**_source_settings(source), "split": split, "num_problems": count}
+    settings = {"source": source.source, "split": split, "num_problems": count}
 
     def work() -> Result:
         # a fixed seed: every run of a recipe, whatever its own seed, is measured on the same problems
@@ -105,13 +100,18 @@ def sampling_of(run: Run, t: int) -> Stage:
 
 def drawing_of(run: Run, t: int, model: Path) -> Drawing:
     """The sampling job of iteration t, from the model in the folder ``model``."""
-    from megatron_stepkto.sampling.draw import sample_drawing
+    from megatron_stepkto.sampling.draw import new_drawing, read_prompts
+    from megatron_stepkto.sampling.job import Pass
 
     stage, sampling = sampling_of(run, t), run.recipe.sample
     assert sampling is not None
-    return sample_drawing(
-        model, model_name(t - 1), stage.inputs["problems"], run.recipe.prompt, sampling, stage.settings["seed"],
-        stage.directory, title=stage.title,
+    prompts = read_prompts(stage.inputs["problems"], run.recipe.prompt, model)
+    pass_ = Pass(
+        name="samples", num_samples=sampling.num_samples, temperature=sampling.temperature, top_p=sampling.top_p
+    )
+    return new_drawing(
+        model, model_name(t - 1), prompts, [pass_], sampling, stage.settings["seed"], stage.directory,
+        title=stage.title,
     )  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def import_stage(run: Run) -> None:
 
 def dataset_stage(run: Run, t: int) -> None:
     directory, judged = run.folder.stage("dataset", t), run.folder.judged(t)
-    train, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
+    train, held_out = directory / "train", directory / "held_out"
     share, seed = run.recipe.problems.held_out_share, run.recipe.seed
     settings = {
         "dataset": dataset_key(run.recipe.dataset, run.method),
@@ -251,12 +251,12 @@ def merge_stage(run: Run) -> None:
 def training_of(run: Run, t: int) -> Stage:
     data = run.folder.stage("dataset", t)
     settings = run.recipe.train.model_copy(update={"method": run.method})
-    inputs = {"model": run.model(t - 1), "train": data / "train.jsonl"}
+    inputs = {"model": run.model(t - 1), "train": _examples(data / "train")}
     if settings.lora:  # one adapter for all iterations
         inputs["model"] = run.base_model
         if adapter := run.folder.adapter(t - 1) if t > 1 else settings.lora.start:
             inputs["adapter"] = adapter
-    held_out = data / "held_out.jsonl"
+    held_out = _examples(data / "held_out")
     if held_out.exists():
         inputs["held_out"] = held_out
     if settings.reference == "initial" and t > 1 and not settings.lora:
@@ -264,6 +264,12 @@ def training_of(run: Run, t: int) -> Stage:
     seed = stable_hash(run.recipe.seed, "train", t) % 2**31
     key = {"train": training_key(settings), "seed": seed}
     return run.known(Stage(run.title(t, "train"), run.folder.stage("train", t), key, inputs))
+
+
+def _examples(folder: Path) -> Path:
+    """The folder, or the file of JSON lines where an earlier version made the data set."""
+    lines = folder.with_name(f"{folder.name}.jsonl")
+    return lines if lines.exists() else folder
 
 
 def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
@@ -288,29 +294,38 @@ def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
 
 
 def convert_stage(run: Run, t: int) -> None:
+    trained, out = run.folder.stage("train", t) / "final", run.folder.model(t)
+    if run.recipe.train.lora:
+        _convert_adapter(run, t, trained, out)
+    else:
+        convert(run, run.title(t, "convert"), trained, out)
+
+
+def _convert_adapter(run: Run, t: int, trained: Path, out: Path) -> None:
+    """Write the adapter that a training left for PEFT, and its base with it as a Hugging Face folder."""
     import torch
 
     from megatron_stepkto.checkpoints.adapter import export_adapter, merge_adapter
-    from megatron_stepkto.checkpoints.convert import megatron_to_hf
 
-    source, out = run.folder.stage("train", t) / "final", run.folder.model(t)
-
-    inputs = {"trained": source}
+    base, adapter = run.base_model, run.folder.adapter(t)
 
     def work() -> Result:
-        megatron_to_hf(source, out)
-        return Result([out])
-
-    def merge() -> Result:
-        adapter = run.folder.adapter(t)
-        export_adapter(source, adapter, run.base_model)
-        merge_adapter(run.base_model, adapter, out, getattr(torch, run.recipe.train.dtype))
+        export_adapter(trained, adapter, base)
+        merge_adapter(base, adapter, out, getattr(torch, run.recipe.train.dtype))
         return Result([adapter, out])
 
-    if run.recipe.train.lora:
-        inputs["base"] = run.base_model
-    stage = Stage(run.title(t, "convert"), out.parent, {}, inputs)
-    run.run(stage, merge if run.recipe.train.lora else work)
+    run.run(Stage(run.title(t, "convert"), out.parent, {}, {"trained": trained, "base": base}), work)
+
+
+def convert(run: Run, title: str, trained: Path, out: Path) -> None:
+    """Convert the weights that a training left to a Hugging Face folder."""
+    from megatron_stepkto.checkpoints.convert import megatron_to_hf
+
+    def work() -> Result:
+        megatron_to_hf(trained, out)
+        return Result([out])
+
+    run.run(Stage(title, out.parent, {}, {"trained": trained}), work)
 
 
 def evaluation_of(run: Run, t: int) -> Stage:

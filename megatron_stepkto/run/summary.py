@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from megatron_stepkto.evaluation.table import Row
 
 
 class StageRow(BaseModel):
     """A finished stage: its folder in the run, wall-clock seconds, and what it counted."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     name: str
     seconds: float | None = None
@@ -21,8 +19,6 @@ class StageRow(BaseModel):
 
 class Summary(BaseModel):
     """``iterations`` and ``methods`` hold the evaluation of M0, M1, ...; ``seconds`` is the sum over stages."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     recipe: str
     seed: int | None = None

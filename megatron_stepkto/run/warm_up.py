@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import write_examples
 from megatron_stepkto.base.files import stable_hash
-from megatron_stepkto.base.records import TrainExample, TrainStep, write_records
+from megatron_stepkto.base.records import TrainExample, TrainStep
 from megatron_stepkto.base.stage import Result, Stage
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.chained_arithmetic.student import corpus
@@ -56,8 +57,8 @@ def tokenizer_stage(run: Run) -> None:
 
 def make_m0(run: Run) -> None:
     """M0/initial (random weights), M0/corpus, M0/train and M0/convert."""
-    from megatron_stepkto.checkpoints.convert import megatron_to_hf
     from megatron_stepkto.run.stage_keys import dataset_key, training_key
+    from megatron_stepkto.run.stages import convert
     from megatron_stepkto.training.launch import train
     from megatron_stepkto.training.requirements import Ranks, check_training
 
@@ -77,7 +78,7 @@ def make_m0(run: Run) -> None:
     )
 
     data = run.folder.m0("corpus")
-    examples = data / "train.jsonl"
+    examples = data / "train"
     judged = run.folder.judged(1)
     imported = run.recipe.problems.source == "imports"
     share = run.recipe.problems.held_out_share
@@ -110,13 +111,7 @@ def make_m0(run: Run) -> None:
     here = Ranks(settings=warm_up.training, model=initial / "model", ranks=warm_up.training.parallel.ranks)
     run.run(stage, lambda: train(stage, warm_up.training, seed), check=lambda: check_training(here))
 
-    converted = run.folder.m0("convert")
-
-    def convert() -> Result:
-        megatron_to_hf(training / "final", converted / "model")
-        return Result([converted / "model"])
-
-    run.run(Stage("M0 convert", converted, {}, {"trained": training / "final"}), convert)
+    convert(run, "M0 convert", training / "final", run.folder.m0("convert") / "model")
 
 
 def initialise(architecture: dict[str, Any], tokenizer: Path, output: Path, seed: int) -> Path:
@@ -166,4 +161,4 @@ def write_corpus(size: int, seed: int, tokenizer: Path, prompt: recipe.Prompt, o
                 outcome=1,
             )
 
-    return write_records(output, examples())
+    return write_examples(output, examples())

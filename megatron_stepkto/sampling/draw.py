@@ -33,18 +33,6 @@ from megatron_stepkto.sampling.engines import check_engines
 from megatron_stepkto.sampling.job import EngineSettings, Job, Pass, PromptRow, Pulse, Speed
 from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
 
-__all__ = [
-    "DrawResult",
-    "Drawing",
-    "FixedDtype",
-    "Pass",
-    "PromptRow",
-    "draw",
-    "draw_all",
-    "read_prompts",
-    "sample_drawing",
-    "sampling_dtype",
-]  # fmt: skip
 WORKER = "megatron_stepkto.sampling.worker"  # imports torch: not here
 
 
@@ -185,52 +173,17 @@ def _begin(drawing: Drawing) -> bool:
     return bool(job.missing())
 
 
-def sample_drawing(
-    model: Path,
-    model_name: str,
-    problems: Path,
-    prompt: recipe.Prompt,
-    settings: recipe.Sampling,
-    seed: int,
-    directory: Path,
-    *,
-    title: str,
-) -> Drawing:
-    """The sample stage: K solutions of each problem of a file, in ``directory/samples.jsonl``."""
-    pass_ = Pass(
-        name="samples",
-        num_samples=settings.num_samples,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-    )
-    dtype = FixedDtype.of(settings, model, directory)
-    job = Job(
-        model=model, model_name=model_name, passes=[pass_], prompts=read_prompts(problems, prompt, model),
-        settings=dtype.apply(settings), seed=seed, directory=directory,
-    )  # fmt: skip
-    return Drawing(job, title, directory / "logs", dtype)
-
-
-def draw(
-    model: Path,
-    model_name: str,
-    prompts: Sequence[PromptRow],
-    passes: Sequence[Pass],
-    settings: recipe.Sampling,
-    seed: int,
-    directory: Path,
-    *,
-    title: str,
-) -> DrawResult:
-    """Draw every pass from ``model`` with this process's workers alone; see ``Drawing``."""
+def new_drawing(
+    model: Path, model_name: str, prompts: Sequence[PromptRow], passes: Sequence[Pass], settings: recipe.Sampling,
+    seed: int, directory: Path, *, title: str,
+) -> Drawing:  # fmt: skip
+    """Every pass drawn from ``model``, in ``directory/<pass>.jsonl``."""
     dtype = FixedDtype.of(settings, model, directory)
     job = Job(
         model=model, model_name=model_name, passes=list(passes), prompts=list(prompts),
         settings=dtype.apply(settings), seed=seed, directory=directory,
     )  # fmt: skip
-    drawing = Drawing(job, title, directory / "logs", dtype)
-    drawing.draw()
-    return drawing.finish()
+    return Drawing(job, title, directory / "logs", dtype)
 
 
 def check_prompts(job: Job) -> None:

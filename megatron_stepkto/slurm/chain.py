@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_stepkto.base.files import read_json
 from megatron_stepkto.base.stage import MANIFEST
-from megatron_stepkto.judging.process import Resources
+from megatron_stepkto.judging.process.interface import Resources
 from megatron_stepkto.judging.section import judging_resources
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.run.folder import Run

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, RootModel
 
@@ -34,7 +34,8 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
             Slurm refuses.
     """
     site = read_site(site_file)
-    recipe = _absolute(recipe)
+    # jobs start in the folder of the submission; the copy of the recipe must mean the same from anywhere
+    recipe = recipe.model_copy(update={"output": recipe.output.resolve()})
     run = recipe.run_dir
     if recipe.initial_model is not None:
         check_fits(Run(recipe).base_model, recipe)  # before hours of sampling
@@ -49,11 +50,6 @@ def submit(recipe: Recipe, site_file: Path, *, dry_run: bool) -> str:
             file.write(site_file.read_bytes())
         (folder(run) / "logs").mkdir(exist_ok=True)
         return _submit_missing(steps, recipe, site, queued)
-
-
-def _absolute(recipe: Recipe) -> Recipe:
-    """Jobs start in the folder of the submission; the copy of the recipe must mean the same from anywhere."""
-    return recipe.model_copy(update={"output": recipe.output.resolve()})
 
 
 def _write_recipe(recipe: Recipe, run: Path, queued: list[Queued]) -> None:
@@ -114,7 +110,8 @@ def _submit_missing(steps: list[Step], recipe: Recipe, site: Site, queued: list[
         else:
             for old in sorted({each.job for each in mine}):
                 ask(["scancel", str(old)])
-            _forget_failures(run, step.name)
+            for path in _files_of(run, "failures", step.name):
+                path.unlink()
             after = [job for name in step.after if (job := placed[name].job) is not None]
             words = command(step, run, site, after, Path.cwd())
             try:
@@ -160,9 +157,9 @@ def _read_record(run: Path) -> dict[str, Any]:
     return dict(read_json_if_there(_record_path(run), _Record) or {})
 
 
-def _forget_failures(run: Path, name: str) -> None:
-    for path in [*(folder(run) / "failures").glob(name), *(folder(run) / "failures").glob(f"{name}.*")]:
-        path.unlink()
+def _files_of(run: Path, kind: Literal["attempts", "failures"], name: str) -> list[Path]:
+    """The files of a step; of an array those of all elements."""
+    return [*(folder(run) / kind).glob(name), *(folder(run) / kind).glob(f"{name}.*")]
 
 
 # --- status ----------------------------------------------------------------------------------------------------
@@ -198,31 +195,23 @@ def status(run: Path) -> str:
 
 
 def _state(run: Path, recipe: Recipe, step: Step, mine: list[Queued]) -> tuple[str, str]:
-    stopped = sorted((folder(run) / "failures").glob(f"{step.name}*.stopped"))
-    mine_stopped = [path for path in stopped if _step_of(path) == step.name]
+    stopped = sorted(path for path in _files_of(run, "failures", step.name) if path.suffix == ".stopped")
     if step.is_done or (step.name == "finish" and not mine and is_finished(recipe)):
         return "done", ""
-    if mine_stopped:
-        path = mine_stopped[0]
-        return "stopped", f"{_text(path).strip()}; log: {log_path(run, path.name.removesuffix('.stopped'))}"
+    if stopped:
+        log = log_path(run, stopped[0].name.removesuffix(".stopped"))
+        return "stopped", f"{_text(stopped[0]).strip()}; log: {log}"
     if not mine:
         return "not queued", "stepkto slurm submit continues the run"
     states = sorted({job.state for job in mine})
     if "RUNNING" in states:
-        logs = [path for path in (folder(run) / "logs").glob(f"{step.name}*.log") if _step_of(path) == step.name]
+        logs = list((folder(run) / "logs").glob(f"{step.name}.*log"))  # judge_1.log, sample_1.3.log of an array
         return "running", f"log: {max(logs)}" if logs else ""
     return states[0].lower(), f"reason: {', '.join(sorted({job.reason for job in mine}))}"
 
 
-def _step_of(path: Path) -> str:
-    """The step that a file belongs to: judge_1.log, sample_1.3.log (an element of an array), never judge_10.log."""
-    return path.name.split(".")[0]
-
-
-def _count(run: Path, kind: str, name: str) -> int:
-    """Attempts or failures; of an array those of all elements."""
-    files = [*(folder(run) / kind).glob(name), *(folder(run) / kind).glob(f"{name}.*")]
-    return sum(len(_text(path).splitlines()) for path in files if path.suffix != ".stopped")
+def _count(run: Path, kind: Literal["attempts", "failures"], name: str) -> int:
+    return sum(len(_text(path).splitlines()) for path in _files_of(run, kind, name) if path.suffix != ".stopped")
 
 
 def _text(path: Path) -> str:

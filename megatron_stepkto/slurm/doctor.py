@@ -57,7 +57,11 @@ def doctor(run: Run, environment: Environment | None = None) -> list[str]:
         devices = 1 if environment == "sample" else nodes.ranks_here(recipe.train.parallel.ranks)
         faults += _gpus(devices)
     # one line for one cause: that GPUs are missing is known by now
-    faults += [line for line in _refusals(run, environment) if not any(line.endswith(fault) for fault in faults)]
+    try:
+        refused = machine_refusals(run, environment=environment)
+    except UserError as error:  # no such model
+        refused = [str(error)]
+    faults += [line for line in refused if not any(line.endswith(fault) for fault in faults)]
     writable, skew = _write_test(folder, nodes)
     faults += writable
     own = {"node": name, "faults": faults, "versions": _versions(on_gpu), "clock_s": skew}
@@ -72,13 +76,6 @@ def doctor(run: Run, environment: Environment | None = None) -> list[str]:
     if nodes.count == 1 and not found:
         shutil.rmtree(folder, ignore_errors=True)
     return found if nodes.number == 0 else [line for line in found if line.startswith(f"{name}: ")]
-
-
-def _refusals(run: Run, environment: Environment | None) -> list[str]:
-    try:
-        return machine_refusals(run, environment=environment)
-    except UserError as error:  # no such model
-        return [str(error)]
 
 
 def report(run: Run, environment: Environment | None = None) -> None:
@@ -218,18 +215,10 @@ def _all_reduce(folder: Path, nodes: Nodes, devices: int, on_gpu: bool) -> list[
     if nodes.count == 1:
         env["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     device = "cuda" if on_gpu else "cpu"
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_stepkto.slurm.doctor"]
     children = [
         Child(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "megatron_stepkto.slurm.doctor",
-                str(folder),
-                device,
-                str(ALL_REDUCE_S),
-            ],
+            [*command, str(folder), device, str(ALL_REDUCE_S)],
             folder / f"rank-{nodes.number * devices + local}.log",
             {**env, **nodes.environment(ranks, local)},
         )

@@ -10,51 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_stepkto.base.errors import UserError
 
-_LOG = "moves a job's log, which the jobs read; it is RUN/slurm/logs/STAGE.log"
-_ORDER = "orders the jobs: the chain sets their order"
-_KNOWN = "names a job: the chain finds its jobs by their names"
-_ANSWER = "changes what sbatch does or prints: submit reads the job's number, and does not wait"
-_GPUS = "asks for GPUs: set GPUS_PER_NODE"
-_TASKS = "starts tasks: a job has one on each of its nodes"
-_TIME = "limits a job's time: set TIME_SAMPLE, TIME_JUDGE, TIME_TRAIN, TIME_EVALUATE and TIME_CPU"
-_REQUEUE = "decides what happens to a job that ends early: the chain requeues it"
 # What an option does to the chain, and what decides it instead.
-REFUSED = {
-    "output": _LOG,
-    "error": _LOG,
-    "open-mode": _LOG,
-    "dependency": _ORDER,
-    "kill-on-invalid-dep": _ORDER,
-    "job-name": _KNOWN,
-    "comment": _KNOWN,
+_REASONS = {
+    "output error open-mode": "moves a job's log, which the jobs read; it is RUN/slurm/logs/STAGE.log",
+    "dependency kill-on-invalid-dep": "orders the jobs: the chain sets their order",
+    "job-name comment": "names a job: the chain finds its jobs by their names",
     "clusters": "sends jobs to another cluster than the one that status and cancel ask",
-    "parsable": _ANSWER,
-    "wait": _ANSWER,
-    "test-only": _ANSWER,
-    "wrap": _ANSWER,
-    "help": _ANSWER,
-    "usage": _ANSWER,
-    "version": _ANSWER,
+    "parsable wait test-only wrap help usage version": (
+        "changes what sbatch does or prints: submit reads the job's number, and does not wait"
+    ),
     "array": "makes arrays of jobs: set SAMPLE_ELEMENTS",
     "nodes": "asks for nodes: set TRAIN_NODES and SAMPLE_ELEMENTS",
     "partition": "chooses a partition: set GPU_PARTITION and CPU_PARTITION",
     "cpus-per-task": "asks for cores: set CPUS_PER_NODE and CPU_TASK_CPUS",
-    "gpus": _GPUS,
-    "gpus-per-node": _GPUS,
-    "gpus-per-socket": _GPUS,
-    "gpus-per-task": _GPUS,
-    "ntasks": _TASKS,
-    "ntasks-per-core": _TASKS,
-    "ntasks-per-gpu": _TASKS,
-    "ntasks-per-node": _TASKS,
-    "ntasks-per-socket": _TASKS,
-    "time": _TIME,
-    "time-min": _TIME,
+    "gpus gpus-per-node gpus-per-socket gpus-per-task": "asks for GPUs: set GPUS_PER_NODE",
+    "ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket": (
+        "starts tasks: a job has one on each of its nodes"
+    ),
+    "time time-min": "limits a job's time: set TIME_SAMPLE, TIME_JUDGE, TIME_TRAIN, TIME_EVALUATE and TIME_CPU",
     "signal": "decides when a job is told to stop: set STOP_LEAD",
-    "requeue": _REQUEUE,
-    "no-requeue": _REQUEUE,
+    "requeue no-requeue": "decides what happens to a job that ends early: the chain requeues it",
     "chdir": "moves a job to another folder than the one that you submit from",
 }
+REFUSED = {name: reason for names, reason in _REASONS.items() for name in names.split()}
 _SHORT = {
     "a": "array", "c": "cpus-per-task", "D": "chdir", "d": "dependency", "e": "error", "G": "gpus", "h": "help",
     "J": "job-name", "M": "clusters", "N": "nodes", "n": "ntasks", "o": "output", "p": "partition", "t": "time",

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from megatron_stepkto.base.files import numbered
+from megatron_stepkto.base.files import numbered, stable_hash
 from megatron_stepkto.recipe import keys as recipe
 
 # In the folder of a training, for those who read it without a job: rows per update; log-ratios per example; notes.
@@ -85,10 +85,9 @@ class Job(BaseModel):
     def progress(self) -> Path:
         return self.directory / "progress.json"
 
-    @property
-    def references(self) -> Path:
-        """Reference log-probs found so far."""
-        return self.directory / "reference.safetensors"
+    def references(self, documents: int) -> Path:
+        """Reference log-probs found so far, of these ``documents`` (their digest) of the job's data and model."""
+        return self.directory / f"reference-{stable_hash(self.fingerprint, documents):016x}.npy"
 
     @property
     def final(self) -> Path:

@@ -7,28 +7,40 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_stepkto.base.ahead import OneAhead
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import Examples, Indices
 from megatron_stepkto.base.files import flush_tree, read_json, stable_hash, write_json
 from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import STOPPED
 from megatron_stepkto.base.progress import ProgressFile
-from megatron_stepkto.base.records import LogRatios, TrainExample, write_records
+from megatron_stepkto.base.records import LogRatios, write_records
 from megatron_stepkto.checkpoints.adapter import Trained, check_adapter, read_adapter
 from megatron_stepkto.checkpoints.convert import COMPANIONS, LORA_SETTINGS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
-from megatron_stepkto.megatron.batch import Document, MicroBatch, kl_document, pack_units, solution_document
+from megatron_stepkto.megatron.batch import (
+    Document,
+    Documents,
+    MicroBatch,
+    Part,
+    kl_document,
+    pack_units,
+    solution_document,
+    with_partner,
+)
 from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.megatron.lora import initial_factors
 from megatron_stepkto.methods.metrics import (
@@ -45,12 +57,11 @@ from megatron_stepkto.methods.objective import (
     reference_points,
     reward_sums,
     solutions_of,
-    solutions_of_documents,
-    unit_documents,
+    solutions_of_examples,
 )
 from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.training.job import Job, State, drop_checkpoint, finished_checkpoints, half_checkpoints
-from megatron_stepkto.training.references import find_references, per_step, per_token, score_documents
+from megatron_stepkto.training.references import StepValues, find_references, per_step, per_token, score_documents
 from megatron_stepkto.training.rows import HeldOut, HeldOutRow, UpdateRow
 from megatron_stepkto.training.schedule import learning_rate
 from megatron_stepkto.training.tracking import Tracker
@@ -58,36 +69,48 @@ from megatron_stepkto.training.watch import WINDOW, falling_below_zero
 
 LAGGED = ("batch", "running")  # estimators that read the log-ratios of earlier updates
 MAX_BLAMED = 20  # records named when a number is not finite
+# Examples whose log-ratios are written at the end: what a page can show, one or two percent of an iteration's work.
+MAX_LOG_RATIOS = 1000
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What one update reads: the documents of its units and its KL pairs, and this rank's micro-batches of both."""
+    """What one update reads.
+
+    units: the documents of each. pairs: the examples with a KL pair. batches, kl_batches: this rank's micro-batches of
+    the units, of the pairs.
+    """
 
     units: list[tuple[Document, ...]]
-    pairs: list[Document]
+    pairs: Indices
     batches: list[MicroBatch]
     kl_batches: list[MicroBatch]
+
+
+def _places(parts: Sequence[Part], indices: Indices) -> Indices:
+    """Of documents of these examples that follow those of ``parts``."""
+    return sum(len(part.indices) for part in parts) + np.arange(len(indices))
 
 
 class Trainer:
     """One training run on this rank. ``run`` starts or resumes it, and writes the final weights."""
 
-    def __init__(
-        self, engine: Engine, job: Job, examples: Sequence[TrainExample], held_out: Sequence[TrainExample]
-    ) -> None:
+    def __init__(self, engine: Engine, job: Job, examples: Examples, held_out: Examples | None) -> None:
         self.engine, self.job, self.settings = engine, job, job.settings
         self.method = method_of(job.settings.method)
         self.estimator = self.method.estimator(job.settings.loss)
+        self.examples, self.held_out = examples, held_out
         self.units = self.method.units(examples)
-        self.held_out = list(held_out)
         self.updates = plan_updates(
             len(self.units), job.settings.global_batch_size, job.settings.epochs, job.seed, job.settings.max_updates
         )
-        # As often as they train: epochs may end within one.
-        trained = [example for update in self.updates for i in update for example in self.units[i]]
-        self.objective = self.method.objective(job.settings.loss, trained)
-        self.references: dict[str, Tensor] = {}
+        used = np.concatenate(self.updates)  # as often as they train: epochs may end within one
+        self.objective = self.method.objective(job.settings.loss, examples, self.units[used].ravel())
+        # max_updates may leave out most
+        self.trained: Indices = self.units[np.unique(used)].ravel()
+        self.references: StepValues | None = None
+        # of each example, its solution's and its KL pair's place among the documents with a reference, or -1
+        self.solution_place, self.pair_place = (np.full(len(examples), -1) for _ in range(2))
         self.progress = ProgressFile(job.progress)
         self.is_writer = dist.get_rank() == 0
         self.notes: dict[str, Any] = {}
@@ -119,10 +142,10 @@ class Trainer:
             signal.signal(number, self._ask_to_stop)
         self.engine.checkpoints.load_weights(self.job.initial)
         self.start_adapters()
-        first = [solution_document(example) for example in self._trained()[: self.settings.global_batch_size]]
+        first = [solution_document(self.examples, i) for i in self.trained[: self.settings.global_batch_size]]
         self.engine.calibrate(pack_units([[document] for document in first], self.engine.slot()))
-        self._measure_gap([example for unit in self.units for example in unit])
-        self._find_references(self._trained())
+        self._measure_gap()
+        self._find_references()
         done = self._resume()
         if self.is_writer:
             name = f"{stable_hash(self.job.fingerprint, str(self.job.directory)):016x}"
@@ -155,11 +178,6 @@ class Trainer:
             factors = adapter.factors
         self.engine.set_adapters(factors)
 
-    def _trained(self) -> list[TrainExample]:
-        """Examples that an update uses (``max_updates`` may leave out most), in the order of the file."""
-        used = {i for update in self.updates for i in update}
-        return [example for i in sorted(used) for example in self.units[i]]
-
     def _due(self, update: int) -> bool:
         """Whether a checkpoint follows this update, or the end."""
         return update % self.settings.checkpoint_every == 0 or update == len(self.updates)
@@ -168,12 +186,9 @@ class Trainer:
         """Save a checkpoint and end, after ``update`` updates: a rank was asked to stop."""
         if update:
             self._checkpoint(update)
-        self._close_tracker()
-        raise SystemExit(STOPPED)
-
-    def _close_tracker(self) -> None:
         if self.tracker:
             self.tracker.close()
+        raise SystemExit(STOPPED)
 
     def _show_gradients(self) -> None:
         """Compute gradients of the first batch without an update, so that FP8's scales of gradients have a history.
@@ -204,77 +219,105 @@ class Trainer:
     def _score(
         self,
         title: str,
-        documents: Sequence[Document],
+        documents: Documents,
         what: Callable[[MicroBatch, Tensor], list[Tensor]],
+        take: Callable[[int, Tensor], None],
         *,
-        known: Mapping[str, Tensor] | None = None,
-        keep: Callable[[dict[str, Tensor], bool], None] = lambda *_: None,
+        known: NDArray[np.bool_] | None = None,
+        keep: Callable[[bool], None] = lambda _: None,
         update: int = 0,
-    ) -> dict[str, Tensor]:
+    ) -> None:
         """``score_documents`` with its progress.
 
         Args:
-            keep: called with what is found so far, and whether the pass ends with it because it was asked to stop.
+            keep: called after each part of the pass, with whether it ends there because it was asked to stop.
             update: updates done, which are saved when asked to stop.
 
         Raises:
             SystemExit: asked to stop.
         """
 
-        def after_part(found: dict[str, Tensor]) -> None:
+        def after_part() -> None:
             self._meet()
-            keep(found, self._stop)
+            keep(self._stop)
             if self._stop:
                 self._save_and_end(update)
 
-        return score_documents(
-            self.engine, documents, what, known=known, after_part=after_part,
+        score_documents(
+            self.engine, documents, what, take, known=known, after_part=after_part,
             progress=lambda done, total: self._report(done, total, unit=f"tokens of {title}"),
         )  # fmt: skip
 
-    def _measure_gap(self, examples: Sequence[TrainExample]) -> None:
+    def _score_steps(self, title: str, part: Part, update: int) -> Tensor:
+        """[S] float64 log-probs of all steps of the documents, one after another, under the engine's weights."""
+        documents = Documents([part])
+        found = StepValues(documents.num_steps)
+        self._score(title, documents, per_step, found.put, update=update)
+        return found.of(0, len(documents))
+
+    def _measure_gap(self) -> None:
         """Compare the sampler's log-probs with this model's: the model trained must be the model sampled."""
-        given = {e.example_id: torch.tensor(e.token_log_probs) for e in examples if e.token_log_probs is not None}
-        if not given:
+        indices = self.units.ravel()
+        indices = indices[self.examples.has_log_probs[self.examples.sample[indices]]]
+        if not indices.size:
             return
-        documents = [solution_document(e) for e in examples if e.example_id in given]
-        ours = self._score("the comparison with the sampler", documents, per_token)
-        gaps = torch.cat([(ours[key] - given[key]).abs() for key in given])
-        self.notes["gap"] = {"tokens": gaps.numel(), "mean": gaps.mean().item(), "max": gaps.max().item()}
-        if self.notes["gap"]["mean"] > self.settings.max_gap:
+        total, largest, tokens = 0.0, 0.0, 0
+
+        def take(number: int, ours: Tensor) -> None:
+            nonlocal total, largest, tokens
+            given = self.examples.solution(self.examples.sample[indices[number]]).log_probs
+            difference = (ours - torch.tensor(given)).abs()
+            total += difference.double().sum().item()
+            largest = max(largest, difference.max().item())
+            tokens += difference.numel()
+
+        documents = Documents([Part(self.examples, indices)])
+        self._score("the comparison with the sampler", documents, per_token, take)
+        mean = total / tokens
+        self.notes["gap"] = {"tokens": tokens, "mean": mean, "max": largest}
+        if mean > self.settings.max_gap:
             self._warn(
-                f"sampler and trainer disagree: mean |log-prob difference| {gaps.mean():.4f} nats over "
-                f"{gaps.numel()} tokens (train.max_gap is {self.settings.max_gap}); the model trained may not be "
+                f"sampler and trainer disagree: mean |log-prob difference| {mean:.4f} nats over "
+                f"{tokens} tokens (train.max_gap is {self.settings.max_gap}); the model trained may not be "
                 "the model sampled: check dtype, RoPE settings and the prompt's tokens"
             )
 
-    def _find_references(self, examples: Sequence[TrainExample]) -> None:
+    def _find_references(self) -> None:
         """Reference log-probs of all documents that an update or a measurement reads."""
-        documents: list[Document] = [solution_document(e) for e in self.held_out]
+        parts = [Part(self.held_out, np.arange(len(self.held_out)))] if self.held_out else []
         if self.method.uses_reference:
-            documents += [solution_document(e) for e in examples]
+            self.solution_place[self.trained] = _places(parts, self.trained)
+            parts.append(Part(self.examples, self.trained))
         if self.estimator == "mismatched":
-            documents += [kl_document(e, e.kl_partner) for e in examples if e.kl_partner]
-            if not any(e.kl_partner for e in examples):
+            indices = with_partner(self.examples, self.trained)
+            if not indices.size:
                 raise UserError(
                     f"{self.job.train_examples}: no example that trains has a KL pair, but train.loss.reference_point "
                     "is mismatched; raise dataset.kl_pair_share or set reference_point to none"
                 )
-        if documents:
+            self.pair_place[indices] = _places(parts, indices)
+            parts.append(Part(self.examples, indices, kl=True))
+        if parts:
             score = partial(self._score, "the reference's log-probs")
-            self.references = find_references(self.engine, self.job, documents, score)
+            self.references = find_references(self.engine, self.job, Documents(parts), score)
+
+    def _reference(self, place: int) -> Tensor | None:
+        """Of the document in this place, where there is one."""
+        return None if place < 0 or self.references is None else self.references.of(place)
 
     # --- one update ------------------------------------------------------------------------------------------
 
     def _global_batch(self, members: Sequence[int]) -> GlobalBatch:
         """The batch of these units. Changes nothing and meets no other rank: a thread runs it during an update."""
-        with_kl = self.estimator == "mismatched"
-        units = [unit_documents(self.units[i], self.references, with_kl) for i in members]
-        documents = [unit.documents for unit in units]
-        pairs = [unit.kl for unit in units if unit.kl is not None]
+        indices = self.units[members]
+        units = [
+            tuple(solution_document(self.examples, i, self._reference(self.solution_place[i])) for i in unit)
+            for unit in indices
+        ]
+        pairs = with_partner(self.examples, indices.ravel() if self.estimator == "mismatched" else indices[:0, 0])
+        kl = [[kl_document(self.examples, i, self._reference(self.pair_place[i]))] for i in pairs]
         slot = self.engine.slot()
-        kl_batches = pack_units([[pair] for pair in pairs], slot) if pairs else []
-        return GlobalBatch(documents, pairs, pack_units(documents, slot), kl_batches)
+        return GlobalBatch(units, pairs, pack_units(units, slot), pack_units(kl, slot) if kl else [])
 
     def _update(self, update: int, prepared: Iterator[GlobalBatch]) -> None:
         begun = time.perf_counter()
@@ -349,9 +392,11 @@ class Trainer:
                 found += self._bad_units(half, points)
         return found
 
-    def _bad_pairs(self, pairs: Sequence[Document]) -> list[str]:
-        scored = score_documents(self.engine, pairs, per_step)
-        return sorted(key for key, values in scored.items() if not values.isfinite().all())
+    def _bad_pairs(self, pairs: Indices) -> list[str]:
+        documents = Documents([Part(self.examples, pairs, kl=True)])
+        found = StepValues(documents.num_steps)
+        score_documents(self.engine, documents, per_step, found.put)
+        return sorted(documents[index].key for index in np.flatnonzero(~found.are_finite()))
 
     def _not_finite(self, update: int, what: str, records: str, blamed: Sequence[str]) -> NoReturn:
         """Raises UserError. The weights are still those of the last update."""
@@ -394,17 +439,12 @@ class Trainer:
         }
         self._append(UpdateRow.model_validate(row))
         self._watch_collapse(update, row["log_ratio_right"])
-        self._report(
-            update + 1,
-            len(self.updates),
-            f"loss {row['loss']:.4f}  {sums['tokens'] / seconds:,.0f} tokens/s",
-        )
+        note = f"loss {row['loss']:.4f}  {sums['tokens'] / seconds:,.0f} tokens/s"
+        self._report(update + 1, len(self.updates), note)
 
     def _watch_collapse(self, update: int, right: float | None) -> None:
         """Warn once when right solutions are less likely than under the reference and still losing probability."""
-        if right is None:
-            return
-        if "collapse" in self.notes:
+        if right is None or "collapse" in self.notes:
             return
         self.right_history = [*self.right_history, right][-3 * WINDOW :]
         if (fell := falling_below_zero(self.right_history)) is not None:
@@ -431,9 +471,10 @@ class Trainer:
         dist.broadcast_object_list(measured, src=0)  # only the writer sees the rows of an earlier attempt
         if measured[0]:
             return
-        documents = [solution_document(example) for example in self.held_out]
-        found = self._score("held-out examples", documents, per_step, update=update)
-        solutions = solutions_of_documents(documents, found, self.references)
+        assert self.references is not None
+        indices = np.arange(len(self.held_out))
+        found = self._score_steps("held-out examples", Part(self.held_out, indices), update)
+        solutions = solutions_of_examples(self.held_out, indices, found - self.references.of(0, len(indices)))
         sums = {name: value.item() for name, value in reward_sums(solutions).items()}
         self._append(HeldOutRow(update=update, held_out=HeldOut.model_validate(held_out_metrics_of(sums))))
 
@@ -506,16 +547,20 @@ class Trainer:
         """Per-step log-ratios of the first training examples under the final weights, for a reader of the report."""
         if not self.method.uses_reference:
             return
-        examples = self._trained()[:MAX_LOG_RATIOS]
-        documents = [solution_document(example) for example in examples]
-        scored = self._score("the log-ratios for the report", documents, per_step, update=len(self.updates))
+        assert self.references is not None
+        indices = self.trained[:MAX_LOG_RATIOS]
+        first = int(self.solution_place[indices[0]])
+        scored = self._score_steps("the log-ratios for the report", Part(self.examples, indices), len(self.updates))
+        ratios = scored - self.references.of(first, first + len(indices))
         if self.is_writer:
-            rows = ((e.example_id, scored[e.example_id] - self.references[e.example_id]) for e in examples)
+            steps = ratios.split(self.examples.num_steps[self.examples.sample[indices]].tolist())
+            rows = zip(map(self.examples.example_id, indices), steps, strict=True)
             write_records(self.job.log_ratios, (LogRatios(example_id=key, steps=r.tolist()) for key, r in rows))
 
     def _finish(self) -> None:
         self._log_ratios()
-        self._close_tracker()
+        if self.tracker:
+            self.tracker.close()
         self.engine.checkpoints.finish_saving(wait=True)
         temporary = self.job.final.with_name(".final.partial")
         if self.is_writer and temporary.exists():
@@ -529,7 +574,3 @@ class Trainer:
             write_json(self.job.notes, self.notes)
             flush_tree(temporary)
             temporary.rename(self.job.final)
-
-
-# Examples whose log-ratios are written at the end: what a page can show, one or two percent of an iteration's work.
-MAX_LOG_RATIOS = 1000

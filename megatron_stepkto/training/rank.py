@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_stepkto.architectures.adapters import adapted_linears
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import NONE, Examples
 from megatron_stepkto.base.files import read_json
-from megatron_stepkto.base.records import TrainExample, read_records
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
 from megatron_stepkto.megatron import onednn
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration, choose, choose_device, describe, find_machine
 from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.megatron.ranks import join_ranks, lay_out
+from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.loop import Trainer
@@ -47,14 +48,16 @@ def main() -> None:
 def make_trainer(job: Job, device: torch.device, acceleration: Acceleration = PLAIN) -> Trainer:
     """Lay out the ranks, build this rank's part of the model and read the data.
 
-    Every rank reads all examples for itself: none waits in a collective while another prepares.
+    Every rank maps the examples for itself: none waits in a collective while another prepares.
     """
     lay_out(job.settings.parallel, job.settings.timeout_s)
     config, entries = read_model_config(job.initial / COMPANIONS)
     check_state_fits(config, entries, job.settings, *rank_capacity(device))
-    examples = list(read_records(job.train_examples, TrainExample))
-    held_out = list(read_records(job.held_out_examples, TrainExample)) if job.held_out_examples else []
-    check_lengths(examples + held_out, job, config.max_positions, config.vocab_size)
+    examples = Examples.open(job.train_examples)
+    held_out = Examples.open(job.held_out_examples) if job.held_out_examples else None
+    for each in (examples, held_out):
+        if each:
+            check_lengths(each, job, config.max_positions, config.vocab_size)
     lora = job.settings.lora
     adapted = adapted_linears(entries, lora.targets) if lora else None
     engine = Engine(config, job.settings, device, acceleration, adapted=adapted)
@@ -78,28 +81,29 @@ def same_everywhere(line: str) -> str:
     return line
 
 
-def check_lengths(examples: Sequence[TrainExample], job: Job, max_positions: int, vocab_size: int) -> None:
+def check_lengths(examples: Examples, job: Job, max_positions: int, vocab_size: int) -> None:
     """Raises UserError for an example that no micro-batch or the model cannot hold, or with an unknown token."""
-    for example in examples:
-        lengths = [len(example.prompt_token_ids) + len(example.token_ids)]
-        if example.kl_partner:
-            lengths.append(len(example.prompt_token_ids) + len(example.kl_partner.token_ids))
-        room = room_for(job.settings, paired=example.pair_id is not None)
-        padded = padded_length(max(lengths), job.settings)
-        if padded > room:
-            raise UserError(
-                f"{job.train_examples}: {example.example_id} has {padded} tokens (with its KL partner"
-                f"{' and padding' if job.settings.document_multiple > 1 else ''}), "
-                f"a micro-batch has room for {room}; raise micro_batch_tokens, or set dataset.max_tokens, which drops "
-                "longer examples"
-            )
-        if max(lengths) > max_positions:
-            raise UserError(
-                f"{job.train_examples}: {example.example_id} has {max(lengths)} tokens, the model's "
-                f"max_position_embeddings is {max_positions}; set dataset.max_tokens, which drops longer examples"
-            )
-        if max(*example.prompt_token_ids, *example.token_ids) >= vocab_size:
-            raise UserError(
-                f"{job.train_examples}: {example.example_id} holds a token id past the model's vocabulary "
-                f"({vocab_size}); the data were made with another tokenizer"
-            )
+    own = examples.sample
+    other = np.where(examples.partner == NONE, own, examples.partner)
+    response = np.maximum(examples.response_tokens[own], examples.response_tokens[other])
+    lengths = examples.prompt_tokens[own] + response  # with its KL partner's response, where that is longer
+    room = room_for(job.settings, paired=method_of(job.settings.method).paired)
+    step = job.settings.document_multiple
+    if (bad := np.flatnonzero(lengths > room // step * step)).size:
+        tokens = padded_length(int(lengths[bad[0]]), job.settings)
+        raise UserError(
+            f"{job.train_examples}: {examples.example_id(bad[0])} has {tokens} tokens (with its KL partner"
+            f"{' and padding' if step > 1 else ''}), "
+            f"a micro-batch has room for {room}; raise micro_batch_tokens, or set dataset.max_tokens, which drops "
+            "longer examples"
+        )
+    if (bad := np.flatnonzero(lengths > max_positions)).size:
+        raise UserError(
+            f"{job.train_examples}: {examples.example_id(bad[0])} has {lengths[bad[0]]} tokens, the model's "
+            f"max_position_embeddings is {max_positions}; set dataset.max_tokens, which drops longer examples"
+        )
+    if (bad := np.flatnonzero(examples.largest_token[own] >= vocab_size)).size:
+        raise UserError(
+            f"{job.train_examples}: {examples.example_id(bad[0])} holds a token id past the model's vocabulary "
+            f"({vocab_size}); the data were made with another tokenizer"
+        )

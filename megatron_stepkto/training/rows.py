@@ -49,7 +49,5 @@ class HeldOut(BaseModel):
 class HeldOutRow(BaseModel):
     """The held-out examples after an update."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
     update: int
     held_out: HeldOut

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_stepkto.base.processes import child_main, die_with_parent
-from megatron_stepkto.base.records import TrainStep
 from megatron_stepkto.checkpoints.convert import COMPANIONS, read_model_config
+from megatron_stepkto.losses import UNJUDGED
 from megatron_stepkto.megatron.batch import Document, MicroBatch, make_micro_batch
 from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.megatron.ranks import join_ranks, lay_out
@@ -57,10 +57,7 @@ def save_logits(model: Path, out: Path, parallel: recipe.Parallel, texts: list[l
 def write_logits(engine: Engine, out: Path, texts: list[list[int]]) -> None:
     """[tokens of all texts, words] to ``out``, by one rank of the last stage."""
     # All but the first token are a response, and one more that nobody reads: then each position of the text is scored.
-    documents = [
-        Document(str(i), ids[:1], [*ids[1:], 3], [TrainStep(token_start=0, token_end=len(ids), label=None)], None)
-        for i, ids in enumerate(texts)
-    ]
+    documents = [Document(str(i), ids[:1], [*ids[1:], 3], [len(ids)], [UNJUDGED]) for i, ids in enumerate(texts)]
     slot = engine.slot()
     batches = [make_micro_batch(documents, slot.multiple, slot.device)] * slot.bins_multiple
     found: list[torch.Tensor] = []

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,15 +22,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_stepkto.base.examples import Examples, Indices
 from megatron_stepkto.base.processes import STOPPED, child_main
-from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.losses import RIGHT, Balance, LossSum, ReferencePoints
 from megatron_stepkto.megatron.batch import MicroBatch
 from megatron_stepkto.megatron.ranks import join_ranks
-from megatron_stepkto.methods.method import Method, Metrics, Samples
+from megatron_stepkto.methods.method import Method, Metrics
 from megatron_stepkto.methods.objective import solutions_of
 from megatron_stepkto.methods.registry import METHODS
-from megatron_stepkto.methods.select import single_examples, with_outcome
+from megatron_stepkto.methods.select import Candidates, Chosen, single_examples, with_outcome
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.loop import GlobalBatch, Trainer
@@ -65,10 +65,10 @@ class Linear(Method):
     }
     against_collapse = "optimizer.lr"
 
-    def select(self, by_problem: Samples, settings: recipe.Dataset, seed: int) -> list[TrainExample]:
+    def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
         return single_examples(with_outcome(by_problem), settings, seed, kl_pairs=False)
 
-    def objective(self, loss: recipe.Loss, examples: Sequence[TrainExample]) -> LinearObjective:
+    def objective(self, loss: recipe.Loss, examples: Examples, used: Indices) -> LinearObjective:
         return LinearObjective()
 
 
@@ -92,7 +92,8 @@ def attempt(job: Job, *, stop: bool) -> dict[str, Any]:
     except SystemExit as end:
         assert (stop, end.code) == (True, STOPPED)
     weights = whole_weights(trainer.engine)
-    trainer._close_tracker()
+    if trainer.tracker:
+        trainer.tracker.close()
     del trainer
     gc.collect()
     parallel_state.destroy_model_parallel()

@@ -91,7 +91,7 @@ def test_log_probs_equal_transformers(name: str, parallel: dict[str, int], tmp_p
         for example in [*random_examples(8), long]:
             ours = token_log_probs(model, example.prompt_token_ids, example.token_ids)
             examples.append(example.model_copy(update={"token_log_probs": ours.tolist()}))
-    data = write_examples(tmp_path / "train.jsonl", examples)
+    data = write_examples(tmp_path / "train", examples)
     run_train(tmp_path / "run", folder, data, settings(parallel=parallel, max_updates=1))
     notes = json.loads((tmp_path / "run" / "notes.json").read_text())
     assert notes["acceleration"].endswith("by oneDNN" if onednn.is_faster() else "by torch's BLAS")
@@ -150,10 +150,10 @@ def test_three_updates_equal_the_formula_with_two_models(tmp_path: Path) -> None
     folder = write_llama(tmp_path / "model", tie_word_embeddings=False)
     examples, held_out = random_examples(24), random_examples(10, seed=9)
     held_out = [e.model_copy(update={"example_id": f"h{i}", "kl_partner": None}) for i, e in enumerate(held_out)]
-    data = write_examples(tmp_path / "train.jsonl", examples)
+    data = write_examples(tmp_path / "train", examples)
     rows = run_train(
         tmp_path / "run", folder, data, settings(parallel={"ranks": 2, "tensor": 2}),
-        held_out=write_examples(tmp_path / "held_out.jsonl", held_out),
+        held_out=write_examples(tmp_path / "held_out", held_out),
     )  # fmt: skip
     updates = [row for row in rows if "held_out" not in row]
 
@@ -223,7 +223,7 @@ def test_other_methods_against_their_formulas(method: str, parallel: dict[str, i
     folder, reference = write_llama(tmp_path / "model"), write_llama(tmp_path / "reference", seed=1)
     examples = random_examples(8)
     right = [e.model_copy(update={"outcome": 1}) for e in examples]  # rft trains on nothing else
-    data = write_examples(tmp_path / "train.jsonl", right if method == "rft" else pairs(examples))
+    data = write_examples(tmp_path / "train", right if method == "rft" else pairs(examples))
     training = settings(
         method=method, parallel=parallel, loss={"dpo_beta": 0.1, "nll_weight": 0.5}, max_updates=1,
         global_batch_size=4 if method != "rft" else 8,
@@ -241,7 +241,7 @@ def test_reference_that_is_not_the_trained_model(tmp_path: Path) -> None:
     """reference: initial. The log-ratios before the first update are those to that model."""
     folder, reference = write_llama(tmp_path / "model"), write_llama(tmp_path / "reference", seed=1)
     examples = random_examples(8)
-    data = write_examples(tmp_path / "train.jsonl", examples)
+    data = write_examples(tmp_path / "train", examples)
     [row] = run_train(tmp_path / "run", folder, data, settings(parallel=TP2, max_updates=1), reference=reference)
     policy, base = load(folder), load(reference)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR)

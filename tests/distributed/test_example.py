@@ -68,7 +68,7 @@ def test_its_updates_are_ours(example: Any, tmp_path: Path) -> None:
         "loss": {"beta_outcome": example.BETA["outcome"], "beta_step": example.BETA["step"],
                  "undesirable_weight_outcome": example.LAMBDA[0], "undesirable_weight_step": example.LAMBDA[0]},
     })  # fmt: skip
-    data = write_examples(tmp_path / "train.jsonl", [record(n, s) for n, s in enumerate(solutions)])
+    data = write_examples(tmp_path / "train", [record(n, s) for n, s in enumerate(solutions)])
     rows = run_train(tmp_path / "run", example.M0, data, training)
 
     reference = copy.deepcopy(policy).requires_grad_(False)

@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Case -> the folder of its job. All cases of as many ranks share a launch."""
     folder = tmp_path_factory.mktemp("export")
-    data = write_examples(folder / "train.jsonl", random_examples(24))
+    data = write_examples(folder / "train", random_examples(24))
     launched = set[int]()
 
     def launch(names: list[str], ranks: int) -> None:

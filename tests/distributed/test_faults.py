@@ -70,7 +70,7 @@ def settings(**changes: Any) -> recipe.Training:
 
 
 def run(folder: Path, model: Path, examples: list[TrainExample], training: recipe.Training, **inputs: Path) -> None:
-    data = write_examples(folder.with_suffix(".jsonl"), examples)
+    data = write_examples(folder.with_name(f"{folder.name}-data"), examples)
     train(Stage("train", folder, {}, {"model": model, "train": data, **inputs}), training, seed=3)
 
 

@@ -57,19 +57,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import Child, run_children
 from megatron_stepkto.base.records import KLPartner, TrainExample
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
-from megatron_stepkto.megatron.batch import Slot, kl_document, pack_units, solution_document
+from megatron_stepkto.megatron.batch import (
+    Documents,
+    Part,
+    Slot,
+    pack_units,
+    with_partner,
+)
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from tests.builders import VOCABULARY, random_examples, write_adapter, write_examples, write_llama
-from tests.model_folders import write_model
+from tests.model_folders import read_tensor, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -258,7 +266,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
             hf_to_megatron(hf, folder / f"{name} {which}", torch.float32)
         initial[name] = folder / f"{name} initial"
     for name in sorted({row.data for row in ROWS}):
-        write_examples(folder / f"{name}.jsonl", data_of(name))
+        write_examples(folder / name, data_of(name))
     launched: set[int] = set()
 
     def launch(rows: Sequence[Row], ranks: int) -> None:
@@ -271,7 +279,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
                 model, some = folder / f"{row.model} initial hf", None if row.lora is LORA else row.lora["targets"]
                 given = {"reference": None, "adapter": write_adapter(directory / "adapter", model, 4, 8, some)}
             job = Job(settings=row.settings(), seed=SEED, initial=initial[row.model], **given,
-                      train_examples=folder / f"{row.data}.jsonl",
+                      train_examples=folder / row.data,
                       held_out_examples=None, directory=directory, fingerprint="x")  # fmt: skip
             (directory / "job.json").write_text(job.model_dump_json())
             jobs.append(str(directory / "job.json"))
@@ -301,7 +309,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
         change = {}
         for key, weight in weights.items():
             words = VOCABULARY if "embedding" in key or "output_layer" in key else None  # without the padding's rows
-            change[key] = torch.stack([before.read(key, rows=words), weight[:words]])
+            change[key] = torch.stack([read_tensor(before, key, rows=words), weight[:words]])
         assert set(change) == set(before.shapes())
         return rows, change, result
 
@@ -353,13 +361,10 @@ def test_the_compared_runs_move(outcome_of: Callable[[Row], Outcome]) -> None:
 
 def cut(row: Row, update: int, kl: bool) -> list[list[list[str]]]:
     """Names of the documents that each data-parallel rank holds in an update, by micro-batch."""
-    examples = data_of(row.data)
-    members = plan_updates(len(examples), row.batch, 1, SEED, 3)[update]
-    chosen = [examples[i] for i in members]
-    if kl:
-        units = [[kl_document(e, e.kl_partner)] for e in chosen if e.kl_partner]
-    else:
-        units = [[solution_document(e)] for e in chosen]
+    examples = Examples.of(data_of(row.data))
+    members = np.array(plan_updates(len(examples), row.batch, 1, SEED, 3)[update])
+    chosen = with_partner(examples, members) if kl else members
+    units = [[document] for document in Documents([Part(examples, chosen, kl)])]
     ranks = row.ranks // math.prod(row.parallel.get(way, 1) for way in ("tensor", "pipeline", "context"))
     multiple = 64 if row.padded else 1
     slots = [Slot(r, ranks, row.micro_batch_tokens, 1, 1, torch.device("cpu"), multiple) for r in range(ranks)]

@@ -28,7 +28,7 @@ def test_main_weights_of_all_ranks_make_whole_tensors(tmp_path: Path, parallel: 
     })  # fmt: skip
     job = Job(
         settings=settings, seed=1, initial=tmp_path / "initial", reference=None,
-        train_examples=write_examples(tmp_path / "train.jsonl", random_examples(16)), held_out_examples=None,
+        train_examples=write_examples(tmp_path / "train", random_examples(16)), held_out_examples=None,
         directory=tmp_path, fingerprint="x",
     )  # fmt: skip
     (tmp_path / "job.json").write_text(job.model_dump_json())

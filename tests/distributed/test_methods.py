@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     for name, hf in (("initial", source), ("reference", write_neighbour(source, folder / "near"))):
         hf_to_megatron(hf, folder / name, torch.float32)
     judged = [e for e in random_examples(40) if e.outcome is not None][: 4 * UPDATES]
-    write_examples(folder / "train.jsonl", judged)
+    write_examples(folder / "train", judged)
     jobs = []
     for name, (method, parallel, tokens, apart) in RUNS.items():
         settings = recipe.Training.model_validate({
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         directory = folder / name
         directory.mkdir()
         job = Job(settings=settings, seed=3, initial=folder / "initial", directory=directory, fingerprint="x",
-                  reference=folder / "reference" if apart else None, train_examples=folder / "train.jsonl",
+                  reference=folder / "reference" if apart else None, train_examples=folder / "train",
                   held_out_examples=None)  # fmt: skip
         (directory / "job.json").write_text(job.model_dump_json())
         jobs.append(str(directory / "job.json"))

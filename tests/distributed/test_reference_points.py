@@ -18,16 +18,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
 from megatron_stepkto.base.stage import Stage
-from megatron_stepkto.megatron.batch import kl_document, solution_document
+from megatron_stepkto.megatron.batch import Documents, Part, with_partner
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.launch import train
-from megatron_stepkto.training.references import save_references
+from megatron_stepkto.training.references import open_references
 from tests.builders import write_examples, write_llama
 
 pytestmark = pytest.mark.distributed
@@ -75,18 +77,21 @@ def test_pooled_over_ranks_and_clamped_after(estimator: str, z_outcome: float, z
     """batch: the first update has none before it to take a mean of; test_resume follows it from there."""
     model = write_llama(tmp_path / "model")
     rows = examples()
-    stage = Stage("train", tmp_path / "run", {}, {"model": model, "train": write_examples(tmp_path / "t.jsonl", rows)})
-    references = {}
-    for e in rows:
-        document = solution_document(e)
-        references[document.key] = policy_log_probs(model, e.prompt_token_ids, e.token_ids, e.steps)
-        if e.kl_partner and estimator == "mismatched":
-            ours = policy_log_probs(model, e.prompt_token_ids, e.kl_partner.token_ids, e.kl_partner.steps)
-            references[kl_document(e, e.kl_partner).key] = ours - torch.tensor(RATIOS[e.example_id])
+    stage = Stage("train", tmp_path / "run", {}, {"model": model, "train": write_examples(tmp_path / "t", rows)})
+    mapped = Examples.of(rows)
+    parts = [Part(mapped, np.arange(4))]
+    references = [policy_log_probs(model, e.prompt_token_ids, e.token_ids, e.steps) for e in rows]
+    if estimator == "mismatched":
+        parts.append(Part(mapped, with_partner(mapped, np.arange(4)), kl=True))
+        for e in rows:
+            if e.kl_partner:
+                ours = policy_log_probs(model, e.prompt_token_ids, e.kl_partner.token_ids, e.kl_partner.steps)
+                references.append(ours - torch.tensor(RATIOS[e.example_id]))
     contents = sorted((name, entry["sha256"]) for name, entry in stage.key()["inputs"].items())
     stage.directory.mkdir()
-    path = stage.directory / "reference.safetensors"
-    save_references(path, references, f"{stable_hash(contents, 'float32'):016x}")
+    fingerprint, documents = f"{stable_hash(contents, 'float32'):016x}", Documents(parts)
+    path = stage.directory / f"reference-{stable_hash(fingerprint, documents.digest()):016x}.npy"
+    open_references(path, int(documents.num_steps.sum()))[:] = torch.cat(references).numpy()
     before = path.stat().st_mtime_ns
     settings = recipe.Training.model_validate({
         "parallel": {"ranks": 2}, "optimizer": {"lr": 1e-3}, "loss": {"reference_point": estimator},

@@ -23,7 +23,7 @@ from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import finished_checkpoints
 from megatron_stepkto.training.launch import train
 from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
-from tests.model_folders import write_model
+from tests.model_folders import read_tensor, write_model
 
 pytestmark = pytest.mark.distributed
 
@@ -47,7 +47,7 @@ def settings(parallel: dict[str, Any], **changes: Any) -> recipe.Training:
 
 def run(folder: Path, parallel: dict[str, Any], **changes: Any) -> Result:
     """Train in ``folder/<name>`` on the data beside it. Also called in a process of its own, to be killed."""
-    stage = Stage("train", folder, {}, {"model": folder.parent / "model", "train": folder.parent / "train.jsonl"})
+    stage = Stage("train", folder, {}, {"model": folder.parent / "model", "train": folder.parent / "train"})
     return train(stage, settings(parallel, **changes), seed=5)
 
 
@@ -73,7 +73,7 @@ def run_until(folder: Path, parallel: dict[str, Any], sign: Path, python: str = 
 )
 def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    write_examples(tmp_path / "train", random_examples(24))
     changes: dict[str, Any] = {"async_checkpoints": name == ASYNC}
     if name.startswith("LoRA"):
         changes |= {"lora": {"rank": 4, "alpha": 8.0}, "dtype": "bfloat16"}
@@ -89,7 +89,7 @@ def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
     assert got.shapes() == expected.shapes()
     assert all((".adapter." in key) == name.startswith("LoRA") for key in expected.shapes())
     for key in expected.shapes():
-        assert torch.equal(got.read(key), expected.read(key)), key
+        assert torch.equal(read_tensor(got, key), read_tensor(expected, key)), key
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
     # the lagged estimator: z is the last update's own mean log-ratio, clamped; 0 at first
@@ -118,7 +118,7 @@ RESHARDED = {
 
 def undisturbed_run(folder: Path) -> Path:
     """Of the model in ``folder``."""
-    write_examples(folder / "train.jsonl", random_examples(24))
+    write_examples(folder / "train", random_examples(24))
     run(folder / "undisturbed", {"ranks": 1})
     return folder
 
@@ -147,8 +147,8 @@ def resumed_equals_undisturbed(killed: Path, before: dict[str, Any], after: dict
     expected, got = CheckpointReader(undisturbed / "final"), CheckpointReader(killed / "final")
     for key in expected.shapes():
         rows = VOCABULARY if "embedding" in key else None
-        truth = expected.read(key, rows=rows)
-        assert (got.read(key, rows=rows) - truth).norm() <= 1e-5 * truth.norm(), key
+        truth = read_tensor(expected, key, rows=rows)
+        assert (read_tensor(got, key, rows=rows) - truth).norm() <= 1e-5 * truth.norm(), key
     rows = {folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             for folder in (undisturbed, killed)}  # fmt: skip
     for ours, truth in zip(rows[killed], rows[undisturbed], strict=True):
@@ -161,7 +161,7 @@ def resumed_equals_undisturbed(killed: Path, before: dict[str, Any], after: dict
 def test_a_request_to_stop_saves_and_ends(number: signal.Signals, tmp_path: Path) -> None:
     """To the command alone, as a batch system or a terminal sends it. Then it goes on to the same weights."""
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    write_examples(tmp_path / "train", random_examples(24))
     parallel = LAYOUTS["PP 2 interleaved"]
     # a constant rate: the short run below must not differ by its schedule
     changes = {"epochs": 20, "checkpoint_every": 1000, "optimizer": {"lr": 2e-3}}
@@ -188,13 +188,13 @@ def test_a_request_to_stop_saves_and_ends(number: signal.Signals, tmp_path: Path
     for name in ("run", "undisturbed"):
         run(tmp_path / name, parallel, **changes, max_updates=done + 2)
     expected, got = (CheckpointReader(tmp_path / name / "final") for name in ("undisturbed", "run"))
-    assert all(torch.equal(got.read(key), expected.read(key)) for key in expected.shapes())
+    assert all(torch.equal(read_tensor(got, key), read_tensor(expected, key)) for key in expected.shapes())
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
     """A kill while the stage tidies up leaves half-deleted folders: they are never read."""
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(8))
+    write_examples(tmp_path / "train", random_examples(8))
     first = run(tmp_path / "run", {"ranks": 1})
     when = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
     for leftover in ("initial", "checkpoints/update_000002"):
@@ -207,7 +207,7 @@ def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
 def test_bfloat16_follows_float32(tmp_path: Path) -> None:
     """bf16 weights with fp32 main weights, gradients and loss: near float32's curve, and exported as bf16."""
     write_llama(tmp_path / "model")
-    write_examples(tmp_path / "train.jsonl", random_examples(24))
+    write_examples(tmp_path / "train", random_examples(24))
     losses: dict[str, list[float]] = {}
     for dtype in ("float32", "bfloat16"):
         run(tmp_path / dtype, {"ranks": 2, "tensor": 2}, dtype=dtype, max_updates=3)

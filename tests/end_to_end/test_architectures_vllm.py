@@ -76,7 +76,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_some(model: Path, directory: Path) -> Path:
     """Three updates of the train stage on two ranks; the torch_dist checkpoint that it leaves."""
-    data = write_examples(directory / "train.jsonl", random_examples(24))
+    data = write_examples(directory / "train", random_examples(24))
     settings = recipe.Training.model_validate({
         "parallel": {"ranks": 2, "tensor": 2}, "optimizer": {"lr": 3e-3}, "max_updates": 3, "global_batch_size": 8,
         "micro_batch_tokens": 200, "device": "cpu", "timeout_s": 60,

@@ -25,6 +25,7 @@ from megatron_stepkto.checkpoints.tensor_file import TensorFile
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.checkpoints.verify import verify
 from tests.big_model import write_big_llama
+from tests.model_folders import read_tensor
 
 pytestmark = pytest.mark.end_to_end
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def merge_layers(folder: Path, key: str) -> int:
     with (folder / "merged.distcp").open("wb") as out:
         out.write(before)
         for layer in range(entry.size[0]):
-            out.write(reader.read(key, (layer,)).view(torch.uint8).numpy().data)
+            out.write(read_tensor(reader, key, (layer,)).view(torch.uint8).numpy().data)
         out.write(after)
     for chunk in entry.chunks:
         del metadata.storage_data[MetadataIndex(key, chunk.offsets)]

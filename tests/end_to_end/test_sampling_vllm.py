@@ -21,7 +21,8 @@ from megatron_stepkto.base.records import Sample, read_records
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.recipe.prompts import load_tokenizer
-from megatron_stepkto.sampling.draw import DrawResult, Pass, PromptRow, draw
+from megatron_stepkto.sampling.draw import DrawResult, new_drawing
+from megatron_stepkto.sampling.job import Pass, PromptRow
 
 pytestmark = [
     pytest.mark.vllm,
@@ -63,7 +64,13 @@ def draw_all(model: Path, directory: Path, workers: int, reproducible: bool = Tr
         max_tokens=MAX_TOKENS, num_samples=4, workers=workers, chunk_problems=4, gap_problems=6, dtype="float32",
         reproducible=reproducible,
     )  # fmt: skip
-    return draw(model, "M0", prompts(), PASSES, settings, 7, directory, title="test")
+    return draw(model, settings, directory)
+
+
+def draw(model: Path, settings: Sampling, directory: Path) -> DrawResult:
+    drawing = new_drawing(model, "M0", prompts(), PASSES, settings, 7, directory, title="test")
+    drawing.draw()
+    return drawing.finish()
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +178,9 @@ def test_transformers_engine_agrees_on_greedy_and_repeats_itself(
     settings = Sampling(
         backend="transformers", max_tokens=MAX_TOKENS, num_samples=4, chunk_problems=4, gap_problems=1, dtype="float32"
     )
-    first = draw(model, "M0", prompts(), PASSES, settings, 7, tmp_path / "first", title="test")
+    first = draw(model, settings, tmp_path / "first")
     second_settings = settings.model_copy(update={"workers": 2})
-    second = draw(model, "M0", prompts(), PASSES, second_settings, 7, tmp_path / "second", title="test")
+    second = draw(model, second_settings, tmp_path / "second")
     for name in ("greedy", "samples"):
         assert first.paths[name].read_bytes() == second.paths[name].read_bytes()
     greedy = [(s.token_ids, s.text, s.finish_reason) for s in read(undisturbed, "greedy")]

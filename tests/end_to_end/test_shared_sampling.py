@@ -18,8 +18,8 @@ from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.recipe.prompts import load_tokenizer
-from megatron_stepkto.sampling.draw import Drawing, Pass, PromptRow
-from megatron_stepkto.sampling.job import Job
+from megatron_stepkto.sampling.draw import Drawing
+from megatron_stepkto.sampling.job import Job, Pass, PromptRow
 from tests.builders import write_llama
 
 pytestmark = pytest.mark.end_to_end

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stepkto.base.records import JudgedSample, TrainExample, read_records
+from megatron_stepkto.base.examples import Examples
+from megatron_stepkto.base.records import JudgedSample, read_records
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.distributed]
 
@@ -46,7 +47,7 @@ def test_warm_up_makes_m0(repository: Path, tmp_path: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(m0 / "convert" / "model")
     tokenizer = AutoTokenizer.from_pretrained(m0 / "convert" / "model")
-    example = next(iter(read_records(m0 / "corpus" / "train.jsonl", TrainExample)))
+    example = Examples.open(m0 / "corpus" / "train")[0]
     ids = torch.tensor([[*example.prompt_token_ids, *example.token_ids]])
     labels = ids.clone()
     labels[0, : len(example.prompt_token_ids)] = -100
@@ -70,12 +71,12 @@ def test_real_text_with_labels_by_people(repository: Path, data_dir: Path, tmp_p
     # what people said, step by step, is what the records hold
     assert [[s.label for s in sample.steps] for sample in judged] == [row["labels"] for row in raw]
     assert [sample.outcome for sample in judged] == [int(row["final_answer_correct"]) for row in raw]
-    train = list(read_records(first / "dataset" / "train.jsonl", TrainExample))
-    held_out = list(read_records(first / "dataset" / "held_out.jsonl", TrainExample))
+    train = list(Examples.open(first / "dataset" / "train"))
+    held_out = list(Examples.open(first / "dataset" / "held_out"))
     assert not {e.problem_id for e in train} & {e.problem_id for e in held_out}
     longer = sum(len(s.prompt_token_ids) + len(s.token_ids) > 768 for s in judged)
     assert len(train) + len(held_out) == len(raw) - longer
-    corpus = {e.problem_id for e in read_records(run / "M0" / "corpus" / "train.jsonl", TrainExample)}
+    corpus = {e.problem_id for e in Examples.open(run / "M0" / "corpus" / "train")}
     assert not corpus & {e.problem_id for e in held_out}, "the warm-up must not see what measures"
     metrics = rows(first / "train" / "metrics.jsonl")
     assert [row["update"] for row in metrics if "held_out" in row] == [0, 3]

@@ -82,7 +82,8 @@ def test_two_iterations_on_two_nodes_equal_the_local_run(cluster: Cluster, tmp_p
     assert rows(run) == rows(other)
     assert len(rows(run)) == 3
     for part in (
-        "iteration_1/sample/samples.jsonl", "iteration_1/judge/judged.jsonl", "iteration_1/dataset/train.jsonl",
+        "iteration_1/sample/samples.jsonl", "iteration_1/judge/judged.jsonl",
+        "iteration_1/dataset/train/examples.arrow",
         "iteration_1/convert/model/model.safetensors", "iteration_2/convert/model/model.safetensors",
         "evaluate/M2/sampled.jsonl",
     ):  # fmt: skip

@@ -233,7 +233,7 @@ def test_the_pull_of_a_class_is_the_gradient_of_its_terms(reduction: str, expect
     """
     label = torch.tensor([1, 1, 1, -1, 1, 1, 1, 1, 1, 0, 0])
     solution = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
-    balance = class_balance(label, step_divisors(label, solution, 4, reduction), 0.5, 2.0)
+    balance = class_balance([(label, step_divisors(label, solution, 4, reduction))], 0.5, 2.0)
     assert (balance.right, balance.wrong) == pytest.approx(expected)
     log_ratio = torch.zeros(11, dtype=torch.float64, requires_grad=True)
     batch = Solutions(log_ratio, solution, label, torch.full((4,), UNJUDGED))

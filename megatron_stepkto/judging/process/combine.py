@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.records import Label
 from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.recipe import keys as recipe
+
+T = TypeVar("T")
 
 
 def label_of_all(labels: Sequence[Label]) -> Label:
@@ -83,23 +85,31 @@ class CombinedJudge(ProcessJudge[recipe.CombinedJudge]):
         return Resources(most.gpus, most.gpu_keys, most.shares_gpus, tuple(servers))
 
     def load(self) -> None:
-        for member in self._members.values():
-            member.load()
+        self._ask_each(lambda member: member.load())
 
     def check(self) -> None:
-        for member in self._members.values():
-            member.check()
+        self._ask_each(lambda member: member.check())
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
         """A solution that one member cannot judge is not judged."""
-        given = [member.judge(solutions) for member in self._members.values()]
+        given = self._ask_each(lambda member: member.judge(solutions))
         return [self._combined(verdicts) for verdicts in zip(*given, strict=True)]
+
+    def _ask_each(self, ask: Callable[[ProcessJudge[Any]], T]) -> list[T]:
+        """What each member answers; its errors name its own keys."""
+        found = []
+        for number, member in enumerate(self._members.values()):
+            try:
+                found.append(ask(member))
+            except (UserError, StageFailed) as error:
+                raise type(error)(_of_member(number, error)) from None
+        return found
 
     def _combined(self, given: Sequence[Verdicts]) -> Verdicts:
         steps = []
-        for name, verdicts in zip(self._members, given, strict=True):
+        for number, (name, verdicts) in enumerate(zip(self._members, given, strict=True)):
             if isinstance(verdicts, UserError):
-                return UserError(f"{name}: {verdicts}")
+                return UserError(f"{name}: {_of_member(number, verdicts)}")
             steps.append(verdicts)
         rule = RULES[self.settings.rule]
         return [
@@ -111,6 +121,11 @@ class CombinedJudge(ProcessJudge[recipe.CombinedJudge]):
 
     def counts(self) -> dict[str, Any]:
         return {"judges": {name: member.counts() for name, member in self._members.items()}}
+
+
+def _of_member(number: int, error: Exception) -> str:
+    """A member's message with the place that its keys have in the recipe."""
+    return str(error).replace("judge.process", f"judge.process.judges.{number}")
 
 
 def _named(members: Sequence[ProcessJudge[Any]]) -> dict[str, ProcessJudge[Any]]:

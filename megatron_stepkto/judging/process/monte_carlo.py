@@ -22,8 +22,9 @@ from megatron_stepkto.judging.outcome.answer import judge_outcomes
 from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdict, Verdicts, Workplace
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, tokenizer_difference
-from megatron_stepkto.sampling.draw import WORKER, Pass, PromptRow, draw, sampling_dtype
+from megatron_stepkto.sampling.draw import WORKER, new_drawing, sampling_dtype
 from megatron_stepkto.sampling.engines import check_engines
+from megatron_stepkto.sampling.job import Pass, PromptRow
 
 CHUNK = 2048  # completions whose answers are compared together
 
@@ -142,10 +143,12 @@ class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
             self.place.hash_of(self._model), code_hash(WORKER), engine_versions(),
         )  # fmt: skip
         try:
-            result = draw(
+            drawing = new_drawing(
                 self._model, "rollout", rows, [pass_], sampling, self.place.seed,
                 self.place.cache / f"rollouts-{job[:12]}", title="rollouts",
             )  # fmt: skip
+            drawing.draw()
+            result = drawing.finish()
         except UserError as error:  # the message names keys of the sample stage
             raise UserError(f"judge.process (sample.* is judge.process.sample.* here): {error}") from None
         self._counts = {name: result.counts[name] for name in ("solutions", "tokens", "finish_reasons", "dtype")}

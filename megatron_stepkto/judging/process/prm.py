@@ -166,7 +166,7 @@ def _child(job: PRMJob, worker: int, logs: Path) -> Child:
         sys.executable, "-m", WORKER, str(job.directory / "job.json"), "--worker", str(worker),
     ]  # fmt: skip
     env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return Child(command, logs / f"{job.directory.name.partition('-')[0]}-{worker}.log", env)
+    return Child(command, logs / f"{job.directory.name}-{worker}.log", env)
 
 
 class PRMJudge(ProcessJudge[recipe.PRMJudge]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,87 +18,68 @@ from megatron_stepkto.judging.process.prm import ROWS_PER_CHUNK, PRMJob, PRMRow
 HEAD = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
 
 
-class ProcessRewardModel(torch.nn.Module):
-    """Qwen2ForProcessRewardModel: the decoder, then Linear - ReLU - Linear to two classes; wrong, right.
+class Scorer(torch.nn.Module):
+    """A decoder, and what ``read`` makes of its hidden states at given positions."""
 
-    transformers lacks the class, and the model's own code is never run.
-    """
-
-    def __init__(self, model: Path, dtype: str) -> None:
+    def __init__(
+        self, model: torch.nn.Module, decoder: torch.nn.Module, read: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         super().__init__()
-        from transformers import AutoModel
-
-        self.decoder, loading = AutoModel.from_pretrained(
-            model, local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True
-        )
-        if loading["missing_keys"]:
-            raise UserError(f"{model}: the reward model lacks {', '.join(sorted(loading['missing_keys'])[:5])}")
-        weights = _tensors(model, HEAD)
-        hidden = weights[HEAD[0]].shape
-        if weights[HEAD[2]].shape != (2, hidden[0]) or hidden[1] != self.decoder.config.hidden_size:
-            raise UserError(f"{model}: expected a head of two classes, got score.2 {tuple(weights[HEAD[2]].shape)}")
-        self.score = torch.nn.Sequential(
-            torch.nn.Linear(hidden[1], hidden[0]), torch.nn.ReLU(), torch.nn.Linear(hidden[0], 2)
-        )
-        self.score.load_state_dict({name.removeprefix("score."): weight for name, weight in weights.items()})
-        self.score.to(self.decoder.dtype)
+        self.model, self.decoder, self.read = model, decoder, read  # ``model``: all that a device must hold
 
     def forward(
         self, token_ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, at: torch.Tensor
     ) -> torch.Tensor:
-        """Probability of "right" at (row, position) pairs, fp32 [pairs]."""
+        """Scores at (row, position) pairs, fp32 [pairs]."""
         states = self.decoder(input_ids=token_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        scores: torch.Tensor = self.score(states[rows, at]).float().softmax(-1)[:, 1]
-        return scores
+        return self.read(states[rows, at])
 
 
-class CandidateModel(torch.nn.Module):
-    """A language model whose logits of two tokens are compared."""
+def process_reward_model(model: Path, dtype: str) -> Scorer:
+    """Qwen2ForProcessRewardModel: the decoder, then Linear - ReLU - Linear to two classes; the probability of the
+    second, "right". transformers lacks the class, and the model's own code is never run."""
+    from transformers import AutoModel
 
-    def __init__(self, model: Path, dtype: str, candidates: tuple[int, int]) -> None:
-        super().__init__()
-        from transformers import AutoModelForCausalLM
-
-        self.lm = AutoModelForCausalLM.from_pretrained(
-            model, local_files_only=True, trust_remote_code=False, dtype=dtype
-        )
-        self.candidates = list(candidates)
-
-    def forward(
-        self, token_ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, at: torch.Tensor
-    ) -> torch.Tensor:
-        """Probability of the first candidate at (row, position) pairs, fp32 [pairs]."""
-        states = self.lm.base_model(input_ids=token_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        logits = self.lm.get_output_embeddings()(states[rows, at])[:, self.candidates]
-        scores: torch.Tensor = logits.float().softmax(-1)[:, 0]
-        return scores
+    decoder = _load(AutoModel, model, dtype)
+    weights = _tensors(model, HEAD)
+    hidden = weights[HEAD[0]].shape
+    if weights[HEAD[2]].shape != (2, hidden[0]) or hidden[1] != decoder.config.hidden_size:
+        raise UserError(f"{model}: expected a head of two classes, got score.2 {tuple(weights[HEAD[2]].shape)}")
+    head = torch.nn.Sequential(torch.nn.Linear(hidden[1], hidden[0]), torch.nn.ReLU(), torch.nn.Linear(hidden[0], 2))
+    head.load_state_dict({name.removeprefix("score."): weight for name, weight in weights.items()})
+    head.to(decoder.dtype)
+    both = torch.nn.ModuleList([decoder, head])
+    return Scorer(both, decoder, lambda states: head(states).float().softmax(-1)[:, 1])
 
 
-class SolutionRewardModel(torch.nn.Module):
-    """A sequence classifier with one label, read at given positions: the last token is given, not found
-    by a pad token that may also end the text."""
+def candidate_model(model: Path, dtype: str, candidates: tuple[int, int]) -> Scorer:
+    """A language model whose logits of two tokens are compared; the probability of the first."""
+    from transformers import AutoModelForCausalLM
 
-    def __init__(self, model: Path, dtype: str) -> None:
-        super().__init__()
-        from transformers import AutoModelForSequenceClassification
+    lm = _load(AutoModelForCausalLM, model, dtype)
+    head = lm.get_output_embeddings()
+    return Scorer(lm, lm.base_model, lambda states: head(states)[:, list(candidates)].float().softmax(-1)[:, 0])
 
-        self.classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-            model, local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True
-        )
-        if loading["missing_keys"]:
-            raise UserError(f"{model}: the reward model lacks {', '.join(sorted(loading['missing_keys'])[:5])}")
-        if not hasattr(self.classifier, "score"):
-            raise UserError(
-                f"{model}: expected a decoder with a head called score, got {type(self.classifier).__name__}"
-            )
 
-    def forward(
-        self, token_ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, at: torch.Tensor
-    ) -> torch.Tensor:
-        """Logit at (row, position) pairs, fp32 [pairs]."""
-        states = self.classifier.base_model(input_ids=token_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        logits: torch.Tensor = self.classifier.score(states[rows, at]).float()[:, 0]
-        return logits
+def solution_reward_model(model: Path, dtype: str) -> Scorer:
+    """A sequence classifier with one label; its logit. The last token is given, not found by a pad token that may also
+    end the text."""
+    from transformers import AutoModelForSequenceClassification
+
+    classifier = _load(AutoModelForSequenceClassification, model, dtype)
+    if not hasattr(classifier, "score"):
+        raise UserError(f"{model}: expected a decoder with a head called score, got {type(classifier).__name__}")
+    return Scorer(classifier, classifier.base_model, lambda states: classifier.score(states).float()[:, 0])
+
+
+def _load(kind: Any, model: Path, dtype: str) -> Any:
+    """Of a class of transformers, which fills missing weights with random numbers: refused."""
+    found, loading = kind.from_pretrained(
+        model, local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        raise UserError(f"{model}: the reward model lacks {', '.join(sorted(loading['missing_keys'])[:5])}")
+    return found
 
 
 def _tensors(model: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -152,13 +133,12 @@ def main() -> None:
     device = f"cuda:{arguments.worker % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # more cores are used by more workers
-    model: torch.nn.Module
     if job.whole_solutions:
-        model = SolutionRewardModel(job.model, job.dtype)
+        model = solution_reward_model(job.model, job.dtype)
     elif job.candidates is None:
-        model = ProcessRewardModel(job.model, job.dtype)
+        model = process_reward_model(job.model, job.dtype)
     else:
-        model = CandidateModel(job.model, job.dtype, job.candidates)
+        model = candidate_model(job.model, job.dtype, job.candidates)
     model.to(device).eval()
     for start in chunks:
         rows = job.rows[start : start + ROWS_PER_CHUNK]

@@ -31,21 +31,25 @@ def build_tokenizer(directory: Path) -> None:
     pattern = "|".join("".join(f"\\{c}" if c in "\\.*+?{}" else c for c in piece) for piece in longest_first)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN}:1 $B:1", special_tokens=[(BEGIN, vocabulary[BEGIN])]
-    )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     names = {"pad_token": PAD, "bos_token": BEGIN, "eos_token": END, "unk_token": UNKNOWN}
+    save_tokenizer(tokenizer, directory, names, MODEL_MAX_LENGTH)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, names: dict[str, str], model_max_length: int) -> None:
+    """Write the files of a tokenizer that puts the token ``bos_token`` of ``names`` before every text."""
+    begin = names["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
     with atomic_writer(directory / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=True))
-    write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **names,
-            "clean_up_tokenization_spaces": False,  # it would delete the space before a full stop
-            "model_max_length": MODEL_MAX_LENGTH,
-            "padding_side": "right",
-        },
-    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "clean_up_tokenization_spaces": False,  # it would delete the space before a full stop
+        "model_max_length": model_max_length,
+        "padding_side": "right",
+    }
+    write_json(directory / "tokenizer_config.json", config)
     write_json(directory / "special_tokens_map.json", names)

@@ -86,7 +86,7 @@ def digest(text: str) -> str:
 
 def solution(
     source: str, number: str, problem: str, answer: str | None, steps: Sequence[str], labels: Sequence[Label],
-    outcome: Label, *, finished: bool = True,
+    outcome: Label, *, finished: bool = True, turns: tuple[Turn, ...] = (),
 ) -> ImportedSolution:  # fmt: skip
     return ImportedSolution(
         problem_id=problem_id_of(problem),
@@ -98,6 +98,7 @@ def solution(
         outcome=outcome,
         source=source,
         finished=finished,
+        turns=turns,
     )
 
 

@@ -13,7 +13,8 @@ from megatron_stepkto.problems.imported.solution import (
     ImportedSolution,
     Turn,
     digest,
-    problem_id_of,
+    joined,
+    solution,
 )
 from megatron_stepkto.steps.text import split_text
 
@@ -28,9 +29,9 @@ _ROLES = ("system", "user", "assistant")
 
 def parse_trl_kto(row: dict[str, Any]) -> ImportedRow:
     """Unpaired preference: ``prompt, completion, label``. The label is the outcome; lines are steps without labels."""
-    prompt, completion, outcome = row["prompt"], _response(row["completion"], "completion"), _label(row, "label")
+    completion, outcome = _response(row["completion"], "completion"), _label(row["label"], "label")
     number = digest(json.dumps([row["prompt"], completion, outcome]))
-    return ImportedRow(solutions=(_solution("trl_kto", number, prompt, completion, outcome),))
+    return ImportedRow(solutions=(_solution("trl_kto", number, row["prompt"], completion, outcome),))
 
 
 def parse_trl_dpo(row: dict[str, Any]) -> ImportedRow:
@@ -39,18 +40,17 @@ def parse_trl_dpo(row: dict[str, Any]) -> ImportedRow:
     Without ``prompt``, or where only the answers are messages, the prompt is what both begin with (as in TRL's
     ``maybe_extract_prompt``).
     """
-    chosen, rejected = row["chosen"], row["rejected"]
-    prompt = row.get("prompt")
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
         prompt, chosen, rejected = _shared(chosen, rejected)
-    sides = (("chosen", _response(chosen, "chosen"), 1), ("rejected", _response(rejected, "rejected"), 0))
-    if sides[0][1] == sides[1][1]:
+    right, wrong = _response(chosen, "chosen"), _response(rejected, "rejected")
+    if right == wrong:
         raise ValueError("chosen and rejected are equal; expected two different answers")
-    number = digest(json.dumps([prompt, sides[0][1], sides[1][1]]))
-    outcomes: dict[str, Label] = {"chosen": 1, "rejected": 0}
+    number = digest(json.dumps([prompt, right, wrong]))
     return ImportedRow(
-        solutions=tuple(
-            _solution("trl_dpo", f"{number}/{side}", prompt, text, outcomes[side]) for side, text, _ in sides
+        solutions=(
+            _solution("trl_dpo", f"{number}/chosen", prompt, right, 1),
+            _solution("trl_dpo", f"{number}/rejected", prompt, wrong, 0),
         )
     )
 
@@ -66,10 +66,10 @@ def parse_trl_stepwise(row: dict[str, Any]) -> ImportedRow:
     if not isinstance(labels, list) or len(labels) != len(steps):
         found = f"{len(labels)} labels" if isinstance(labels, list) else _shown(labels)
         raise ValueError(f"expected one label per step, got {found} for {len(steps)} completions")
-    texts = [*(step + STEP_END for step in steps[:-1]), *steps[-1:]]
-    judged = [_as_label(label, f"labels.{number}") for number, label in enumerate(labels)]
-    outcome = _label(row, "label") if "label" in row else None
+    judged = [_label(label, f"labels.{number}") for number, label in enumerate(labels)]
+    outcome = _label(row["label"], "label") if "label" in row else None
     number = digest(json.dumps([row["prompt"], steps, judged, outcome]))
+    texts = joined(steps, STEP_END)
     return ImportedRow(solutions=(_solution("trl_stepwise", number, row["prompt"], texts, outcome, judged),))
 
 
@@ -82,15 +82,11 @@ def _solution(
     )
     turns = _turns(prompt)
     problem = turns[0].content if len(turns) == 1 else "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
-    text = "".join(steps)
     # a conversation is no problem that could be sampled for again: it gets no answer, so no Problem record
-    answer = extract_answer(text) if outcome == 1 and len(turns) == 1 else None
-    return ImportedSolution(
-        problem_id=problem_id_of(problem), problem=problem, answer=(answer or "").strip() or None,
-        solution_id=f"{source}/{number}", steps=tuple(steps),
-        labels=tuple([None] * len(steps) if labels is None else labels), outcome=outcome, source=source,
-        turns=turns if len(turns) > 1 else (),
-    )  # fmt: skip
+    answer = extract_answer("".join(steps)) if outcome == 1 and len(turns) == 1 else None
+    labels = [None] * len(steps) if labels is None else labels
+    asked = turns if len(turns) > 1 else ()
+    return solution(source, number, problem, answer, steps, labels, outcome, turns=asked)
 
 
 def _turns(prompt: Any) -> tuple[Turn, ...]:
@@ -142,11 +138,7 @@ def _shared(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _label(row: dict[str, Any], key: str) -> Label:
-    return _as_label(row[key], key)
-
-
-def _as_label(value: Any, name: str) -> Label:
+def _label(value: Any, name: str) -> Label:
     """true or 1, false or 0, null; 1.0 and 0.0 are what pandas makes of labels with gaps."""
     if value is None or (isinstance(value, int | float) and value in (0, 1)):
         return None if value is None else 1 if value else 0

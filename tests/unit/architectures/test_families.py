@@ -20,7 +20,7 @@ from megatron_stepkto.architectures.model_config import Experts, ModelConfig
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.recipe.keys import Parallel
-from tests.model_folders import FAMILIES, LLAMA3_ROPE, YARN_ROPE, write_model
+from tests.model_folders import FAMILIES, LLAMA3_ROPE, YARN_ROPE, read_tensor, write_model
 from tests.unit.checkpoint_folders import assert_same_bits, refusal
 
 # The published config.json of these models, as far as it describes the network.
@@ -254,8 +254,8 @@ def test_the_stacks_of_experts(tmp_path: Path) -> None:
     assert reader.shapes()[fc1] == (2, 4, 192, 64)
     assert reader.shapes()["decoder.layers.mlp.router.weight"] == (2, 4, 64)
     name = "model.layers.1.block_sparse_moe.experts.3."
-    assert torch.equal(reader.read(fc1, (1, 3)), torch.cat([hf[f"{name}w1.weight"], hf[f"{name}w3.weight"]]))
-    assert torch.equal(reader.read(fc2, (1, 3)), hf[f"{name}w2.weight"])
+    assert torch.equal(read_tensor(reader, fc1, (1, 3)), torch.cat([hf[f"{name}w1.weight"], hf[f"{name}w3.weight"]]))
+    assert torch.equal(read_tensor(reader, fc2, (1, 3)), hf[f"{name}w2.weight"])
 
 
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from megatron_stepkto.checkpoints.model_folder import check_model_folder
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer
-from megatron_stepkto.sampling.draw import draw
+from megatron_stepkto.sampling.draw import new_drawing
 from megatron_stepkto.sampling.job import Pass, PromptRow
 from tests.builders import write_llama
 from tests.unit.architectures.test_families import CONFIGS, SIZES
@@ -37,7 +37,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw_from(model: Path, directory: Path) -> None:
     settings = recipe.Sampling(num_samples=1, max_tokens=4, temperature=1, backend="transformers")
     pass_ = Pass(name="samples", num_samples=1, temperature=0, top_p=1)
-    draw(model, "M0", [PromptRow(problem_id="p", token_ids=[1])], [pass_], settings, 0, directory, title="sample")
+    new_drawing(
+        model, "M0", [PromptRow(problem_id="p", token_ids=[1])], [pass_], settings, 0, directory, title="sample"
+    ).draw()
 
 
 # --- small files ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from megatron_stepkto.checkpoints import huggingface
 from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
+from tests.model_folders import read_tensor
 from tests.unit.checkpoint_folders import LLAMA3, Chunk, assert_same_bits, copy, write_chunks
 
 # --- there and back ------------------------------------------------------------------------------------------
@@ -208,18 +209,18 @@ def test_regions_of_a_tensor_cut_into_blocks(tmp_path: Path) -> None:
     )
     reader = CheckpointReader(tmp_path)
     assert reader.shapes() == {"w": (2, 4, 6)}
-    assert torch.equal(reader.read("w"), whole)
-    assert torch.equal(reader.read("w", (1,)), whole[1])
-    assert torch.equal(reader.read("w", (0,), rows=3), whole[0, :3])
-    assert torch.equal(reader.read("w", (1, 3)), whole[1, 3])
+    assert torch.equal(read_tensor(reader, "w"), whole)
+    assert torch.equal(read_tensor(reader, "w", (1,)), whole[1])
+    assert torch.equal(read_tensor(reader, "w", (0,), rows=3), whole[0, :3])
+    assert torch.equal(read_tensor(reader, "w", (1, 3)), whole[1, 3])
     with pytest.raises(UserError, match="no tensor absent"):
-        reader.read("absent")
+        read_tensor(reader, "absent")
 
 
 def test_a_region_that_no_chunk_covers(tmp_path: Path) -> None:
     write_chunks(tmp_path, [Chunk("w", (4, 2), (0, 0), torch.ones(3, 2))])
     with pytest.raises(UserError, match="w: chunks cover 6 of 8 elements; the checkpoint is incomplete"):
-        CheckpointReader(tmp_path).read("w")
+        read_tensor(CheckpointReader(tmp_path), "w")
 
 
 ROPES = {

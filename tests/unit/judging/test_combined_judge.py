@@ -9,8 +9,8 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Opinion, Step
-from megatron_stepkto.judging.process import Resources, Workplace, cut_after_first_error
 from megatron_stepkto.judging.process.combine import RULES
+from megatron_stepkto.judging.process.interface import Resources, Workplace, cut_after_first_error
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.section import judging_key, judging_resources
 from megatron_stepkto.recipe import keys as recipe
@@ -129,5 +129,5 @@ def test_mistakes_are_named(tmp_path: Path, process: str, said: str) -> None:
 def test_an_unreachable_member_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ScriptedServer(lambda body, number: chat({}), models=None) as server:
         judge = process_judge(settings(server.url, model="llama").process, Workplace(tmp_path))
-        with pytest.raises(UserError, match="no model 'llama'"):
+        with pytest.raises(UserError, match=r"^judge\.process\.judges\.1\.model: .* has no model 'llama'"):
             judge.check()

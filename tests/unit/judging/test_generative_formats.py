@@ -10,8 +10,8 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.judging.process import Workplace
 from megatron_stepkto.judging.process.formats import RPRM, Format, GenPRM, ThinkPRM
+from megatron_stepkto.judging.process.interface import Workplace
 from megatron_stepkto.judging.process.llm import LLMJudge
 from megatron_stepkto.recipe.keys import LLMJudge as Settings
 from tests.scripted_server import Reply, ScriptedServer, chat

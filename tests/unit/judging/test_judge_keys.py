@@ -10,8 +10,8 @@ import pytest
 
 from megatron_stepkto.base.cache import content_key
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.judging.process import ProcessJudge, Resources, Solution, Verdicts
 from megatron_stepkto.judging.process import registry as judges
+from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdicts
 from megatron_stepkto.judging.section import judging_key, judging_resources
 from megatron_stepkto.recipe import keys as recipe
 

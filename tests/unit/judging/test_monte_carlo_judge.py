@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Sample, read_records
-from megatron_stepkto.judging.process import Solution, Workplace, monte_carlo
+from megatron_stepkto.judging.process import monte_carlo
+from megatron_stepkto.judging.process.interface import Solution, Workplace
 from megatron_stepkto.judging.process.monte_carlo import estimate
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.section import judging_key
@@ -117,11 +118,11 @@ def test_rollouts_are_kept_for_all_that_decides_them(
         """Where the rollouts stand."""
         found: list[Path] = []
 
-        def draw(*arguments: Any, title: str) -> Any:
+        def new_drawing(*arguments: Any, title: str) -> Any:
             found.append(arguments[6])
             raise UserError("far enough")
 
-        monkeypatch.setattr(monte_carlo, "draw", draw)
+        monkeypatch.setattr(monte_carlo, "new_drawing", new_drawing)
         with pytest.raises(UserError, match="far enough"):
             process_judge(judging(**changes).process, Workplace(tmp_path, sampler, seed)).judge([given])
         return found[0]

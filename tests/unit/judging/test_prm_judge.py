@@ -24,9 +24,9 @@ from transformers import (
 from megatron_stepkto.base import dtypes
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, Step
-from megatron_stepkto.judging.process import Workplace, prm
 from megatron_stepkto.judging.process import client as clients
-from megatron_stepkto.judging.process.interface import Solution
+from megatron_stepkto.judging.process import prm
+from megatron_stepkto.judging.process.interface import Solution, Workplace
 from megatron_stepkto.judging.process.prm import PRMJob, PRMJudge, math_shepherd_row, qwen_math_prm_row, read_scores
 from megatron_stepkto.judging.process.prm_worker import batches
 from megatron_stepkto.recipe.keys import PRMJudge as Settings

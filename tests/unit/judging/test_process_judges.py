@@ -12,7 +12,7 @@ import pytest
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Problem, Step
 from megatron_stepkto.judging.equations import check_equations
-from megatron_stepkto.judging.process import Solution, Workplace
+from megatron_stepkto.judging.process.interface import Solution, Workplace
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.recipe.keys import RuleJudge
 

@@ -17,7 +17,8 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.judging.outcome import reward_model
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
-from megatron_stepkto.judging.process import Workplace, prm
+from megatron_stepkto.judging.process import prm
+from megatron_stepkto.judging.process.interface import Workplace
 from megatron_stepkto.judging.process.prm import PRMJob
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe import keys as recipe
@@ -155,7 +156,7 @@ def test_an_interrupted_stage_decides_no_pair_twice(tmp_path: Path, monkeypatch:
         file.write('{"key": "torn')  # killed while it wrote
     with AnswerCache(path) as cache, EquivalenceChecker(1, 1.0, cache) as checker:
         second = checker.check_many(pairs)
-        assert checker.num_processes == 0
+        assert not checker._workers
     assert [(v.verdict, v.how) for v in second] == [
         ("right", "math-verify"), ("wrong", "math-verify"), ("right", "exact"), ("undecided", "timeout"),
     ]  # fmt: skip

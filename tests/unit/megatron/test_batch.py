@@ -6,10 +6,13 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
+from megatron_stepkto.losses import UNJUDGED
 from megatron_stepkto.megatron import patches
 
 # Before Megatron-Core is imported, as in a run; not beside a GPU, whose tests may share this process.
@@ -18,7 +21,9 @@ if not torch.cuda.is_available():
 
 from megatron_stepkto.megatron.batch import (
     Document,
+    Documents,
     MicroBatch,
+    Part,
     Slot,
     kl_document,
     make_micro_batch,
@@ -26,6 +31,7 @@ from megatron_stepkto.megatron.batch import (
     solution_document,
 )
 from megatron_stepkto.methods.objective import solutions_of
+from tests.builders import random_examples
 
 DEVICE = torch.device("cpu")
 
@@ -54,8 +60,13 @@ B = TrainExample(
 )
 
 
+AB = Examples.of(
+    [A.model_copy(update={"kl_partner": KLPartner(example_id="b", token_ids=B.token_ids, steps=B.steps)}), B]
+)
+
+
 def batch(multiple: int = 1) -> MicroBatch:
-    documents = [solution_document(A, torch.tensor([-1.5, -2.5])), solution_document(B)]
+    documents = [solution_document(AB, 0, torch.tensor([-1.5, -2.5])), solution_document(AB, 1)]
     return make_micro_batch(documents, multiple, DEVICE)
 
 
@@ -115,7 +126,7 @@ def test_documents_padded_to_a_multiple_keep_their_tokens_and_bounds() -> None:
 
 def test_capacity_counts_the_padding_of_documents() -> None:
     slot = Slot(0, 1, 16, multiple=1, bins_multiple=1, device=DEVICE, document_multiple=8)
-    units = [[solution_document(example)] for example in (A, B, A)]
+    units = [[solution_document(AB, index)] for index in (0, 1, 0)]
     assert [[d.key for d in made.documents] for made in pack_units(units, slot)] == [["a", "b"], ["a"]]
 
 
@@ -132,7 +143,7 @@ def test_padding_is_a_document_of_its_own() -> None:
 
 
 def test_padding_longer_than_every_document_sets_the_longest() -> None:
-    made = make_micro_batch([solution_document(B)], 32, DEVICE)
+    made = make_micro_batch([solution_document(AB, 1)], 32, DEVICE)
     assert made.packed.bounds == (0, 4, 32)
     assert made.packed.max_seqlen_q == 28
 
@@ -168,7 +179,7 @@ def test_a_long_solution_keeps_its_log_ratio() -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.empty(8000).exponential_(generator=generator).neg()
     policy = base + 0.01 * torch.randn(8000, generator=generator)
-    document = Document("long", [1], [2] * 8000, steps((0, 8000, 1)), 1)
+    document = Document("long", [1], [2] * 8000, [8000], [1], 1)
     blank = make_micro_batch([document], 1, DEVICE)
     made = make_micro_batch([replace(document, reference=blank.step_sums(base))], 1, DEVICE)
     solutions = solutions_of(made, policy)
@@ -177,9 +188,8 @@ def test_a_long_solution_keeps_its_log_ratio() -> None:
 
 
 def test_kl_document_is_this_prompt_with_the_other_solution() -> None:
-    partner = KLPartner(example_id="b", token_ids=B.token_ids, steps=B.steps)
-    document = kl_document(A, partner, torch.tensor([1.0, 2.0, 3.0]))
-    assert (document.key, document.outcome, len(document)) == ("a <- b", None, 6)
+    document = kl_document(AB, 0, torch.tensor([1.0, 2.0, 3.0]))
+    assert (document.key, document.outcome, len(document)) == ("a <- b", UNJUDGED, 6)
     made = make_micro_batch([document], 1, DEVICE)
     assert made.tokens.tolist() == [[10, 11, 12, 40, 41, 42]]
     assert made.rows.tolist() == [2, 3, 4]
@@ -188,11 +198,25 @@ def test_kl_document_is_this_prompt_with_the_other_solution() -> None:
     assert made.reference.tolist() == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("kl", [False, True])
+def test_documents_are_those_of_their_parts_in_order(kl: bool) -> None:
+    examples = Examples.of(random_examples(30))
+    indices = np.array([7, 2, 11, 5])
+    made = Documents([Part(examples, np.arange(3)), Part(examples, indices, kl=kl)])
+    make = kl_document if kl else solution_document
+    by_hand = [solution_document(examples, i) for i in range(3)] + [make(examples, i) for i in indices]
+    assert [one.key for one in made] == [one.key for one in by_hand]
+    assert made.lengths.tolist() == [len(one) for one in by_hand]
+    assert made.num_steps.tolist() == [one.num_steps for one in by_hand]
+    assert [one.response.tolist() for one in made] == [one.response.tolist() for one in by_hand]
+    assert made.digest() != Documents([Part(examples, np.arange(3)), Part(examples, indices[::-1], kl=kl)]).digest()
+
+
 # --- packing units -------------------------------------------------------------------------------------------
 
 
 def document(key: str, length: int) -> Document:
-    return Document(key, [1], [2] * (length - 1), steps((0, length - 1, 1)), 1)
+    return Document(key, [1], [2] * (length - 1), [length - 1], [1], 1)
 
 
 def keys(batches: list[MicroBatch]) -> list[list[str]]:
@@ -235,7 +259,7 @@ def test_a_rank_with_nothing_gets_padding_alone() -> None:
 
 
 def test_steps_must_cover_the_response() -> None:
-    broken = Document("broken", [1], [2, 3, 4], steps((0, 2, 1)), 1)
+    broken = Document("broken", [1], [2, 3, 4], [2], [1], 1)
     with pytest.raises(AssertionError, match="steps must cover the response"):
         make_micro_batch([broken], 1, DEVICE)
 

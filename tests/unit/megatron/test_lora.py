@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch.nn.functional import rms_norm
 
 from megatron_stepkto.architectures.adapters import adapted_linears
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.checkpoints.adapter import export_adapter, read_adapter
 from megatron_stepkto.checkpoints.convert import (
     COMPANIONS,
@@ -32,7 +35,7 @@ from megatron_stepkto.megatron.lora import _class_with_adapter, adapters_of, ini
 from megatron_stepkto.megatron.main_weights import optimizer_parts
 from megatron_stepkto.megatron.ranks import one_rank
 from megatron_stepkto.recipe import keys as recipe
-from tests.builders import random_examples, write_adapter, write_llama
+from tests.builders import random_examples, write_adapter, write_examples, write_llama
 
 CPU = torch.device("cpu")
 RANK, ALPHA = 4, 8.0
@@ -65,8 +68,14 @@ def make_engine(hf: Path, **changes: Any) -> Engine:
     return engine
 
 
+@functools.cache
+def examples() -> Examples:
+    with tempfile.TemporaryDirectory() as folder:  # what is open stays readable
+        return Examples.open(write_examples(Path(folder) / "train", random_examples(8)))
+
+
 def batches_of(engine: Engine) -> list[MicroBatch]:
-    return pack_units([[solution_document(e)] for e in random_examples(8)], engine.slot())
+    return pack_units([[solution_document(examples(), i)] for i in range(8)], engine.slot())
 
 
 def scores(engine: Engine) -> Tensor:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.losses import Level, Solutions, pool_reference
 from megatron_stepkto.megatron import patches
 from megatron_stepkto.methods.apo_zero import apo_zero_loss
@@ -112,10 +114,12 @@ def test_balanced_weights_and_data_of_another_method(method: str) -> None:
     """3 right and 1 wrong: ratio 3 -> undesirable 3 / (4/3) = 2.25."""
     examples = random_examples(4)
     examples = [e.model_copy(update={"outcome": int(i < 3)}) for i, e in enumerate(examples)]
-    objective: Any = METHODS[method].objective(recipe.Loss(balance="auto"), examples)
+    objective: Any = METHODS[method].objective(
+        recipe.Loss(balance="auto"), Examples.of(examples), np.arange(len(examples))
+    )
     assert objective.level == Level(0.1, 1.0, 2.25, 1.0)
     with pytest.raises(UserError, match=f"train: {method} learns from right against wrong, and nothing is wrong"):
-        METHODS[method].objective(recipe.Loss(), examples[:3])
+        METHODS[method].objective(recipe.Loss(), Examples.of(examples[:3]), np.arange(3))
     undecided = examples[0].model_copy(update={"outcome": None})
     with pytest.raises(UserError, match=f"e0: {method} trains on solutions with a judged answer, this one's outcome"):
-        METHODS[method].units([undecided])
+        METHODS[method].units(Examples.of([undecided]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.records import JudgedSample, TrainExample, read_records, write_records
+from megatron_stepkto.base.examples import EXAMPLES, SAMPLES, Examples
+from megatron_stepkto.base.records import JudgedSample, TrainExample, write_records
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.methods.registry import METHODS
 from megatron_stepkto.recipe.keys import Dataset
@@ -21,11 +23,11 @@ def build(
     judged = folder / "judged.jsonl"
     write_records(judged, rows)
     out = folder / method
-    return build_dataset(judged, out / "train.jsonl", out / "held_out.jsonl", Dataset(**keys), method, share, seed=0)
+    return build_dataset(judged, out / "train", out / "held_out", Dataset(**keys), method, share, seed=0)
 
 
 def read(path: Path) -> list[TrainExample]:
-    return list(read_records(path, TrainExample))
+    return list(Examples.open(path))
 
 
 def test_counts_by_hand(tmp_path: Path) -> None:
@@ -48,8 +50,8 @@ def test_counts_by_hand(tmp_path: Path) -> None:
         "kl_pairs": 3,
         "tokens": (3 + 4) + (3 + 3) + (3 + 6),
     }
-    assert ids(read(tmp_path / "step_kto" / "train.jsonl")) == ["p/0", "p/1", "q/0"]
-    assert not (tmp_path / "step_kto" / "held_out.jsonl").exists()
+    assert ids(read(tmp_path / "step_kto" / "train")) == ["p/0", "p/1", "q/0"]
+    assert not (tmp_path / "step_kto" / "held_out").exists()
 
 
 def test_max_tokens_counts_prompt_and_response(tmp_path: Path) -> None:
@@ -63,8 +65,8 @@ def test_held_out_by_problem_and_the_same_for_every_method(tmp_path: Path) -> No
     splits = {}
     for method in METHODS:
         counts = build(tmp_path, rows, method, share=0.2)
-        train = {e.problem_id for e in read(tmp_path / method / "train.jsonl")}
-        held = read(tmp_path / method / "held_out.jsonl")
+        train = {e.problem_id for e in read(tmp_path / method / "train")}
+        held = read(tmp_path / method / "held_out")
         assert not train & {e.problem_id for e in held}
         assert counts["held_out_problems"] == len({e.problem_id for e in held}) == 200 - counts["problems"]
         assert counts["held_out_examples"] == len(held) == 3 * counts["held_out_problems"]
@@ -79,34 +81,34 @@ def test_held_out_by_problem_and_the_same_for_every_method(tmp_path: Path) -> No
 
 def test_the_split_does_not_change_when_problems_are_added(tmp_path: Path) -> None:
     build(tmp_path, many(50), share=0.3)
-    before = {e.problem_id for e in read(tmp_path / "step_kto" / "held_out.jsonl")}
+    before = {e.problem_id for e in read(tmp_path / "step_kto" / "held_out")}
     build(tmp_path, [*many(60)[::-1]], share=0.3)
-    after = {e.problem_id for e in read(tmp_path / "step_kto" / "held_out.jsonl")}
+    after = {e.problem_id for e in read(tmp_path / "step_kto" / "held_out")}
     assert before == after & {f"p{n}" for n in range(50)}
 
 
 def test_held_out_problems_without_a_label_leave_no_empty_file(tmp_path: Path) -> None:
     """An empty file is an error to whoever reads it: the trainer would refuse a good dataset."""
     build(tmp_path, many(50), share=0.3)
-    held = {e.problem_id for e in read(tmp_path / "step_kto" / "held_out.jsonl")}
+    held = {e.problem_id for e in read(tmp_path / "step_kto" / "held_out")}
     rows = [sample(r.problem_id, int(r.sample_id[-1]), None, [None]) if r.problem_id in held else r for r in many(50)]
-    (tmp_path / "step_kto" / "held_out.jsonl").unlink()
+    shutil.rmtree(tmp_path / "step_kto" / "held_out")
     build(tmp_path, rows, share=0.3)
-    assert not (tmp_path / "step_kto" / "held_out.jsonl").exists()
+    assert not (tmp_path / "step_kto" / "held_out").exists()
 
 
 def test_files_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         build(tmp_path / name, many(20), share=0.2, kl_pair_share=0.5)
-    for name in ("train.jsonl", "held_out.jsonl"):
+    for name in (f"{folder}/{file}" for folder in ("train", "held_out") for file in (SAMPLES, EXAMPLES)):
         assert (tmp_path / "one/step_kto" / name).read_bytes() == (tmp_path / "two/step_kto" / name).read_bytes()
 
 
 def test_a_duplicated_sample(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"judged\.jsonl: sample_id p0/1 is duplicated"):
         build(tmp_path, [*many(2), many(1)[1]])
-    assert not (tmp_path / "step_kto").exists()
+    assert not list((tmp_path / "step_kto").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_nothing_to_train_on_says_what_was_there(
         f"{tmp_path / 'judged.jsonl'}: no example that {method} can train on: it needs {needs}; got {had} samples; "
         "sample more solutions of each problem (sample.num_samples), or problems nearer to what the model can do"
     )
-    assert not (tmp_path / method).exists()
+    assert not list((tmp_path / method).iterdir())
 
 
 # --- one class -----------------------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def test_one_class_alone_is_refused(
     assert str(caught.value).startswith(
         f"{tmp_path / 'judged.jsonl'}: {method} learns from right against wrong, and nothing is {lacks}: {had}"
     )
-    assert not (tmp_path / method).exists()
+    assert not list((tmp_path / method).iterdir())
 
 
 @pytest.mark.parametrize(

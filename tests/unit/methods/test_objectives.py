@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.base.records import TrainExample, TrainStep
 from megatron_stepkto.losses import Balance, Level
 from megatron_stepkto.megatron import patches
@@ -29,28 +31,36 @@ def paired(*sides: str) -> list[TrainExample]:
     return [e.model_copy(update={"pair_id": "x", "side": s}) for e, s in zip(examples, sides, strict=True)]
 
 
+def objective_of(method: str, loss: recipe.Loss, examples: list[TrainExample]) -> Any:
+    """Of examples that each train once."""
+    return METHODS[method].objective(loss, Examples.of(examples), np.arange(len(examples)))
+
+
 def test_a_data_set_of_another_method_is_refused() -> None:
     with pytest.raises(UserError, match="e1: rft trains on right solutions, this one's outcome is 0"):
-        METHODS["rft"].units(with_outcomes(1, 0))
+        METHODS["rft"].units(Examples.of(with_outcomes(1, 0)))
     with pytest.raises(UserError, match="e0: expected a preference pair for dpo"):
-        METHODS["dpo"].units(with_outcomes(1, 0))
+        METHODS["dpo"].units(Examples.of(with_outcomes(1, 0)))
     with pytest.raises(UserError, match="e0: expected no preference pair for step_kto"):
-        METHODS["step_kto"].units(paired("chosen", "rejected"))
+        METHODS["step_kto"].units(Examples.of(paired("chosen", "rejected")))
     with pytest.raises(UserError, match=r"pair x: expected one chosen and one rejected example, got \['chosen'\]"):
-        METHODS["irpo"].units(paired("chosen"))
+        METHODS["irpo"].units(Examples.of(paired("chosen")))
 
 
 def test_pairs_are_chosen_then_rejected() -> None:
-    rejected, chosen = paired("rejected", "chosen")
-    objective = METHODS["dpo"].objective(recipe.Loss(dpo_beta=0.2), [rejected, chosen])
+    examples = paired("rejected", "chosen")
+    objective = objective_of("dpo", recipe.Loss(dpo_beta=0.2), examples)
     assert isinstance(objective, PairObjective)
     assert (objective.beta, objective.nll_weight) == (0.2, None)
-    assert METHODS["dpo"].units([rejected, chosen]) == [[chosen, rejected]]
+    assert METHODS["dpo"].units(Examples.of(examples)).tolist() == [[1, 0]]
+    two = [e.model_copy(update={"pair_id": "y", "example_id": f"y{e.side}"}) for e in examples]
+    mixed = Examples.of([two[0], *examples, two[1]])
+    assert METHODS["dpo"].units(mixed).tolist() == [[3, 0], [2, 1]], "pairs in the order in which they begin"
 
 
 def test_kto_has_no_step_term_and_auto_balances_outcomes() -> None:
     """3 right and 1 wrong outcomes, one undecided: ratio 3 -> undesirable 3 / (4/3) = 2.25."""
-    objective = METHODS["kto"].objective(recipe.Loss(balance="auto"), with_outcomes(1, 1, 1, 0, None))
+    objective = objective_of("kto", recipe.Loss(balance="auto"), with_outcomes(1, 1, 1, 0, None))
     assert isinstance(objective, StepKTOObjective)
     assert objective.settings.step.weight == 0
     assert objective.balance == {"outcome": Balance(3, 1, 1.0, 2.25)}
@@ -88,7 +98,7 @@ MIX = labelled([1] * 8 + [None], [1, 0], [0], [0, None], [None])
 def test_auto_balances_the_weights_with_which_steps_enter_the_loss(
     reduction: Any, right: float, wrong: float, weights: tuple[float, float]
 ) -> None:
-    objective = METHODS["step_kto"].objective(recipe.Loss(balance="auto", step_reduction=reduction), MIX)
+    objective = objective_of("step_kto", recipe.Loss(balance="auto", step_reduction=reduction), MIX)
     assert isinstance(objective, StepKTOObjective)
     step = objective.settings.step
     assert (step.desirable_weight, step.undesirable_weight) == pytest.approx(weights)
@@ -99,7 +109,7 @@ def test_auto_balances_the_weights_with_which_steps_enter_the_loss(
 
 
 def test_fixed_weights_stay_and_their_ratio_is_known() -> None:
-    objective = METHODS["step_kto"].objective(recipe.Loss(undesirable_weight_step=0.5, outcome_weight=0), MIX)
+    objective = objective_of("step_kto", recipe.Loss(undesirable_weight_step=0.5, outcome_weight=0), MIX)
     assert objective.balance == {"step": Balance(1.5, 2.5, 1.0, 0.5)}
     assert objective.balance["step"].ratio == pytest.approx(1.5 / 1.25)
 
@@ -116,7 +126,7 @@ def test_a_loss_that_reads_one_class_is_refused(
     method: Any, changes: dict[str, Any], examples: list[TrainExample], message: str
 ) -> None:
     with pytest.raises(UserError, match=f"train: {method} learns from right against wrong, and {message}"):
-        METHODS[method].objective(recipe.Loss(**changes), examples)
+        objective_of(method, recipe.Loss(**changes), examples)
 
 
 def test_the_balance_in_words() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import Examples, ExampleWriter
 from megatron_stepkto.base.records import JudgedSample, TrainExample, write_records
-from megatron_stepkto.methods.dataset import build_dataset
+from megatron_stepkto.methods.dataset import add_chosen, build_dataset, candidate_of, store
 from megatron_stepkto.methods.registry import METHODS
 from megatron_stepkto.recipe.keys import Dataset
 
@@ -61,7 +64,13 @@ def ids(examples: list[TrainExample]) -> list[str]:
 
 
 def select(rows: dict[str, list[JudgedSample]], settings: Dataset, method: str, seed: int) -> list[TrainExample]:
-    return METHODS[method].select(rows, settings, seed)
+    """The examples as a rank reads them."""
+    files = BytesIO(), BytesIO()
+    writer = ExampleWriter(*files)
+    candidates = {p: [candidate_of(one, store(writer, one)) for one in samples] for p, samples in rows.items()}
+    add_chosen(writer, METHODS[method].select(candidates, settings, seed))
+    writer.close()
+    return list(Examples(*(pa.py_buffer(file.getvalue()) for file in files)))
 
 
 # --- KL pairs ------------------------------------------------------------------------------------------------
@@ -243,9 +252,7 @@ def test_problems_without_two_sides_are_counted(tmp_path: Path) -> None:
              "right_with_wrong_step_left_out")  # fmt: skip
 
     def counts(**keys: Any) -> list[int]:
-        found = build_dataset(
-            tmp_path / "judged.jsonl", tmp_path / "train.jsonl", None, Dataset(**keys), "dpo", 0.0, seed=0
-        )
+        found = build_dataset(tmp_path / "judged.jsonl", tmp_path / "train", None, Dataset(**keys), "dpo", 0.0, seed=0)
         return [found[name] for name in names]
 
     assert counts() == [2, 1, 1, 1, 0]

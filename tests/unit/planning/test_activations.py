@@ -16,7 +16,6 @@ from megatron_stepkto.architectures.adapters import adapted_linears, low_rank_wi
 from megatron_stepkto.architectures.decoder import decoder_entries
 from megatron_stepkto.architectures.llama import read_config
 from megatron_stepkto.architectures.model_config import Experts, ModelConfig
-from megatron_stepkto.base.records import TrainStep
 from megatron_stepkto.megatron import patches
 from megatron_stepkto.megatron.batch import Document, MicroBatch, make_micro_batch
 from megatron_stepkto.megatron.dry_run import fake_rank
@@ -45,8 +44,7 @@ def documents(lengths: list[int], parallel: Parallel) -> MicroBatch:
     made = []
     for number, length in enumerate(lengths):
         response = length - length // 4
-        step = TrainStep(token_start=0, token_end=response, label=1)
-        made.append(Document(str(number), [1] * (length // 4), [2] * response, [step], 1))
+        made.append(Document(str(number), [1] * (length // 4), [2] * response, [response], [1], 1))
     return make_micro_batch(made, parallel.tensor if parallel.sequence else 1, torch.device("cpu"))
 
 

@@ -93,6 +93,22 @@ def test_parquet_csv_and_json(tmp_path: Path) -> None:
         ]
 
 
+def test_a_csv_file_may_hold_line_breaks_and_empty_cells(tmp_path: Path) -> None:
+    path, aside = tmp_path / "a.csv", tmp_path / "aside.jsonl"
+    path.write_text('problem,answer,solution\n"1 +\n1?",2,\n2 + 1?,,so \\boxed{3}\n3?,,so 7\n')
+    with pytest.raises(UserError, match=r"a\.csv:3: expected the answer"):
+        load_problems(str(path))
+    found = load_problems(str(path), quarantine=aside)
+    assert [(p.problem, p.answer) for p in found] == [("1 +\n1?", "2"), ("2 + 1?", "3")]
+    assert json.loads(aside.read_text())["line"] == 3
+    (tmp_path / "b.csv").write_text("problem,answer\n1?,2,3\n")
+    with pytest.raises(UserError, match=r"b\.csv: expected a csv file, it does not read: .*Expected 2 columns, got 3"):
+        load_problems(str(tmp_path / "b.csv"))
+    (tmp_path / "c.txt").write_text("1?")
+    with pytest.raises(UserError, match=r"c\.txt: expected \.jsonl, \.ndjson, \.json, \.parquet, \.csv or a folder"):
+        load_problems(str(tmp_path / "c.txt"))
+
+
 def test_nothing_is_downloaded_without_being_asked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="to download it, write hub:math500"):
         load_problems("math500")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, Problem, read_records, read_rows
-from megatron_stepkto.judging.imported import import_all, judged_samples, read_imports, run_import
+from megatron_stepkto.judging.imported import import_all, judged_samples, read_imports
 from megatron_stepkto.problems.imported.formats import FORMATS, importer_of
 from megatron_stepkto.problems.imported.solution import ImportedSolution, problem_id_of, same_answer
 from megatron_stepkto.recipe import file as recipe_file
@@ -405,9 +405,14 @@ def test_one_id_with_two_texts_is_refused_and_a_repeated_row_dropped(tmp_path: P
         read_imports([recipe.Import(format="processbench", path=path)])
 
 
-def test_run_import_writes_both_files(data_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+def import_one(format_: str, path: Path, tokenizer: Path, out: Path, quarantine: Path | None = None) -> dict[str, Any]:
+    item, files = recipe.Import(format=format_, path=path), (out / "problems.jsonl", out / "judged.jsonl")
+    return import_all([item], tokenizer, recipe.Prompt(), *files, quarantine=quarantine)
+
+
+def test_an_import_writes_both_files(data_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     path = data_dir / "steps/raw_format_prm800k_sample.jsonl"
-    counts = run_import("PRM800K", path, tokenizer_dir, tmp_path / "out", None, recipe.Prompt())
+    counts = import_one("PRM800K", path, tokenizer_dir, tmp_path / "out")
     assert counts["sources"][str(path)]["outcomes"] == {"right": 4, "wrong": 1, "unjudged": 1}
     samples = list(read_records(tmp_path / "out/judged.jsonl", JudgedSample))
     assert [s.judge.process for s in samples] == ["prm800k"] * 6
@@ -468,10 +473,10 @@ def test_special_tokens_in_a_row_make_it_a_bad_one(
     source.write_text(f"{json.dumps(good)}\n{json.dumps({**good, 'id': 1, **keys})}\n")
     arguments = ("gsm8k_solutions", source, repository / "recipes" / "mini_cpu_m0", out)
     with pytest.raises(UserError) as caught:
-        run_import(*arguments, None, recipe.Prompt())
+        import_one(*arguments)
     assert str(caught.value).startswith(f"{source}:2: {said}")
     assert not (out / "judged.jsonl").exists()
-    run_import(*arguments, aside, recipe.Prompt())
+    import_one(*arguments, aside)
     assert [json.loads(line)["line"] for line in aside.read_text().splitlines()] == [2]
     (sample,) = read_records(out / "judged.jsonl", JudgedSample)
     assert (sample.token_ids.count(2), sample.token_ids[-1], sample.finish_reason) == (1, 2, "stop")

@@ -199,7 +199,7 @@ def test_each_environment_of_a_cluster_is_asked_for_its_own_stages(repository: P
     assert "tensor_parallel" in sample
     assert refusals.machine_refusals(run) == [train, sample]
     with pytest.raises(UserError, match=r"train\.log\.wandb is set"):
-        refusals.check_machine(run, environment="train", elsewhere=True)
+        refusals.refuse(refusals.machine_refusals(run, environment="train", elsewhere=True))
 
 
 def test_with_force_what_changed_is_asked_again(repository: Path, tmp_path: Path) -> None:

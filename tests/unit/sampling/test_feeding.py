@@ -14,9 +14,8 @@ import pytest
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling import draw, worker
-from megatron_stepkto.sampling.draw import Pass, PromptRow
 from megatron_stepkto.sampling.interface import Completion, Report, Request
-from megatron_stepkto.sampling.job import EngineSettings, Job, Pulse
+from megatron_stepkto.sampling.job import EngineSettings, Job, Pass, PromptRow, Pulse
 from megatron_stepkto.sampling.worker import SharedEngine, Worker
 
 SLOTS, CHUNK, PROBLEMS = 16, 20, 400

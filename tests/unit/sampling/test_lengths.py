@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.sampling.draw import Pass, PromptRow, draw
+from megatron_stepkto.sampling.draw import new_drawing
+from megatron_stepkto.sampling.job import Pass, PromptRow
 from tests.unit.checkpoint_folders import refusal
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -25,7 +26,7 @@ def said(folder: Path, length: int, backend: str, **config: Any) -> str:
     )
     prompts = [PromptRow(problem_id="p", token_ids=[7] * (length - 20))]
     passes = [Pass(name="samples", num_samples=1, temperature=1, top_p=1)]
-    return refusal(lambda: draw(model, "M0", prompts, passes, settings, 0, folder / "out", title="test"))
+    return refusal(lambda: new_drawing(model, "M0", prompts, passes, settings, 0, folder / "out", title="test").draw())
 
 
 def test_longer_than_the_model(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokeniz
 from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling import draw, worker
-from megatron_stepkto.sampling.draw import Drawing, Pass, PromptRow
+from megatron_stepkto.sampling.draw import Drawing
 from megatron_stepkto.sampling.interface import Completion, Report, Request
-from megatron_stepkto.sampling.job import Job
+from megatron_stepkto.sampling.job import Job, Pass, PromptRow
 from megatron_stepkto.sampling.worker import SharedEngine, Worker
 
 
