@@ -44,7 +44,10 @@ environment() {
 # JUDGE_SERVER: the command that runs a judge's server in the foreground, and where it listens. Where the recipe's
 # judge.process.base_url names JUDGE_URL, judge and evaluate start it on their node, in the environment `sample`, and end
 # it.
-JUDGE_SERVER=()                         # such as (vllm serve /models/judge --port 8000 --tensor-parallel-size 8)
+# Of recipes/llama3.3_70b_64xh100_fp8.yaml: two engines of four GPUs.
+#   JUDGE_SERVER=(vllm serve "$STEPKTO_MODELS/Llama-3.3-70B-Instruct" --served-model-name Llama-3.3-70B-Instruct
+#       --port 8000 --tensor-parallel-size 4 --data-parallel-size 2 --max-model-len 16384)
+JUDGE_SERVER=()
 JUDGE_URL=http://127.0.0.1:8000/v1
 
 # --- network ---------------------------------------------------------------------------------------------------

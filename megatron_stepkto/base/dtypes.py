@@ -48,10 +48,18 @@ def cpu_flags(cpuinfo: Path | None = None) -> set[str]:
     return set.intersection(*found) if found else set()
 
 
-def has_gpu() -> bool:
+def gpu_count() -> int:
+    """GPUs that this process may use."""
     import torch  # seconds to import
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def gpu_bytes() -> int | None:
+    """Memory of the smallest GPU that this process may use; None: there is none."""
+    import torch
+
+    return min((torch.cuda.get_device_properties(n).total_memory for n in range(gpu_count())), default=None)
 
 
 def choose_dtype(asked: str, model: Path, *, on_cpu: bool) -> Choice:

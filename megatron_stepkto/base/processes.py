@@ -73,6 +73,19 @@ class _Running:
     restarts: int = 0
 
 
+def gpus_of(worker: int, count: int) -> str:
+    """CUDA_VISIBLE_DEVICES of a child that has ``count`` GPUs of its own, out of those that this process may use.
+
+    Args:
+        worker: its number, from 0.
+    """
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = worker * count
+    if allowed is None:
+        return ",".join(str(number) for number in range(first, first + count))
+    return ",".join(allowed.split(",")[first : first + count])
+
+
 def run_children(
     children: Sequence[Child],
     *,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.files import parse_json, read_json, read_json_object
 
 LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*LINES, ".parquet", ".csv")
@@ -21,14 +22,16 @@ BATCH = 1000  # rows in memory at a time
 
 def is_table(path: Path) -> bool:
     """Is it read by ``table_rows``, and not line by line?"""
-    return path.suffix in (".parquet", ".csv") or path.is_dir() or (path.suffix == ".json" and _is_array(path))
+    if path.suffix == ".json":
+        return _is_array(path) or _is_object(path) or path.is_dir()
+    return path.suffix in (".parquet", ".csv") or path.is_dir()
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number, JSON) of each row, in order and counted from 1; JSON arrays and CSV are read whole, others in parts.
 
-    A folder is one of ``datasets.save_to_disk``, or holds parquet or JSON-lines files of one split, which are read in
-    the order of their names.
+    A folder is one of ``datasets.save_to_disk``, or holds parquet, JSON-lines or JSON files of one split, which are
+    read in the order of their names. A ``.json`` file whose text is one object, as MATH has them, is one row.
 
     Raises:
         UserError: the folder holds no data or several splits, or a file is damaged. See ``read_json`` for a JSON array.
@@ -48,27 +51,50 @@ def _rows(path: Path) -> Iterator[Any]:
         yield from _table(path)
     elif _is_array(path):
         yield from read_json(path)
+    elif path.suffix == ".json" and _is_object(path):
+        yield read_json(path)
     else:
         with path.open("rb") as file:
             yield from (line for line in file if line.strip())
 
 
-def _parts(folder: Path) -> list[Path]:
+def splits_of(path: Path) -> dict[str, list[Path]]:
+    """The files or ``save_to_disk`` folders of each split below a folder, sorted; "" where no name tells one.
+
+    A file belongs to the split that its name begins with, else to that of the nearest folder so named. Of a file, or a
+    folder of one data set, it is that path alone.
+
+    Raises:
+        UserError: the folder holds no data.
+    """
+    if not path.is_dir() or (path / _SAVED[0]).is_file():
+        return {"": [path]}
+    if (path / _SAVED[2]).is_file():
+        return {name: [path / name] for name in read_json_object(path / _SAVED[2]).get("splits", ())}
     parts = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in (*LINES, ".parquet")
-        and path.name not in _SAVED
-        and not path.relative_to(folder).as_posix().startswith(".")
+        part
+        for part in path.rglob("*")
+        if part.suffix in (*LINES, ".parquet")
+        and part.name not in _SAVED
+        and not part.relative_to(path).as_posix().startswith(".")
     )
     if not parts:
-        raise UserError(f"{folder}: expected a file of JSON lines, found a directory without JSON lines or parquet")
-    splits = {found[1] for path in parts if (found := _SPLIT.match(path.name))}
-    if len(splits) > 1:
+        raise UserError(f"{path}: expected a file of JSON lines, found a directory without JSON lines or parquet")
+    found: dict[str, list[Path]] = {}
+    for part in parts:
+        names = reversed(part.relative_to(path).parts)
+        found.setdefault(next((match[1] for name in names if (match := _SPLIT.match(name))), ""), []).append(part)
+    return found
+
+
+def _parts(folder: Path) -> list[Path]:
+    splits = splits_of(folder)
+    named = sorted(splits.keys() - {""})
+    if len(named) > 1:
         raise UserError(
-            f"{folder}: holds several splits ({', '.join(sorted(splits))}); name one file, such as {parts[0]}"
+            f"{folder}: holds several splits ({', '.join(named)}); name one file, such as {splits[named[0]][0]}"
         )
-    return parts
+    return sorted(part for parts in splits.values() for part in parts)
 
 
 def _saved(folder: Path) -> Iterator[Any]:
@@ -112,6 +138,22 @@ def _is_array(path: Path) -> bool:
         while character := file.read(1):
             if not character.isspace():
                 return character == b"["
+    return False
+
+
+def _is_object(path: Path) -> bool:
+    """Is the text one JSON object over several lines?"""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = next((line.strip() for line in file if line.strip()), b"")
+    if not first.startswith(b"{"):
+        return False
+    try:
+        parse_json(first)
+    except ValueError:
+        with contextlib.suppress(UserError):
+            return isinstance(read_json(path), dict)
     return False
 
 

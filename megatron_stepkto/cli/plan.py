@@ -21,6 +21,7 @@ from megatron_stepkto.recipe.keys import Parallel, Recipe, Training
 from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 if TYPE_CHECKING:
+    from megatron_stepkto.planning.judges import JudgeCost
     from megatron_stepkto.planning.search import Plan
     from megatron_stepkto.planning.times import Scenario
 
@@ -66,13 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="build the first layout's true shards on the meta device and compare the parameter counts",
     )
+    parser.add_argument(
+        "--judge-model", type=Path, metavar="FOLDER",
+        help="of the model behind the judge's server (default: the folder of its name beside initial_model)",
+    )  # fmt: skip
     parser.add_argument("--top", type=positive, default=6, help="proposals to show (default 6)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError: no layout fits, or the given one is impossible (exit code 2)."""
-    from megatron_stepkto.planning.search import propose
+    from megatron_stepkto.planning.search import nothing_fits, propose
     from megatron_stepkto.planning.table import report
 
     recipe = load_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
@@ -84,8 +89,9 @@ def run(arguments: argparse.Namespace) -> None:
             _warn_about_recipe(case, recipe)
         plans = propose(case, base, longest)[: arguments.top]
         if not plans:
-            raise UserError(_nothing_fits(case, base, longest))
+            raise UserError(nothing_fits(case, base, longest, "lower --longest"))
     checks = _check(case, plans[0]) if arguments.check else None
+    judges = _judges(arguments, case, recipe)
     if arguments.json:
         answer = {
             "model": str(arguments.model),
@@ -93,11 +99,12 @@ def run(arguments: argparse.Namespace) -> None:
             "work": asdict(case.work),
             "assumptions": asdict(case.assumed),
             "plans": [plan.as_dict() for plan in plans],
+            "judges": [cost.as_dict() for cost in judges],
             **({"check": [asdict(check) for check in checks]} if checks is not None else {}),
         }
         sys.stdout.write(json.dumps(answer) + "\n")
     else:
-        sys.stdout.write(report(arguments.model, case, plans, checks) + "\n")
+        sys.stdout.write(report(arguments.model, case, plans, checks, judges) + "\n")
 
 
 def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Scenario, Training, int]:
@@ -170,6 +177,16 @@ def _samples(recipe: Recipe | None) -> int:
     return recipe.problems.per_iteration * recipe.sample.num_samples
 
 
+def _judges(arguments: argparse.Namespace, case: Scenario, recipe: Recipe | None) -> list[JudgeCost]:
+    """Empty where no recipe says how its solutions are judged."""
+    from megatron_stepkto.planning.judges import judge_costs
+
+    if recipe is None or recipe.judge is None or recipe.sample is None or not case.work.samples:
+        return []
+    sampler = _model_folder(arguments.model, recipe)
+    return judge_costs(recipe.judge, case, recipe.sample.num_samples, sampler, arguments.judge_model)
+
+
 def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
     keys: dict[str, Any] = {}
     for assignment in text.split(","):
@@ -225,23 +242,6 @@ def _warn_about_recipe(case: Scenario, recipe: Recipe) -> None:
         _judge(case, recipe.train, recipe)
     except UserError as error:
         warn(f"the recipe's own layout is impossible: {error}")
-
-
-def _nothing_fits(case: Scenario, base: Training, longest: int) -> str:
-    from megatron_stepkto.planning.search import recipe_keys, smallest
-
-    least = smallest(case, base, longest)
-    cluster = case.cluster
-    if least is None:
-        return (
-            f"no layout of {cluster.gpus} GPUs is possible: tensor x pipeline must divide it, tensor the model's heads "
-            f"and pipeline its {case.config.num_layers} layers; change --gpus"
-        )
-    return (
-        f"no layout of {cluster.gpus} GPUs fits into {cluster.memory_gb:g} GB each (with 10% left free): the smallest "
-        f"needs {least.peak / 1e9:.1f} GB at {recipe_keys(least.settings)}; raise --gpus, take GPUs with more memory, "
-        "or lower --longest"
-    )
 
 
 def _check(case: Scenario, plan: Plan) -> list[Any]:

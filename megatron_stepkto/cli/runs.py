@@ -1,4 +1,4 @@
-"""Commands of a whole run: run, prepare, warm-up, status, report."""
+"""Commands of a whole run: init, run, prepare, warm-up, status, report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.progress import say
+from megatron_stepkto.cli import init
 from megatron_stepkto.cli.arguments import positive
 from megatron_stepkto.cli.commands import Commands, add_run_options, methods, recipe_of, run_of
 from megatron_stepkto.methods.registry import check_suits
@@ -15,6 +16,11 @@ from megatron_stepkto.methods.registry import check_suits
 
 def add_commands(commands: Commands) -> None:
     commands.group("a run")
+    first = commands.add(
+        "init", init.run, "write a first recipe for a model and a file of problems",
+        "stepkto init llama3.1_8b --problems gsm8k_train.jsonl --gpus 8", init.NOTES,
+    )  # fmt: skip
+    init.add_arguments(first)
     run = commands.add(
         "run", _run, "run a whole recipe; resume it where it stopped",
         "stepkto run recipes/mini_cpu.yaml --iterations 1",

@@ -21,6 +21,7 @@ from megatron_stepkto.architectures.sharding import (
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.logprobs import tokens_at_a_time
 from megatron_stepkto.planning.activations import (
+    CPU,
     CUDA,
     Layout,
     head_saved_bytes,
@@ -96,6 +97,7 @@ def stage_memory(
     *,
     num_micro_batches: int,
     response_share: float = 1.0,
+    on_gpu: bool = True,
 ) -> StageMemory:
     """Memory of a rank of pipeline stage ``stage`` at the fullest micro-batch (``micro_batch_tokens``).
 
@@ -104,7 +106,8 @@ def stage_memory(
     parallel, tokens = settings.parallel, settings.micro_batch_tokens // settings.parallel.context
     num_bytes = 2 if settings.dtype == "bfloat16" else 4
     low_rank = low_rank_width(config, entries, settings.lora, parallel) if settings.lora else 0.0
-    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, CUDA, low_rank)
+    kernels = CUDA if on_gpu else CPU
+    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, kernels, low_rank)
     weights, gradients, optimizer = state_bytes(config, entries, settings, stage)
     in_flight = layers_in_flight(config, parallel, stage, num_micro_batches)
     activations = tokens * (in_flight * saved_per_layer(config, layout) + working_bytes(config, layout))
@@ -135,8 +138,8 @@ def stage_memory(
         activations=activations,
         head=head,
         kl_pass=forward_only,
-        step=4 * shard,  # torch's AdamW takes the root of all second moments at once
-        overhead=OVERHEAD_BYTES,
+        step=4 * shard if on_gpu else 0.0,  # torch's AdamW takes the root of all second moments at once
+        overhead=OVERHEAD_BYTES if on_gpu else 0.0,
     )
 
 

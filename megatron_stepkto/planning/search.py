@@ -118,6 +118,22 @@ def smallest(case: Scenario, base: Training, longest: int) -> Plan | None:
     return min(plans, key=lambda plan: (plan.peak, not plan.settings.recompute), default=None)
 
 
+def nothing_fits(case: Scenario, base: Training, longest: int, otherwise: str) -> str:
+    """Why ``propose`` found nothing. otherwise: what else than the GPUs can be changed."""
+    least = smallest(case, base, longest)
+    cluster = case.cluster
+    if least is None:
+        return (
+            f"no layout of {cluster.gpus} GPUs is possible: tensor x pipeline must divide it, tensor the model's heads "
+            f"and pipeline its {case.config.num_layers} layers; change --gpus"
+        )
+    return (
+        f"no layout of {cluster.gpus} GPUs fits into {cluster.memory_gb:g} GB each (with 10% left free): the smallest "
+        f"needs {least.peak / 1e9:.1f} GB at {recipe_keys(least.settings)}; raise --gpus, take GPUs with more memory, "
+        f"or {otherwise}"
+    )
+
+
 def _rank(plan: Plan) -> tuple[float, float]:
     return plan.times.iteration, plan.peak
 

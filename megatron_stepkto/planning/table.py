@@ -8,12 +8,17 @@ from pathlib import Path
 import yaml
 
 from megatron_stepkto.architectures.sharding import Check, data_parallel_size, model_parameters
+from megatron_stepkto.planning.judges import REFERENCE_TOKENS, STEP_TOKENS, JudgeCost
 from megatron_stepkto.planning.search import Plan, recipe_keys
 from megatron_stepkto.planning.times import Scenario
 
 
-def report(model: Path, case: Scenario, plans: Sequence[Plan], checks: Sequence[Check] | None) -> str:
+def report(
+    model: Path, case: Scenario, plans: Sequence[Plan], checks: Sequence[Check] | None, judges: Sequence[JudgeCost]
+) -> str:
     parts = [_header(model, case), _proposals(case, plans), _memory(plans[0]), _times(plans[0])]
+    if judges:
+        parts.append(_judges(case, judges))
     if checks is not None:
         parts.append(_checked(checks))
     keys = yaml.safe_dump({"train": recipe_keys(plans[0].settings)}, sort_keys=False)
@@ -34,7 +39,7 @@ def _header(model: Path, case: Scenario) -> str:
             f"{w.samples:,} solutions sampled",
             f"assumed, not measured: arithmetic at {a.mfu:.0%} of the peak, links at {a.link:.0%} of the data sheet "
             f"with nothing overlapped, micro-batches {a.fill:.0%} full; sampling {a.sequences} sequences per engine, "
-            f"{a.sampling_hbm:.0%} of memory bandwidth, {a.sampling_mfu:.0%} of the peak; judging not counted",
+            f"{a.sampling_hbm:.0%} of memory bandwidth, {a.sampling_mfu:.0%} of the peak; judging comes on top",
         ]
     )
 
@@ -94,6 +99,30 @@ def _times(plan: Plan) -> str:
         f"Iteration {t.iteration:,.0f} = sampling {t.sampling:,.0f} + reference pass {t.reference_pass:,.0f} + updates "
         f"{t.iteration - t.sampling - t.reference_pass:,.0f}."
     )
+
+
+def _judges(case: Scenario, judges: Sequence[JudgeCost]) -> str:
+    rows = [
+        ["", "GPUs", "weights GB", "GB per GPU", "tokens read", "read/s", "written", "written/s", "hours", "GPU-hours"]
+    ]
+    notes = []
+    for each in judges:
+        if each.unknown:
+            notes.append(f"{each.judge}: {each.unknown}")
+            continue
+        written = [f"{each.written / 1e6:,.1f}M", f"{each.write_rate:,.0f}"] if each.written else ["-", "-"]
+        read = [f"{each.read / 1e6:,.1f}M", f"{each.read_rate:,.0f}"]
+        memory = [f"{each.weights / 1e9:.1f}", f"{each.memory / 1e9:.1f}"]
+        hours = [f"{each.seconds / 3600:.2f}", f"{each.gpu_hours:.1f}"]
+        rows.append([each.judge, str(each.gpus), *memory, *read, *written, *hours])
+        if each.memory > case.cluster.memory_gb * 1e9:
+            notes.append(f"{each.judge}: does not fit on these GPUs; take a smaller model or GPUs with more memory")
+    assumed = (
+        f"Judging an iteration's {case.work.samples:,} solutions (assumed, not measured: {STEP_TOKENS} tokens per "
+        f"step, {REFERENCE_TOKENS} of a reference solution, reading at {case.assumed.sampling_mfu:.0%} of the peak, "
+        "writing as in sampling, comments of full length, a server on one node with its prefix cache):"
+    )
+    return "\n".join([assumed, "", *([_rows(rows)] if len(rows) > 1 else []), *notes])
 
 
 def _checked(checks: Sequence[Check]) -> str:

@@ -17,6 +17,8 @@ from megatron_stepkto.planning.cluster import Cluster
 from megatron_stepkto.planning.memory import state_bytes
 from megatron_stepkto.recipe.keys import Training
 
+ENGINE_SHARE = 0.9  # of a GPU's memory that an engine of vLLM takes: weights, and the rest for its cache
+
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -24,8 +26,8 @@ class Assumptions:
 
     mfu: share of the bf16 peak that arithmetic alone reaches. link: share of a link's data-sheet bandwidth that
     collectives reach. fill: share of a packed micro-batch that is not padding or room left over. sampling_mfu,
-    sampling_hbm: shares that decoding reaches of the arithmetic peak and of the memory bandwidth. sequences: solutions
-    that one engine decodes concurrently.
+    sampling_hbm: shares that decoding reaches of the arithmetic peak and of the memory bandwidth. sequences: the
+    most solutions that one engine decodes concurrently, where its cache holds them.
     """
 
     mfu: float = 0.40
@@ -211,18 +213,40 @@ def _once_per_update(case: Scenario, settings: Training) -> tuple[float, float]:
 
 
 def sampling_seconds(case: Scenario) -> float:
-    """Time to sample the iteration's solutions on the same GPUs with the fewest GPUs per engine whose half memory
-    holds the weights. A decoding step reads the weights and the keys and values of all sequences."""
-    config, cluster, assumed, work = case.config, case.cluster, case.assumed, case.work
+    """Time to sample the iteration's solutions on the same GPUs."""
+    work = case.work
     if not work.samples:
         return 0.0
-    weights = 2.0 * model_parameters(case.entries)
-    per_engine = 1
-    while weights / per_engine > 0.5 * cluster.memory_gb * 1e9 and per_engine < cluster.gpus_per_node:
-        per_engine *= 2
-    engines = max(1, cluster.gpus // per_engine)
-    cache = 4.0 * config.num_layers * config.num_kv_heads * config.head_dim * work.tokens
-    read = (weights + cache * assumed.sequences) / (cluster.hbm_gbs * 1e9 * assumed.sampling_hbm * per_engine)
-    compute = weights * assumed.sequences / (cluster.bf16_tflops * 1e12 * assumed.sampling_mfu * per_engine)
-    tokens_per_second = engines * assumed.sequences / max(read, compute)
-    return work.samples * work.response_tokens / tokens_per_second
+    rate = decoding_rate(case.config, 2.0 * model_parameters(case.entries), case.cluster.gpus, work.tokens, case)
+    return work.samples * work.response_tokens / rate
+
+
+def engine_gpus(weights: float, gpus: int, cluster: Cluster) -> int:
+    """The fewest GPUs (a power of two, in one node) whose half memory holds ``weights`` bytes; at most ``gpus``."""
+    number = 1
+    while weights / number > 0.5 * cluster.memory_gb * 1e9 and 2 * number <= min(gpus, cluster.gpus_per_node):
+        number *= 2
+    return number
+
+
+def cache_bytes(config: ModelConfig, length: float) -> float:
+    """Keys and values of a sequence in bfloat16."""
+    return 4.0 * config.num_layers * config.num_kv_heads * config.head_dim * length
+
+
+def decoding_rate(config: ModelConfig, weights: float, gpus: int, length: float, case: Scenario) -> float:
+    """Tokens per second that engines on ``gpus`` GPUs generate. A decoding step reads the weights and the keys and
+    values of all sequences.
+
+    Args:
+        config, weights: the model that generates, and its bytes. length: tokens of a sequence.
+        case: for its cluster and assumptions.
+    """
+    cluster, assumed = case.cluster, case.assumed
+    per_engine = engine_gpus(weights, gpus, cluster)
+    cache = cache_bytes(config, length)
+    room = ENGINE_SHARE * cluster.memory_gb * 1e9 * per_engine - weights
+    sequences = max(1.0, min(assumed.sequences, room // cache))
+    read = (weights + cache * sequences) / (cluster.hbm_gbs * 1e9 * assumed.sampling_hbm * per_engine)
+    compute = weights * sequences / (cluster.bf16_tflops * 1e12 * assumed.sampling_mfu * per_engine)
+    return max(1, gpus // per_engine) * sequences / max(read, compute)

@@ -34,12 +34,13 @@ KNOWN = {
 _PROBLEM_KEYS = ("problem", "question", "Problem", "prompt")
 _ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "Answer")
 _ID_KEYS = ("problem_id", "unique_id", "id", "ID", "problem_idx")
-_SUBJECT_KEYS = ("subject", "type", "subfield")
+_SUBJECT_KEYS = ("subject", "type", "subfield", "problem_type")
+_NO_ANSWER = {"proof", "notfound"}  # what NuminaMath 1.5 writes for one
 
 
 def to_problem(row: dict[str, Any]) -> Problem:
     """Convert a row of a common layout: MATH-500's, GSM8K's (``question``, ``answer`` with ####), AMC's floats,
-    OlympiadBench's list ``final_answer``.
+    OlympiadBench's list ``final_answer``, MATH's and NuminaMath's (the answer is the last box of ``solution``).
 
     Without an id, one is derived from the problem's text. Without an answer the solution must state one.
 
@@ -60,6 +61,8 @@ def to_problem(row: dict[str, Any]) -> Problem:
         raise ValueError(f"expected the answer as a text or a number, got {answer!r:.60}")
     if isinstance(answer, float) and not math.isfinite(answer):
         raise ValueError(f"expected the answer as a text or a finite number, got {answer}")
+    if "problem_type" in row and answer in _NO_ANSWER:
+        raise ValueError(f"has no final answer to check (answer: {answer})")
     if answer is None or str(answer).strip() == "":
         raise ValueError(f"expected the answer under {', '.join(_ANSWER_KEYS)} or in the solution, found none")
     known = next((row[key] for key in _ID_KEYS if row.get(key) is not None), None)

@@ -20,11 +20,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_stepkto.base.dtypes import Choice, choose_dtype, has_gpu
+from megatron_stepkto.base.dtypes import Choice, choose_dtype, gpu_count
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer, read_json, read_json_if_there, write_json
 from megatron_stepkto.base.model_folder import read_config
-from megatron_stepkto.base.processes import Child, run_children
+from megatron_stepkto.base.processes import Child, gpus_of, run_children
 from megatron_stepkto.base.progress import ProgressFile, Report, warn
 from megatron_stepkto.base.records import Problem, Sample, read_records
 from megatron_stepkto.recipe import keys as recipe
@@ -66,7 +66,7 @@ def sampling_dtype(settings: recipe.Sampling, model: Path) -> Choice:
     """The dtype that ``sample.dtype`` means on this machine."""
     if settings.dtype != "auto":
         return Choice(settings.dtype)
-    on_cpu = vllm_build() == "cpu" if settings.backend == "vllm" else not has_gpu()
+    on_cpu = vllm_build() == "cpu" if settings.backend == "vllm" else not gpu_count()
     return choose_dtype(settings.dtype, model, on_cpu=on_cpu)
 
 
@@ -311,20 +311,11 @@ def _child(jobs: Sequence[Job], worker: int, name: str, files: Sequence[Path], l
         build = vllm_build()
         env = vllm_environment(build)
         if build == "gpu":
-            env["CUDA_VISIBLE_DEVICES"] = _gpus_of(worker, job.settings.tensor_parallel)
+            env["CUDA_VISIBLE_DEVICES"] = gpus_of(worker, job.settings.tensor_parallel)
     elif job.settings.workers > 1:
-        env["CUDA_VISIBLE_DEVICES"] = _gpus_of(worker, 1)
+        env["CUDA_VISIBLE_DEVICES"] = gpus_of(worker, 1)
     stall = _Stall([job.pulse_path(name) for job in jobs], job.settings.stall_timeout_s)
     return Child(command, logs / f"worker-{worker}.log", env, stall)
-
-
-def _gpus_of(worker: int, count: int) -> str:
-    """The worker's own GPUs, out of those that this process may use."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = worker * count
-    if allowed is None:
-        return ",".join(str(number) for number in range(first, first + count))
-    return ",".join(allowed.split(",")[first : first + count])
 
 
 def _merge(job: Job, pass_: Pass, path: Path) -> None:

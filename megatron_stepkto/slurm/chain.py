@@ -100,8 +100,8 @@ def _cpu(site: Site) -> list[str]:
 
 
 def _gpus(site: Site, wanted: int) -> list[str]:
-    """GPUs of one node, and the cores that go with them. Workers of a learned judge may share GPUs; of what needs its
-    own, check_site refuses more than a node has."""
+    """GPUs of one node, and the cores that go with them. A learned judge works with fewer GPUs than it has workers; of
+    other needs, check_site refuses more than a node has."""
     if site.gpus_per_node == 0:
         return [f"--cpus-per-task={site.cpus_per_node}"]
     gpus = min(wanted, site.gpus_per_node)

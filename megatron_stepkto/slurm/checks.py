@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from megatron_stepkto.slurm.options import check_options
 from megatron_stepkto.slurm.site import Site
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# of `vllm serve`
+SHORT = {"-tp": "tensor-parallel-size", "-pp": "pipeline-parallel-size", "-dp": "data-parallel-size"}
 
 
 def check_site(recipe: Recipe, site: Site) -> None:
@@ -103,7 +105,7 @@ def _check_nodes(recipe: Recipe, site: Site) -> None:
             "sample.workers and raise SAMPLE_ELEMENTS in the site file: each element has its own node"
         )
     for judge in judge_needs(recipe):
-        if gpus and judge.gpus > gpus and not judge.shares_gpus:
+        if gpus and judge.gpus > gpus and not judge.takes_fewer:
             raise UserError(
                 f"{' x '.join(judge.gpu_keys)}: expected at most {gpus} (GPUS_PER_NODE), got {judge.gpus}; lower "
                 f"{judge.gpu_keys[0]}: the judge's job has one node"
@@ -140,9 +142,55 @@ def _check_server(recipe: Recipe, site: Site) -> None:
     started = site.judge_url.rstrip("/") if has_server(recipe, site) else None
     own = [url for url in server_urls(recipe) if url != started and urlsplit(url).hostname in LOOPBACK]
     if not own:
+        if started is not None:
+            _check_served(recipe, site)
         return
     given = f"JUDGE_URL is {site.judge_url}" if site.judge_server else "JUDGE_SERVER is empty"
     raise UserError(
         f"judge.process.base_url: {own[0]}: the judge job must start the server at this address, but {given}; "
         "in the site file set JUDGE_SERVER, and JUDGE_URL to the recipe's address"
     )
+
+
+def _check_served(recipe: Recipe, site: Site) -> None:
+    """Refuse a server of vLLM that would not have the judge's model, or needs more GPUs than its node has. The job
+    would find out only after the solutions are sampled. Servers of other programs are not read."""
+    words = site.judge_server
+    if not any("vllm" in word for word in words):
+        return
+    options = _options(words)
+    model = options.get("model") or (words[words.index("serve") + 1] if "serve" in words[:-1] else "")
+    names = options.get("served-model-name", model)
+    for need in judge_needs(recipe):
+        if site.judge_url.rstrip("/") in need.servers and names and need.served not in names.split():
+            raise UserError(
+                f"JUDGE_SERVER serves {names}, and the recipe's judge asks for {need.served}; give the server "
+                f"--served-model-name {need.served} in the site file, or correct judge.process"
+            )
+    if model.startswith("/") and not Path(model).is_dir():
+        raise UserError(
+            f"JUDGE_SERVER: expected the judge's model folder, found none at {model}; correct the site file"
+        )
+    sizes = [options.get(f"{name}-parallel-size", "1") for name in ("tensor", "pipeline", "data")]
+    gpus = math.prod(int(size) for size in sizes if size.isdecimal())
+    if site.gpus_per_node and gpus > site.gpus_per_node:
+        raise UserError(
+            f"JUDGE_SERVER needs {gpus} GPUs ({' x '.join(sizes)}), its node has {site.gpus_per_node} (GPUS_PER_NODE); "
+            "lower --tensor-parallel-size or --data-parallel-size in the site file"
+        )
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """Long options of a command by name, with their values: all words up to the next option, joined by spaces."""
+    found: dict[str, list[str]] = {}
+    name = None
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            found[name] = [value] if value else []
+        elif word in SHORT:
+            name = SHORT[word]
+            found[name] = []
+        elif name is not None:
+            found[name].append(word)
+    return {name: " ".join(values) for name, values in found.items()}

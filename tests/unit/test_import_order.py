@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("slurm",),
     ("report",),  # it reads the folder that run/folder.py defines
     ("run",),
-    ("evaluation", "training"),
+    ("evaluation", "training", "first_recipe"),
     ("methods",),
     ("megatron",),
     ("planning",),

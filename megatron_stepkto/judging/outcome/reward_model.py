@@ -11,7 +11,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_stepkto.base.dtypes import choose_dtype, has_gpu
+from megatron_stepkto.base.dtypes import choose_dtype, gpu_count
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.judging.process.interface import Resources, Workplace
@@ -38,7 +38,7 @@ class OutcomeRewardModel:
 
     def resources(self) -> Resources:
         """What it needs of the machine that it works on."""
-        return Resources(self.settings.workers, ("judge.outcome.workers",), shares_gpus=True)
+        return Resources(self.settings.workers, ("judge.outcome.workers",), takes_fewer=True)
 
     def load(self) -> None:
         """Read its config and its tokenizer.
@@ -69,7 +69,7 @@ class OutcomeRewardModel:
         if not rows:
             return []
         settings, title = self.settings, "scoring solutions"
-        chosen = choose_dtype(settings.dtype, settings.reward_model, on_cpu=not has_gpu())
+        chosen = choose_dtype(settings.dtype, settings.reward_model, on_cpu=not gpu_count())
         chosen.announce(title)
         self.dtype = chosen.dtype
         job = PRMJob(

@@ -363,8 +363,30 @@ async def check_servers(service: Service) -> None:
     async with Client(service) as client:
         while len(silent := await client.silent_servers()) == len(service.urls()):
             if time.monotonic() > deadline:
-                raise UserError(f"{service.key}.base_url: no server answers: {', '.join(silent)}; start one first")
+                raise UserError(
+                    f"{service.key}.base_url: no server answers: {', '.join(silent)}; start one first (where a "
+                    "cluster's judging jobs start it, JUDGE_SERVER in the site file, this is no fault)"
+                )
             await asyncio.sleep(_pause(0))
+
+
+async def served_models(service: Service) -> list[str]:
+    """Names of the models at the servers, asked once; none where no server lists them.
+
+    Raises:
+        UserError: no server answers, or the key is refused.
+    """
+    names: list[str] = []
+    silent = []
+    async with Client(service) as client:
+        for server in client._servers:
+            try:
+                names += await client._models(server)
+            except Unavailable as error:
+                silent.append(f"{server.url} ({error})")
+    if len(silent) == len(service.urls()):
+        raise UserError(f"no server answers: {', '.join(silent)}")
+    return list(dict.fromkeys(names))
 
 
 def _url(server: _Server, path: str) -> str:

@@ -82,7 +82,7 @@ class CombinedJudge(ProcessJudge[recipe.CombinedJudge]):
         needs = [member.resources() for member in self._members.values()]
         most = max(needs, key=lambda need: need.gpus)
         servers = dict.fromkeys(url for need in needs for url in need.servers)
-        return Resources(most.gpus, most.gpu_keys, most.shares_gpus, tuple(servers))
+        return Resources(most.gpus, most.gpu_keys, most.takes_fewer, tuple(servers))
 
     def load(self) -> None:
         self._ask_each(lambda member: member.load())

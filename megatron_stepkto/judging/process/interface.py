@@ -75,14 +75,52 @@ class Resources:
     """What a judge needs of the machine that it works on.
 
     gpus: that it can use at once; 0: none. gpu_keys: the recipe keys whose product ``gpus`` is.
-    shares_gpus: several of its workers can run on one GPU, so that fewer GPUs are enough.
-    servers: base URLs, without a slash at the end, of the servers that it asks.
+    takes_fewer: it works with fewer GPUs too, with a worker on each.
+    servers: base URLs, without a slash at the end, of the servers that it asks. served: the model's name there.
     """
 
     gpus: int = 0
     gpu_keys: tuple[str, ...] = ()
-    shares_gpus: bool = False
+    takes_fewer: bool = False
     servers: tuple[str, ...] = ()
+    served: str | None = None
+
+
+@dataclass(frozen=True)
+class Typical:
+    """The solutions of an iteration as a plan assumes them. All but the first two are mean tokens.
+
+    per_problem: solutions of one problem. prompt: of the problem with its instructions. step: of one step, its share of
+    ``response``. reference: of a problem's reference solution.
+    """
+
+    solutions: int
+    per_problem: int
+    prompt: int
+    response: int
+    step: int
+    reference: int
+
+    @property
+    def steps(self) -> float:
+        return max(1.0, self.response / self.step)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a judge's model has to do for such solutions: for a plan, before anything is sampled.
+
+    model: its folder, or its name at a server. read: tokens of all its forward passes, without those in a prefix cache.
+    written: tokens that it generates. length: of one request, prompt and answer. gpus: that it uses at most; 0: its
+    server's. batch_tokens: in one forward pass of a model that only reads; 0: an engine serves it.
+    """
+
+    model: Path
+    read: float
+    written: float
+    length: float
+    gpus: int = 0
+    batch_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +192,14 @@ class ProcessJudge(ABC, Generic[Keys]):
     def resources(self) -> Resources:
         """What it needs of the machine that it works on."""
         return Resources()
+
+    def work(self, typical: Typical) -> Work | None:
+        """What its model has to do for an iteration's solutions; None: it has no model.
+
+        Raises:
+            UserError: that is not known before it has judged some.
+        """
+        return None
 
     def members(self) -> Mapping[str, ProcessJudge[Any]]:
         """The judges whose verdicts it combines, by the names that they have in records; empty for most judges."""

@@ -32,7 +32,16 @@ from megatron_stepkto.judging.process.client import (
     split_urls,
 )
 from megatron_stepkto.judging.process.formats import RPRM, Format, GenPRM, ThinkPRM
-from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdicts, Workplace, majority
+from megatron_stepkto.judging.process.interface import (
+    ProcessJudge,
+    Resources,
+    Solution,
+    Typical,
+    Verdicts,
+    Work,
+    Workplace,
+    majority,
+)
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import TEMPLATE_FAULTS
 
@@ -40,6 +49,9 @@ WORDS: dict[str, Label] = {"right": 1, "wrong": 0, "unsure": None}
 FEW = 20  # answers after which a judge whose answers are mostly useless is stopped
 OWN_PROMPT = Path(str(resources.files("megatron_stepkto.judging").joinpath("prompts/step_judge.txt")))
 LARGEST_SEED = 2**31  # some servers take 32 bits
+# Tokens, for a plan (Qwen2.5's tokenizer): of the built-in prompt's instructions; of the mark before a step; of an
+# entry of the JSON answer without its comment; characters of a comment per token.
+INSTRUCTIONS, STEP_MARK, ENTRY, COMMENT_CHARS = 179, 6, 16, 4
 
 
 def template_text(path: Path) -> str:
@@ -193,7 +205,20 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
         return hashlib.sha256(template_text(path).encode()).hexdigest()  # of the text, whatever its line ends
 
     def resources(self) -> Resources:
-        return Resources(servers=split_urls(self.settings.base_url))
+        return Resources(servers=split_urls(self.settings.base_url), served=self.settings.model)
+
+    def work(self, typical: Typical) -> Work:
+        if self.settings.format != "schema":
+            raise UserError(
+                f"the length of its answers in format {self.settings.format} is not known; judge a few solutions "
+                "(stepkto judge-eval --limit) and read completion_tokens in the manifest"
+            )
+        shared = typical.prompt + typical.reference  # in the server's prefix cache after the first; so the instructions
+        own = typical.response + STEP_MARK * typical.steps
+        answer = typical.steps * (ENTRY + self.settings.comment_chars / COMMENT_CHARS)
+        read = typical.solutions * (shared / typical.per_problem + own)
+        written = typical.solutions * self.settings.votes * answer
+        return Work(Path(self.settings.model), read, written, INSTRUCTIONS + shared + own + answer)
 
     @functools.cached_property
     def _template(self) -> PromptTemplate:

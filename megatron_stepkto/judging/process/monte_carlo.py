@@ -19,7 +19,16 @@ from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import Label, Sample, read_records
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.judging.outcome.answer import judge_outcomes
-from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdict, Verdicts, Workplace
+from megatron_stepkto.judging.process.interface import (
+    ProcessJudge,
+    Resources,
+    Solution,
+    Typical,
+    Verdict,
+    Verdicts,
+    Work,
+    Workplace,
+)
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, tokenizer_difference
 from megatron_stepkto.sampling.draw import WORKER, new_drawing, sampling_dtype
@@ -65,6 +74,13 @@ class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
     def resources(self) -> Resources:
         sample, key = self.settings.sample, "judge.process.sample"
         return Resources(sample.workers * sample.tensor_parallel, (f"{key}.workers", f"{key}.tensor_parallel"))
+
+    def work(self, typical: Typical) -> Work:
+        """The steps before a completion are in the engine's prefix cache; a completion is half a response."""
+        length = typical.prompt + typical.response
+        completions = typical.solutions * typical.steps * self.settings.sample.num_samples
+        gpus = self.resources().gpus
+        return Work(self._model, typical.solutions * length, completions * typical.response / 2, length, gpus)
 
     @property
     def _model(self) -> Path:

@@ -1,7 +1,7 @@
 """Process reward models: the probability that each step is right, by the conventions that such models are trained on.
 
 Workers get fixed shares of the rows at the start: a model takes minutes to load, so that no share is worth moving
-(judging/row_tasks.py hands out rows one chunk after another).
+(judging/row_tasks.py hands out rows one chunk after another). Where there are GPUs, each worker has one for itself.
 
 ``qwen_math_prm`` (Qwen2.5-Math-PRM, arXiv 2501.07301): the chat template with its system prompt, ``<extra_0>``
 after each step, a two-class head on that token. ``math_shepherd`` (arXiv 2312.08935, peiyi9979's Mistral): each
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,11 +24,12 @@ from pydantic import BaseModel, ConfigDict
 
 from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.code_hash import code_hash, versions
-from megatron_stepkto.base.dtypes import choose_dtype, has_gpu
+from megatron_stepkto.base.dtypes import choose_dtype, gpu_bytes, gpu_count
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, write_json
-from megatron_stepkto.base.processes import Child, run_children
-from megatron_stepkto.base.progress import ProgressBar, Report, warn
+from megatron_stepkto.base.model_folder import read_config
+from megatron_stepkto.base.processes import Child, gpus_of, run_children
+from megatron_stepkto.base.progress import ProgressBar, Report, say, warn
 from megatron_stepkto.base.records import Label
 from megatron_stepkto.judging.process.client import (
     BadAnswer,
@@ -39,7 +41,16 @@ from megatron_stepkto.judging.process.client import (
     run_async,
     split_urls,
 )
-from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdict, Verdicts, Workplace
+from megatron_stepkto.judging.process.interface import (
+    ProcessJudge,
+    Resources,
+    Solution,
+    Typical,
+    Verdict,
+    Verdicts,
+    Work,
+    Workplace,
+)
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
 
@@ -47,6 +58,8 @@ QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\bo
 QWEN_TAG, SHEPHERD_TAG = "<extra_0>", "ки"
 ROWS_PER_CHUNK = 64  # the unit of resuming
 WORKER = "megatron_stepkto.judging.process.prm_worker"  # imports torch: not here
+HEAD = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")  # of Qwen2ForProcessRewardModel
+GPU_SHARE = 0.9  # of a GPU's memory that weights may take; the rest is for activations and CUDA
 
 
 Scores = Sequence[float | None]  # probability of "right" of each step; None: not judged
@@ -151,22 +164,56 @@ def candidate_tokens(convention: str, tokenizer: Any) -> tuple[int, int] | None:
 
 def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
     """The scores of every row, from worker processes; what an earlier attempt scored is read."""
+    if gpus := gpu_count():
+        job = _placed(job, gpus, title)
     workers = [worker for worker in range(job.workers) if job.chunks(worker)]
     if workers:
         write_json(job.directory / "job.json", job.model_dump(mode="json"))
         run_children(
-            [_child(job, worker, logs) for worker in workers], title=title, unit="solutions", progress=job.report
-        )
+            [_child(job, worker, logs, on_gpu=gpus > 0) for worker in workers],
+            title=title, unit="solutions", progress=job.report,
+        )  # fmt: skip
     starts = range(0, len(job.rows), ROWS_PER_CHUNK)
     return [scores for start in starts for scores in read_json(job.chunk_path(start))]
 
 
-def _child(job: PRMJob, worker: int, logs: Path) -> Child:
+def _placed(job: PRMJob, gpus: int, title: str) -> PRMJob:
+    """At most one worker per GPU: two models on one would be slower than one, and may not fit."""
+    if job.workers > gpus:
+        say(f"{title}: {gpus} of {job.workers} workers, one on each GPU")
+    return job.model_copy(update={"workers": min(job.workers, gpus)})
+
+
+def _child(job: PRMJob, worker: int, logs: Path, *, on_gpu: bool) -> Child:
     command = [
         sys.executable, "-m", WORKER, str(job.directory / "job.json"), "--worker", str(worker),
     ]  # fmt: skip
     env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if on_gpu:
+        env["CUDA_VISIBLE_DEVICES"] = gpus_of(worker, 1)
     return Child(command, logs / f"{job.directory.name}-{worker}.log", env)
+
+
+def check_weights(model: Path, head: Sequence[str]) -> None:
+    """Check that a reward model's folder is whole, and that its weights fit on one GPU where there are GPUs.
+
+    Args:
+        head: tensors that it must hold.
+
+    Raises:
+        UserError: it is not, they do not, or one is missing.
+    """
+    from megatron_stepkto.checkpoints.huggingface import HFCheckpoint  # imports torch
+
+    weights = HFCheckpoint(model).weights
+    if missing := [name for name in head if name not in weights]:
+        raise UserError(f"{model}: expected a Qwen2ForProcessRewardModel, its safetensors lack {', '.join(missing)}")
+    size, gpu = sum(weight.num_bytes for weight in weights.values()), gpu_bytes()
+    if gpu is not None and size > GPU_SHARE * gpu:
+        raise UserError(
+            f"{model}: {size / 1e9:.1f} GB of weights, and a GPU here has {gpu / 1e9:.1f} GB: a local reward model "
+            "must fit on one; serve it with vLLM (base_url), or name a smaller model"
+        )
 
 
 class PRMJudge(ProcessJudge[recipe.PRMJudge]):
@@ -187,8 +234,13 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
 
     def resources(self) -> Resources:
         if self.settings.base_url is not None:
-            return Resources(servers=split_urls(self.settings.base_url))
-        return Resources(self.settings.workers, ("judge.process.workers",), shares_gpus=True)
+            return Resources(servers=split_urls(self.settings.base_url), served=self._served_name)
+        return Resources(self.settings.workers, ("judge.process.workers",), takes_fewer=True)
+
+    def work(self, typical: Typical) -> Work:
+        length = typical.prompt + typical.response + typical.steps  # a mark ends each step
+        local = (0, 0) if self.settings.base_url is not None else (self.settings.workers, self.settings.batch_tokens)
+        return Work(self.settings.model, typical.solutions * length, 0, length, *local)
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -217,19 +269,37 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
         super().check()
         if self.settings.base_url:
             run_async(check_servers(self._service()))
+        else:
+            check_weights(self.settings.model, HEAD if self.settings.convention == "qwen_math_prm" else ())
 
     def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
-        make = ROWS[self.settings.convention]
+        make, limit = ROWS[self.settings.convention], self._positions()
         rows: list[PRMRow] = []
-        judged: list[Verdicts] = []
+        judged: list[Verdicts | None] = []  # None: the scores of the next row
         for solution in solutions:
             try:
-                rows.append(make(solution, self._tokenizer))
-                judged.append([])
+                row = make(solution, self._tokenizer)
             except UserError as error:
                 judged.append(error)
+                continue
+            if len(row.token_ids) > limit:
+                self._too_long = f"{len(row.token_ids)} tokens, the model has {limit} positions"
+                self._counts["too_long"] += 1
+                judged.append(self._verdicts([None] * len(row.positions)))
+                continue
+            rows.append(row)
+            judged.append(None)
         scores = iter(self._ask(rows) if self.settings.base_url else self._run(rows))
-        return [verdicts if isinstance(verdicts, UserError) else self._verdicts(next(scores)) for verdicts in judged]
+        found = [self._verdicts(next(scores)) if verdicts is None else verdicts for verdicts in judged]
+        if self._too_long:
+            counted = self._counts["too_long"]
+            warn(f"{counted} of {len(judged)} solutions are too long to judge; the last: {self._too_long}")
+        return found
+
+    def _positions(self) -> float:
+        """The longest row that the local model was made for; a server refuses longer ones itself."""
+        given = None if self.settings.base_url else read_config(self.settings.model).get("max_position_embeddings")
+        return given or math.inf
 
     def _verdicts(self, scores: Scores) -> list[Verdict]:
         return [Verdict(self._label(score), None, score) for score in scores]
@@ -244,7 +314,7 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
 
     def _run(self, rows: list[PRMRow]) -> list[Scores]:
         settings, title = self.settings, "judging steps"
-        chosen = choose_dtype(settings.dtype, settings.model, on_cpu=not has_gpu())
+        chosen = choose_dtype(settings.dtype, settings.model, on_cpu=not gpu_count())
         chosen.announce(title)
         self._dtype = chosen.dtype
         job = PRMJob(
@@ -302,8 +372,6 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(settings.concurrency, len(rows) - len(found))):
                         group.create_task(worker())
-        if self._too_long:
-            warn(f"{self._counts['too_long']} of {len(rows)} solutions are too long to judge: {self._too_long}")
 
     def _keys(self, name: str, rows: list[PRMRow]) -> list[str]:
         """Of the scores in the cache. The server's weights are known by its model's name and, where the folder holds

@@ -13,9 +13,7 @@ from safetensors import safe_open
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.processes import child_main
-from megatron_stepkto.judging.process.prm import ROWS_PER_CHUNK, PRMJob, PRMRow
-
-HEAD = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
+from megatron_stepkto.judging.process.prm import HEAD, ROWS_PER_CHUNK, PRMJob, PRMRow
 
 
 class Scorer(torch.nn.Module):
@@ -130,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     job = PRMJob.model_validate(read_json(arguments.job))
     chunks = job.chunks(arguments.worker)
-    device = f"cuda:{arguments.worker % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the parent shows each worker one GPU
     if device == "cpu":
         torch.set_num_threads(1)  # more cores are used by more workers
     if job.whole_solutions:

@@ -74,7 +74,7 @@ def test_a_job_goes_on_in_its_dtype_on_another_processor(
 ) -> None:
     folder = model(tmp_path / "model", dtype="bfloat16")
     build_tokenizer(folder)
-    monkeypatch.setattr(draw, "has_gpu", lambda: False)
+    monkeypatch.setattr(draw, "gpu_count", lambda: 0)
     settings = Sampling(backend="transformers", max_tokens=4)
 
     def dtype(directory: str, settings: Sampling = settings) -> str:

@@ -11,7 +11,7 @@ import pytest
 from megatron_stepkto.cli.main import main, make_parser
 
 GROUPS = {
-    "a run": ["run", "prepare", "warm-up", "status", "report"],
+    "a run": ["init", "run", "prepare", "warm-up", "status", "report"],
     "stages of a run, one at a time": ["problems", "sample", "judge", "dataset", "train", "export", "evaluate"],
     "models": ["convert", "measure", "compare-evaluations", "compare-logprobs", "plan"],
     "judges and answers": ["check-answers", "judge-eval"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.cli.main import main
 from megatron_stepkto.planning.activations import CUDA, Layout, layer_bytes
 from megatron_stepkto.planning.cluster import PRESETS
+from megatron_stepkto.planning.judges import judge_costs
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity, stage_memory
 from megatron_stepkto.planning.times import Assumptions, Scenario, Workload, estimate_times
-from megatron_stepkto.recipe.keys import LoRA, Training
+from megatron_stepkto.recipe.keys import Judging, LoRA, Training
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +269,7 @@ def test_a_recipe_whose_model_is_not_there(
 ) -> None:
     monkeypatch.setenv("STEPKTO_MODELS", "/nowhere")
     said = refusal(capsys, repository / "recipes" / "llama3.1_8b_8xh100.yaml")
-    assert "llama3.1_8b_8xh100.yaml:11: initial_model: expected a Hugging Face folder, found none at /nowhere" in said
+    assert "llama3.1_8b_8xh100.yaml:12: initial_model: expected a Hugging Face folder, found none at /nowhere" in said
 
 
 def test_a_recipe_brings_its_own_work(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,3 +298,108 @@ def test_state_that_cannot_fit_is_refused_before_training(configs: Path) -> None
         "a GPU has 72.3 GB; raise train.parallel.tensor or train.parallel.pipeline (with train.parallel.ranks), or set "
         "train.parallel.distributed_optimizer: true (`stepkto plan` proposes layouts)"
     )
+
+
+# --- judges ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of the shipped recipes' models and judges, with nothing but config.json."""
+    folder = tmp_path / "models"
+    for name, known in {
+        "Llama-3.1-8B-Instruct": "llama3.1_8b",
+        "Llama-3.3-70B-Instruct": "llama3.3_70b",
+        "Qwen2.5-Math-7B-Instruct": "qwen2.5_math_7b",
+        "Qwen2.5-Math-PRM-7B": "qwen2.5_math_7b",
+    }.items():
+        shutil.copytree(configs / known, folder / name)
+    config = folder / "Qwen2.5-Math-PRM-7B" / "config.json"
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "Qwen2ForProcessRewardModel"))
+    monkeypatch.setenv("STEPKTO_MODELS", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100"])
+def test_a_reward_models_cost_by_hand(
+    repository: Path, capsys: pytest.CaptureFixture[str], models: Path, name: str
+) -> None:
+    """60,000 solutions of 1,152 tokens, 979 of them in steps of 80, each with a mark; 30% of the peak of 8 GPUs."""
+    [judge] = plan_json(capsys, repository / "recipes" / f"{name}.yaml")["judges"]
+    length = 1152 + 979 / 80
+    matrices = 28 * (3584 * (3584 + 512 + 512 + 3584) + 3 * 3584 * 18944)
+    seconds = 60_000 * length * (2 * matrices + 28 * 2 * length * 3584) / (8 * 0.3 * 989e12)
+    assert (judge["judge"], judge["unknown"], judge["gpus"]) == ("prm:Qwen2.5-Math-PRM-7B", "", 8)
+    assert judge["read"] == pytest.approx(60_000 * length) and judge["written"] == 0
+    assert judge["seconds"] == pytest.approx(seconds)
+    assert judge["gpu_hours"] == pytest.approx(8 * seconds / 3600)
+    assert judge["weights"] == 2 * 7_615_616_512
+    assert judge["memory"] == pytest.approx(judge["weights"] + 16_384 * 2 * (4 * 3584 + 3 * 18_944) + 3e9)
+
+
+def test_a_served_judges_cost_by_hand(repository: Path, capsys: pytest.CaptureFixture[str], models: Path) -> None:
+    """What 8 solutions of a problem share is read once; two engines of four GPUs write as in sampling."""
+    recipe = repository / "recipes" / "llama3.3_70b_64xh100_fp8.yaml"
+    [judge] = plan_json(capsys, recipe)["judges"]
+    response, prompt = 870, 1024 - 870
+    steps = response / 80
+    shared, own, answer = prompt + 271, response + 6 * steps, steps * (16 + 200 / 4)
+    assert (judge["gpus"], judge["judge"]) == (8, "llm:Llama-3.3-70B-Instruct")
+    assert judge["read"] == pytest.approx(60_000 * (shared / 8 + own))
+    assert judge["written"] == pytest.approx(60_000 * answer)
+    weights, cache = 2 * 70_553_706_496, 4 * 80 * 8 * 128 * (179 + shared + own + answer)
+    sequences = (0.9 * 80e9 * 4 - weights) // cache
+    assert sequences == 198
+    assert judge["write_rate"] == pytest.approx(2 * sequences * 0.5 * 3350e9 * 4 / (weights + cache * sequences))
+    assert judge["weights"] == weights / 4
+    assert judge["seconds"] == pytest.approx(
+        judge["read"] / judge["read_rate"] + judge["written"] / judge["write_rate"]
+    )
+
+
+def test_judges_of_a_plan_as_text(
+    repository: Path, capsys: pytest.CaptureFixture[str], models: Path, tmp_path: Path
+) -> None:
+    text = (repository / "recipes" / "llama3.3_70b_64xh100_fp8.yaml").read_text()
+    path = tmp_path / "recipe.yaml"
+
+    def plan(model: str, *arguments: str) -> str:
+        path.write_text(text.replace("model: Llama-3.3-70B-Instruct", model))
+        main(["plan", str(path), *arguments])
+        return capsys.readouterr().out
+
+    shown = plan("model: Llama-3.3-70B-Instruct")
+    assert "Judging an iteration's 60,000 solutions (assumed, not measured: 80 tokens per step" in shown
+    [row] = [line.split() for line in shown.splitlines() if line.startswith("llm:")]
+    cells = ["8", "35.3", "72.0", "59.3M", "16,971", "43.1M", "9,227", "2.27", "18.1"]
+    assert row == ["llm:Llama-3.3-70B-Instruct", *cells]
+    assert f"llm:other: found no config.json of other at {models}/other: give its folder by --judge-model" in plan(
+        "model: other"
+    )
+    assert "llm:other     8        35.3" in plan(
+        "model: other", "--judge-model", str(models / "Llama-3.3-70B-Instruct")
+    )
+    assert "the length of its answers in format thinkprm is not known" in plan("model: other\n    format: thinkprm")
+
+
+@pytest.mark.parametrize(
+    ("process", "expected"),
+    [
+        ("equations", [("equations", "it has no model: CPU only")]),
+        (
+            "{kind: combine, rule: first, judges: [equations, {kind: monte_carlo, sample: {max_tokens: 9}}]}",
+            [("equations", "it has no model: CPU only"), ("monte_carlo:8", "")],
+        ),
+    ],
+)
+def test_judges_without_a_model_and_combined_ones(
+    repository: Path, configs: Path, process: str, expected: list[tuple[str, str]]
+) -> None:
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    work = workload(samples=100)
+    case = Scenario(config, entries, PRESETS["h100"], work, Assumptions())
+    section = Judging.model_validate({"split": "line", "process": yaml.safe_load(process)})
+    costs = judge_costs(section, case, 4, configs / "llama3.1_8b")
+    assert [(cost.judge, cost.unknown) for cost in costs] == expected
+    for cost in costs[1:]:
+        assert cost.written == 100 * 10 * 8 * 800 / 2  # 10 steps, 8 completions of half a response each

@@ -87,7 +87,7 @@ def test_what_it_says_of_itself(tmp_path: Path) -> None:
     assert list(judge.members()) == ["prm:prm", "llm:j", "llm:j#2", "monte_carlo:8"]
     assert judge.resources() == Resources(3, ("judge.process.workers",), True, ("http://a:1/v1",))
     needs = judging_resources(section)
-    assert [(need.gpus, need.shares_gpus, len(need.servers)) for need in needs] == [
+    assert [(need.gpus, need.takes_fewer, len(need.servers)) for need in needs] == [
         (3, True, 0), (0, False, 1), (0, False, 1), (2, False, 0),
     ]  # fmt: skip
     key = judging_key(section)["process"]

@@ -110,15 +110,15 @@ def test_the_settings_with_the_packages_own_prompt() -> None:
         ("none", Resources()),
         (
             {"kind": "llm", "base_url": "http://a:1/v1/, http://b:1/v1,", "model": "j"},
-            Resources(servers=(URL, "http://b:1/v1")),
+            Resources(servers=(URL, "http://b:1/v1"), served="j"),
         ),
         (
             {"kind": "prm", "model": "absent", "convention": "qwen_math_prm", "workers": 3},
-            Resources(3, ("judge.process.workers",), shares_gpus=True),
+            Resources(3, ("judge.process.workers",), takes_fewer=True),
         ),
         (
             {"kind": "prm", "model": "absent", "convention": "qwen_math_prm", "workers": 3, "base_url": URL},
-            Resources(servers=(URL,)),
+            Resources(servers=(URL,), served=str(Path("absent").resolve())),
         ),
         (
             {"kind": "monte_carlo", "sample": {"max_tokens": 9, "workers": 2, "tensor_parallel": 4}},
@@ -132,7 +132,7 @@ def test_what_judges_need(process: Any, expected: Resources) -> None:
     outcome = {"reward_model": "absent", "threshold": 0, "workers": 2}
     assert judging_resources(section(process, outcome=outcome)) == [
         expected,
-        Resources(2, ("judge.outcome.workers",), shares_gpus=True),
+        Resources(2, ("judge.outcome.workers",), takes_fewer=True),
     ]
 
 

@@ -23,6 +23,7 @@ from transformers import (
 
 from megatron_stepkto.base import dtypes
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.processes import Child
 from megatron_stepkto.base.records import Problem, Step
 from megatron_stepkto.judging.process import client as clients
 from megatron_stepkto.judging.process import prm
@@ -174,6 +175,76 @@ def test_scores_are_those_of_an_independent_forward_pass(
     again = judge(model, tmp_path, convention=convention, threshold=0.9).judge(SOLUTIONS)
     assert [[v.score for v in row] for row in again] == [[v.score for v in row] for row in verdicts]  # type: ignore[union-attr]
     assert len(chunks) == 2 and chunks[0].stat().st_mtime_ns == times[0] and chunks[1].stat().st_mtime_ns > times[1]
+
+
+@pytest.mark.parametrize(
+    ("visible", "workers", "expected"),
+    [(None, 8, ["0", "1"]), ("4,6", 8, ["4", "6"]), (None, 1, ["0"]), ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"])],
+)
+def test_workers_are_placed_one_per_gpu(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    visible: str | None, workers: int, expected: list[str],
+) -> None:  # fmt: skip
+    """Two GPUs, 70 solutions in two chunks: what each worker is told, and that together they have all chunks."""
+    told: list[Child] = []
+
+    def run_children(children: list[Child], **_: Any) -> None:
+        told.extend(children)
+        raise InterruptedError  # nothing was scored
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(prm, "gpu_count", lambda: 2)
+    monkeypatch.setattr(prm, "run_children", run_children)
+    with pytest.raises(InterruptedError):
+        judge(qwen, tmp_path, convention="qwen_math_prm", workers=workers).judge(SOLUTIONS)
+    assert [child.env["CUDA_VISIBLE_DEVICES"] for child in told] == expected
+    assert [child.command[-2:] for child in told] == [["--worker", str(n)] for n in range(len(expected))]
+    job = PRMJob.model_validate_json(Path(told[0].command[-3]).read_text())
+    assert sorted(start for worker in range(len(told)) for start in job.chunks(worker)) == [0, 64]
+
+
+def test_a_cpu_worker_is_told_no_gpu(qwen: Path, tmp_path: Path) -> None:
+    job = PRMJob(
+        model=qwen, model_hash="h", rows=[], candidates=None, dtype="float32", batch_tokens=9, workers=3, cache=tmp_path
+    )
+    assert "CUDA_VISIBLE_DEVICES" not in prm._child(job, 2, tmp_path, on_gpu=False).env
+
+
+def test_what_is_refused_before_anything_is_sampled(
+    qwen: Path, shepherd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is not whole, a model of another kind, weights that no GPU here holds."""
+    judge(qwen, tmp_path, convention="qwen_math_prm").check()
+    judge(shepherd, tmp_path, convention="math_shepherd").check()
+    with pytest.raises(UserError, match=r"Qwen2ForProcessRewardModel, its safetensors lack score\.0\.weight"):
+        judge(shepherd, tmp_path, convention="qwen_math_prm").check()
+    size = sum(weight.nbytes for weight in load_file(qwen / "model.safetensors").values())
+    monkeypatch.setattr(prm, "gpu_bytes", lambda: int(size / 0.9) + 1)
+    judge(qwen, tmp_path, convention="qwen_math_prm").check()
+    monkeypatch.setattr(prm, "gpu_bytes", lambda: int(size / 0.9) - 9)
+    with pytest.raises(
+        UserError, match=r"0\.0 GB of weights, and a GPU here has 0\.0 GB: a local reward model must fit"
+    ):
+        judge(qwen, tmp_path, convention="qwen_math_prm").check()
+    part = tmp_path / "part"
+    shutil.copytree(qwen, part)
+    (part / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"part: expected model\.safetensors or .*, found neither"):
+        judge(part, tmp_path, convention="qwen_math_prm").check()
+
+
+def test_a_solution_longer_than_the_models_positions_is_not_judged(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = solution(9, ["So we add. " * 150, "So 7."])
+    asked = judge(qwen, tmp_path, convention="qwen_math_prm")
+    first, second = asked.judge([long, SOLUTIONS[1]])
+    assert [v.label for v in first] == [None, None] and [v.score for v in first] == [None, None]  # type: ignore[union-attr]
+    assert second == judge(qwen, tmp_path / "alone", convention="qwen_math_prm").judge([SOLUTIONS[1]])[0]
+    assert asked.counts()["judge"]["too_long"] == 1
+    assert "1 of 2 solutions are too long to judge; the last: " in capsys.readouterr().err
 
 
 def test_new_weights_under_the_same_path_give_new_scores(qwen: Path, tmp_path: Path) -> None:

@@ -25,10 +25,13 @@ from megatron_stepkto.slurm.queue import Queued, comment
 from megatron_stepkto.slurm.site import read_site
 from tests.slurm.cluster import free_ports
 
-REAL = [
-    "llama3.1_8b_8xh100", "qwen2.5_math_7b_8xh100", "qwen2.5_1.5b_1xh200_smoke", "llama3.3_70b_64xh100_fp8",
-    "llama3.1_8b_lora_1xh100",
-]  # fmt: skip
+JUDGES_OF_REAL = {  # GPUs of the judge's job, and whether it starts a server
+    "llama3.1_8b_8xh100": (8, False),
+    "qwen2.5_math_7b_8xh100": (8, False),
+    "qwen2.5_1.5b_1xh200_smoke": (1, False),
+    "llama3.3_70b_64xh100_fp8": (8, True),
+    "llama3.1_8b_lora_1xh100": (1, False),
+}
 
 
 def test_graph_of_two_iterations(site: Path, repository: Path, tmp_path: Path) -> None:
@@ -177,6 +180,49 @@ def test_what_a_job_would_not_find_is_told_at_submission(
               f"--set={added}", "--dry-run"])  # fmt: skip
     assert stop.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+VLLM = "vllm serve $HERE --served-model-name m other --port 8000"
+
+
+@pytest.mark.parametrize(
+    ("server", "judge", "said"),
+    [
+        (VLLM, "model: m", None),
+        (f"{VLLM} -tp 4 --data-parallel-size=2", "model: other", None),
+        ("python -m vllm.entrypoints.openai.api_server --model $HERE --served-model-name m", "model: m", None),
+        ("my-server anything", "model: m", None),
+        (
+            VLLM,
+            "model: Qwen",
+            "JUDGE_SERVER serves m other, and the recipe's judge asks for Qwen; give the server --se",
+        ),
+        (
+            "vllm serve $HERE",
+            "model: m",
+            "JUDGE_SERVER serves $HERE, and the recipe's judge asks for m; give the server",
+        ),
+        ("vllm serve $HERE/no --served-model-name m", "model: m", "expected the judge's model folder, found none at"),
+        (
+            f"{VLLM} --tensor-parallel-size 8 -dp 2",
+            "model: m",
+            "JUDGE_SERVER needs 16 GPUs (8 x 1 x 2), its node has 8",
+        ),
+    ],
+)
+def test_the_judges_server_is_checked_at_submission(
+    site: Path, repository: Path, tmp_path: Path, server: str, judge: str, said: str | None
+) -> None:
+    """The judge's job would find out only after hours of sampling."""
+    with site.open("a") as file:
+        file.write(f"HERE={tmp_path}\nJUDGE_SERVER=({server})\n")
+    process = f"judge.process={{kind: llm, base_url: 'http://127.0.0.1:8000/v1', {judge}}}"
+    recipe = read_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", process])
+    if said is None:
+        check_site(recipe, read_site(site))
+        return
+    with pytest.raises(UserError, match=re.escape(said.replace("$HERE", str(tmp_path)))):
+        check_site(recipe, read_site(site))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +390,7 @@ def test_a_cancelled_job_is_not_put_back(site: Path, tmp_path: Path, line: str, 
     assert asked == ["scontrol requeue 7"]
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", JUDGES_OF_REAL)
 def test_recipes_for_real_models(
     name: str, site: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -361,6 +407,10 @@ def test_recipes_for_real_models(
         recipe.initial_model.name, "qwen2.5_math_7b"
     )
     shutil.copytree(repository / "recipes" / "configs" / known, recipe.initial_model)
+    (tmp_path / "models" / "Qwen2.5-Math-PRM-7B").mkdir()
+    with site.open("a") as file:
+        file.write("MODEL=$STEPKTO_MODELS/Llama-3.3-70B-Instruct\n")
+        file.write("JUDGE_SERVER=(vllm serve $MODEL --served-model-name Llama-3.3-70B-Instruct -tp 4 -dp 2)\n")
     (tmp_path / "math").mkdir()
     for file in ("train.jsonl", "test.jsonl"):
         (tmp_path / "math" / file).touch()
@@ -374,6 +424,12 @@ def test_recipes_for_real_models(
     assert "--dependency=afterok:${dataset_1}" in words
     nodes, per_node = max(1, recipe.train.parallel.ranks // 8), min(8, recipe.train.parallel.ranks)
     assert {f"--nodes={nodes}", f"--gpus-per-node={per_node}"} <= set(words)
+    gpus, server = JUDGES_OF_REAL[name]
+    for job in ("judge_1", "evaluate_0"):
+        [line] = [line for line in commands if line.startswith(f"{job}=")]
+        words = shlex.split(line.split("=", 1)[1].removeprefix("$(").removesuffix(")"))
+        assert {f"--gpus-per-node={gpus}", "--partition=h100"} <= set(words)
+        assert (words[-1] == "server") == server
     assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
 
 

@@ -1,0 +1,286 @@
+"""``stepkto init``: from a model and a file of problems to a recipe that ``stepkto run`` accepts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.files import atomic_writer, stable_hash
+from megatron_stepkto.base.model_folder import read_config
+from megatron_stepkto.base.progress import ProgressBar, say, warn
+from megatron_stepkto.base.records import Problem, set_aside, write_records
+from megatron_stepkto.base.tables import splits_of
+from megatron_stepkto.checkpoints.convert import read_model_config
+from megatron_stepkto.checkpoints.hub import HUB, fetch_model
+from megatron_stepkto.first_recipe.draft import Found, draft, summary
+from megatron_stepkto.first_recipe.judge import reachable_judge
+from megatron_stepkto.first_recipe.machine import Sampler, find_target, sampler_here, sampling_keys
+from megatron_stepkto.first_recipe.pilot import Pilot, sample_some
+from megatron_stepkto.methods.registry import load_recipe
+from megatron_stepkto.problems.published import Published, hold_out, read_published, without
+from megatron_stepkto.recipe.keys import Prompt
+from megatron_stepkto.recipe.prompts import BadText, Prompts, load_tokenizer
+from megatron_stepkto.recipe.templates import TEMPLATES
+
+HELD_OUT_SHARE, HELD_OUT = 0.1, 500
+PILOT_TOKENS = {True: 2048, False: 512}  # of a response, on a GPU or not
+LONGEST = 200  # problems, the longest by characters, whose prompts are measured in tokens
+SHOWN = 3
+STEPS = "Solve the problem step by step, a blank line between steps. Put the final answer in \\boxed{}.\n\n{problem}"
+DEFAULT_POSITIONS = 4096  # where config.json does not say
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line says. model: a folder or ``hub:NAME[@REVISION]``. gpus None: those of this machine."""
+
+    model: str
+    problems: Path
+    test: Path | None
+    output: Path | None
+    gpus: int | None
+    cluster: str
+    samples: int
+    force: bool
+
+
+def make_recipe(wish: Wish) -> list[str]:
+    """Write the recipe, and beside it a folder of problem files; returns the lines to print.
+
+    Nothing is written before everything is decided, but for the files of a model that is downloaded.
+
+    Raises:
+        UserError: no such model or problems, the recipe exists, or the model fits nowhere.
+    """
+    name = _name(wish)
+    path = wish.output or Path(f"{name}.yaml")
+    folder = path.with_name(f"{path.stem}_problems")
+    _check_free(path, folder, wish.force)
+    target = find_target(wish.gpus, wish.cluster)
+    model, origin = _model(wish.model, path.parent)
+    config, entries = read_model_config(model)
+    positions = int(read_config(model).get("max_position_embeddings") or DEFAULT_POSITIONS)
+    prompts = _candidates(model)
+    train, test, test_why, published = _problems(wish, Prompts.of(prompts[0][0], model), positions)
+    longest = max(_longest(Prompts.of(prompt, model), [*train, *test]) for prompt, _ in prompts)
+    room = min(PILOT_TOKENS[target.cluster is not None and target.here], positions - longest)
+    sampler = sampler_here(model, entries, room) if wish.samples else Sampler(None, "--samples 0")
+    (prompt, why), pilot, sampler = _try_prompts(model, prompts, train, wish.samples, sampler, room)
+    found = Found(
+        name=path.stem if wish.output else name,
+        model=_written(model, path.parent), origin=origin, config=config, entries=entries, positions=positions,
+        longest_prompt=longest, prompt=prompt, prompt_why=why,
+        files=(f"{folder.name}/train.jsonl", f"{folder.name}/test.jsonl"), num_train=len(train), num_test=len(test),
+        train_why=f"from {wish.problems}", test_why=test_why, target=target, sampler=sampler, pilot=pilot,
+        judge=reachable_judge(target.gpus),
+    )  # fmt: skip
+    made = draft(found)
+    _check_free(path, folder, wish.force)
+    _write(path, folder, made.text, train, test, published.rejected)
+    return summary(made, found, path, _rejected_lines(published, folder / "quarantine.jsonl"))
+
+
+def _name(wish: Wish) -> str:
+    """Of the run: model and problems, in the characters that a recipe's name may have."""
+    model = wish.model.removeprefix(HUB).split("@")[0].rstrip("/").split("/")[-1] or Path.cwd().name
+    text = f"{model}_{wish.problems.resolve().stem}".lower()
+    return re.sub(r"[^a-z0-9._-]+", "_", text).strip("._-") or "recipe"
+
+
+def _check_free(path: Path, folder: Path, force: bool) -> None:
+    for existing in (path, folder):
+        if existing.exists() and not force:
+            raise UserError(
+                f"{existing}: already exists; name another recipe with --output, or pass --force to replace "
+                f"{path.name} and {folder.name}"
+            )
+
+
+def _model(source: str, below: Path) -> tuple[Path, str]:
+    if source.startswith(HUB):
+        return fetch_model(source, below / "models")
+    model = Path(source)
+    if not (model / "config.json").is_file():
+        found = "no config.json in it" if model.is_dir() else "a file" if model.exists() else "no such folder"
+        hint = f"; to download it, write {HUB}{source}" if not model.exists() and source.count("/") == 1 else ""
+        raise UserError(
+            f"{source}: expected a Hugging Face folder (config.json, tokenizer, weights), found {found}{hint}"
+        )
+    return model, ""
+
+
+def _written(model: Path, folder: Path) -> str:
+    """The model as the recipe names it: relative to its folder where it is inside, else absolute."""
+    inside = model.resolve().is_relative_to(folder.resolve())
+    return str(model.resolve().relative_to(folder.resolve()) if inside else model.resolve())
+
+
+# --- problems --------------------------------------------------------------------------------------------------
+
+
+def _problems(
+    wish: Wish, prompts: Prompts, positions: int
+) -> tuple[list[Problem], list[Problem], str, Published]:  # fmt: skip
+    """(train, test, where the test problems come from, what was read of all files)."""
+    if not wish.problems.exists():
+        raise UserError(f"{wish.problems}: expected a file or folder of problems, found none")
+    splits = splits_of(wish.problems)
+    train_files = splits.get("train") or [file for files in splits.values() for file in files]
+    held_out = next((split for split in ("test", "validation", "valid", "val", "dev") if split in splits), None)
+    check = _checker(prompts, positions)
+    read = _read(train_files, check, "problems")
+    if wish.test is not None:
+        test_files, why = [file for files in splits_of(wish.test).values() for file in files], f"from {wish.test}"
+    elif "train" in splits and held_out is not None:
+        test_files, why = splits[held_out], f"split {held_out} of {wish.problems}"
+    else:
+        count = max(1, min(HELD_OUT, int(HELD_OUT_SHARE * len(read.problems))))
+        if len(read.problems) <= count:
+            raise UserError(f"{wish.problems}: expected two problems or more, to train on and to test on, found one")
+        train, test = hold_out(read.problems, count)
+        return train, test, f"held out of {wish.problems} by the hash of their texts", read
+    tested = _read(test_files, check, "test problems")
+    train = without(read.problems, tested.problems)
+    if overlapping := len(read.problems) - len(train):
+        warn(f"{overlapping} training problems are also test problems, and were left out of training")
+    if not train:
+        raise UserError(f"{wish.problems}: all its problems are test problems; nothing is left to train on")
+    everything = replace(
+        read, rejected=read.rejected + tested.rejected, repeated=read.repeated + tested.repeated,
+        renamed=read.renamed or tested.renamed,
+    )  # fmt: skip
+    return train, tested.problems, why, everything
+
+
+def _read(files: Sequence[Path], check: Any, title: str) -> Published:
+    with ProgressBar(f"reading {title}", len(files), "files") as bar:
+        done = 0
+
+        def report(rows: int) -> None:
+            nonlocal done
+            if rows % 1000 == 0:
+                bar.update(done, f"{rows:,} rows")
+
+        found = read_published(files, check, report)
+        bar.update(len(files), f"{len(found.problems):,} problems")
+    return found
+
+
+def _checker(prompts: Prompts, positions: int) -> Any:
+    """What refuses a problem: special tokens in its text, unknown words, or half of all positions and more."""
+    tokenizer = prompts.tokenizer
+    unknown = tokenizer.unk_token_id
+
+    def check(problem: Problem) -> Problem:
+        prompts.check_problem(problem.problem)
+        text = problem.problem
+        # a token is a character or more; and of byte-level tokenizers none is unknown
+        if len(text) > positions // 2 or unknown is not None:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) > positions // 2:
+                raise BadText(f"has {len(ids)} tokens; the model has {positions} positions, for prompt and response")
+            if unknown in ids:
+                raise BadText("has words that the model's tokenizer does not know")
+        return problem
+
+    return check
+
+
+def _longest(prompts: Prompts, problems: Sequence[Problem]) -> int:
+    """Tokens of the longest prompt."""
+    longest = sorted(problems, key=lambda problem: -len(problem.problem))[:LONGEST]
+    return max(len(prompts.token_ids(problem.problem)) for problem in longest)
+
+
+def _rejected_lines(published: Published, quarantine: Path) -> list[str]:
+    lines = []
+    if published.rejected:
+        lines.append(f"rows that cannot be used, written to {quarantine}: {len(published.rejected)}")
+        lines += [f"  {row['file']}:{row['line']}: {row['error']}" for row in published.rejected[:SHOWN]]
+        lines += [f"  and {len(published.rejected) - SHOWN} more"] if len(published.rejected) > SHOWN else []
+    if published.repeated:
+        shown = ", ".join(published.repeated[:SHOWN])
+        more = ", ..." if len(published.repeated) > SHOWN else ""
+        lines.append(f"repeated problems, left out: {len(published.repeated)} ({shown}{more})")
+    if published.renamed:
+        lines.append("ids are not unique in the files: all were replaced by hashes of the texts")
+    return lines
+
+
+# --- prompt ----------------------------------------------------------------------------------------------------
+
+
+def _candidates(model: Path) -> list[tuple[Prompt, str]]:
+    """Prompts worth trying, the likeliest first: one where there is a chat template."""
+    tokenizer = load_tokenizer(model)
+    if tokenizer.chat_template:
+        qwen = str(read_config(model).get("model_type", "")).startswith("qwen")
+        template, why = (
+            (TEMPLATES["qwen_math"], "the sentence of Qwen2.5-Math's model card") if qwen
+            else (STEPS, "asks for steps, which the judge labels, and for an answer that is easy to find")
+        )  # fmt: skip
+        return [(Prompt(chat=True, template=template), f"the model's own chat template; {why}")]
+    known = []
+    for name in ("boxed", "plain"):
+        ids = tokenizer(TEMPLATES[name].replace("{problem}", ""), add_special_tokens=False)["input_ids"]
+        if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids:
+            known.append((Prompt(template=TEMPLATES[name]), "no chat template"))
+    return known or [(Prompt(), "no chat template")]
+
+
+def _try_prompts(
+    model: Path,
+    prompts: Sequence[tuple[Prompt, str]],
+    problems: Sequence[Problem],
+    count: int,
+    sampler: Sampler,
+    room: int,
+) -> tuple[tuple[Prompt, str], Pilot | None, Sampler]:
+    """The prompt with the most right answers, then with the most solutions that end, of those worth trying."""
+    if sampler.settings is None:
+        return prompts[0], None, sampler
+    asked = sorted(problems, key=lambda problem: stable_hash("pilot", problem.problem_id))[:count]
+    settings = sampling_keys(sampler.settings.backend, room)
+    tried = [(sample_some(model, asked, prompt, settings), (prompt, why)) for prompt, why in prompts]
+    pilot, (prompt, why) = max(tried, key=lambda each: (each[0].right, len(each[0].finished)))
+    if len(tried) > 1:
+        why += f": of {len(tried)} templates the one with most right answers ({pilot.right} of {pilot.count})"
+    return (prompt, why), pilot, sampler
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def _write(
+    path: Path,
+    folder: Path,
+    text: str,
+    train: Sequence[Problem],
+    test: Sequence[Problem],
+    rejected: list[dict[str, Any]],
+) -> None:
+    """The problem files, then the recipe, which is read once before it appears under its name."""
+    before = folder.exists()
+    draft_path = path.with_name(f".{path.name}")
+    try:
+        for name, problems in (("train", train), ("test", test)):
+            write_records(folder / f"{name}.jsonl", problems)
+        quarantine = folder / "quarantine.jsonl"
+        quarantine.unlink(missing_ok=True)
+        for source in dict.fromkeys(row["file"] for row in rejected):
+            set_aside(quarantine, Path(source), [row for row in rejected if row["file"] == source])
+        with atomic_writer(draft_path) as file:
+            file.write(text)
+        load_recipe(draft_path)
+        draft_path.replace(path)
+    except BaseException:
+        draft_path.unlink(missing_ok=True)
+        if not before:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    say(f"{folder}: {len(train):,} problems to train on, {len(test):,} to test on")

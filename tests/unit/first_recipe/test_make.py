@@ -1,0 +1,193 @@
+"""``stepkto init`` writes recipes that load, gives the numbers it measured, and never loses a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.first_recipe import judge as judges
+from megatron_stepkto.first_recipe import make
+from megatron_stepkto.first_recipe.judge import reachable_judge
+from megatron_stepkto.first_recipe.machine import Sampler, sampling_keys
+from megatron_stepkto.first_recipe.make import Wish, make_recipe
+from megatron_stepkto.first_recipe.pilot import Pilot
+from megatron_stepkto.first_recipe.yaml_lines import Key, yaml_lines
+from megatron_stepkto.methods.registry import load_recipe
+from megatron_stepkto.problems.chained_arithmetic.generate import generate
+from megatron_stepkto.recipe.keys import Recipe
+
+
+@pytest.fixture
+def wish(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Wish:
+    for name in ("JUDGE_URL", "JUDGE_KEY", "STEPKTO_MODELS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    problems = list(generate("train", 40, 1))
+    rows = [{"question": each.problem, "answer": f"So\n#### {each.answer}"} for each in problems]
+    Path("chains.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]) + "{broken\n")
+    return Wish(
+        model=str(repository / "recipes" / "mini_cpu_m0"), problems=Path("chains.jsonl"), test=None, output=None,
+        gpus=0, cluster="h100", samples=0, force=False,
+    )  # fmt: skip
+
+
+def changed(wish: Wish, **values: object) -> Wish:
+    return Wish(**{**vars(wish), **values})
+
+
+def made(wish: Wish) -> tuple[Recipe, list[str]]:
+    lines = make_recipe(wish)
+    return load_recipe(wish.output or "mini_cpu_m0_chains.yaml"), lines
+
+
+def test_without_a_gpu_or_samples(wish: Wish, tmp_path: Path) -> None:
+    recipe, lines = made(wish)
+    assert recipe.sample is not None
+    assert recipe.evaluate is not None
+    assert (recipe.train.device, recipe.train.dtype, recipe.iterations) == ("cpu", "float32", 1)
+    assert (recipe.problems.per_iteration, recipe.evaluate.num_problems) == (32, 4)
+    assert recipe.sample.max_tokens == 256 - 42  # the positions that the longest prompt leaves
+    folder = tmp_path / "mini_cpu_m0_chains_problems"
+    assert len((folder / "train.jsonl").read_text().splitlines()) == 36
+    [bad] = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert (bad["file"], bad["line"], bad["row"]) == ("chains.jsonl", 42, "{broken")
+    text = "\n".join(lines)
+    assert "chains.jsonl:42: broken JSON" in text
+    assert "repeated problems, left out: 1 (chains.jsonl:41)" in text
+    assert "not decided:" in text
+    assert "sample.max_tokens is a default" in Path("mini_cpu_m0_chains.yaml").read_text()
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_gpus_that_are_planned(wish: Wish, gpus: int) -> None:
+    recipe, lines = made(changed(wish, gpus=gpus, output=Path("planned.yaml")))
+    assert recipe.sample is not None
+    assert recipe.train.parallel.ranks == recipe.sample.workers == gpus
+    assert (recipe.name, recipe.train.dtype, recipe.iterations) == ("planned", "bfloat16", 3)
+    assert "  stepkto slurm submit planned.yaml --dry-run" in lines
+
+
+TEXT = "Ann has 2 + 3 = 5 coins.\nBob has 5 * 2 = 10 coins.\nThe answer is 10."
+
+
+def pilot(lengths: tuple[int, ...], ended: int) -> Callable[..., Pilot]:
+    return lambda model, problems, prompt, settings: Pilot(
+        problems=tuple(problems[: len(lengths)]), texts=(TEXT,) * len(lengths), tokens=lengths,
+        finished=lengths[:ended], right=1, limit=settings.max_tokens, speed=100,
+    )  # fmt: skip
+
+
+def test_samples_decide_limits_steps_and_sizes(wish: Wish, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "sampler_here", lambda *_: Sampler(sampling_keys("vllm", 64), ""))
+    monkeypatch.setattr(make, "sample_some", pilot((40, 30, 20, 30), 4))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    recipe, lines = made(changed(wish, samples=4))
+    assert recipe.sample is not None
+    assert recipe.judge is not None
+    assert (recipe.sample.max_tokens, recipe.judge.split) == (128, "line")  # twice 40, in units of 64
+    assert recipe.problems.per_iteration == 36  # 1,200 s at 100 tokens/s would be 500 problems: all there are
+    assert any("it labelled 8 of 12 sampled steps, 0 of them wrong" in line for line in lines)
+    assert "  1 of 4 sampled answers are right" in lines
+
+
+def test_solutions_that_do_not_end_are_said(wish: Wish, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "sampler_here", lambda *_: Sampler(sampling_keys("vllm", 64), ""))
+    monkeypatch.setattr(make, "sample_some", pilot((40, 150, 150, 150), 1))
+    _, lines = made(changed(wish, samples=4))
+    assert any("3 of 4 sampled solutions did not end within" in line for line in lines)
+
+
+def test_an_existing_recipe_is_kept(wish: Wish) -> None:
+    path = Path("mini_cpu_m0_chains.yaml")
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"already exists; name another recipe with --output, or pass --force"):
+        make_recipe(wish)
+    assert path.read_text() == "mine"
+    recipe, _ = made(changed(wish, force=True))
+    assert recipe.name == "mini_cpu_m0_chains"
+
+
+def test_an_interrupt_leaves_nothing(wish: Wish, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make, "load_recipe", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_recipe(wish)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["chains.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "nowhere"}, "nowhere: expected a Hugging Face folder .* found no such folder"),
+        ({"model": "org/name"}, "to download it, write hub:org/name"),
+        ({"model": "."}, "found no config.json in it"),
+        ({"problems": Path("none.jsonl")}, "none.jsonl: expected a file or folder of problems, found none"),
+        ({"problems": Path("other.jsonl")}, "other.jsonl:1: has words that the model's tokenizer does not know"),
+        ({"test": Path("chains.jsonl")}, "all its problems are test problems"),
+    ],
+)  # fmt: skip
+def test_refusals(wish: Wish, values: dict[str, object], message: str) -> None:
+    Path("other.jsonl").write_text('{"problem": "Integrate the tangent.", "answer": "0"}\n')
+    with pytest.raises(UserError, match=message):
+        make_recipe(changed(wish, **values))
+    assert not list(Path().glob("*.yaml"))
+
+
+def test_the_judge_that_is_reachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def served(_: object) -> list[str]:
+        return ["judge-70b", "other"]
+
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    monkeypatch.setenv("STEPKTO_MODELS", str(tmp_path))
+    monkeypatch.setenv("JUDGE_URL", "http://127.0.0.1:9/v1")  # the port that answers nobody
+    found = reachable_judge(8)
+    assert found.process == "equations"
+    assert "$JUDGE_URL is set, but no server answers" in found.why
+    (tmp_path / judges.PRM).mkdir()
+    (tmp_path / judges.PRM / "config.json").touch()
+    assert reachable_judge(0).process == "equations"
+    process = reachable_judge(4).process
+    assert isinstance(process, dict)
+    assert (process["kind"], process["workers"]) == ("prm", 4)
+    monkeypatch.setattr(judges, "served_models", served)
+    process = reachable_judge(0).process
+    assert process == {"kind": "llm", "base_url": "${JUDGE_URL}", "model": "judge-70b", "votes": 5}
+
+
+def test_a_model_of_the_hub_is_named_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    from megatron_stepkto.checkpoints.hub import fetch_model
+
+    asked: list[object] = []
+
+    class Api:
+        def model_info(self, name: str, revision: str | None) -> object:
+            asked.append((name, revision))
+            return type("Info", (), {"sha": "0123456789abcdef"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k["revision"])))
+    folder, origin = fetch_model("hub:org/small@main", tmp_path)
+    assert (folder.name, origin) == ("small@0123456789ab", "hub:org/small@0123456789abcdef")
+    assert asked == [("org/small", "main"), (("org/small",), "0123456789abcdef")]
+    with pytest.raises(UserError, match="expected hub:NAME or hub:NAME@REVISION"):
+        fetch_model("hub:a b", tmp_path)
+
+
+def test_reasons_stand_beside_keys_or_above_them() -> None:
+    keys = [Key("a", 1e-6, "why"), Key("b", [Key("c", "x: y", "w" * 90)]), Key("d", {"e": True, "f": "no"})]
+    assert yaml_lines(keys) == [
+        f"{'a: 1.0e-6':<38}# why",
+        "b:",
+        f"  # {'w' * 90}",
+        '  c: "x: y"',
+        'd: {e: true, f: "no"}',
+    ]
