@@ -154,7 +154,8 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, targets, log_sum_exp = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         buffer = ctx.grad_buffer
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if buffer is None else buffer
+        trains = ctx.needs_input_grad[1]  # a frozen head has no gradient
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if buffer is None and trains else buffer
         rows = ctx.rows
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
@@ -168,9 +169,11 @@ class _LinearLogProbs(torch.autograd.Function):
             d_logits.mul_(grad[part, None])
             d_logits_low = d_logits.to(weight.dtype)
             grad_hidden[part] = d_logits_low @ weight[:rows]
-            _add_product(grad_weight[:rows], d_logits_low.t(), hidden[part])
+            if grad_weight is not None:
+                _add_product(grad_weight[:rows], d_logits_low.t(), hidden[part])
             del d_logits, d_logits_low  # before the next chunk's logits are made
-        return grad_hidden, grad_weight.to(weight.dtype) if buffer is None else None, *[None] * 6
+        own = grad_weight.to(weight.dtype) if grad_weight is not None and buffer is None else None
+        return grad_hidden, own, *[None] * 6
 
 
 def _local_targets(targets: Tensor, first_word: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_stepkto.base import examples as examples_on_disk
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
@@ -36,6 +39,27 @@ def write_llama(directory: Path, seed: int = 0, **changes: Any) -> Path:
     )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def write_adapter(
+    directory: Path, model: Path, rank: int, alpha: float, targets: Sequence[str] | None = None, scale: float = 0.1
+) -> Path:
+    """A PEFT folder by hand: random A and B of every matrix of a Hugging Face folder's layers, or of those named."""
+    generator = torch.Generator().manual_seed(7)
+    tensors, found = {}, set[str]()
+    for name, weight in load_file(model / "model.safetensors").items():
+        target = name.removesuffix(".weight").rpartition(".")[2]
+        if ".layers." not in name or weight.dim() < 2 or target == "gate" or (targets and target not in targets):
+            continue
+        found.add(target)
+        for letter, shape in (("A", (rank, weight.shape[1])), ("B", (weight.shape[0], rank))):
+            key = f"base_model.model.{name.removesuffix('.weight')}.lora_{letter}.weight"
+            tensors[key] = scale * torch.randn(shape, generator=generator)
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(found), "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
     return directory
 
 

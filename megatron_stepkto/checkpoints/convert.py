@@ -40,6 +40,7 @@ from megatron_stepkto.checkpoints.torch_dist import CheckpointReader, Checkpoint
 
 # Inside a Megatron folder: the Hugging Face config and tokenizer files, so that the way back needs nothing else.
 COMPANIONS = "huggingface"
+LORA_SETTINGS = "lora.json"  # inside a Megatron folder that holds adapters alone (adapter.py)
 HEAD, EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"
 HF_TO_MEGATRON, MEGATRON_TO_HF = "hf_to_megatron", "megatron_to_hf"
 
@@ -165,6 +166,11 @@ class MegatronSide:
 
     def __init__(self, directory: Path) -> None:
         weights = find_weights(directory)
+        if (weights / LORA_SETTINGS).is_file():
+            raise UserError(
+                f"{directory}: holds adapters alone ({LORA_SETTINGS}); the run's convert stage merges them into their "
+                "base (convert/model) and writes them for PEFT (convert/adapter)"
+            )
         self.reader = CheckpointReader(weights)
         self.companions = next((f / COMPANIONS for f in (weights, directory) if (f / COMPANIONS).is_dir()), None)
         if self.companions is None:
@@ -228,7 +234,7 @@ def pieces(
                 yield Piece(slice_.names[run.part], row, slice_.key, slice_.index, at, count)
 
 
-def _by_tensor(moved: Iterable[Moved]) -> dict[str, tuple[int, int]]:
+def checksums_by_tensor(moved: Iterable[Moved]) -> dict[str, tuple[int, int]]:
     """CRC-32 and bytes of every Hugging Face tensor as it was read."""
     parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for done in moved:
@@ -259,7 +265,7 @@ def tensor_checksums(side: Side, workers: int | None, title: str) -> dict[str, i
             title=title,
             total_bytes=sum(shape[0] * row_bytes[name] for slice_ in side.slices for name, shape in slice_.tensors()),
         )
-    return {name: crc for name, (crc, _) in _by_tensor(moved).items()}
+    return {name: crc for name, (crc, _) in checksums_by_tensor(moved).items()}
 
 
 # --- the two directions --------------------------------------------------------------------------------------
@@ -327,9 +333,9 @@ def hf_to_megatron(
                 title=f"convert {source.name} to Megatron",
                 total_bytes=sum(side.checkpoint.weights[name].num_bytes for s in side.slices for name in s.names),
             )
-            _refuse(not_finite, source)
-            tensors = _by_tensor(moved)
-            _check_manifest(source, tensors)
+            check_finite(not_finite, source)
+            tensors = checksums_by_tensor(moved)
+            check_manifest(source, tensors)
             parts: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, int]]] = defaultdict(list)
             for done in moved:
                 parts[done.piece.key, done.piece.index].append((done.piece.at, done.written_crc, done.written_bytes))
@@ -338,7 +344,7 @@ def hf_to_megatron(
                 (folder / COMPANIONS / name).parent.mkdir(parents=True, exist_ok=True)
                 files.write(folder / COMPANIONS / name, 0, content)
                 sums[f"{COMPANIONS}/{name}"] = (checksum(content), len(content))
-        _write_manifest(folder, HF_TO_MEGATRON, dtype, tensors, sums)
+        write_manifest(folder, HF_TO_MEGATRON, dtype, tensors, sums)
     return Converted(weight_bytes, len(tensors))
 
 
@@ -376,15 +382,16 @@ def megatron_to_hf(source: Path, target: Path, workers: int | None = None, *, re
                 title=f"convert {source.name} to Hugging Face",
                 total_bytes=weight_bytes,
             )
-            _refuse(not_finite, source)
-            found = _by_tensor(moved)
-            _check_manifest(source, found)
+            check_finite(not_finite, source)
+            found = checksums_by_tensor(moved)
+            check_manifest(source, found)
             sums = writer.finish(files, found, companions)
-        _write_manifest(folder, MEGATRON_TO_HF, None, found, sums)
+        write_manifest(folder, MEGATRON_TO_HF, None, found, sums)
     return Converted(weight_bytes, len(found))
 
 
-def _refuse(not_finite: set[str], source: Path) -> None:
+def check_finite(not_finite: set[str], source: Path) -> None:
+    """Raises UserError where there are tensors with NaN or infinite values."""
     if not_finite:
         verb = "holds" if len(not_finite) == 1 else "hold"
         raise UserError(
@@ -393,7 +400,7 @@ def _refuse(not_finite: set[str], source: Path) -> None:
         )
 
 
-def _check_manifest(source: Path, tensors: dict[str, tuple[int, int]]) -> None:
+def check_manifest(source: Path, tensors: dict[str, tuple[int, int]]) -> None:
     """Refuse a source that was damaged after a conversion wrote it: its manifest has every tensor's checksum."""
     manifest = read_manifest(source)
     if manifest is None or manifest.cast is not None:
@@ -406,13 +413,14 @@ def _check_manifest(source: Path, tensors: dict[str, tuple[int, int]]) -> None:
         )
 
 
-def _write_manifest(
+def write_manifest(
     folder: Path,
     direction: str,
     dtype: torch.dtype | None,
     tensors: dict[str, tuple[int, int]],
     sums: dict[str, tuple[int, int]],
 ) -> None:
+    """Write the manifest of a folder. tensors, sums: CRC-32 and bytes of every tensor, and of every file."""
     cast_to = str(dtype).removeprefix("torch.") if dtype else None
     manifest = Manifest(direction, cast_to, {name: crc for name, (crc, _) in tensors.items()}, sums)
     write_json(folder / MANIFEST, manifest.to_json())

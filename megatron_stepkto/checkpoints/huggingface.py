@@ -104,7 +104,8 @@ class HFCheckpoint:
         if (directory / ADAPTER).is_file():  # often without a config.json
             raise UserError(
                 f"{directory}: holds an adapter ({ADAPTER}), which would be left out; merge it into the "
-                f"model (peft's merge_and_unload), or remove {ADAPTER} to take the model without it"
+                f"model (peft's merge_and_unload), or remove {ADAPTER} to take the model without it; to train it "
+                "further, keep it in a folder of its own and name that as train.lora.start"
             )
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory}: expected a Hugging Face model folder (with config.json), found none")

@@ -252,7 +252,8 @@ def _check(case: Scenario, plan: Plan) -> list[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-Core warns of every accelerator that is not installed,
         logging.getLogger("megatron").setLevel(logging.ERROR)  # and of our MLP once per shard
-        checks = check_plan(case.config, case.entries, plan.settings.parallel, torch.bfloat16)
+        settings = plan.settings
+        checks = check_plan(case.config, case.entries, settings.parallel, torch.bfloat16, settings.lora)
     wrong = [check for check in checks if not check.agrees]
     if wrong:
         raise UserError(

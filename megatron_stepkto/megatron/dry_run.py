@@ -8,12 +8,13 @@ can be counted, not estimated, on a laptop.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_stepkto.architectures.adapters import AdaptedLinear, adapted_linears, adapter_parameters
 from megatron_stepkto.architectures.model_config import Entry, ModelConfig
 from megatron_stepkto.architectures.sharding import (
     Check,
@@ -23,7 +24,7 @@ from megatron_stepkto.architectures.sharding import (
     stage_parameters,
 )
 from megatron_stepkto.megatron import patches
-from megatron_stepkto.recipe.keys import Parallel
+from megatron_stepkto.recipe.keys import LoRA, Parallel
 
 
 def global_rank(parallel: Parallel, tensor_rank: int, stage: int, data_rank: int) -> int:
@@ -65,14 +66,16 @@ def build_shard(
     stage: int = 0,
     data_rank: int = 0,
     optimizer: bool = False,
+    lora: LoRA | None = None,
+    adapted: Mapping[str, AdaptedLinear] | None = None,
 ) -> Shard:
-    """Build one rank's shard, and count its elements."""
+    """Build one rank's shard, and count its elements. lora, adapted: see ``build_model_chunks``."""
     from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 
     rank = global_rank(parallel, tensor_rank, stage, data_rank)
     with fake_rank(parallel, rank), patches.on_meta_device():
         megatron = transformer_config(config, parallel, dtype, on_cpu=True)
-        chunks = build_model_chunks(config, megatron)
+        chunks = build_model_chunks(config, megatron, lora=lora, adapted=adapted)
         assert all(weight.is_meta for chunk in chunks for weight in chunk.parameters())
         counted = tuple(sum(weight.numel() for weight in chunk.parameters()) for chunk in chunks)
         held = _optimizer_elements(megatron, list(chunks), dtype) if optimizer else None
@@ -102,11 +105,17 @@ def _optimizer_elements(megatron: Any, chunks: list[Any], dtype: torch.dtype) ->
     )
 
 
-def check_plan(config: ModelConfig, entries: list[Entry], parallel: Parallel, dtype: torch.dtype) -> list[Check]:
+def check_plan(
+    config: ModelConfig, entries: list[Entry], parallel: Parallel, dtype: torch.dtype, lora: LoRA | None = None
+) -> list[Check]:
     """Build the first and last tensor rank of every pipeline stage and compare with the plan, element by element."""
     checks = []
+    adapted = adapted_linears(entries, lora.targets) if lora else None
     for stage in range(parallel.pipeline):
-        planned = stage_parameters(config, entries, parallel, stage)
+        planned = trained = stage_parameters(config, entries, parallel, stage)
+        if lora:
+            trained = adapter_parameters(config, entries, lora, parallel, stage)
+        held = tuple(map(sum, zip(planned.chunks, trained.chunks, strict=True))) if lora else planned.chunks
         for tensor_rank in sorted({0, parallel.tensor - 1}):
             shard = build_shard(
                 config,
@@ -115,7 +124,9 @@ def check_plan(config: ModelConfig, entries: list[Entry], parallel: Parallel, dt
                 tensor_rank=tensor_rank,
                 stage=stage,
                 optimizer=parallel.distributed_optimizer,
+                lora=lora,
+                adapted=adapted,
             )
-            largest = optimizer_shard(planned, parallel) if parallel.distributed_optimizer else None
-            checks.append(Check(shard, planned.chunks, largest))
+            largest = optimizer_shard(trained, parallel) if parallel.distributed_optimizer else None
+            checks.append(Check(shard, held, largest))
     return checks

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,11 +23,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_stepkto.architectures.adapters import AdaptedLinear
 from megatron_stepkto.architectures.flops import forward_flops
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.batch import Document, MicroBatch, Slot
 from megatron_stepkto.megatron.context_parallel import join, own_part
+from megatron_stepkto.megatron.lora import Factors, adapters_of
 from megatron_stepkto.megatron.main_weights import optimizer_parts
 from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 from megatron_stepkto.megatron.state import Checkpoints
@@ -44,6 +46,7 @@ class Engine:
 
     Args:
         train: False for passes without gradient: no optimizer.
+        adapted: with ``settings.lora``: the layers that have adapters.
     """
 
     def __init__(
@@ -54,9 +57,11 @@ class Engine:
         acceleration: Acceleration = PLAIN,
         *,
         train: bool = True,
+        adapted: Mapping[str, AdaptedLinear] | None = None,
     ) -> None:
         self.config, self.settings, self.device, self.acceleration = config, settings, device, acceleration
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+        self.adapted = adapted or {}
         parallel = settings.parallel
         self.megatron = transformer_config(
             config,
@@ -66,7 +71,7 @@ class Engine:
             on_cpu=device.type == "cpu",
             recompute=settings.recompute,
         )
-        self.policies = build_model_chunks(config, self.megatron, acceleration)
+        self.policies = build_model_chunks(config, self.megatron, acceleration, settings.lora, adapted)
         for policy in self.policies:
             policy.to(device)
         modules: list[Any] = list(self.policies)
@@ -107,6 +112,27 @@ class Engine:
             self.model,
         )
         self.megatron.grad_scale_func = self.optimizer.scale_loss
+
+    # --- adapters ------------------------------------------------------------------------------------------
+
+    def set_adapters(self, factors: Factors) -> None:
+        """Set the adapters' values; Megatron's main weights follow."""
+        for adapter in adapters_of(self.policies):
+            adapter.fill(factors)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Within the block the model is its base."""
+        adapters = list(adapters_of(self.policies))
+        for adapter in adapters:
+            adapter.enabled = False
+        try:
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.enabled = True
 
     # --- place in the layout -------------------------------------------------------------------------------
 
@@ -156,11 +182,13 @@ class Engine:
         """Model FLOPs of training on one document: three forward passes' (the backward pass costs two).
 
         Matrix products of the layers at every token and of the head at response tokens, causal attention at half
-        the pairs. Recomputed activations, the KL pass and padding are not counted: they are overhead.
+        the pairs. Recomputed activations, the KL pass and padding are not counted: they are overhead. With adapters
+        the backward pass costs one: frozen weights have no gradient (the adapters' own products are not counted).
         """
         size, response = len(document), len(document.response)
         layer, head = forward_flops(self.config, size, response, size)
-        return 3 * (self.config.num_layers * layer + head)
+        passes = 2 if self.settings.lora else 3
+        return passes * (self.config.num_layers * layer + head)
 
     # --- passes --------------------------------------------------------------------------------------------
 

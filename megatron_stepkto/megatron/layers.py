@@ -54,10 +54,10 @@ class _RMSNorm(torch.autograd.Function):
         grad, x, weight = grads[0].float(), x.float(), weight.float()
         product = grad * x
         flat = product.reshape(-1, size)  # a gradient may come transposed
-        grad_weight = torch.mv(flat.t(), r.reshape(-1))
+        grad_weight = torch.mv(flat.t(), r.reshape(-1)).to(dtype) if ctx.needs_input_grad[1] else None
         factor = torch.mv(flat, weight).view_as(r) * r.pow(3).div_(-size)
         grad_x = torch.mul(grad, weight, out=product).mul_(r).addcmul_(x, factor)
-        return grad_x.to(dtype), grad_weight.to(dtype), None
+        return grad_x.to(dtype), grad_weight, None
 
 
 class PackedAttention(DotProductAttention):

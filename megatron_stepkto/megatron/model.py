@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import silu
 
+from megatron_stepkto.architectures.adapters import AdaptedLinear
 from megatron_stepkto.architectures.layout import check_layout
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.architectures.sharding import padded_vocab_size
@@ -41,7 +42,8 @@ from megatron_stepkto.logprobs import linear_log_probs, linear_log_probs_and_ent
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.context_parallel import ContextParallelAttention
 from megatron_stepkto.megatron.layers import GatedMLP, PackedAttention, RMSNorm, ScoredLayer
-from megatron_stepkto.recipe.keys import Parallel
+from megatron_stepkto.megatron.lora import add_adapters
+from megatron_stepkto.recipe.keys import LoRA, Parallel
 
 
 class PolicyModel(GPTModel):
@@ -75,7 +77,8 @@ class PolicyModel(GPTModel):
         group = parallel_state.get_tensor_model_parallel_group()
         # Where the layers add their weights' gradients into DDP's float32 buffer, so does the head. (A tied weight's
         # gradient as an embedding still comes by autograd, and DDP adds it there too.)
-        buffer = weight.main_grad if self.config.gradient_accumulation_fusion else None
+        fused = self.config.gradient_accumulation_fusion and weight.requires_grad
+        buffer = weight.main_grad if fused else None
         head = (hidden[:, 0], weight, targets, self.words, group)
         if entropy:
             return linear_log_probs_and_entropy(*head, grad_buffer=buffer)
@@ -259,8 +262,14 @@ def build_model_chunks(
     config: ModelConfig,
     megatron: TransformerConfig,
     acceleration: Acceleration = PLAIN,
+    lora: LoRA | None = None,
+    adapted: Mapping[str, AdaptedLinear] | None = None,
 ) -> list[PolicyModel]:
-    """This rank's part of the model: one chunk, or one per virtual pipeline stage. Weights are not initialised."""
+    """This rank's part of the model: one chunk, or one per virtual pipeline stage. Weights are not initialised.
+
+    Args:
+        lora, adapted: train only these layers' adapters.
+    """
     stages: list[int | None] = (
         list(range(megatron.virtual_pipeline_model_parallel_size))
         if megatron.virtual_pipeline_model_parallel_size
@@ -293,6 +302,9 @@ def build_model_chunks(
         chunk.keeps_scored_rows = keeps_scored_rows
         _mark_tensor_parallel(chunk)
         _mark_experts(chunk, megatron)
+        if lora is not None:
+            assert adapted is not None
+            add_adapters(chunk, adapted, lora)
         chunk.model_type = ModelType.encoder_or_decoder
         chunks.append(chunk)
     return chunks

@@ -1,7 +1,8 @@
 """Checkpoints of a training in Megatron's ``torch_dist`` format: written at one layout, read at any.
 
 Weights alone (``load_weights``, ``save_weights``) are the folders that ``stepkto convert`` writes and reads; a state
-(``load_state``, ``save_state``) also holds the optimizer's, to resume from.
+(``load_state``, ``save_state``) also holds the optimizer's, to resume from. Of a model with adapters, which never
+changes its base, ``load_weights`` reads the base, and everything else writes and reads the adapters alone.
 """
 
 from __future__ import annotations
@@ -31,17 +32,23 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_stepkto.architectures.adapters import ADAPTER
 from megatron_stepkto.base.errors import MachineFault, UserError
 from megatron_stepkto.base.storage import check_space, is_nearly_full, refusal, writing
 from megatron_stepkto.checkpoints.metadata import check_format, read_metadata
 from megatron_stepkto.checkpoints.unpickling import blame, plain_layer_state
 from megatron_stepkto.megatron.acceleration import Acceleration
+from megatron_stepkto.megatron.lora import adapters_of
 from megatron_stepkto.megatron.main_weights import load_main_weights, optimizer_parts, whole_main_weights
 from megatron_stepkto.megatron.model import PolicyModel
 from megatron_stepkto.megatron.patches import plain_objects_only
 from megatron_stepkto.megatron.version import async_writer, needs_common_pt
 
 EXTRA = "_extra_state"
+
+
+def _is_adapter(name: str) -> bool:
+    return f".{ADAPTER}." in name
 
 
 class Checkpoints:
@@ -68,13 +75,23 @@ class Checkpoints:
         self._saving = Path()  # the last checkpoint whose saving began
 
     def weights(self) -> dict[str, Any]:
-        """This rank's shards of the weights, as ``save_weights`` writes them."""
-        state = self._parameters()
+        """This rank's shards of the weights that train, as ``save_weights`` writes them."""
+        state = self._parameters(adapters=self._adapts)
         self._put_main_weights(state)
         return state
 
-    def _parameters(self) -> dict[str, Any]:
-        return {self._part(index): policy.sharded_state_dict() for index, policy in enumerate(self._policies)}
+    @property
+    def _adapts(self) -> bool:
+        return next(adapters_of(self._policies), None) is not None
+
+    def _parameters(self, *, adapters: bool) -> dict[str, Any]:
+        """The model's weights, or those of its adapters."""
+        return {
+            self._part(index): {
+                name: value for name, value in policy.sharded_state_dict().items() if _is_adapter(name) == adapters
+            }
+            for index, policy in enumerate(self._policies)
+        }
 
     def _put_main_weights(self, state: dict[str, Any]) -> None:
         """Replace FP8 weights by main weights: FP8 rounds far more coarsely than bf16."""
@@ -88,7 +105,7 @@ class Checkpoints:
         return bool(self._optimizer and self._acceleration.fp8 and self._acceleration.fp8.weights)
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
-        state = self._parameters()
+        state = self._parameters(adapters=self._adapts)
         # Megatron finds a weight's optimizer state by the weight object: main weights replace it only afterwards.
         optimizer = self._optimizer.sharded_state_dict(
             state,
@@ -99,12 +116,14 @@ class Checkpoints:
         return {**state, "optimizer": optimizer}
 
     def load_weights(self, directory: Path) -> None:
-        """Load weights saved at any layout.
+        """Load weights saved at any layout; of a model with adapters, its base.
 
         Raises:
             UserError: a weight is missing or left over, or the folder is not a safe checkpoint.
         """
-        loaded = self._load(directory, self.weights())
+        state = self._parameters(adapters=False)
+        self._put_main_weights(state)
+        loaded = self._load(directory, state)
         if self._fp8_weights:
             for index, policy in enumerate(self._policies):
                 load_main_weights(self._optimizer, policy, loaded[self._part(index)])
@@ -186,7 +205,9 @@ class Checkpoints:
                 for name, value in loaded[self._part(index)].items()
             }
             with plain_objects_only():  # Transformer Engine's older format is an archive that it loads by itself
-                policy.load_state_dict(weights, strict=True)
+                lacking, unknown = policy.load_state_dict(weights, strict=False)
+            other = {name for name in policy.state_dict() if _is_adapter(name) != any(map(_is_adapter, weights))}
+            assert set(lacking) <= other and not unknown, f"{directory}: {lacking} were not loaded, {unknown} are new"
             _zero_vocab_padding(policy)
         return dict(loaded)
 

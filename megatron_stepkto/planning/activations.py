@@ -35,13 +35,14 @@ CPU = Kernels(fused_experts=False, fused_rope=True, scored_rows=True)
 
 @dataclass(frozen=True)
 class Layout:
-    """What determines a rank's activations. num_bytes: of the compute dtype."""
+    """What determines a rank's activations. num_bytes: of the compute dtype. low_rank: ``low_rank_width``."""
 
     tensor: int
     sequence: bool
     num_bytes: int
     recompute: bool
     kernels: Kernels
+    low_rank: float = 0.0
 
     @property
     def hidden_share(self) -> int:
@@ -69,6 +70,7 @@ def layer_bytes(config: ModelConfig, layout: Layout) -> dict[str, float]:
         "attention output": 2 * queries * b + 4 * config.num_heads / layout.tensor,
         "mlp input": hidden * b,
         "mlp": _mlp_bytes(config, layout),
+        "adapters": layout.low_rank * b,
     }
 
 

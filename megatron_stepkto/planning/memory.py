@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from megatron_stepkto.architectures.adapters import adapter_parameters, low_rank_width
 from megatron_stepkto.architectures.model_config import Entry, ModelConfig
 from megatron_stepkto.architectures.sharding import (
+    StageParameters,
     data_parallel_size,
     optimizer_shard,
     padded_vocab_size,
@@ -67,13 +69,24 @@ class StageMemory:
 
 
 def state_bytes(config: ModelConfig, entries: list[Entry], settings: Training, stage: int) -> tuple[int, int, int]:
-    """(weights, gradients, optimizer) of a rank, as ``Engine`` allocates them."""
+    """(weights, gradients, optimizer) of a rank, as ``Engine`` allocates them. Frozen weights are weights alone."""
     parallel = settings.parallel
-    held = stage_parameters(config, entries, parallel, stage)
-    shard = optimizer_shard(held, parallel) if parallel.distributed_optimizer else held.total
+    held, trained = held_and_trained(config, entries, settings, stage)
+    shard = optimizer_shard(trained, parallel) if parallel.distributed_optimizer else trained.total
     if settings.dtype == "bfloat16":
-        return 2 * held.total, 4 * held.total, 12 * shard  # float32 main weights and two moments
-    return 4 * held.total, 4 * held.total, 8 * shard  # the weights are their own main weights
+        return 2 * held, 4 * trained.total, 12 * shard  # float32 main weights and two moments
+    return 4 * held, 4 * trained.total, 8 * shard  # the weights are their own main weights
+
+
+def held_and_trained(
+    config: ModelConfig, entries: list[Entry], settings: Training, stage: int
+) -> tuple[int, StageParameters]:
+    """Elements of all weights on a rank, and those that train: all of them, or adapters."""
+    held = stage_parameters(config, entries, settings.parallel, stage)
+    if settings.lora is None:
+        return held.total, held
+    adapters = adapter_parameters(config, entries, settings.lora, settings.parallel, stage)
+    return held.total + adapters.total, adapters
 
 
 def stage_memory(
@@ -92,7 +105,9 @@ def stage_memory(
     """
     parallel, tokens = settings.parallel, settings.micro_batch_tokens // settings.parallel.context
     num_bytes = 2 if settings.dtype == "bfloat16" else 4
-    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, CUDA if on_gpu else CPU)
+    low_rank = low_rank_width(config, entries, settings.lora, parallel) if settings.lora else 0.0
+    kernels = CUDA if on_gpu else CPU
+    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, kernels, low_rank)
     weights, gradients, optimizer = state_bytes(config, entries, settings, stage)
     in_flight = layers_in_flight(config, parallel, stage, num_micro_batches)
     activations = tokens * (in_flight * saved_per_layer(config, layout) + working_bytes(config, layout))
@@ -109,12 +124,14 @@ def stage_memory(
         # backward of a chunk: float32 logits and their copy in the compute dtype; the weight's gradient adds up in
         # float32, beside one chunk's product and its float32 copy, and is returned in the compute dtype
         chunk = min(tokens, tokens_at_a_time(rows))
-        head = chunk * rows * (4 + num_bytes) + rows * config.hidden_size * (4 + 2 * num_bytes + 4)
+        head = chunk * rows * (4 + num_bytes)
+        if settings.lora is None:  # a frozen head has no gradient
+            head += rows * config.hidden_size * (4 + 2 * num_bytes + 4)
         forward_only += chunk * rows * 4 + tokens * config.hidden_size * num_bytes
     shard = optimizer / (12 if settings.dtype == "bfloat16" else 8)
     return StageMemory(
         stage=stage,
-        parameters=stage_parameters(config, entries, parallel, stage).total,
+        parameters=held_and_trained(config, entries, settings, stage)[0],
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,

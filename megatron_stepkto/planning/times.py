@@ -109,15 +109,18 @@ class _Pass:
         return self.compute + self.tensor_parallel + self.expert_parallel + self.pipeline_messages
 
 
-def _pass(case: Scenario, settings: Training, tokens: float, layer_passes: int, head_passes: int) -> _Pass:
+def _pass(
+    case: Scenario, settings: Training, tokens: float, layer_passes: int, head_passes: int, *, frozen: bool = False
+) -> _Pass:
     """A micro-batch of ``tokens``. layer_passes: forward passes' worth of arithmetic (3 with backward, 4 with
-    recompute); head_passes likewise."""
+    recompute); head_passes likewise. frozen: the weights have no gradient, which saves one of each; the adapters' own
+    products are not counted."""
     config, cluster, assumed = case.config, case.cluster, case.assumed
     parallel = settings.parallel
     layer, head = forward_flops(config, tokens, tokens * case.work.response_share, case.work.tokens)
     layers = config.num_layers / parallel.pipeline
     speed = cluster.bf16_tflops * 1e12 * assumed.mfu * parallel.tensor
-    compute = (layers * layer * layer_passes + head * head_passes) / speed
+    compute = (layers * layer * (layer_passes - frozen) + head * (head_passes - frozen)) / speed
 
     hidden = tokens * config.hidden_size * (2 if settings.dtype == "bfloat16" else 4)
     # two all-reduces (or their halves, under sequence parallelism) per layer and direction; recompute repeats one
@@ -160,7 +163,7 @@ def estimate_times(case: Scenario, settings: Training) -> Times:
     batch_tokens = work.global_batch * work.tokens
     count, tokens = micro_batches(case, settings, batch_tokens)
     # the head computes its logits again in the backward pass: one product forward, three backward
-    train = _pass(case, settings, tokens, 4 if settings.recompute else 3, 4)
+    train = _pass(case, settings, tokens, 4 if settings.recompute else 3, 4, frozen=settings.lora is not None)
 
     def forward_only(total: float) -> float:
         if not total:
@@ -173,7 +176,7 @@ def estimate_times(case: Scenario, settings: Training) -> Times:
     bubble = bubble_passes * train.total
     proper = count * train.total + bubble + reduction + step
     layer, head = forward_flops(config, batch_tokens, batch_tokens * work.response_share, work.tokens)
-    model_flops = 3 * (config.num_layers * layer + head)
+    model_flops = (2 if settings.lora else 3) * (config.num_layers * layer + head)
     reference = forward_only(work.examples * work.tokens * (1 + work.kl_share)) if work.uses_reference else 0.0
     sampling = sampling_seconds(case)
     return Times(
@@ -199,7 +202,8 @@ def _once_per_update(case: Scenario, settings: Training) -> tuple[float, float]:
     parallel = settings.parallel
     replicas = data_parallel_size(parallel)
     held = [state_bytes(case.config, case.entries, settings, stage) for stage in range(parallel.pipeline)]
-    weights, gradients, optimizer = (max(sizes) for sizes in zip(*held, strict=True))
+    _, gradients, optimizer = (max(sizes) for sizes in zip(*held, strict=True))
+    weights = gradients / 4 * (2 if settings.dtype == "bfloat16" else 4)  # those that train
     share = (replicas - 1) / replicas
     # float32 gradients: reduce-scatter and, for the new weights, all-gather; or one all-reduce
     moved = gradients + weights if parallel.distributed_optimizer else 2 * gradients

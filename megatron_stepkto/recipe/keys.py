@@ -24,12 +24,13 @@ from megatron_stepkto.recipe.judge_keys import (
 from megatron_stepkto.recipe.sample_keys import Sampling
 from megatron_stepkto.recipe.section import Dtype, RecipePath, Section, TextPath, deciding, unkeyed
 from megatron_stepkto.recipe.templates import TEMPLATES
-from megatron_stepkto.recipe.train_keys import FP8, Log, Loss, Method, Optimizer, Parallel, Training
+from megatron_stepkto.recipe.train_keys import FP8, Log, LoRA, Loss, Method, Optimizer, Parallel, Training
 
 __all__ = [
-    "FP8", "CombinedJudge", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "Log", "Loss", "Measure",
-    "Method", "MonteCarloJudge", "Optimizer", "PRMJudge", "Parallel", "Problems", "ProcessJudge", "Prompt", "Recipe",
-    "RewardModel", "RuleJudge", "Sampling", "Section", "Training", "WarmUp", "deciding", "nearest_place", "unkeyed",
+    "FP8", "CombinedJudge", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "LoRA", "Log", "Loss",
+    "Measure", "Method", "MonteCarloJudge", "Optimizer", "PRMJudge", "Parallel", "Problems", "ProcessJudge", "Prompt",
+    "Recipe", "RewardModel", "RuleJudge", "Sampling", "Section", "Training", "WarmUp", "deciding", "nearest_place",
+    "unkeyed",
 ]  # fmt: skip
 
 
@@ -132,6 +133,8 @@ class WarmUp(Section):
 
     @model_validator(mode="after")
     def _check_corpus(self) -> Self:
+        if self.training.lora is not None:
+            raise ValueError("training.lora: a warm-up trains all weights; remove it, and set train.lora")
         new = {"architecture": self.architecture, "tokenizer": self.tokenizer, "corpus_size": self.corpus_size}
         given = [name for name, value in new.items() if value is not None]
         if self.solutions and given:
@@ -177,6 +180,10 @@ class Recipe(Section):
             raise ValueError("give initial_model (a Hugging Face folder) or warm_up (which makes one)")
         if self.initial_model is None and self.warm_up is not None and self.warm_up.solutions:
             raise ValueError("warm_up.solutions train initial_model, a Hugging Face folder: give initial_model")
+        if self.warm_up is not None and self.warm_up.solutions and self.train.lora and self.train.lora.start:
+            raise ValueError(
+                "train.lora.start is an adapter of initial_model, whose weights warm_up.solutions change: remove one"
+            )
         sampled = self.problems.source != "imports"
         if sampled and (self.sample is None or self.judge is None):
             raise ValueError(f"problems.source: {self.problems.source} needs the sections sample and judge")

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_stepkto.recipe.section import Section, Unkeyed
+from megatron_stepkto.recipe.section import Added, RecipePath, Section, Unkeyed
 
 Method = str  # a name of methods/registry.py, which checks it, and the keys beside it, right after loading
 
@@ -116,6 +116,35 @@ class FP8(Section):
         return self
 
 
+class LoRA(Section):
+    """Trains low-rank updates of linear layers alone: W + alpha / rank * B A (arXiv 2106.09685); the base is frozen.
+
+    The adapter is one for all iterations, and the reference is the base without it (reference: initial) or with the
+    adapter of the iteration before (previous): no second model is read.
+    """
+
+    rank: int = Field(16, ge=1, description="rows of A and columns of B")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    targets: Literal["all"] | list[str] = Field(
+        "all", description="linear layers by the last part of their Hugging Face name (q_proj, down_proj), or all"
+    )
+    start: RecipePath | None = Field(
+        None, description="PEFT folder of an adapter of initial_model, to train further; null: a new adapter"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="0: with dropout the policy would not be the one that sampled")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.dropout:
+            raise ValueError(
+                f"dropout must be 0, got {self.dropout}: with dropout the log-ratios would not start at 0, and the "
+                "model that trains would not be the one that sampled; lower rank or optimizer.lr against overfitting"
+            )
+        if not self.targets:
+            raise ValueError("targets is empty: nothing would train; name layers, or set targets: all")
+        return self
+
+
 class Log(Section):
     """Where metrics go besides ``metrics.jsonl``."""
 
@@ -156,6 +185,7 @@ class Training(Section):
     max_gap: Unkeyed[float] = Field(
         0.05, gt=0, description="nats: mean distance of sampler and trainer log-probs above which the run warns"
     )
+    lora: Added[LoRA | None] = Field(None, description="train low-rank adapters alone; null: train all weights")
     log: Unkeyed[Log] = Field(Log(), description="where metrics go besides metrics.jsonl")
     timeout_s: Unkeyed[float] = Field(600.0, gt=0, description="seconds: limit of one collective operation")
 
@@ -173,6 +203,8 @@ class Training(Section):
             )
         if self.fp8 is None:
             return self
+        if self.lora is not None:
+            raise ValueError("lora and fp8 together are not supported: remove one of them")
         if self.dtype != "bfloat16":
             raise ValueError(f"fp8 goes with dtype: bfloat16, got {self.dtype}")
         if self.transformer_engine == "off":

@@ -52,8 +52,12 @@ class RunFolder:
         """Hugging Face folder of M_t as the run makes it; M0 by a warm-up."""
         return (self.stage("convert", t) if t > 0 else self.m0("convert")) / "model"
 
-    def m0(self, stage: Literal["tokenizer", "initial", "corpus", "train", "convert"]) -> Path:
-        """The folder of a stage of the warm-up."""
+    def adapter(self, t: int) -> Path:
+        """PEFT folder of M_t's adapter, of a run that trains one; M0 is its base."""
+        return self.stage("convert", t) / "adapter"
+
+    def m0(self, stage: Literal["tokenizer", "initial", "corpus", "train", "convert", "merge"]) -> Path:
+        """The folder of a stage of the warm-up; merge: of initial_model and the adapter that it starts with."""
         return self.base / "M0" / stage
 
     def evaluation(self, t: int) -> Path:
@@ -140,15 +144,23 @@ class Run:
         """See ``Recipe.pretrained``."""
         return self.recipe.pretrained()
 
+    @property
+    def base_model(self) -> Path:
+        """Hugging Face folder of initial_model, or of what the warm-up makes: adapters are trained of it."""
+        given = self.recipe.given_model() if not self.makes_m0 else None
+        return given or self.folder.model(0)
+
     def model(self, t: int) -> Path:
-        """Hugging Face folder of M_t; M0's is the recipe's initial_model unless a warm-up makes it."""
-        given = self.recipe.given_model() if t == 0 and not self.makes_m0 else None
-        return given or self.folder.model(t)
+        """Hugging Face folder of M_t; M0's is ``base_model``, or with a starting adapter the two merged."""
+        if t > 0:
+            return self.folder.model(t)
+        lora = self.recipe.train.lora
+        return self.folder.m0("merge") / "model" if lora and lora.start else self.base_model
 
     @property
     def blueprint(self) -> Path:
         """A folder with the architecture and the tokenizer of every M_t: M0, or the model that becomes it."""
-        return self.pretrained or self.model(0)
+        return self.pretrained or self.base_model
 
     @property
     def tokenizer_folder(self) -> Path:

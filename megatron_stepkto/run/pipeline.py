@@ -22,6 +22,7 @@ from megatron_stepkto.run.stages import (
     evaluation_problems_stage,
     import_stage,
     judge_stage,
+    merge_stage,
     problems_stage,
     sample_stage,
     train_stage,
@@ -37,6 +38,8 @@ def prepare(run: Run) -> None:
         import_stage(run)
     if run.makes_m0:
         warm_up.make_m0(run)
+    if run.model(0) != run.base_model:
+        merge_stage(run)
     if run.recipe.evaluate:
         evaluation_problems_stage(run)
 

@@ -251,6 +251,8 @@ def checkpoint_bytes(recipe: Recipe, model: Path, trainings: int) -> int:
         return 0
     parameters = model_parameters(read_model_config(model)[1])
     weight, state = (2, 14) if recipe.train.dtype == "bfloat16" else (4, 12)
+    if recipe.train.lora:  # checkpoints hold adapters, a percent of the model; each iteration leaves a merged model
+        return parameters * (weight + trainings * weight)
     inputs = 2 if recipe.train.reference == "initial" else 1
     return parameters * (inputs * weight + (recipe.train.keep_checkpoints + 1) * state + trainings * 2 * weight)
 

@@ -11,6 +11,8 @@ from megatron_stepkto.recipe import keys as recipes
 def training_key(settings: recipes.Training) -> dict[str, Any]:
     """The settings that determine the trained weights, up to rounding: a run may resume at another layout."""
     key = recipes.deciding(settings)
+    if settings.lora:
+        del key["lora"]["start"]  # an input of the stage: its content counts
     # its checkpoints hold the optimizer's state in another form: neither kind resumes from the other's
     key["distributed_optimizer"] = settings.parallel.distributed_optimizer
     used = method_of(settings.method).loss_keys  # changing another method's does not make a finished stage stale

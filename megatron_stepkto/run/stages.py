@@ -220,14 +220,38 @@ def dataset_stage(run: Run, t: int) -> None:
 # --- train, convert, evaluate ----------------------------------------------------------------------------------
 
 
+def merge_stage(run: Run) -> None:
+    """Make M0 of initial_model and the adapter that train.lora.start names."""
+    import torch
+
+    from megatron_stepkto.checkpoints.adapter import merge_adapter
+
+    lora = run.recipe.train.lora
+    assert lora is not None
+    assert lora.start is not None
+    base, adapter, out = run.base_model, lora.start, run.model(0)
+    dtype = run.recipe.train.dtype
+
+    def work() -> Result:
+        check_fits(base, run.recipe)
+        merge_adapter(base, adapter, out, getattr(torch, dtype))
+        return Result([out])
+
+    run.run(Stage("M0 merge", out.parent, {"dtype": dtype}, {"base": base, "adapter": adapter}), work)
+
+
 def training_of(run: Run, t: int) -> Stage:
     data = run.folder.stage("dataset", t)
     settings = run.recipe.train.model_copy(update={"method": run.method})
     inputs = {"model": run.model(t - 1), "train": _examples(data / "train")}
+    if settings.lora:  # one adapter for all iterations
+        inputs["model"] = run.base_model
+        if adapter := run.folder.adapter(t - 1) if t > 1 else settings.lora.start:
+            inputs["adapter"] = adapter
     held_out = _examples(data / "held_out")
     if held_out.exists():
         inputs["held_out"] = held_out
-    if settings.reference == "initial" and t > 1:
+    if settings.reference == "initial" and t > 1 and not settings.lora:
         inputs["reference"] = run.model(0)
     seed = stable_hash(run.recipe.seed, "train", t) % 2**31
     key = {"train": training_key(settings), "seed": seed}
@@ -262,7 +286,27 @@ def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
 
 
 def convert_stage(run: Run, t: int) -> None:
-    convert(run, run.title(t, "convert"), run.folder.stage("train", t) / "final", run.folder.model(t))
+    trained, out = run.folder.stage("train", t) / "final", run.folder.model(t)
+    if run.recipe.train.lora:
+        _convert_adapter(run, t, trained, out)
+    else:
+        convert(run, run.title(t, "convert"), trained, out)
+
+
+def _convert_adapter(run: Run, t: int, trained: Path, out: Path) -> None:
+    """Write the adapter that a training left for PEFT, and its base with it as a Hugging Face folder."""
+    import torch
+
+    from megatron_stepkto.checkpoints.adapter import export_adapter, merge_adapter
+
+    base, adapter = run.base_model, run.folder.adapter(t)
+
+    def work() -> Result:
+        export_adapter(trained, adapter, base)
+        merge_adapter(base, adapter, out, getattr(torch, run.recipe.train.dtype))
+        return Result([adapter, out])
+
+    run.run(Stage(run.title(t, "convert"), out.parent, {}, {"trained": trained, "base": base}), work)
 
 
 def convert(run: Run, title: str, trained: Path, out: Path) -> None:
@@ -343,10 +387,18 @@ def evaluate_stage(run: Run, t: int, *, sample_next: bool = False) -> dict[str, 
 
 def check_fits(model: Path, recipe: recipes.Recipe) -> None:
     """Raises UserError for a model that cannot be trained in this layout on any machine."""
+    from megatron_stepkto.architectures.adapters import adapted_linears
     from megatron_stepkto.architectures.layout import check_layout
+    from megatron_stepkto.checkpoints.adapter import check_adapter, read_adapter
     from megatron_stepkto.checkpoints.convert import read_model_config
 
-    check_layout(read_model_config(model)[0], recipe.train.parallel, recipe.place)
+    config, entries = read_model_config(model)
+    check_layout(config, recipe.train.parallel, recipe.place)
+    if lora := recipe.train.lora:
+        key = "train.lora.targets"
+        linears = adapted_linears(entries, lora.targets, f"{recipe.place(key)}: {key}")
+        if lora.start:
+            check_adapter(read_adapter(lora.start), linears, lora)
 
 
 # Those that take an iteration from 1; evaluate also takes 0, for M0.

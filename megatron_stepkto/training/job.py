@@ -31,8 +31,12 @@ class Notes(BaseModel):
 
 
 class State(BaseModel):
-    """``state.json`` of a checkpoint: what a training resumes with, beside weights and optimizer."""
+    """``state.json`` of a checkpoint: what a training resumes with, beside weights and optimizer.
 
+    base: ``Job.base``: a checkpoint of adapters means nothing on another model.
+    """
+
+    base: str = ""
     batch_kl: dict[str, float]
     right_history: list[float]
     notes: dict[str, Any]
@@ -42,7 +46,9 @@ class Job(BaseModel):
     """Paths and settings of one training run.
 
     initial: torch_dist checkpoint whose weights are trained (the model that sampled). reference: the checkpoint of
-    the reference model; None: the initial one.
+    the reference model; None: the initial one. With ``settings.lora``, initial is the base, whose weights stay, and
+    adapter the PEFT folder whose adapter is trained further; None: a new one, which changes nothing at first.
+    base: hash of the model that initial was converted from.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +57,8 @@ class Job(BaseModel):
     seed: int
     initial: Path
     reference: Path | None
+    adapter: Path | None = None
+    base: str = ""
     train_examples: Path
     held_out_examples: Path | None
     directory: Path

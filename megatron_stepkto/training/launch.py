@@ -33,12 +33,15 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
     initial = directory / "initial"
     reference = directory / "reference" if "reference" in stage.inputs else None
     contents = sorted((name, entry["sha256"]) for name, entry in stage.key()["inputs"].items())
-    fingerprint = f"{stable_hash(contents, settings.dtype):016x}"
+    of_base = [settings.reference] if settings.lora else []  # of one model, with the adapter or without
+    fingerprint = f"{stable_hash(contents, settings.dtype, *of_base):016x}"
     job = Job(
         settings=settings,
         seed=seed,
         initial=initial,
         reference=reference,
+        adapter=stage.inputs.get("adapter"),
+        base=dict(contents)["model"],
         train_examples=stage.inputs["train"],
         held_out_examples=stage.inputs.get("held_out"),
         directory=directory,

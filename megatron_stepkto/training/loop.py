@@ -27,7 +27,8 @@ from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import STOPPED
 from megatron_stepkto.base.progress import ProgressFile
 from megatron_stepkto.base.records import LogRatios, write_records
-from megatron_stepkto.checkpoints.convert import COMPANIONS
+from megatron_stepkto.checkpoints.adapter import Trained, check_adapter, read_adapter
+from megatron_stepkto.checkpoints.convert import COMPANIONS, LORA_SETTINGS
 from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.losses import ReferencePoints
 from megatron_stepkto.megatron.batch import (
@@ -41,6 +42,7 @@ from megatron_stepkto.megatron.batch import (
     with_partner,
 )
 from megatron_stepkto.megatron.engine import Engine
+from megatron_stepkto.megatron.lora import initial_factors
 from megatron_stepkto.methods.metrics import (
     KL_SUMS,
     add_up,
@@ -139,6 +141,7 @@ class Trainer:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
         self.engine.checkpoints.load_weights(self.job.initial)
+        self.start_adapters()
         first = [solution_document(self.examples, i) for i in self.trained[: self.settings.global_batch_size]]
         self.engine.calibrate(pack_units([[document] for document in first], self.engine.slot()))
         self._measure_gap()
@@ -163,6 +166,17 @@ class Trainer:
                 self._log_held_out(update + 1)  # before the checkpoint: a resumed run keeps the rows up to it
                 if self._due(update + 1) and update + 1 < len(self.updates):
                     self._checkpoint(update + 1)
+
+    def start_adapters(self) -> None:
+        """Give the adapters, if the model has some, the values that training starts from."""
+        if self.settings.lora is None:
+            return
+        factors = initial_factors(self.job.seed)
+        if self.job.adapter:
+            adapter = read_adapter(self.job.adapter)
+            check_adapter(adapter, self.engine.adapted, self.settings.lora)
+            factors = adapter.factors
+        self.engine.set_adapters(factors)
 
     def _due(self, update: int) -> bool:
         """Whether a checkpoint follows this update, or the end."""
@@ -479,8 +493,13 @@ class Trainer:
             return 0
         done, directory = newest[0]
         self.saved = done
-        self.engine.checkpoints.load_state(directory)
         state = read_json(directory / "state.json", State)
+        if self.settings.lora and state["base"] != self.job.base:
+            raise UserError(
+                f"{directory}: its adapters belong to another base model than {self.job.initial}; restore that model, "
+                "or remove the checkpoint to train from the start"
+            )
+        self.engine.checkpoints.load_state(directory)
         self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]
         before, now = (notes.get("acceleration") for notes in (state["notes"], self.notes))
         if before != now:
@@ -502,7 +521,12 @@ class Trainer:
         self.saved = update
         final = self.job.checkpoints / f"update_{update:06d}"
         temporary = final.with_name(f".{final.name}.partial")
-        state = {"batch_kl": self.batch_kl, "right_history": self.right_history, "notes": copy.deepcopy(self.notes)}
+        state = {
+            "base": self.job.base,
+            "batch_kl": self.batch_kl,
+            "right_history": self.right_history,
+            "notes": copy.deepcopy(self.notes),
+        }
 
         def publish() -> None:
             if self.is_writer:
@@ -543,6 +567,9 @@ class Trainer:
             shutil.rmtree(temporary)
         self.engine.checkpoints.save_weights(temporary)
         if self.is_writer:
+            if self.settings.lora:
+                about = Trained(lora=self.settings.lora.model_copy(update={"start": None}), base=self.job.base)
+                write_json(temporary / LORA_SETTINGS, about.model_dump(mode="json"))
             copy_companions(self.job.initial / COMPANIONS, temporary / COMPANIONS)
             write_json(self.job.notes, self.notes)
             flush_tree(temporary)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_stepkto.architectures.adapters import adapted_linears
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.examples import NONE, Examples
 from megatron_stepkto.base.files import read_json
@@ -57,7 +58,10 @@ def make_trainer(job: Job, device: torch.device, acceleration: Acceleration = PL
     for each in (examples, held_out):
         if each:
             check_lengths(each, job, config.max_positions, config.vocab_size)
-    return Trainer(Engine(config, job.settings, device, acceleration), job, examples, held_out)
+    lora = job.settings.lora
+    adapted = adapted_linears(entries, lora.targets) if lora else None
+    engine = Engine(config, job.settings, device, acceleration, adapted=adapted)
+    return Trainer(engine, job, examples, held_out)
 
 
 def same_everywhere(line: str) -> str:

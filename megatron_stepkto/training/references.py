@@ -189,7 +189,9 @@ def find_references(engine: Engine, job: Job, documents: Documents, score: Calla
 
         if job.reference is not None:
             engine.checkpoints.load_weights(job.reference)
-        score(documents, per_step, found.put if found else lambda *_: None, known=known, keep=keep)
+        base = job.settings.lora is not None and job.settings.reference == "initial"
+        with engine.without_adapters() if base else contextlib.nullcontext():
+            score(documents, per_step, found.put if found else lambda *_: None, known=known, keep=keep)
         keep(True)
         if job.reference is not None:
             engine.checkpoints.load_weights(job.initial)

@@ -68,11 +68,13 @@ def main() -> None:
             return score(*args)
 
         trainer.engine.score = counted  # type: ignore[method-assign]
+        trainer.start_adapters()
+        before = whole_weights(trainer.engine) if job.settings.lora else {}
         trainer.train()
         weights = whole_weights(trainer.engine)
         if dist.get_rank() == 0:
-            torch.save({"weights": weights, "parameters": own, "resident": max(resident, default=own)},
-                       job.directory / "result.pt")  # fmt: skip
+            facts = {"parameters": own, "resident": max(resident, default=own)}
+            torch.save({"weights": weights, "before": before, **facts}, job.directory / "result.pt")
         del trainer, score, counted, earlier
         gc.collect()
         parallel_state.destroy_model_parallel()

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_stepkto.base.processes import Child, run_children
+from megatron_stepkto.checkpoints.adapter import export_adapter, merge_adapter
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.checkpoints.verify import verify
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
-from tests.builders import VOCABULARY, random_examples, write_examples
+from tests.builders import VOCABULARY, random_examples, write_adapter, write_examples
 from tests.model_folders import FAMILIES, write_model
 from tests.unit.checkpoint_folders import assert_same_bits
 
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.distributed
 TEXTS = [[3 + (7 * i) % 95 for i in range(150)], [5, 9, 11], [3 + (i * i) % 96 for i in range(40)]]
 TP2, PP2, EP2 = ({"ranks": 2, axis: 2} for axis in ("tensor", "pipeline", "expert"))
 BF16 = {"dtype": "bfloat16"}
+LORA = {"lora": {"rank": 4, "alpha": 6}}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, interleaved PP 2": ("llama", {**PP2, "virtual_pipeline": 2}, {}),
     "mistral, TP 2, distributed optimizer": ("mistral", TP2, {}),
@@ -38,6 +40,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_moe, TP 2 x EP 2": ("qwen3_moe", {**TP2, "expert": 2, "sequence": True}, {}),
     "qwen3_moe, PP 2": ("qwen3_moe_plain", PP2, {}),
     "qwen3, DP 2, distributed optimizer": ("qwen3", {"ranks": 2, "distributed_optimizer": True}, {}),
+    "LoRA, llama, interleaved PP 2": ("llama", {**PP2, "virtual_pipeline": 2}, LORA),
+    "LoRA, phi3, TP 2": ("phi3", TP2, LORA),
+    "LoRA, qwen2, TP 2, bfloat16": ("qwen2", {**TP2, "sequence": True}, LORA | BF16),
+    "LoRA, qwen3_moe, TP 2 x EP 2": ("qwen3_moe", {**TP2, "expert": 2, "sequence": True}, LORA),
     "llama_untied, TP 4": ("llama_untied", {"ranks": 4, "tensor": 4}, {}),
     "qwen3_moe, TP 2 x PP 2 x EP 2": ("qwen3_moe", {"ranks": 4, "tensor": 2, "pipeline": 2, "expert": 2,
                                                    "sequence": True}, {}),
@@ -64,7 +70,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             })  # fmt: skip
             initial = directory / "initial"
             hf_to_megatron(write_model(directory / "hf", family), initial, getattr(torch, settings.dtype))
-            job = Job(settings=settings, seed=3, initial=initial, reference=None, train_examples=data,
+            adapter = write_adapter(directory / "start", directory / "hf", 4, 6) if settings.lora else None
+            job = Job(settings=settings, seed=3, initial=initial, reference=None, train_examples=data, adapter=adapter,
                       held_out_examples=None, directory=directory, fingerprint="x")  # fmt: skip
             (directory / "job.json").write_text(job.model_dump_json())
             jobs.append(str(directory / "job.json"))
@@ -152,7 +159,7 @@ def assemble(shares: list[dict[str, Any]], config: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "lora" not in CASES[name][2]])
 def test_what_was_trained_is_what_transformers_opens(name: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -175,19 +182,58 @@ def test_what_was_trained_is_what_transformers_opens(name: str, trained: Callabl
         assert tensor.dtype == dtype
         assert not torch.equal(tensor, before[key].to(dtype)), f"{key} was not trained"
 
+    assert_same_logits(model, torch.load(folder / "logits.pt").float(), dtype)
+
+
+def assert_same_logits(model: Any, found: Tensor, dtype: torch.dtype) -> None:
+    """Those of Megatron are those of transformers."""
+
     def logits() -> Tensor:
         with torch.no_grad():
             return torch.cat([model(torch.tensor([ids])).logits[0].float() for ids in TEXTS])
 
     expected = logits()
     assert expected.std() > 0.3
-    found = torch.load(folder / "logits.pt").float()
     if dtype == torch.float32:
         assert (found - expected).abs().max() < 1e-4
     else:  # both round to bfloat16, in another order: no further apart than transformers is from exact numbers, twice
         model.float()
         rounding = (expected - logits()).abs().mean()
         assert 0 < (found - expected).abs().mean() < 2 * rounding < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "lora" in CASES[name][2]])
+def test_a_trained_adapter_is_what_peft_reads_and_transformers_opens(
+    name: str, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """PEFT's layer is W x + alpha / rank * B A x; here in plain torch, as W + alpha / rank * B A."""
+    from transformers import AutoModelForCausalLM
+
+    folder = trained(name)
+    dtype = getattr(torch, CASES[name][2].get("dtype", "float32"))
+    export_adapter(folder / "final", tmp_path / "adapter", folder / "hf")
+    factors, start = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "adapter", folder / "start")
+    )
+    assert {key: tensor.shape for key, tensor in factors.items()} == {key: t.shape for key, t in start.items()}
+    expected = {name: weight.to(dtype) for name, weight in load_file(folder / "hf" / "model.safetensors").items()}
+    for key, a in factors.items():
+        assert not torch.equal(a, start[key].to(dtype)), f"{key} was not trained"
+        if ".lora_A." in key:
+            name = key.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+            delta = 6 / 4 * factors[key.replace("lora_A", "lora_B")].float() @ a.float()
+            expected[name] = (expected[name].float() + delta).to(dtype)
+    merge_adapter(folder / "hf", tmp_path / "adapter", tmp_path / "merged", dtype)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == expected.keys()
+    for name, weight in merged.items():
+        assert weight.dtype == dtype
+        # rounded once: a float32 sum in another order may fall on the other side of a rounding step
+        step = weight.abs().max().float() * torch.finfo(dtype).eps
+        assert (weight.float() - expected[name].float()).abs().max() <= step
+        assert (weight == expected[name]).float().mean() > (0.99 if dtype == torch.bfloat16 else 0.5), name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype, attn_implementation="eager")
+    assert_same_logits(model, torch.load(folder / "logits.pt").float(), dtype)
 
 
 def test_every_architecture_is_trained() -> None:

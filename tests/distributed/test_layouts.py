@@ -30,7 +30,10 @@ with z the clamped mean over the KL pairs of the whole global batch. Every facto
    [R] vector on all of them, whose backward is the identity: each rank computes the same loss and sends the gradient
    of its own tokens back. Keys and values are gathered; their gradients are summed over the ranks. DDP sums the
    weights' gradients over replicas and context, Megatron the example counts too: one context rank reports them.
-10. Balanced class weights are counted over the whole data set, by every rank alike.
+10. Adapters (LoRA). megatron/lora.py says which of their matrices are whole on every rank, and which messages make
+    their gradients whole. The base has none. Recompute needs an input with a gradient, which a frozen embedding's
+    output is made to be. The rows start from an adapter that is not zero, and the reference is the base.
+11. Balanced class weights are counted over the whole data set, by every rank alike.
 
 Comparison. Losses and gradient norms: 1e-5 relative. Reference points and log-ratios are differences of sums of about
 100 nats that float32 rounds to 1e-5: 2e-5 nats. Weights: their change over three updates, w3 - w0, to 1e-5 of that
@@ -73,7 +76,7 @@ from megatron_stepkto.megatron.batch import (
 )
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
-from tests.builders import VOCABULARY, random_examples, write_examples, write_llama
+from tests.builders import VOCABULARY, random_examples, write_adapter, write_examples, write_llama
 from tests.model_folders import read_tensor, write_model
 
 pytestmark = pytest.mark.distributed
@@ -98,6 +101,7 @@ class Row:
     recompute: bool = False
     optimizer: dict[str, Any] = field(default_factory=lambda: LINEAR)
     method: str = "step_kto"
+    lora: dict[str, Any] | None = None
 
     @property
     def ranks(self) -> int:
@@ -106,9 +110,10 @@ class Row:
     @property
     def baseline(self) -> Row:
         """One process, everything in one packed micro-batch."""
-        return Row(f"one process: {self.model}, {self.data}, {self.batch}, {self.optimizer['lr']}, {self.method}",
-                   model=self.model, data=self.data, batch=self.batch, micro_batch_tokens=4000,
-                   optimizer=self.optimizer, method=self.method)  # fmt: skip
+        adapters = f", adapters of {self.lora['targets']}" if self.lora else ""
+        what = f"{self.model}, {self.data}, {self.batch}, {self.optimizer['lr']}, {self.method}{adapters}"
+        return Row(f"one process: {what}", model=self.model, data=self.data, batch=self.batch, micro_batch_tokens=4000,
+                   optimizer=self.optimizer, method=self.method, lora=self.lora)  # fmt: skip
 
     def settings(self) -> recipe.Training:
         return recipe.Training.model_validate({
@@ -117,6 +122,7 @@ class Row:
             "global_batch_size": self.batch, "micro_batch_tokens": self.micro_batch_tokens,
             "pad_documents_to": 64 if self.padded else 1, "recompute": self.recompute, "reference": "initial",
             "max_updates": 3, "device": "cpu", "timeout_s": 300, "log": {"tensorboard": False, "entropy": True},
+            "lora": self.lora,
         })  # fmt: skip
 
 
@@ -130,6 +136,8 @@ PP2, PP4 = layout(2, pipeline=2), layout(4, pipeline=4)
 PP2_VPP2 = layout(2, pipeline=2, virtual_pipeline=2)
 CP2 = layout(2, context=2)
 DP2, DP2_DO = layout(2), layout(2, distributed_optimizer=True)
+LORA = {"rank": 4, "alpha": 8, "targets": "all"}
+SOME = LORA | {"targets": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 
 ROWS = [
     # micro-batches: packed to different sizes, and padded to 64 tokens with exactly 1, 2 and 4 examples in each
@@ -137,6 +145,7 @@ ROWS = [
     Row("packed, 180 tokens", micro_batch_tokens=180),
     *(Row(f"padded, {n} to a micro-batch", micro_batch_tokens=64 * n, padded=True) for n in (1, 2, 4)),
     Row("recompute", recompute=True),
+    Row("LoRA, recompute, packed, 60 tokens", recompute=True, micro_batch_tokens=60, lora=LORA),
     # two ranks
     Row("TP 2", TP2),
     Row("TP 2, untied", TP2, model="untied"),
@@ -169,7 +178,18 @@ ROWS = [
     Row("EP 2", layout(2, expert=2), model="experts"),
     Row("EP 2, distributed optimizer", layout(2, expert=2, distributed_optimizer=True), model="experts"),
     Row("TP 2 x EP 2, sequence parallel", layout(2, tensor=2, expert=2, sequence=True), model="experts"),
+    Row("LoRA, TP 2", TP2, lora=LORA),
+    Row("LoRA, TP 2, sequence parallel, recompute", TP2_SP, recompute=True, lora=LORA),
+    Row("LoRA of some layers, TP 2, sequence parallel", TP2_SP, lora=SOME),
+    Row("LoRA, PP 2, recompute", PP2, recompute=True, lora=LORA),
+    Row("LoRA, interleaved PP 2x2", PP2_VPP2, lora=LORA),
+    Row("LoRA, CP 2", CP2, lora=LORA),
+    Row("LoRA, DP 2, distributed optimizer", DP2_DO, lora=LORA),
+    Row("LoRA, experts, TP 2 x EP 2, sequence parallel", layout(2, tensor=2, expert=2, sequence=True), model="experts",
+        lora=LORA),
     # four ranks
+    Row("LoRA, TP 2 x PP 2, sequence parallel", layout(4, tensor=2, pipeline=2, sequence=True), lora=LORA),
+    Row("LoRA, DP 2 x TP 2, distributed optimizer", layout(4, tensor=2, distributed_optimizer=True), lora=LORA),
     Row("TP 4", TP4),
     Row("TP 4, sequence parallel, untied", TP4_SP, model="untied"),
     Row("PP 4", PP4),
@@ -254,8 +274,12 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
         for row in rows:
             directory = folder / row.name
             directory.mkdir()
-            job = Job(settings=row.settings(), seed=SEED, initial=initial[row.model],
-                      reference=folder / f"{row.model} reference", train_examples=folder / row.data,
+            given: dict[str, Any] = {"reference": folder / f"{row.model} reference"}
+            if row.lora:  # the reference is the model without the adapter
+                model, some = folder / f"{row.model} initial hf", None if row.lora is LORA else row.lora["targets"]
+                given = {"reference": None, "adapter": write_adapter(directory / "adapter", model, 4, 8, some)}
+            job = Job(settings=row.settings(), seed=SEED, initial=initial[row.model], **given,
+                      train_examples=folder / row.data,
                       held_out_examples=None, directory=directory, fingerprint="x")  # fmt: skip
             (directory / "job.json").write_text(job.model_dump_json())
             jobs.append(str(directory / "job.json"))
@@ -277,9 +301,13 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
             launch(rows, row.ranks)
         rows = [json.loads(line) for line in (folder / row.name / "metrics.jsonl").read_text().splitlines()]
         result = torch.load(folder / row.name / "result.pt", weights_only=True)
-        before = CheckpointReader(initial[row.model])
+        before, weights = CheckpointReader(initial[row.model]), result.pop("weights")
+        if row.lora:
+            adapters = result.pop("before")
+            assert set(adapters) == set(weights)
+            return rows, {key: torch.stack([adapters[key], weights[key]]) for key in weights}, result
         change = {}
-        for key, weight in result.pop("weights").items():
+        for key, weight in weights.items():
             words = VOCABULARY if "embedding" in key or "output_layer" in key else None  # without the padding's rows
             change[key] = torch.stack([read_tensor(before, key, rows=words), weight[:words]])
         assert set(change) == set(before.shapes())
@@ -365,8 +393,10 @@ def test_the_rows_are_what_their_names_say() -> None:
     assert sorted(len(names) for rank in cut(idle, 0, kl=False) for names in rank) == [0, 1]
 
 
-@pytest.mark.parametrize("row", [ROWS[0].baseline, *(r for r in ROWS if r.name in ("TP 2", "DP 2", "TP 2 x PP 2"))],
-                         ids=lambda row: row.name)  # fmt: skip
+RESIDENT = ("TP 2", "DP 2", "TP 2 x PP 2", "LoRA, TP 2")
+
+
+@pytest.mark.parametrize("row", [ROWS[0].baseline, *(r for r in ROWS if r.name in RESIDENT)], ids=lambda row: row.name)
 def test_no_second_model_is_resident(row: Row, outcome_of: Callable[[Row], Outcome]) -> None:
     """reference: initial, of another model than the one trained; parameters that live in rank 0 during any pass."""
     *_, facts = outcome_of(row)

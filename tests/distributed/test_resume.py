@@ -33,6 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     # torch's AdamW, the distributed optimizer's resharded state, and the lagged reference point are all resumed
     "DP 2, distributed optimizer": {"ranks": 2, "distributed_optimizer": True},
     "PP 2 interleaved": {"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+    "LoRA, DP 2, distributed optimizer, bfloat16": {"ranks": 2, "distributed_optimizer": True},
 }
 
 
@@ -67,13 +68,17 @@ def run_until(folder: Path, parallel: dict[str, Any], sign: Path, python: str = 
     assert not alive
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name.startswith("LoRA") else name for name in LAYOUTS]
+)
 def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
     write_llama(tmp_path / "model")
     write_examples(tmp_path / "train", random_examples(24))
-    run(tmp_path / "undisturbed", LAYOUTS[name])
+    changes: dict[str, Any] = {"async_checkpoints": name == ASYNC}
+    if name.startswith("LoRA"):
+        changes |= {"lora": {"rank": 4, "alpha": 8.0}, "dtype": "bfloat16"}
+    run(tmp_path / "undisturbed", LAYOUTS[name], **changes | {"async_checkpoints": False})
     killed = tmp_path / "killed"
-    changes = {"async_checkpoints": name == ASYNC}
     run_until(killed, LAYOUTS[name], killed / "checkpoints" / "update_000002" / "state.json", **changes)
     for left in ("update_000004", ".update_000006.partial"):  # half dropped, half written
         (killed / "checkpoints" / left).mkdir(exist_ok=True)
@@ -82,6 +87,7 @@ def test_resume_equals_undisturbed(name: str, tmp_path: Path) -> None:
     run(killed, LAYOUTS[name], **changes)
     expected, got = CheckpointReader(tmp_path / "undisturbed" / "final"), CheckpointReader(killed / "final")
     assert got.shapes() == expected.shapes()
+    assert all((".adapter." in key) == name.startswith("LoRA") for key in expected.shapes())
     for key in expected.shapes():
         assert torch.equal(read_tensor(got, key), read_tensor(expected, key)), key
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]

@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_stepkto.base.stage import Stage
+from megatron_stepkto.checkpoints.adapter import merge_adapter
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.evaluation.logprobs import DEFAULT_TEXT
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.run.bpe_tokenizer import train_byte_level_bpe
 from megatron_stepkto.training.launch import train
-from tests.builders import random_examples, write_examples
+from tests.builders import random_examples, write_adapter, write_examples
 from tests.model_folders import FAMILIES, YARN_ROPE, write_model
 
 pytestmark = [
@@ -34,7 +35,7 @@ WORDS = 300
 MAX_TOKENS = 40
 # Two go on beyond the 32 positions that the scaled RoPEs were made for, one begins there.
 PROMPTS = [[5, 9, 11], [3 + (i * i) % 290 for i in range(25)], [3 + (7 * i) % 290 for i in range(100)]]
-TRAINED = "qwen3"
+TRAINED, ADAPTER = "qwen3", "adapter"
 NEAR_TIE = 1e-3  # logits; another order of summation may choose the other word
 
 
@@ -52,11 +53,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_byte_level_bpe(DEFAULT_TEXT, WORDS, folder / family / "hf")
         hf_to_megatron(folder / family / "hf", folder / family / "megatron")
         megatron_to_hf(folder / family / "megatron", folder / family / "back")
-        cases.append((str(folder / family / "back"), str(folder / family / "tokens.json")))
+        cases.append((str(folder / family / "back"), None, str(folder / family / "tokens.json")))
     # the trained one is judged by what transformers makes of the export: its weights are new
     megatron_to_hf(train_some(folder / TRAINED / "hf", folder / "training"), folder / "trained" / "back")
     (folder / "trained" / "hf").symlink_to(folder / "trained" / "back")
-    cases.append((str(folder / "trained" / "back"), str(folder / "trained" / "tokens.json")))
+    cases.append((str(folder / "trained" / "back"), None, str(folder / "trained" / "tokens.json")))
+    # served beside its base, judged by what transformers makes of both merged
+    (folder / ADAPTER).mkdir()
+    adapter = write_adapter(folder / ADAPTER / "peft", folder / TRAINED / "hf", 8, 16, scale=0.05)
+    merge_adapter(folder / TRAINED / "hf", adapter, folder / ADAPTER / "hf")
+    cases.append((str(folder / TRAINED / "hf"), str(adapter), str(folder / ADAPTER / "tokens.json")))
     job = folder / "job.json"
     job.write_text(json.dumps({"cases": cases, "prompts": PROMPTS, "max_tokens": MAX_TOKENS}))
     with (folder / "log").open("wb") as log:
@@ -85,7 +91,7 @@ def test_the_trained_model_is_another(served: Path) -> None:
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "trained"])
+@pytest.mark.parametrize("family", [*FAMILIES, "trained", ADAPTER])
 def test_greedy_tokens_are_those_of_transformers(family: str, served: Path) -> None:
     from transformers import AutoModelForCausalLM
 

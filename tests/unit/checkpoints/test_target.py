@@ -43,7 +43,7 @@ def test_an_old_target_stays_until_the_new_one_is_whole(models: dict[str, Path],
     assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), load_file(source / "model.safetensors"))
 
 
-@pytest.mark.parametrize("interrupted", ["CheckpointWriter.write", "CheckpointWriter.finish", "_write_manifest"])
+@pytest.mark.parametrize("interrupted", ["CheckpointWriter.write", "CheckpointWriter.finish", "write_manifest"])
 def test_an_interruption_leaves_nothing(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
 ) -> None:

@@ -22,7 +22,7 @@ from megatron_stepkto.planning.cluster import PRESETS
 from megatron_stepkto.planning.judges import judge_costs
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity, stage_memory
 from megatron_stepkto.planning.times import Assumptions, Scenario, Workload, estimate_times
-from megatron_stepkto.recipe.keys import Judging, Training
+from megatron_stepkto.recipe.keys import Judging, LoRA, Training
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,18 @@ def test_state_of_a_70b_rank_by_hand(configs: Path) -> None:
     assert last.head == 4096 * 16032 * (4 + 2) + 16032 * 8192 * (4 + 2 * 2 + 4)
     assert first.head == 0
     assert first.peak == pytest.approx(first.state + 1.05 * first.activations + 3e9)
+
+
+def test_state_of_adapters_by_hand(configs: Path) -> None:
+    """8B, rank 16, all seven matrices of 32 layers: 16 (in + out) elements each; the base is bf16 weights alone."""
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    memory = stage_memory(config, entries, settings(lora=LoRA(rank=16)), 0, num_micro_batches=1)
+    pairs = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *[(4096, 14336)] * 3]
+    adapters = 32 * sum(16 * (a + b) for a, b in pairs)
+    assert adapters == 41_943_040
+    assert memory.weights == 2 * (8_030_261_248 + adapters)
+    assert (memory.gradients, memory.optimizer) == (4 * adapters, 12 * adapters)
+    assert memory.head < stage_memory(config, entries, settings(), 0, num_micro_batches=1).head - 5e9
 
 
 def test_float32_needs_no_main_weights(configs: Path) -> None:

@@ -166,6 +166,7 @@ def test_tokens_come_in_multiples_that_fp8_products_take(scaling: str, multiple:
     [
         ({"dtype": "float32", "fp8": {}}, "fp8 goes with dtype: bfloat16, got float32"),
         ({"fp8": {}, "transformer_engine": "off"}, "fp8 needs Transformer Engine"),
+        ({"fp8": {}, "lora": {}}, "lora and fp8 together are not supported"),
         ({"fp8": {"weights": True}}, "fp8.weights needs parallel.distributed_optimizer"),
         (
             {"fp8": {"weights": True, "scaling": "delayed"}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from megatron_stepkto.architectures.sharding import model_parameters, optimizer_shard, stage_parameters
 from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.megatron.dry_run import build_shard, check_plan
-from megatron_stepkto.recipe.keys import Parallel
+from megatron_stepkto.recipe.keys import LoRA, Parallel
 from tests.builders import write_llama
 
 pytestmark = pytest.mark.skipif(
@@ -78,6 +79,20 @@ def test_every_stage_is_as_planned(name: str, layout: dict[str, int], repository
     norms = (2 * config.num_layers + 1) * config.hidden_size
     split = sum(stage_parameters(config, entries, parallel, s).total for s in range(parallel.pipeline))
     assert split * parallel.tensor - norms * (parallel.tensor - 1) == model_parameters(entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "targets"),
+    [
+        ("llama3.3_70b", {"ranks": 16, "tensor": 4, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}, "all"),
+        ("llama3.3_70b", {"ranks": 16, "tensor": 8, "distributed_optimizer": True}, ["q_proj", "v_proj", "down_proj"]),
+        ("mixtral_8x22b", {"ranks": 64, "pipeline": 4, "expert": 8, "distributed_optimizer": True}, "all"),
+    ],
+)
+def test_adapters(name: str, layout: dict[str, int], targets: Any, repository: Path) -> None:
+    config, entries = read_model_config(repository / "recipes" / "configs" / name)
+    checks = check_plan(config, entries, Parallel(**layout), torch.bfloat16, LoRA(rank=16, targets=targets))  # type: ignore[arg-type]
+    assert [check for check in checks if not check.agrees] == []
 
 
 def test_70b_at_1024_ranks(repository: Path) -> None:

@@ -7,17 +7,20 @@ process acts as each), so that tensor and sequence parallel shapes are the real 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_stepkto.architectures.adapters import adapted_linears, low_rank_width
+from megatron_stepkto.architectures.decoder import decoder_entries
 from megatron_stepkto.architectures.llama import read_config
 from megatron_stepkto.architectures.model_config import Experts, ModelConfig
 from megatron_stepkto.megatron import patches
 from megatron_stepkto.megatron.batch import Document, MicroBatch, make_micro_batch
 from megatron_stepkto.megatron.dry_run import fake_rank
 from megatron_stepkto.planning.activations import CPU, Layout, head_saved_bytes, layers_in_flight, saved_per_layer
-from megatron_stepkto.recipe.keys import Parallel
+from megatron_stepkto.recipe.keys import LoRA, Parallel
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the CPU's kernels")
 
@@ -45,7 +48,14 @@ def documents(lengths: list[int], parallel: Parallel) -> MicroBatch:
     return make_micro_batch(made, parallel.tensor if parallel.sequence else 1, torch.device("cpu"))
 
 
-def kept_bytes(config: ModelConfig, parallel: Parallel, batch: MicroBatch, dtype: torch.dtype, recompute: bool) -> int:
+def kept_bytes(
+    config: ModelConfig,
+    parallel: Parallel,
+    batch: MicroBatch,
+    dtype: torch.dtype,
+    recompute: bool,
+    lora: LoRA | None = None,
+) -> int:
     """Bytes of all storages that autograd keeps from a forward pass and the head, each counted once."""
     from megatron.core import tensor_parallel
 
@@ -57,7 +67,8 @@ def kept_bytes(config: ModelConfig, parallel: Parallel, batch: MicroBatch, dtype
     with fake_rank(parallel, 0):
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         megatron = transformer_config(config, parallel, dtype, on_cpu=True, recompute=recompute)
-        [model] = build_model_chunks(config, megatron)
+        adapted = adapted_linears(decoder_entries(config), lora.targets) if lora else None
+        [model] = build_model_chunks(config, megatron, lora=lora, adapted=adapted)
         given = [*model.parameters(), batch.tokens, batch.position_ids, batch.rows, batch.targets]
         others = {tensor.untyped_storage()._cdata for tensor in given}
 
@@ -137,6 +148,22 @@ def test_formula_is_what_autograd_keeps(name: str) -> None:
     tokens, rows = batch.tokens.numel(), batch.rows.numel()
     planned = tokens * (config.num_layers * saved_per_layer(config, how) + per_token) + rows * per_row
     assert planned == pytest.approx(kept, rel=BAND)
+
+
+@pytest.mark.parametrize("layout", [{}, {"ranks": 2, "tensor": 2, "sequence": True}], ids=["plain", "TP 2 SP"])
+def test_adapters_keep_what_full_training_keeps_and_their_low_rank_products(layout: dict[str, Any]) -> None:
+    config, parallel, lora = llama(), Parallel(**layout), LoRA(rank=32)
+    batch = documents([300, 200], parallel)
+    width = low_rank_width(config, decoder_entries(config), lora, parallel)
+    assert width == 32 * (3 + 2 + 2 / (parallel.tensor if parallel.sequence else 1))
+    how = Layout(parallel.tensor, parallel.sequence, 4, False, CPU, width)
+    per_token, per_row = head_saved_bytes(config, how)
+    tokens, rows = batch.tokens.numel(), batch.rows.numel()
+    planned = tokens * (config.num_layers * saved_per_layer(config, how) + per_token) + rows * per_row
+    kept = kept_bytes(config, parallel, batch, torch.float32, False, lora)
+    # beside tokens: the stacked A of query, key and value, and of gate and up
+    stacked = 4 * config.num_layers * 5 * 32 * config.hidden_size
+    assert planned == pytest.approx(kept - stacked, rel=BAND)
 
 
 def test_more_layers_cost_what_the_formula_says() -> None:

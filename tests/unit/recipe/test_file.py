@@ -109,6 +109,18 @@ def test_there_are_shipped_recipes() -> None:
             1,
             "give initial_model (a Hugging Face folder) or warm_up (which makes one)",
         ),
+        (
+            "  optimizer: {lr: 1.0e-4}",
+            "  optimizer: {lr: 1.0e-4}\n  lora: {dropout: 0.1}",
+            14,
+            "train.lora: dropout must be 0, got 0.1: with dropout the log-ratios would not start at 0",
+        ),
+        (
+            "  optimizer: {lr: 1.0e-4}",
+            "  optimizer: {lr: 1.0e-4}\n  lora: {targets: []}",
+            14,
+            "train.lora: targets is empty: nothing would train",
+        ),
         ("    tensor: 2", "    tenser: 2", 17, "unknown key train.parallel.tenser; did you mean tensor?"),
     ],
 )

@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
-from megatron_stepkto.run.folder import RunFolder
+from megatron_stepkto.run.folder import Run, RunFolder
 from megatron_stepkto.run.pipeline import compared_rows
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
-from megatron_stepkto.run.stages import check_fits
-from tests.builders import evaluation_row, write_llama
+from megatron_stepkto.run.stages import check_fits, merge_stage, training_of
+from tests.builders import evaluation_row, write_adapter, write_llama
 
 
 def training(**changes: object) -> Training:
@@ -48,6 +50,39 @@ def test_compared_rows_are_found_on_disk(tmp_path: Path) -> None:
     for name in ("evaluate/M0", "methods/kto/evaluate/M1"):
         (tmp_path / name / "metrics.json").write_text(json.dumps(evaluation_row(name[-2:])))
     assert compared_rows(RunFolder(tmp_path)) == {"kto": [evaluation_row("M0"), evaluation_row("M1")]}
+
+
+def test_a_run_with_adapters_trains_one_of_m0_and_reads_no_other_model(tmp_path: Path, repository: Path) -> None:
+    model = write_llama(tmp_path / "model", num_hidden_layers=1)
+    start = write_adapter(tmp_path / "start", model, 16, 32)
+
+    def run(*changes: str) -> Run:
+        path = repository / "recipes" / "mini_cpu.yaml"
+        given = [f"initial_model={model}", f"output={tmp_path}", "train.reference=initial", *changes]
+        return Run(recipe_file.read_recipe(path, given))
+
+    new, full = run("train.lora={rank: 16, alpha: 32}"), run()
+    inputs = {t: training_of(new, t).inputs for t in (1, 2)}
+    assert inputs[1].keys() == {"model", "train"}
+    assert inputs[2].keys() == {"model", "train", "adapter"}
+    assert inputs[1]["model"] == inputs[2]["model"] == model == new.model(0)
+    assert inputs[2]["adapter"] == new.folder.model(1).parent / "adapter"
+    assert training_of(full, 2).inputs["reference"] == model
+    assert training_of(full, 2).inputs["model"] == full.folder.model(1)
+
+    continued = run(f"train.lora={{rank: 16, alpha: 32, start: {start}}}")
+    assert training_of(continued, 1).inputs["adapter"] == start
+    assert training_of(continued, 1).inputs["model"] == model
+    assert training_of(continued, 1).settings == training_of(new, 1).settings  # its content counts, as an input
+    assert continued.model(0) != model
+    merge_stage(continued)
+    weights, before = (load_file(folder / "model.safetensors") for folder in (continued.model(0), model))
+    assert sum(not torch.equal(weights[name], before[name]) for name in before) == 7
+    check_fits(model, continued.recipe)
+    with pytest.raises(UserError, match=r"start: its rank is 16, train\.lora\.rank is 8; make them equal"):
+        check_fits(model, run(f"train.lora={{rank: 8, alpha: 32, start: {start}}}").recipe)
+    with pytest.raises(UserError, match=r"train\.lora\.targets: the model has no linear layer query that can"):
+        check_fits(model, run("train.lora={targets: [q_proj, query]}").recipe)
 
 
 def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_path: Path, repository: Path) -> None:

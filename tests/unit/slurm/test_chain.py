@@ -30,6 +30,7 @@ JUDGES_OF_REAL = {  # GPUs of the judge's job, and whether it starts a server
     "qwen2.5_math_7b_8xh100": (8, False),
     "qwen2.5_1.5b_1xh200_smoke": (1, False),
     "llama3.3_70b_64xh100_fp8": (8, True),
+    "llama3.1_8b_lora_1xh100": (1, False),
 }
 
 
