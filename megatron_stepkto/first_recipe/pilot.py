@@ -12,7 +12,8 @@ from megatron_stepkto.base.records import Problem, Sample, read_records
 from megatron_stepkto.judging.single import judge_answers, label_steps
 from megatron_stepkto.recipe.keys import Prompt, Sampling
 from megatron_stepkto.recipe.prompts import Prompts
-from megatron_stepkto.sampling.draw import Pass, PromptRow, new_drawing
+from megatron_stepkto.sampling.draw import new_drawing
+from megatron_stepkto.sampling.job import Pass, PromptRow
 from megatron_stepkto.steps.text import SplitRule, split_text
 
 # The more specific one first: headings of steps stand between blank lines, and these between lines.

@@ -25,7 +25,8 @@ from megatron_stepkto.base.records import (
 from megatron_stepkto.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe.keys import Judging, Prompt, Sampling
-from megatron_stepkto.sampling.draw import Pass, draw, read_prompts
+from megatron_stepkto.sampling.draw import new_drawing, read_prompts
+from megatron_stepkto.sampling.job import Pass
 from tests.conftest import REPOSITORY
 
 MATHEMATICS = Path(__file__).with_name("mathematics.jsonl")  # written for these tests
@@ -138,6 +139,9 @@ def sampled(real: RealModel, tmp_path_factory: pytest.TempPathFactory) -> Sample
         Pass(name="samples", num_samples=1, temperature=1, top_p=1),
     ]
     prompts = read_prompts(problems, PROMPT, real.back)
-    drawn = draw(real.back, "M0", prompts, passes, settings, 7, folder / "sample", title=f"samples of {real.name}")
+    title = f"samples of {real.name}"
+    drawing = new_drawing(real.back, "M0", prompts, passes, settings, 7, folder / "sample", title=title)
+    drawing.draw()
+    drawn = drawing.finish()
     judge_file(problems, drawn.paths["samples"], judged, real.back, Judging(split="line", process="equations"))
     return Sampled(list(read_records(drawn.paths["greedy"], Sample)), list(read_records(judged, JudgedSample)))
