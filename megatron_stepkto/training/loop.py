@@ -81,7 +81,7 @@ class GlobalBatch:
     the units, of the pairs.
     """
 
-    units: list[tuple[Document, ...]]
+    units: list[list[Document]]
     pairs: Indices
     batches: list[MicroBatch]
     kl_batches: list[MicroBatch]
@@ -311,7 +311,7 @@ class Trainer:
         """The batch of these units. Changes nothing and meets no other rank: a thread runs it during an update."""
         indices = self.units[members]
         units = [
-            tuple(solution_document(self.examples, i, self._reference(self.solution_place[i])) for i in unit)
+            [solution_document(self.examples, i, self._reference(self.solution_place[i])) for i in unit]
             for unit in indices
         ]
         pairs = with_partner(self.examples, indices.ravel() if self.estimator == "mismatched" else indices[:0, 0])
