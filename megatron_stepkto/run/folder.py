@@ -103,6 +103,12 @@ class RunFolder:
         return [RunFolder(self.base, path.name) for path in folders]
 
 
+def examples_at(folder: Path) -> Path:
+    """The folder of a data set, or the file of JSON lines where an earlier version made it."""
+    lines = folder.with_name(f"{folder.name}.jsonl")
+    return lines if lines.exists() else folder
+
+
 def model_name(t: int) -> str:
     return f"M{t}"
 

@@ -18,7 +18,7 @@ from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.source import check_training_problems, evaluation_sets, write_problems
 from megatron_stepkto.recipe import keys as recipes
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
-from megatron_stepkto.run.folder import Run, model_name
+from megatron_stepkto.run.folder import Run, examples_at, model_name
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
 
 if TYPE_CHECKING:
@@ -243,12 +243,12 @@ def merge_stage(run: Run) -> None:
 def training_of(run: Run, t: int) -> Stage:
     data = run.folder.stage("dataset", t)
     settings = run.recipe.train.model_copy(update={"method": run.method})
-    inputs = {"model": run.model(t - 1), "train": _examples(data / "train")}
+    inputs = {"model": run.model(t - 1), "train": examples_at(data / "train")}
     if settings.lora:  # one adapter for all iterations
         inputs["model"] = run.base_model
         if adapter := run.folder.adapter(t - 1) if t > 1 else settings.lora.start:
             inputs["adapter"] = adapter
-    held_out = _examples(data / "held_out")
+    held_out = examples_at(data / "held_out")
     if held_out.exists():
         inputs["held_out"] = held_out
     if settings.reference == "initial" and t > 1 and not settings.lora:
@@ -256,12 +256,6 @@ def training_of(run: Run, t: int) -> Stage:
     seed = stable_hash(run.recipe.seed, "train", t) % 2**31
     key = {"train": training_key(settings), "seed": seed}
     return run.known(Stage(run.title(t, "train"), run.folder.stage("train", t), key, inputs))
-
-
-def _examples(folder: Path) -> Path:
-    """The folder, or the file of JSON lines where an earlier version made the data set."""
-    lines = folder.with_name(f"{folder.name}.jsonl")
-    return lines if lines.exists() else folder
 
 
 def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:

@@ -63,6 +63,7 @@ def tokenizer_stage(run: Run) -> None:
 
 def make_m0(run: Run) -> None:
     """M0/initial (random weights; none for a pretrained model), M0/corpus, M0/train and M0/convert."""
+    from megatron_stepkto.run.folder import examples_at
     from megatron_stepkto.run.stage_keys import training_key
     from megatron_stepkto.run.stages import convert
     from megatron_stepkto.training.launch import train
@@ -80,7 +81,7 @@ def make_m0(run: Run) -> None:
         "M0 train",
         training,
         {"train": training_key(settings), "seed": seed},
-        {"model": model, "train": _corpus(run)},
+        {"model": model, "train": examples_at(_corpus(run))},
         run.folder.hashes,
     )
     here = Ranks(settings=settings, model=model, ranks=settings.parallel.ranks)
