@@ -20,8 +20,8 @@ from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.tables import is_table, table_rows
 
 Label = Literal[0, 1] | None
-# strict: "5" and true are not tokens
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+# strict: "5" and true are not tokens; stored as int32
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]], Field(min_length=1)]
 
 
 # All but white space. Form feeds and backspaces come from LaTeX that lost its backslashes: "\frac", "\boxed".

@@ -74,12 +74,10 @@ def splits_of(path: Path) -> dict[str, list[Path]]:
     parts = sorted(
         part
         for part in path.rglob("*")
-        if part.suffix in (*LINES, ".parquet")
-        and part.name not in _SAVED
-        and not part.relative_to(path).as_posix().startswith(".")
+        if part.suffix in SUFFIXES and part.name not in _SAVED and not part.relative_to(path).as_posix().startswith(".")
     )
     if not parts:
-        raise UserError(f"{path}: expected a file of JSON lines, found a directory without JSON lines or parquet")
+        raise UserError(f"{path}: expected a file of JSON lines, found a directory without JSON lines, parquet or CSV")
     found: dict[str, list[Path]] = {}
     for part in parts:
         names = reversed(part.relative_to(path).parts)

@@ -54,6 +54,9 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),  # an adapter of some tokens alone
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base, too
 }
 
 
@@ -246,6 +249,7 @@ def merge_adapter(
         rows, columns = shapes[f"{name}.weight"]
         a, b = found.factors(name, (rows, columns), found.rank)
         factors[f"{name}.weight"] = a, b
+    check_finite({name for name, pair in factors.items() if not all(each.isfinite().all() for each in pair)}, adapter)
     companions = side.companion_files()
     tensors = [(name, dtype or side.dtype(name), shape) for name, shape in shapes.items()]
     num_bytes = sum(torch.Size(shape).numel() * kind.itemsize for _, kind, shape in tensors)

@@ -31,10 +31,10 @@ def reachable_judge(gpus: int) -> Judge:
         gpus: that the run will have.
     """
     missed = []
-    if url := os.environ.get(URL):
+    if (url := os.environ.get(URL, "")).strip(", "):
         try:
             return _server(url)
-        except UserError as error:
+        except (UserError, ValueError) as error:  # ValueError: of an address that is none
             missed.append(f"${URL} is set, but {error}")
     else:
         missed.append(f"${URL} is not set")

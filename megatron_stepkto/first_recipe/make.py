@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,18 @@ def _problems(
     if not wish.problems.exists():
         raise UserError(f"{wish.problems}: expected a file or folder of problems, found none")
     splits = splits_of(wish.problems)
-    train_files = splits.get("train") or [file for files in splits.values() for file in files]
-    held_out = next((split for split in ("test", "validation", "valid", "val", "dev") if split in splits), None)
+    train_files = splits.get("train") or splits.get("") or []
+    held_out = _held_out(splits)
+    if not train_files:
+        raise UserError(f"{wish.problems}: holds {' and '.join(sorted(splits))} problems alone; name those that train")
     check = _checker(prompts, positions)
     read = _read(train_files, check, "problems")
     if wish.test is not None:
-        test_files, why = [file for files in splits_of(wish.test).values() for file in files], f"from {wish.test}"
-    elif "train" in splits and held_out is not None:
+        tests = splits_of(wish.test)
+        split = _held_out(tests)
+        test_files = tests[split] if split else [file for files in tests.values() for file in files]
+        why = f"from {wish.test}"
+    elif held_out is not None:
         test_files, why = splits[held_out], f"split {held_out} of {wish.problems}"
     else:
         count = max(1, min(HELD_OUT, int(HELD_OUT_SHARE * len(read.problems))))
@@ -155,6 +160,11 @@ def _problems(
         renamed=read.renamed or tested.renamed,
     )  # fmt: skip
     return train, tested.problems, why, everything
+
+
+def _held_out(splits: Mapping[str, Sequence[Path]]) -> str | None:
+    """The split that measures."""
+    return next((split for split in ("test", "validation", "valid", "val", "dev", "eval") if split in splits), None)
 
 
 def _read(files: Sequence[Path], check: Any, title: str) -> Published:

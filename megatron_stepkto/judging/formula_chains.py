@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_stepkto.judging.formula_parser import Formula, Token, Unreadable, parse, tokenize
 
@@ -45,6 +45,7 @@ _BREAKS = frozenset((
     r"\Rightarrow", r"\Longrightarrow", r"\Leftrightarrow", r"\Longleftrightarrow", r"\Leftarrow", r"\rightarrow",
     r"\longrightarrow",
 ))  # fmt: skip
+_SUMS = frozenset(("+", "-", "*", r"\cdot", r"\times"))
 _WORDS = re.compile(r"\b(?:and|or|if|for|so|where|since|when|because|then|thus|is|are|by|as|with)\b", re.IGNORECASE)
 
 
@@ -117,13 +118,14 @@ def _split(tokens: list[Token], plain: bool) -> Iterator[Chain]:
     """The pieces between commas, arrows and words, each of sides and relations."""
     piece: list[Token] = []
     depth = 0
+    continues = False  # after a break the piece may go on with a sum that is cut there
     for token in [*tokens, Token(";", -1)]:
         depth += (token.text in ("(", "[", "{")) - (token.text in (")", "]", "}"))
         words = token.text == r"\text" and bool(_WORDS.search(token.words))
         if (depth <= 0 and (token.text in _BREAKS or words)) or token.start == -1:
             if piece and (found := _chain(piece, plain)):
-                yield found
-            piece = []
+                yield replace(found, whole=False) if continues and piece[0].text in _SUMS else found
+            piece, continues = [], True
         else:
             piece.append(token)
 
@@ -145,7 +147,8 @@ def _chain(piece: list[Token], plain: bool) -> Chain | None:
         return None
     read = tuple(_side(side, plain) for side in sides)
     end = piece[-1].start + len(piece[-1].text)
-    return Chain(read, tuple(relations), piece[0].start, end, whole=all(side is not None for side in read))
+    whole = all(side is not None for side in read) and piece[-1].text != "!"  # an exclamation mark, or a factorial
+    return Chain(read, tuple(relations), piece[0].start, end, whole)
 
 
 def _side(tokens: list[Token], plain: bool) -> Formula | None:

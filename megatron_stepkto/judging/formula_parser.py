@@ -77,6 +77,10 @@ class Token:
     number: bool = False
 
 
+MAX_CALLS = 200  # of functions that the solution defined, to find one value
+MAX_DIGITS = 300  # of a number: a float holds no larger one
+
+
 @dataclass
 class Scope:
     """The values of names, and how open notation is read; ``scale`` is the largest number met in between."""
@@ -89,6 +93,7 @@ class Scope:
     scale: float = 1.0
     functions: dict[str, tuple[str, Compiled]] = field(default_factory=dict)
     depth: int = 0
+    calls: list[int] = field(default_factory=lambda: [MAX_CALLS])  # that are left, of a formula and all it calls
 
     def note(self, value: Value) -> Value:
         if (size := size_of(value)) > self.scale:
@@ -267,6 +272,8 @@ class _Parser:
             return value
         self.rich = True
         power = self.exponent()
+        if self.peek() == "^":
+            raise Unreadable("a power of a power")
         return lambda scope: _power(value(scope), power(scope), scope)
 
     def exponent(self) -> Compiled:
@@ -356,12 +363,16 @@ class _Parser:
         return name
 
     def number(self, token: Token) -> Compiled:
+        if len(token.text) > MAX_DIGITS:
+            raise Unreadable("digits")
         number = Fraction(token.text)
         if self.peek() == "_":
             raise Unreadable("a numeral in a base")
         if self.peek() == r"\frac" and number.denominator == 1:
             start = self.position
             following = self.factor()
+            if any(token.text == "^" for token in self.tokens[start : self.position]):
+                raise Unreadable("a power of a mixed number")
             names = {
                 text for _, text in enumerate(t.text for t in self.tokens[start : self.position]) if text.isalpha()
             }
@@ -413,10 +424,14 @@ class _Parser:
         def value(scope: Scope) -> Value:
             at = argument(scope)
             if name in scope.functions and scope.depth < 5:
+                scope.calls[0] -= 1
+                if scope.calls[0] < 0:
+                    raise Unreadable("calls")
                 parameter, body = scope.functions[name]
                 inner = Scope(
-                    {**scope.values, parameter: at}, scope.seed, functions=scope.functions, depth=scope.depth + 1
-                )
+                    {**scope.values, parameter: at}, scope.seed, functions=scope.functions, depth=scope.depth + 1,
+                    calls=scope.calls,
+                )  # fmt: skip
                 found = body(inner)
                 scope.note(inner.scale)
                 return found

@@ -8,6 +8,9 @@ that agree there agree. What is none of these is an assumption, or unknown: no v
 
 from __future__ import annotations
 
+import contextlib
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -16,12 +19,12 @@ from megatron_stepkto.judging.equation_context import Subject, asserted, noun_af
 from megatron_stepkto.judging.equation_readings import StepWords, in_other_units
 from megatron_stepkto.judging.equations import MAX_CONTEXT, plain_text
 from megatron_stepkto.judging.formula_chains import EQUALS, Chain, chains
-from megatron_stepkto.judging.formula_parser import Formula, Scope, Unreadable, Value, size_of
+from megatron_stepkto.judging.formula_parser import Formula, Scope, Token, Unreadable, Value, size_of
 
 POINTS = 4  # at which equations with unknowns are compared
 REMEMBERED = 8  # equations before this one that it may follow from
 _TOLERANCE = 1e-9
-_NO_VALUE = (Unreadable, OverflowError, ZeroDivisionError, ValueError)
+_NO_VALUE = (Unreadable, OverflowError, ZeroDivisionError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,23 @@ def _verdicts(chain: Chain, known: _Known) -> list[_Verdict]:
     for number, (left, right, relation) in enumerate(pairs):
         if left is None or right is None or relation.text not in EQUALS:
             continue
-        about = relation.text != "="
-        if not left.names and not right.names:
-            if left.text != right.text and (left.rich or right.rich or about):
-                found += _of_values(left, right, about, relation.start, chain, number)
-            continue
-        how = _how(left, right, about, known)
-        if how:
-            found.append(_Verdict(relation.start, True, chain, number, how=how))
-        if not about and how != "identity":
-            known.add(left, right)
+        with contextlib.suppress(*_NO_VALUE):  # a number that no float holds: no verdict
+            found += _of_pair(left, right, relation, chain, number, known)
     return found
+
+
+def _of_pair(
+    left: Formula, right: Formula, relation: Token, chain: Chain, number: int, known: _Known
+) -> list[_Verdict]:
+    about = relation.text != "="
+    if not left.names and not right.names:
+        if left.text != right.text and (left.rich or right.rich or about):
+            return _of_values(left, right, about, relation.start, chain, number)
+        return []
+    how = _how(left, right, about, known)
+    if not about and how != "identity":
+        known.add(left, right)
+    return [_Verdict(relation.start, True, chain, number, how=how)] if how else []
 
 
 def _certainly_wrong(verdict: _Verdict, text: str, words: StepWords) -> bool:
@@ -152,8 +161,10 @@ def _near(first: Value, second: Value, scale: float) -> bool | None:
         return first == second
     difference = abs(complex(first) - complex(second))
     size = max(size_of(first), size_of(second))
+    if not math.isfinite(size):
+        return None
     if difference > _TOLERANCE * max(size, 1e-30) and difference <= 1e-13 * scale:
-        return None if size > 1e-12 * scale else True
+        return True if size <= 1e-12 else None  # zero but for rounding; else whatever it is, rounding is as large
     return difference <= _TOLERANCE * max(size, 1e-30)
 
 
@@ -183,9 +194,18 @@ def _of_values(left: Formula, right: Formula, about: bool, position: int, chain:
     if about or left.open or right.open or not chain.whole or _cut_off(*values, left, right):
         return [_Verdict(position, None, chain, number)]
     exact = None
+    if _rounds_inside(*values, left, right):
+        return [_Verdict(position, None, chain, number)]
     if not isinstance(values[0], complex) and not isinstance(values[1], complex):
         exact = Fraction(values[0]), Fraction(values[1])
     return [_Verdict(position, None, chain, number, exact)]
+
+
+def _rounds_inside(first: Value, second: Value, left: Formula, right: Formula) -> bool:
+    r"""May the sides differ by the rounding of a decimal in them alone: ``10\sqrt{3} = 10(1.732)``?"""
+    if not re.search(r"\d\.\d", f"{left.text} {right.text}"):
+        return False
+    return abs(complex(first) - complex(second)) <= 1e-2 * max(size_of(first), size_of(second))
 
 
 def _cut_off(first: Value, second: Value, left: Formula, right: Formula) -> bool:
@@ -208,9 +228,9 @@ def _rounded(first: Value, second: Value, left: Formula, right: Formula, about: 
         whole, _, decimals = side.lone_number.partition(".")
         if not decimals and not about:
             continue
-        zeros = len(whole) - len(whole.rstrip("0")) if about and not decimals else 0
+        zeros = len(whole) - len(whole.rstrip("0")) if about and not decimals and whole.strip("0") else 0
         unit = 10.0 ** (zeros - len(decimals))
-        if abs(float(first) - float(second)) <= unit * (1.0 if about else 0.5) * (1 + 1e-9):
+        if abs(float(first) - float(second)) <= unit * (1.0 if about and not zeros else 0.5) * (1 + 1e-9):
             return True
     return False
 
@@ -293,7 +313,7 @@ def _derived(left: Formula, right: Formula, known: _Known) -> bool:
             break
         scopes = [make(seed) for seed in range(POINTS)]
         new = _differences(left, right, scopes)
-        if new is None or max(map(abs, new)) < 1e-9:
+        if new is None or max(abs(n - new[0]) for n in new) < 1e-9:  # says nothing of an unknown
             continue
         olds = []
         for first, second in reversed(known.equations):
@@ -305,7 +325,9 @@ def _derived(left: Formula, right: Formula, known: _Known) -> bool:
             if _proportional(new, old):
                 return True
             olds.append(old)
-        if any(_combined(new, a, b) for n, a in enumerate(olds) for b in olds[:n]):
+        # two that contradict each other give every equation: their combination is a constant, too
+        pairs = ((a, b) for n, a in enumerate(olds) for b in olds[:n])
+        if any(_combined(new, a, b) and not _combined([1 + 0j] * POINTS, a, b) for a, b in pairs):
             return True
     return False
 

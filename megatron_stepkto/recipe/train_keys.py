@@ -201,6 +201,11 @@ class Training(Section):
                 "transformer_engine: required goes with dtype: bfloat16: it would multiply float32 matrices in TF32, "
                 "which keeps 11 bits; set dtype: bfloat16, or transformer_engine: auto"
             )
+        if self.lora is not None and self.lora.start is not None and self.reference == "initial":
+            raise ValueError(
+                "reference: initial goes with a new adapter: with lora.start M0 is initial_model with that adapter, "
+                "and the model at hand is the one without; set reference: previous"
+            )
         if self.fp8 is None:
             return self
         if self.lora is not None:

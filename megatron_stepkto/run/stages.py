@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, stable_hash
 from megatron_stepkto.base.progress import warn
-from megatron_stepkto.base.stage import Result, Stage, run_stage
+from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
 from megatron_stepkto.evaluation.table import METRICS, Row
 from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.problems.source import check_training_problems, evaluation_sets, write_problems
@@ -291,11 +292,14 @@ def _convert_adapter(run: Run, t: int, trained: Path, out: Path) -> None:
     """Write the adapter that a training left for PEFT, and its base with it as a Hugging Face folder."""
     import torch
 
-    from megatron_stepkto.checkpoints.adapter import export_adapter, merge_adapter
+    from megatron_stepkto.checkpoints.adapter import Trained, export_adapter, merge_adapter
+    from megatron_stepkto.checkpoints.convert import LORA_SETTINGS
 
     base, adapter = run.base_model, run.folder.adapter(t)
 
     def work() -> Result:
+        if read_json(trained / LORA_SETTINGS, Trained)["base"] != input_hash(base, run.folder.hashes):
+            raise UserError(f"{trained}: its adapters belong to another base model than {base}; restore that model")
         export_adapter(trained, adapter, base)
         merge_adapter(base, adapter, out, getattr(torch, run.recipe.train.dtype))
         return Result([adapter, out])

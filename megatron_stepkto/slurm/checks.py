@@ -159,7 +159,10 @@ def _check_served(recipe: Recipe, site: Site) -> None:
     if not any("vllm" in word for word in words):
         return
     options = _options(words)
-    model = options.get("model") or (words[words.index("serve") + 1] if "serve" in words[:-1] else "")
+    if "config" in options:  # a file that says the rest
+        return
+    after = words[words.index("serve") + 1] if "serve" in words[:-1] else ""
+    model = options.get("model") or ("" if after.startswith("-") else after)
     names = options.get("served-model-name", model)
     for need in judge_needs(recipe):
         if site.judge_url.rstrip("/") in need.servers and names and need.served not in names.split():
@@ -187,10 +190,12 @@ def _options(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
+            name = name.replace("_", "-")  # vLLM takes either
             found[name] = [value] if value else []
-        elif word in SHORT:
-            name = SHORT[word]
-            found[name] = []
+        elif word.partition("=")[0] in SHORT:
+            short, _, value = word.partition("=")
+            name = SHORT[short]
+            found[name] = [value] if value else []
         elif name is not None:
             found[name].append(word)
     return {name: " ".join(values) for name, values in found.items()}

@@ -19,7 +19,6 @@ from megatron_stepkto.megatron import onednn
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration, choose, choose_device, describe, find_machine
 from megatron_stepkto.megatron.engine import Engine
 from megatron_stepkto.megatron.ranks import join_ranks, lay_out
-from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
 from megatron_stepkto.training.job import Job
 from megatron_stepkto.training.loop import Trainer
@@ -55,9 +54,9 @@ def make_trainer(job: Job, device: torch.device, acceleration: Acceleration = PL
     check_state_fits(config, entries, job.settings, *rank_capacity(device))
     examples = Examples.open(job.train_examples)
     held_out = Examples.open(job.held_out_examples) if job.held_out_examples else None
-    for each in (examples, held_out):
-        if each:
-            check_lengths(each, job, config.max_positions, config.vocab_size)
+    for path, each in ((job.train_examples, examples), (job.held_out_examples, held_out)):
+        if each and path:
+            check_lengths(each, path, job, config.max_positions, config.vocab_size)
     lora = job.settings.lora
     adapted = adapted_linears(entries, lora.targets) if lora else None
     engine = Engine(config, job.settings, device, acceleration, adapted=adapted)
@@ -81,29 +80,29 @@ def same_everywhere(line: str) -> str:
     return line
 
 
-def check_lengths(examples: Examples, job: Job, max_positions: int, vocab_size: int) -> None:
+def check_lengths(examples: Examples, path: Path, job: Job, max_positions: int, vocab_size: int) -> None:
     """Raises UserError for an example that no micro-batch or the model cannot hold, or with an unknown token."""
     own = examples.sample
     other = np.where(examples.partner == NONE, own, examples.partner)
     response = np.maximum(examples.response_tokens[own], examples.response_tokens[other])
     lengths = examples.prompt_tokens[own] + response  # with its KL partner's response, where that is longer
-    room = room_for(job.settings, paired=method_of(job.settings.method).paired)
+    room = room_for(job.settings, paired=bool((examples.side != NONE).any()))
     step = job.settings.document_multiple
     if (bad := np.flatnonzero(lengths > room // step * step)).size:
         tokens = padded_length(int(lengths[bad[0]]), job.settings)
         raise UserError(
-            f"{job.train_examples}: {examples.example_id(bad[0])} has {tokens} tokens (with its KL partner"
+            f"{path}: {examples.example_id(bad[0])} has {tokens} tokens (with its KL partner"
             f"{' and padding' if step > 1 else ''}), "
             f"a micro-batch has room for {room}; raise micro_batch_tokens, or set dataset.max_tokens, which drops "
             "longer examples"
         )
     if (bad := np.flatnonzero(lengths > max_positions)).size:
         raise UserError(
-            f"{job.train_examples}: {examples.example_id(bad[0])} has {lengths[bad[0]]} tokens, the model's "
+            f"{path}: {examples.example_id(bad[0])} has {lengths[bad[0]]} tokens, the model's "
             f"max_position_embeddings is {max_positions}; set dataset.max_tokens, which drops longer examples"
         )
     if (bad := np.flatnonzero(examples.largest_token[own] >= vocab_size)).size:
         raise UserError(
-            f"{job.train_examples}: {examples.example_id(bad[0])} holds a token id past the model's vocabulary "
+            f"{path}: {examples.example_id(bad[0])} holds a token id past the model's vocabulary "
             f"({vocab_size}); the data were made with another tokenizer"
         )

@@ -61,7 +61,7 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent") == f"{tmp_path / 'absent'}: expected a file of JSON lines, found none"
     assert (
         refusal(tmp_path)
-        == f"{tmp_path}: expected a file of JSON lines, found a directory without JSON lines or parquet"
+        == f"{tmp_path}: expected a file of JSON lines, found a directory without JSON lines, parquet or CSV"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import megatron_stepkto as sk
 from megatron_stepkto.base.records import Label
 from megatron_stepkto.judging.process.rules import RULES
 from megatron_stepkto.steps.text import split_text
@@ -125,3 +126,43 @@ def test_the_problem_counts_as_said_before() -> None:
 )
 def test_hostile_formulas_have_no_label(text: str) -> None:
     assert labels(text) == [None]
+
+
+# What a review found: texts, and the label of each line. Numbers that no float holds, sums over rows, roundings inside.
+REVIEWED = [
+    (r"$\sqrt{4} = 1" + "0" * 400 + "$", [None]),
+    (r"$\sqrt{2} \approx 1" + "0" * 400 + "$", [None]),
+    ("\n".join(f"${a}(x) = {b}(x){'x' * 170}$" for a, b in zip("ABCDEFG", "BCDEFGH", strict=True)) + "\n$A(2) = 3$",
+     [None] * 8),
+    ("$P(x)=x^2$\n" + "\n".join(f"${a}(x) = {'+'.join([f'{b}(x)'] * 39)}$"
+                                for a, b in zip("QRSTUV", "PQRSTU", strict=True)) + "\n$V(2) = 3$", [None] * 8),
+    (r"$\sqrt{\frac{8 \cdot 10^{14}}{10^{14}}} = 5$", [None]),
+    (r"$\frac{20!\,\pi}{20!}=9$", [None]),
+    (r"$\frac{x \cdot 10^{14}}{10^{14}} = 3x$", [None]),
+    (r"$\pi^{500}\cdot\pi^{500} = 5$", [None]),
+    (r"$\sin\pi = 0$", [1]),
+    (r"$\frac{10^{15}\sqrt{2}}{10^{15}}=\sqrt2$", [1]),
+    (r"$2^3 \approx 0$", [None]),
+    (r"$2^3 \approx 100$", [None]),
+    (r"$5^2 \approx 1000000$", [None]),
+    (r"$\sqrt{50} \approx 7.07$", [1]),
+    ("$x^2-5x+6=0$\n$x = 2$ or $x = 3$\n$2x = 100$\n$7x+1=0$", [None, 1, None, None]),
+    ("$2x + 3 = 8$\n$x = 3$\n$x + 4 = 9$", [None, None, None]),
+    ("$2x + 3 = 7$\n$2x = 4$\n$x = 2$", [None, 1, 1]),
+    (r"$10\sqrt{3} = 10(1.732) = 17.32$", [None]),
+    (r"$1000(1.05)^{10} = 1000(1.6289) = 1628.9$", [None]),
+    (r"$2^{64} = 1.84 \times 10^{19}$", [None]),
+    (r"$2^{3} = 9$", [0]),
+    ("\\[ 1^2+2^2+3^2 \\\\ + 4^2 = 30 \\]", [None]),
+    (r"\begin{align*} S &= 1^2+2^2+3^2 \\ &\quad + 4^2 = 30 \end{align*}", [None]),
+    ("2^3^2 = 512", [None]),
+    (r"$3\frac{1}{2}^2 = 12.25$", [None]),
+    ("$1^3 + 2^3 + . . . + 5^3 = 225$", [None]),
+    ("$5^2 = 25!$", [None]),
+    ("$120 = 5!$", [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), REVIEWED)
+def test_texts_of_a_review(text: str, expected: list[int | None]) -> None:
+    assert [step.label for step in sk.label_steps(text, rule="equations")] == expected

@@ -70,7 +70,11 @@ def test_a_run_with_adapters_trains_one_of_m0_and_reads_no_other_model(tmp_path:
     assert training_of(full, 2).inputs["reference"] == model
     assert training_of(full, 2).inputs["model"] == full.folder.model(1)
 
-    continued = run(f"train.lora={{rank: 16, alpha: 32, start: {start}}}")
+    with pytest.raises(UserError, match=r"train: reference: initial goes with a new adapter"):
+        run(f"train.lora={{rank: 16, alpha: 32, start: {start}}}")
+    previous = "train.reference=previous"
+    new = run("train.lora={rank: 16, alpha: 32}", previous)
+    continued = run(f"train.lora={{rank: 16, alpha: 32, start: {start}}}", previous)
     assert training_of(continued, 1).inputs["adapter"] == start
     assert training_of(continued, 1).inputs["model"] == model
     assert training_of(continued, 1).settings == training_of(new, 1).settings  # its content counts, as an input
@@ -80,7 +84,7 @@ def test_a_run_with_adapters_trains_one_of_m0_and_reads_no_other_model(tmp_path:
     assert sum(not torch.equal(weights[name], before[name]) for name in before) == 7
     check_fits(model, continued.recipe)
     with pytest.raises(UserError, match=r"start: its rank is 16, train\.lora\.rank is 8; make them equal"):
-        check_fits(model, run(f"train.lora={{rank: 8, alpha: 32, start: {start}}}").recipe)
+        check_fits(model, run(f"train.lora={{rank: 8, alpha: 32, start: {start}}}", previous).recipe)
     with pytest.raises(UserError, match=r"train\.lora\.targets: the model has no linear layer query that can"):
         check_fits(model, run("train.lora={targets: [q_proj, query]}").recipe)
 
