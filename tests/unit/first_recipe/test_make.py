@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import Problem, read_records
 from megatron_stepkto.first_recipe import judge as judges
 from megatron_stepkto.first_recipe import make
 from megatron_stepkto.first_recipe.judge import reachable_judge
@@ -120,6 +122,35 @@ def test_an_interrupt_leaves_nothing(wish: Wish, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KeyboardInterrupt):
         make_recipe(wish)
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["chains.jsonl"]
+
+
+def test_a_split_that_measures_does_not_train(wish: Wish, tmp_path: Path) -> None:
+    """A folder with files without a split, one of tests, and a CSV; ``--test`` takes the tests of a folder alone."""
+    rows = Path("chains.jsonl").read_text().splitlines()[:40]
+    for folder, files in (
+        ("mix", {"more.jsonl": rows[:20], "test.jsonl": rows[20:28]}),
+        ("full", {"train.jsonl": rows[:20], "test.jsonl": rows[30:]}),
+    ):
+        Path(folder).mkdir()
+        for name, lines in files.items():
+            Path(folder, name).write_text("\n".join(lines) + "\n")
+    table = json.loads(rows[29])
+    with Path("mix/table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["question", "answer"], [table["question"], table["answer"]]])
+    for test, expected in ((None, rows[20:28]), (Path("full"), rows[30:])):
+        make_recipe(changed(wish, problems=Path("mix"), test=test, force=True))
+        written = {
+            split: {
+                problem.problem for problem in read_records(Path(f"mini_cpu_m0_mix_problems/{split}.jsonl"), Problem)
+            }
+            for split in ("train", "test")
+        }
+        asked = [{json.loads(row)["question"].strip() for row in part} for part in (rows[:20], expected)]
+        assert written["test"] == asked[1]
+        assert written["train"] == asked[0] | {table["question"].strip()}
+    with pytest.raises(UserError, match="holds test problems alone; name those that train"):
+        Path("full/train.jsonl").unlink()
+        make_recipe(changed(wish, problems=Path("full"), force=True))
 
 
 @pytest.mark.parametrize(
