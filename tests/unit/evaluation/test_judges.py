@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,7 @@ def test_solutions_that_nobody_judged(tmp_path: Path) -> None:
         judge_eval(EQUATIONS, [Import(format="gsm8k_solutions", path=tmp_path / "g.jsonl")], tmp_path / "out")
 
 
-def test_an_llm_judge_from_a_file_goes_on_after_a_failure(tmp_path: Path) -> None:
+def test_an_llm_judge_from_a_file_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server dies after three answers; the second call asks only for the rest."""
     file = solutions(tmp_path / "made.jsonl")
 
@@ -187,7 +186,7 @@ def test_an_llm_judge_from_a_file_goes_on_after_a_failure(tmp_path: Path) -> Non
         settings.write_text(
             "judge:\n  split: line\n  process: {kind: llm, model: judge, base_url: '${JUDGE_URL}', concurrency: 1}\n"
         )
-        os.environ["JUDGE_URL"] = server.url
+        monkeypatch.setenv("JUDGE_URL", server.url)
         command = ["judge-eval", str(settings), f"processbench={file}", "--output", str(tmp_path / "out")]
         with pytest.raises(SystemExit):
             main(command)

@@ -417,6 +417,7 @@ def test_recipes_for_real_models(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STEPKTO_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("STEPKTO_PROBLEMS", str(tmp_path / "math"))
+    monkeypatch.delenv("JUDGE_URL", raising=False)
     recipe = read_recipe(repository / "recipes" / f"{name}.yaml")
     assert recipe.name == name
     assert recipe.initial_model is not None
