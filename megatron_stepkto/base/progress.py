@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -42,40 +42,52 @@ def warn(message: str) -> None:
 
 
 class ProgressBar:
-    """``with ProgressBar("sampling", total, "problems") as bar: bar.update(done, note)``."""
+    """``with ProgressBar("sampling", total, "problems") as bar: bar.update(done, note)``.
+
+    Bars may be open together, as stages of a stream are: they share a terminal's display.
+    """
+
+    _display: ClassVar[Progress | None] = None  # of the bar that was opened first
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self._began = self._last_line = time.monotonic()
-        self._done = 0
-        self._first: tuple[float, int] | None = None  # time and count at which the measurement of speed began
+        self._done = self._worked = 0
+        self._first: tuple[float, int] | None = None  # time and work at which the measurement of speed began
         self._moves = False
         self._note = ""
         self._rich: Progress | None = None
+        self._owns_display = False
 
     def __enter__(self) -> Self:
         if console.is_terminal and not console.quiet:
-            self._rich = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TextColumn(self.unit),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=console,
-            )
-            self._rich.start()
-            self._task = self._rich.add_task(self.title, total=self.total, note="")
+            self._owns_display = ProgressBar._display is None
+            self._rich = ProgressBar._display = ProgressBar._display or self._new_display()
+            self._rich.start()  # once, however often it is called
+            self._task = self._rich.add_task(self.title, total=self.total, note="", unit=self.unit)
         return self
 
-    def update(self, done: int, note: str = "") -> None:
+    def _new_display(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def update(self, done: int, note: str = "", kept: int = 0) -> None:
+        """kept: how many of those done an earlier attempt did, where it is not all that the first call reports."""
         # Speed is measured from the first advance: neither an earlier attempt's work nor the start-up time counts.
-        if self._first is None or (not self._moves and done > self._first[1]):
+        worked = done - kept
+        if self._first is None or (not self._moves and worked > self._first[1]):
             self._moves = self._first is not None
-            self._first = (time.monotonic(), done)
-        self._done, self._note = done, note
+            self._first = (time.monotonic(), worked)
+        self._done, self._worked, self._note = done, worked, note
         if self._rich:
             self._rich.update(self._task, completed=done, total=self.total, note=note)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
@@ -85,7 +97,7 @@ class ProgressBar:
         now = time.monotonic()
         self._last_line = now
         began, first = self._first or (now, 0)
-        gained = self._done - first
+        gained = self._worked - first
         left = (
             f", about {(now - began) * (self.total - self._done) / gained:.0f} s left"
             if gained > 0 and self._done < self.total
@@ -95,10 +107,11 @@ class ProgressBar:
         say(f"{self.title}: {self._done}/{self.total} {self.unit}, {now - self._began:.0f} s{left}{note}")
 
     def __exit__(self, *_: object) -> None:
-        if self._rich:
-            self._rich.stop()
-        else:
+        if self._rich is None:
             self._line()
+        elif self._owns_display:
+            ProgressBar._display = None
+            self._rich.stop()
 
 
 class ProgressFile:

@@ -10,11 +10,14 @@ sampling is shared by processes of several nodes (sampling/worker.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.code_hash import code_hash, versions
@@ -73,14 +76,17 @@ def answer(function: RowFunction, row: Any) -> dict[str, Any]:
 
 
 def run_task(
-    task: str, options: dict[str, Any], rows: Sequence[Any], directory: Path, workers: int, title: str, unit: str,
-    state: str = "",
-) -> list[Any]:  # fmt: skip
+    task: str, options: dict[str, Any], rows: Iterable[Any], directory: Path, workers: int,
+    bar: ProgressBar | None = None, state: str = "",
+) -> Iterator[Any]:  # fmt: skip
     """The task's value of each row, or a UserError for that row alone; in order.
+
+    Rows are read as workers need them: at most ``rows_ahead`` are in memory, however many there are.
 
     Args:
         rows: JSON values.
         directory: holds ``cache`` and ``logs``.
+        bar: counts the rows that are done.
         state: hash of what the options name but do not hold (files).
 
     Raises:
@@ -88,24 +94,81 @@ def run_task(
     """
     make, module = TASKS[task]
     code = code_hash(module)
-    chunks = [list(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
-    keys = [content_key(code, _kept(options), state, chunk) for chunk in chunks]
-    with AnswerCache(directory / "cache" / f"{task}.jsonl") as cache, ProgressBar(title, len(rows), unit) as bar:
-        missing = [number for number, key in enumerate(keys) if key not in cache]
-        done = len(rows) - sum(len(chunks[number]) for number in missing)
-        bar.update(done)
-        left = [chunks[number] for number in missing]
-        if workers == 1 or sum(map(len, left)) < FEW:
-            results = _here(make, options, left)
+    with (
+        AnswerCache(directory / "cache" / f"{task}.jsonl") as cache,
+        _Workers(task, options, directory / "logs", workers) as pool,
+    ):
+        work = _Work(make, options, pool, cache)
+        chunks: deque[_Chunk] = deque()
+        left, more = iter(rows), True
+        done = kept = 0
+        if bar is not None:
+            bar.update(0)
+        while more or chunks:
+            while more and sum(len(chunk.rows) for chunk in chunks) < rows_ahead(workers):
+                taken = list(itertools.islice(left, CHUNK))
+                more = len(taken) == CHUNK
+                if taken:
+                    chunks.append(work.begin(_Chunk(taken, content_key(code, _kept(options), state, taken))))
+            if not chunks:
+                break
+            chunk = chunks.popleft()
+            values = work.values(chunk)
+            done += len(values)
+            kept += len(values) if chunk.kept else 0
+            if bar is not None:
+                bar.update(done, kept=kept)
+            for value in values:
+                yield UserError(value["error"]) if "error" in value else value["value"]
+
+
+def rows_ahead(workers: int) -> int:
+    """Rows read before the first is done: enough for every worker, and to decide whether to start any."""
+    return max(FEW, 2 * workers * CHUNK)
+
+
+@dataclass
+class _Chunk:
+    """Rows of one line of the cache. ``kept``: an earlier attempt did them."""
+
+    rows: list[Any]
+    key: str
+    kept: bool = False
+    answers: Future[list[Any]] | None = None
+
+
+class _Work:
+    """Chunks done by this process while they are few, else by the workers."""
+
+    def __init__(
+        self, make: Callable[[dict[str, Any]], RowFunction], options: dict[str, Any], pool: _Workers, cache: AnswerCache
+    ) -> None:
+        self._make, self._options, self._pool, self._cache = make, options, pool, cache
+        self._waiting: list[_Chunk] = []  # until there are enough for processes to be worth their start
+        self._function: RowFunction | None = None
+
+    def begin(self, chunk: _Chunk) -> _Chunk:
+        chunk.kept = chunk.key in self._cache
+        if chunk.kept:
+            chunk.rows = []
         else:
-            results = _by_workers(task, options, left, directory / "logs", min(workers, len(left)))
-        with contextlib.closing(results):  # no process outlives an error here
-            for place, values in results:
-                cache.put(keys[missing[place]], values)
-                done += len(values)
-                bar.update(done)
-        found = [value for key in keys for value in cache.get(key)]
-    return [UserError(value["error"]) if "error" in value else value["value"] for value in found]
+            self._waiting.append(chunk)
+            if self._pool.count > 1 and (self._pool.started or sum(len(c.rows) for c in self._waiting) >= FEW):
+                for each in self._waiting:
+                    each.answers = self._pool.submit(each.rows, each.key, self._cache)
+                self._waiting.clear()
+        return chunk
+
+    def values(self, chunk: _Chunk) -> list[Any]:
+        if chunk.kept:
+            return list(self._cache.get(chunk.key))
+        if chunk.answers is not None:
+            return chunk.answers.result()
+        self._waiting.remove(chunk)
+        self._function = self._function or self._make(self._options)
+        values = [answer(self._function, row) for row in chunk.rows]
+        self._cache.put(chunk.key, values)
+        return values
 
 
 def _kept(options: dict[str, Any]) -> dict[str, Any]:
@@ -113,38 +176,42 @@ def _kept(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "tokenizer"}
 
 
-def _here(
-    make: Callable[[dict[str, Any]], RowFunction], options: dict[str, Any], chunks: Sequence[list[Any]]
-) -> Generator[tuple[int, list[Any]], None, None]:
-    function = make(options) if chunks else None
-    for place, chunk in enumerate(chunks):
-        assert function is not None
-        yield place, [answer(function, row) for row in chunk]
+class _Workers:
+    """Processes that do chunks of a task, started with the first chunk. A thread for each waits for its replies."""
 
+    def __init__(self, task: str, options: dict[str, Any], logs: Path, count: int) -> None:
+        self._task, self._options, self._logs, self.count = task, options, logs, count
+        self._stack = contextlib.ExitStack()
+        self._threads: ThreadPoolExecutor | None = None
 
-def _by_workers(
-    task: str, options: dict[str, Any], chunks: Sequence[list[Any]], logs: Path, count: int
-) -> Generator[tuple[int, list[Any]], None, None]:
-    """Finished chunks as they come. One thread per process waits for its replies."""
-    with contextlib.ExitStack() as stack:
-        threads = stack.enter_context(ThreadPoolExecutor(count))
-        # killed before the threads are waited for, whatever happens
-        arguments, files = [json.dumps([task, options])], [logs / f"{task}-{number}.log" for number in range(count)]
-        idle = [(stack.enter_context(LineWorker(ROW_WORKER, arguments, log)), log) for log in files]
+    @property
+    def started(self) -> bool:
+        return self._threads is not None
 
-        def work(place: int, chunk: list[Any]) -> tuple[int, list[Any]]:
-            worker, log = idle.pop()  # as many threads as workers
-            try:
-                return place, worker.ask(chunk)
-            except EOFError:
-                raise StageFailed(f"a judging process ended; see {log}; it printed:\n{worker.last_words()}") from None
-            finally:
-                idle.append((worker, log))
+    def __enter__(self) -> Self:
+        return self
 
-        futures = [threads.submit(work, place, chunk) for place, chunk in enumerate(chunks)]
+    def __exit__(self, *error: object) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+        self._stack.close()  # processes are killed before the threads are waited for, whatever happens
+
+    def submit(self, rows: list[Any], key: str, cache: AnswerCache) -> Future[list[Any]]:
+        """The answers to come; they are kept in the cache when they do, in whatever order they are asked for."""
+        if self._threads is None:
+            self._threads = self._stack.enter_context(ThreadPoolExecutor(self.count))
+            arguments = [json.dumps([self._task, self._options])]
+            logs = [self._logs / f"{self._task}-{number}.log" for number in range(self.count)]
+            self._idle = [(self._stack.enter_context(LineWorker(ROW_WORKER, arguments, log)), log) for log in logs]
+        return self._threads.submit(self._ask, rows, key, cache)
+
+    def _ask(self, rows: list[Any], key: str, cache: AnswerCache) -> list[Any]:
+        worker, log = self._idle.pop()  # as many threads as workers
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            values: list[Any] = worker.ask(rows)
+        except EOFError:
+            raise StageFailed(f"a judging process ended; see {log}; it printed:\n{worker.last_words()}") from None
         finally:
-            for future in futures:
-                future.cancel()
+            self._idle.append((worker, log))
+        cache.put(key, values)
+        return values

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import contextlib
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.answers.final_answer import extract_answer
@@ -15,9 +17,11 @@ from megatron_stepkto.base.progress import ProgressBar
 from megatron_stepkto.base.records import (
     Judge,
     JudgedSample,
+    Label,
     Problem,
     Sample,
     Step,
+    count_rows,
     read_records,
     set_aside,
     write_records,
@@ -25,7 +29,13 @@ from megatron_stepkto.base.records import (
 from megatron_stepkto.judging.classes import class_warnings
 from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 from megatron_stepkto.judging.outcome.reward_model import OutcomeRewardModel
-from megatron_stepkto.judging.process.interface import Solution, Verdict, Workplace, cut_after_first_error
+from megatron_stepkto.judging.process.interface import (
+    ProcessJudge,
+    Solution,
+    Verdict,
+    Workplace,
+    cut_after_first_error,
+)
 from megatron_stepkto.judging.process.registry import process_judge
 from megatron_stepkto.judging.row_tasks import run_task, tokenizer_hash
 from megatron_stepkto.recipe.keys import Judging
@@ -36,7 +46,15 @@ COUNTS = (
     "steps_right", "steps_wrong", "steps_unjudged",
 )  # fmt: skip
 OUTCOME_CHUNK = 2048  # samples whose answers are compared together
-_Labelled = tuple[Sample, Problem, list[Step]]
+
+
+class _Labelled(NamedTuple):
+    """A sample with its labelled steps. ``score``: a reward model's, where the problem has no answer."""
+
+    sample: Sample
+    problem: Problem
+    steps: list[Step]
+    score: float | None
 
 
 def _read_problems(path: Path) -> dict[str, Problem]:
@@ -68,25 +86,76 @@ class _Quarantine:
             }
         )
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def write(self) -> int:
         if self._path is not None and self._rows:
             set_aside(self._path, self._source, self._rows)
         return len(self._rows)
 
 
-def _split(
-    rows: Sequence[Sample], problems: dict[str, Problem], place: Workplace, tokenizer: Path, settings: Judging
-) -> list[Solution | UserError]:
-    """The solutions of known problems, in order; an error where text and tokens disagree."""
-    options = {"tokenizer": str(tokenizer), "split": settings.split, "step_tag": settings.step_tag}
-    found = run_task(
-        "steps", options, [[row.text, row.token_ids] for row in rows], place.folder, place.workers,
-        "splitting into steps", "samples", tokenizer_hash(tokenizer),
-    )  # fmt: skip
-    return [
-        spans if isinstance(spans, UserError) else _solution(sample, problems[sample.problem_id], spans)
-        for sample, spans in zip(rows, found, strict=True)
-    ]
+class _Split:
+    """The samples of a file as solutions, read anew at each iteration; the bad ones, once found, are left out.
+
+    The steps of a solution come from the cache, where ``check`` leaves them.
+    """
+
+    def __init__(
+        self, samples: Path, problems: dict[str, Problem], place: Workplace, tokenizer: Path, settings: Judging,
+        quarantine: Path | None,
+    ) -> None:  # fmt: skip
+        self._samples, self._problems, self._place, self._quarantine = samples, problems, place, quarantine
+        self._options = {"tokenizer": str(tokenizer), "split": settings.split, "step_tag": settings.step_tag}
+        self._tokenizer_hash = tokenizer_hash(tokenizer)
+        self._good = 0
+
+    def check(self, bad: _Quarantine, problems: Path) -> None:
+        """Split every sample, so that a bad one is known before any is judged."""
+        with ProgressBar("splitting into steps", count_rows(self._samples), "samples") as bar:
+            for sample, found in self._pairs(bar):
+                if found is None:
+                    bad.reject(sample, f"problem_id {sample.problem_id} is not in {problems}; give its problems")
+                elif isinstance(found, UserError):
+                    bad.reject(sample, str(found))
+                else:
+                    self._good += 1
+
+    def samples(self) -> Iterator[tuple[Sample, Solution]]:
+        """The good samples, each with its solution."""
+        return ((sample, found) for sample, found in self._pairs() if isinstance(found, Solution))
+
+    def without_answer(self) -> Iterator[tuple[str, str]]:
+        """(problem, text) of each good sample whose problem has no answer."""
+        return ((s.problem.problem, s.text) for s in self if s.problem.answer is None)
+
+    def __len__(self) -> int:
+        return self._good
+
+    def __iter__(self) -> Iterator[Solution]:
+        return (solution for _, solution in self.samples())
+
+    def _pairs(self, bar: ProgressBar | None = None) -> Iterator[tuple[Sample, Solution | UserError | None]]:
+        """Each sample with its solution, with what is wrong with it, or with None: its problem is not known."""
+        ahead: deque[Sample] = deque()  # given to the splitter, which reads some before it answers
+
+        def rows() -> Iterator[list[Any]]:
+            for sample in read_records(self._samples, Sample, quarantine=self._quarantine):
+                ahead.append(sample)
+                if sample.problem_id in self._problems:
+                    yield [sample.text, sample.token_ids]
+
+        place = self._place
+        found = run_task(
+            "steps", self._options, rows(), place.folder, place.workers, bar, self._tokenizer_hash
+        )  # fmt: skip
+        for spans in found:
+            while ahead[0].problem_id not in self._problems:
+                yield ahead.popleft(), None
+            sample = ahead.popleft()
+            error = isinstance(spans, UserError)
+            yield sample, spans if error else _solution(sample, self._problems[sample.problem_id], spans)
+        yield from ((sample, None) for sample in ahead)
 
 
 def _solution(sample: Sample, problem: Problem, spans: list[list[int]]) -> Solution:
@@ -107,18 +176,13 @@ def _labelled(solution: Solution, verdicts: list[Verdict], settings: Judging) ->
     return [step.model_copy(update=verdict.of_step()) for step, verdict in zip(solution.steps, verdicts, strict=True)]
 
 
-def _count(judged: Sequence[JudgedSample]) -> dict[str, Any]:
-    counts = Counter(dict.fromkeys(COUNTS, 0))
-    for row in judged:
-        counts["samples"] += 1
-        counts[{1: "right", 0: "wrong", None: "undecided"}[row.outcome]] += 1
-        counts["unparsed"] += row.extracted_answer is None
-        counts["truncated"] += row.finish_reason == "length"
-        for step in row.steps:
-            counts[{1: "steps_right", 0: "steps_wrong", None: "steps_unjudged"}[step.label]] += 1
-    share = round(counts["right"] / counts["samples"], 4) if counts["samples"] else None  # all may be quarantined
-    warnings = class_warnings(counts)
-    return {**counts, "right_share": share, **({"warnings": warnings} if warnings else {})}
+def _count(counts: Counter[str], row: JudgedSample) -> None:
+    counts["samples"] += 1
+    counts[{1: "right", 0: "wrong", None: "undecided"}[row.outcome]] += 1
+    counts["unparsed"] += row.extracted_answer is None
+    counts["truncated"] += row.finish_reason == "length"
+    for step in row.steps:
+        counts[{1: "steps_right", 0: "steps_wrong", None: "steps_unjudged"}[step.label]] += 1
 
 
 def judge_file(
@@ -153,38 +217,46 @@ def judge_file(
     judge = process_judge(settings.process, place)
     judge.load()
     reward = _reward_model(by_id, problems, settings, place)
-    rows = list(read_records(samples, Sample, quarantine=quarantine))
     bad = _Quarantine(quarantine, samples)
-    known = [row for row in rows if row.problem_id in by_id]
-    solutions = iter(_split(known, by_id, place, tokenizer_dir, settings))
-    split: list[tuple[Sample, Solution]] = []
-    for sample in rows:
-        if sample.problem_id not in by_id:
-            bad.reject(sample, f"problem_id {sample.problem_id} is not in {problems}; give its problems")
-        elif isinstance(solution := next(solutions), UserError):
-            bad.reject(sample, str(solution))
-        else:
-            split.append((sample, solution))
-    good: list[_Labelled] = []
-    for (sample, solution), verdicts in zip(split, judge.judge([s for _, s in split]), strict=True):
-        if isinstance(verdicts, UserError):
-            bad.reject(sample, str(verdicts))
-        else:
-            good.append((sample, solution.problem, _labelled(solution, verdicts, settings)))
-    outcomes = _judge_answers([row for row in good if row[1].answer is not None], settings, output.parent)
-    scored = _score([row for row in good if row[1].answer is None], reward)
-    judged = [
-        _judged(sample, steps, next(outcomes if problem.answer is not None else scored), judge.name, reward)
-        for sample, problem, steps in good
-    ]
-    quarantined = bad.write()
-    if not judged:
-        raise UserError(f"{samples}: expected at least one good sample, all {quarantined} were bad; see {quarantine}")
-    write_records(output, judged)
-    counts = {**_count(judged), **judge.counts()}
-    if reward is not None:
-        counts["reward_model"] = {"dtype": reward.dtype}
-    return counts | ({"quarantined": quarantined} if quarantined else {})
+    solutions = _Split(samples, by_id, place, tokenizer_dir, settings, quarantine)
+    solutions.check(bad, problems)
+    counts = Counter(dict.fromkeys(COUNTS, 0))
+
+    def judged() -> Iterator[JudgedSample]:
+        labelled = _label(solutions, judge, reward, settings, bad)
+        for row in _judge_answers(labelled, len(solutions), settings, output.parent, judge.name, reward):
+            _count(counts, row)
+            yield row
+        quarantined = bad.write()
+        if not counts["samples"]:
+            raise UserError(
+                f"{samples}: expected at least one good sample, all {quarantined} were bad; see {quarantine}"
+            )
+
+    write_records(output, judged())
+    warnings = class_warnings(counts)
+    return {
+        **counts,
+        "right_share": round(counts["right"] / counts["samples"], 4),
+        **({"warnings": warnings} if warnings else {}),
+        **judge.counts(),
+        **({} if reward is None else {"reward_model": {"dtype": reward.dtype}}),
+        **({"quarantined": len(bad)} if len(bad) else {}),
+    }
+
+
+def _label(
+    solutions: _Split, judge: ProcessJudge[Any], reward: OutcomeRewardModel | None, settings: Judging, bad: _Quarantine
+) -> Iterator[_Labelled]:
+    """The samples that have verdicts, with the scores of those that a reward model judges."""
+    scores = None if reward is None else reward.scores(solutions.without_answer())
+    with contextlib.closing(judge.judge(solutions)) as judged:
+        for (sample, solution), verdicts in zip(solutions.samples(), judged, strict=True):
+            score = next(scores) if scores is not None and solution.problem.answer is None else None
+            if isinstance(verdicts, UserError):
+                bad.reject(sample, str(verdicts))
+            else:
+                yield _Labelled(sample, solution.problem, _labelled(solution, verdicts, settings), score)
 
 
 def check_judge(settings: Judging, model: Path, directory: Path, problems: Path | None = None) -> None:
@@ -224,47 +296,46 @@ def _reward_model(
     return reward
 
 
-def _score(rows: Sequence[_Labelled], reward: OutcomeRewardModel | None) -> Iterator[Outcome]:
-    if reward is None:
-        return iter(())
-    scores = reward.scores([(problem.problem, sample.text) for sample, problem, _ in rows])
-    threshold = reward.settings.threshold
-    return iter(
-        [
-            Outcome(1 if score > threshold else 0, extract_answer(row[0].text), reward.name, score)
-            for row, score in zip(rows, scores, strict=True)
-        ]
-    )
+def _judge_answers(
+    labelled: Iterator[_Labelled], total: int, settings: Judging, directory: Path, process: str,
+    reward: OutcomeRewardModel | None,
+) -> Iterator[JudgedSample]:  # fmt: skip
+    """Decided pairs are kept in ``directory/cache`` as they come: an interrupted stage decides none of them again."""
+    chunk = list(itertools.islice(labelled, OUTCOME_CHUNK))  # first: rollouts, too, keep pairs in this cache
+    with (
+        AnswerCache(directory / "cache" / "answers.jsonl") as cache,
+        EquivalenceChecker(settings.workers, settings.timeout_s, cache) as checker,
+        ProgressBar("judging answers", total, "samples") as bar,
+    ):
+        done = 0
+        while chunk:
+            answered = [row for row in chunk if row.problem.answer is not None]
+            outcomes = iter(
+                judge_outcomes(
+                    [row.sample.text for row in answered],
+                    [row.problem.answer or "" for row in answered],
+                    checker,
+                    lambda decided, done=done: bar.update(done + decided),  # type: ignore[misc]
+                )
+            )
+            for row in chunk:
+                outcome = next(outcomes) if row.problem.answer is not None else _scored(row, reward)
+                yield _judged(row, outcome, process, reward)
+            done += len(chunk)
+            bar.update(done)
+            chunk = list(itertools.islice(labelled, OUTCOME_CHUNK))
 
 
-def _judged(
-    sample: Sample, steps: list[Step], outcome: Outcome, process: str, reward: OutcomeRewardModel | None
-) -> JudgedSample:
+def _scored(row: _Labelled, reward: OutcomeRewardModel | None) -> Outcome:
+    assert reward is not None and row.score is not None
+    label: Label = 1 if row.score > reward.settings.threshold else 0
+    return Outcome(label, extract_answer(row.sample.text), reward.name, row.score)
+
+
+def _judged(row: _Labelled, outcome: Outcome, process: str, reward: OutcomeRewardModel | None) -> JudgedSample:
     judge = Judge(outcome="answer", process=process)
     if outcome.score is not None and reward is not None:
         judge = Judge(outcome=reward.name, process=process, score=outcome.score, threshold=reward.settings.threshold)
     return JudgedSample(
-        **dict(sample), steps=steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=judge
+        **dict(row.sample), steps=row.steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=judge
     )
-
-
-def _judge_answers(good: Sequence[_Labelled], settings: Judging, directory: Path) -> Iterator[Outcome]:
-    """Decided pairs are kept in ``directory/cache`` as they come: an interrupted stage decides none of them again."""
-    outcomes: list[Outcome] = []
-    if not good:
-        return iter(outcomes)
-    with (
-        AnswerCache(directory / "cache" / "answers.jsonl") as cache,
-        EquivalenceChecker(settings.workers, settings.timeout_s, cache) as checker,
-        ProgressBar("judging answers", len(good), "samples") as bar,
-    ):
-        for start in range(0, len(good), OUTCOME_CHUNK):
-            chunk = good[start : start + OUTCOME_CHUNK]
-            outcomes += judge_outcomes(
-                [sample.text for sample, _, _ in chunk],
-                [problem.answer or "" for _, problem, _ in chunk],
-                checker,
-                lambda done, start=start: bar.update(start + done),  # type: ignore[misc]
-            )
-            bar.update(len(outcomes))
-    return iter(outcomes)

@@ -95,7 +95,7 @@ def test_llm_judge_under_a_schema(tmp_path: Path) -> None:
                  "comment_chars": 10, "schema_key": schema_key, "concurrency": 4}
             )  # fmt: skip
             asked = LLMJudge(settings, Workplace(tmp_path / schema_key))
-            verdicts = asked.judge(SOLUTIONS[:4])
+            verdicts = list(asked.judge(SOLUTIONS[:4]))
             counts = asked.counts()["judge"]
             assert counts["answered"] == 8 and "failed" not in counts and "bad_answers" not in counts, counts
             assert counts["prompt_tokens"] > 4000 and counts["completion_tokens"] > 100
@@ -103,7 +103,11 @@ def test_llm_judge_under_a_schema(tmp_path: Path) -> None:
                 assert not isinstance(row, UserError) and len(row) == len(solution.steps)
                 assert all(len(v.votes or ()) == 2 and set(v.votes or ()) <= {0, 1, None} for v in row)
         with pytest.raises(UserError, match="no model 'another'; it has judge"):
-            LLMJudge(settings.model_copy(update={"model": "another"}), Workplace(tmp_path / "x")).judge(SOLUTIONS[:1])
+            list(
+                LLMJudge(settings.model_copy(update={"model": "another"}), Workplace(tmp_path / "x")).judge(
+                    SOLUTIONS[:1]
+                )
+            )
 
 
 def test_reward_model_behind_pooling(tmp_path: Path) -> None:
@@ -116,7 +120,7 @@ def test_reward_model_behind_pooling(tmp_path: Path) -> None:
     tag = PreTrainedTokenizerFast.from_pretrained(model).convert_tokens_to_ids("<extra_0>")
     with serve(model, "--runner", "pooling", "--pooler-config", json.dumps({"step_tag_id": tag})) as url:
         asked = judge(model, tmp_path, convention="qwen_math_prm", base_url=url, served_name="judge")
-        verdicts = asked.judge(SOLUTIONS[:9])
+        verdicts = list(asked.judge(SOLUTIONS[:9]))
     for row, scores in zip(verdicts, qwen_reference(model, SOLUTIONS[:9]), strict=True):
         assert not isinstance(row, UserError)
         assert [v.score for v in row] == pytest.approx(scores, abs=1e-4)

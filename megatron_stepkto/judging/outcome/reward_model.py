@@ -8,7 +8,7 @@ the head reads the last token. The score is the raw logit; above the recipe's th
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron_stepkto.base.dtypes import choose_dtype, gpu_count
@@ -63,21 +63,20 @@ class OutcomeRewardModel:
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.settings.reward_model)
 
-    def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """The logit of each (problem, solution)."""
-        rows = [self._row(problem, text) for problem, text in pairs]
-        if not rows:
-            return []
+    def scores(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float]:
+        """The logit of each (problem, solution), in order. The model works when the first is asked for."""
         settings, title = self.settings, "scoring solutions"
         chosen = choose_dtype(settings.dtype, settings.reward_model, on_cpu=not gpu_count())
         chosen.announce(title)
         self.dtype = chosen.dtype
-        job = PRMJob(
-            model=settings.reward_model, model_hash=self._place.hash_of(settings.reward_model), rows=rows,
-            candidates=None, whole_solutions=True, dtype=chosen.dtype, batch_tokens=settings.batch_tokens,
-            workers=settings.workers, cache=self._place.cache,
+        job = PRMJob.of(
+            (self._row(problem, text) for problem, text in pairs),
+            self._place.hash_of(settings.reward_model), self._place.cache,
+            model=settings.reward_model, candidates=None, whole_solutions=True, dtype=chosen.dtype,
+            batch_tokens=settings.batch_tokens, workers=settings.workers,
         )  # fmt: skip
-        return [score for (score,) in score_job(job, self._place.logs, title)]
+        for (score,) in score_job(job, self._place.logs, title):
+            yield score
 
     def _row(self, problem: str, text: str) -> PRMRow:
         turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": text}]

@@ -6,17 +6,24 @@ there; a second opinion keeps what both, or most, see. What the members do not a
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.records import Label
-from megatron_stepkto.judging.process.interface import ProcessJudge, Resources, Solution, Verdict, Verdicts, Workplace
+from megatron_stepkto.judging.process.interface import (
+    Judged,
+    ProcessJudge,
+    Resources,
+    Solutions,
+    Verdict,
+    Verdicts,
+    Workplace,
+)
 from megatron_stepkto.recipe import keys as recipe
-
-T = TypeVar("T")
 
 
 def label_of_all(labels: Sequence[Label]) -> Label:
@@ -85,25 +92,23 @@ class CombinedJudge(ProcessJudge[recipe.CombinedJudge]):
         return Resources(most.gpus, most.gpu_keys, most.takes_fewer, tuple(servers))
 
     def load(self) -> None:
-        self._ask_each(lambda member: member.load())
+        for number, member in enumerate(self._members.values()):
+            with _named_keys(number):
+                member.load()
 
     def check(self) -> None:
-        self._ask_each(lambda member: member.check())
-
-    def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
-        """A solution that one member cannot judge is not judged."""
-        given = self._ask_each(lambda member: member.judge(solutions))
-        return [self._combined(verdicts) for verdicts in zip(*given, strict=True)]
-
-    def _ask_each(self, ask: Callable[[ProcessJudge[Any]], T]) -> list[T]:
-        """What each member answers; its errors name its own keys."""
-        found = []
         for number, member in enumerate(self._members.values()):
-            try:
-                found.append(ask(member))
-            except (UserError, StageFailed) as error:
-                raise type(error)(_of_member(number, error)) from None
-        return found
+            with _named_keys(number):
+                member.check()
+
+    def judge(self, solutions: Solutions) -> Judged:
+        """A solution that one member cannot judge is not judged."""
+        with contextlib.ExitStack() as stack:
+            given = [
+                stack.enter_context(contextlib.closing(_verdicts(number, member, solutions)))
+                for number, member in enumerate(self._members.values())
+            ]
+            yield from map(self._combined, zip(*given, strict=True))
 
     def _combined(self, given: Sequence[Verdicts]) -> Verdicts:
         steps = []
@@ -121,6 +126,20 @@ class CombinedJudge(ProcessJudge[recipe.CombinedJudge]):
 
     def counts(self) -> dict[str, Any]:
         return {"judges": {name: member.counts() for name, member in self._members.items()}}
+
+
+def _verdicts(number: int, member: ProcessJudge[Any], solutions: Solutions) -> Judged:
+    with _named_keys(number):
+        yield from member.judge(solutions)
+
+
+@contextlib.contextmanager
+def _named_keys(number: int) -> Iterator[None]:
+    """A member's errors name its own keys."""
+    try:
+        yield
+    except (UserError, StageFailed) as error:
+        raise type(error)(_of_member(number, error)) from None
 
 
 def _of_member(number: int, error: Exception) -> str:

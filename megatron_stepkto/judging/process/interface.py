@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Label, Opinion, Problem, Step
@@ -34,6 +34,14 @@ class Solution:
     @property
     def step_texts(self) -> list[str]:
         return [self.text[step.start : step.end] for step in self.steps]
+
+
+class Solutions(Protocol):
+    """Solutions that are read, in order, as often as a judge asks; a file's are never all in memory."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Solution]: ...
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,7 @@ class Verdict:
 
 
 Verdicts = list[Verdict] | UserError  # an error: this one solution cannot be judged
+Judged = Generator[Verdicts, None, None]  # closed early, it ends the processes that work for it
 
 
 class ProcessJudge(ABC, Generic[Keys]):
@@ -222,8 +231,10 @@ class ProcessJudge(ABC, Generic[Keys]):
         self.load()
 
     @abstractmethod
-    def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
-        """One verdict per step, or the reason why a solution has none; shows its progress.
+    def judge(self, solutions: Solutions) -> Judged:
+        """One verdict per step, or the reason why a solution has none, in order; shows its progress.
+
+        What it holds must not grow with the number of solutions.
 
         Raises:
             UserError: nothing can be judged (a server is down, a model is missing).

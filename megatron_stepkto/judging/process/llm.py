@@ -6,12 +6,15 @@ import asyncio
 import functools
 import hashlib
 import inspect
+import itertools
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -33,11 +36,12 @@ from megatron_stepkto.judging.process.client import (
 )
 from megatron_stepkto.judging.process.formats import RPRM, Format, GenPRM, ThinkPRM
 from megatron_stepkto.judging.process.interface import (
+    Judged,
     ProcessJudge,
     Resources,
     Solution,
+    Solutions,
     Typical,
-    Verdicts,
     Work,
     Workplace,
     majority,
@@ -181,6 +185,15 @@ def chain_of(answer: Any) -> str | None:
 READING = (WORDS, inspect.getsource(read_votes), inspect.getsource(votes_of))
 
 
+@dataclass(frozen=True)
+class _Question:
+    """The requests of one vote. ``key``: of its answer in the cache."""
+
+    key: str
+    bodies: list[dict[str, Any]]
+    num_steps: int
+
+
 class LLMJudge(ProcessJudge[recipe.LLMJudge]):
     recipe_keys = recipe.LLMJudge
 
@@ -192,6 +205,8 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
         )  # fmt: skip
         self._counts: Counter[str] = Counter()
         self._useless = ""  # the last useless answer
+        self._begun: set[str] = set()  # keys that are asked for, or got no answer
+        self._finished = 0  # votes
 
     @property
     def name(self) -> str:
@@ -240,16 +255,21 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
         super().check()
         run_async(check_servers(self._service))
 
-    def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
-        votes: dict[tuple[int, int], list[Label]] = {}
-        with AnswerCache(self.place.cache / "verdicts.jsonl") as cache:
-            run_async(self._ask_all(solutions, cache, votes))
-        return [self._verdicts(number, solution, votes) for number, solution in enumerate(solutions)]
+    def judge(self, solutions: Solutions) -> Judged:
+        """Every answer goes into the cache as it comes; verdicts are then made of what is there, in order.
 
-    def _verdicts(self, number: int, solution: Solution, votes: dict[tuple[int, int], list[Label]]) -> Verdicts:
-        nothing: list[Label] = [None] * len(solution.steps)
-        given = [votes.get((number, vote), nothing) for vote in range(self.settings.votes)]
-        return [majority(step, self.settings.threshold) for step in zip(*given, strict=True)]
+        What the second pass needs of each solution is a line of a temporary file.
+        """
+        with (
+            AnswerCache(self.place.cache / "verdicts.jsonl") as cache,
+            tempfile.TemporaryFile("w+", dir=self.place.cache) as asked,
+        ):
+            self._ask_all(solutions, cache, asked)
+            asked.seek(0)
+            for line in asked:
+                num_steps, keys = json.loads(line)
+                given = [cache.get(key) or [None] * num_steps for key in keys]  # no answer is no verdict
+                yield [majority(step, self.settings.threshold) for step in zip(*given, strict=True)]
 
     # --- requests ---
 
@@ -288,54 +308,62 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
         reading = READING if self._format is None else (type(self._format).reading(),)
         return content_key(*bodies, self.settings.reported_model, *reading)
 
-    async def _ask_all(
-        self, solutions: Sequence[Solution], cache: AnswerCache, votes: dict[tuple[int, int], list[Label]]
-    ) -> None:
-        places: dict[str, list[tuple[int, int]]] = {}  # equal solutions are one question
-        for number, solution in enumerate(solutions):
+    def _questions(self, solutions: Solutions, cache: AnswerCache, asked: IO[str]) -> Iterator[_Question | None]:
+        """What is to be asked, None where there is nothing to ask. ``asked`` gets a line for each solution.
+
+        Equal solutions are one question.
+        """
+        for solution in solutions:
+            keys = []
             for vote in range(self.settings.votes):
-                places.setdefault(self._key(self._bodies(solution, vote)), []).append((number, vote))
-        missing = []
-        for key, where in places.items():
-            known = cache.get(key)
-            if known is None:
-                missing.append(where)
-            else:
-                votes.update(dict.fromkeys(where, known))
-        self._counts["cached"] = len(votes)
-        if not missing:
-            return
-        total = len(solutions) * self.settings.votes
+                bodies = self._bodies(solution, vote)
+                keys.append(key := self._key(bodies))
+                if key in cache or key in self._begun:
+                    self._counts["cached"] += cache.was_kept(key)
+                    self._finished += 1
+                    yield None
+                else:
+                    self._begun.add(key)
+                    yield _Question(key, bodies, len(solution.steps))
+            asked.write(json.dumps([len(solution.steps), keys]) + "\n")
+
+    def _ask_all(self, solutions: Solutions, cache: AnswerCache, asked: IO[str]) -> None:
+        self._begun, self._finished = set(), 0
+        self._counts["cached"] = 0
+        questions = self._questions(solutions, cache, asked)
+        first = next((question for question in questions if question is not None), None)
+        if first is not None:
+            run_async(self._work(first, questions, len(solutions) * self.settings.votes, cache))
+
+    async def _work(self, first: _Question, others: Iterator[_Question | None], total: int, cache: AnswerCache) -> None:
+        queue = itertools.chain([first], others)
         async with Client(self._service, self._counts) as client:
             await client.check_model()
             with ProgressBar("judging steps", total, "votes") as bar:
-                bar.update(len(votes), self._note())
-                await self._work(client, solutions, missing, cache, votes, bar)
+
+                def show() -> None:
+                    bar.update(self._finished, self._note(), self._counts["cached"])
+
+                show()
+
+                async def worker() -> None:
+                    for question in queue:
+                        if question is None:
+                            show()
+                            await asyncio.sleep(0)  # answers on their way are not kept waiting
+                            continue
+                        found = await self._ask(client, question.bodies, question.num_steps)
+                        if found is not None:
+                            cache.put(question.key, found)
+                            self._begun.discard(question.key)  # the ones without an answer stay: not asked again
+                        self._finished += 1
+                        show()
+
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self.settings.concurrency, total)):
+                        group.create_task(worker())
         if failed := self._counts["failed"] + self._counts["too_long"]:
             warn(f"{failed} of {total} votes have no verdict and count for neither label; the last: {self._useless}")
-
-    async def _work(
-        self, client: Client, solutions: Sequence[Solution], missing: list[list[tuple[int, int]]], cache: AnswerCache,
-        votes: dict[tuple[int, int], list[Label]], bar: ProgressBar,
-    ) -> None:  # fmt: skip
-        queue = iter(missing)
-        finished = bar.total - sum(map(len, missing))
-
-        async def worker() -> None:
-            nonlocal finished
-            for where in queue:
-                number, vote = where[0]
-                bodies = self._bodies(solutions[number], vote)
-                found = await self._ask(client, bodies, len(solutions[number].steps))
-                if found is not None:
-                    cache.put(self._key(bodies), found)
-                    votes.update(dict.fromkeys(where, found))
-                finished += len(where)
-                bar.update(finished, self._note())
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self.settings.concurrency, len(missing))):
-                group.create_task(worker())
 
     def _count_tokens(self, answer: Any) -> None:
         usage = answer.get("usage") if isinstance(answer, dict) else None

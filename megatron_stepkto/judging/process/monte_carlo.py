@@ -20,12 +20,13 @@ from megatron_stepkto.base.records import Label, Sample, read_records
 from megatron_stepkto.base.stage import package_versions
 from megatron_stepkto.judging.outcome.answer import judge_outcomes
 from megatron_stepkto.judging.process.interface import (
+    Judged,
     ProcessJudge,
     Resources,
     Solution,
+    Solutions,
     Typical,
     Verdict,
-    Verdicts,
     Work,
     Workplace,
 )
@@ -107,11 +108,14 @@ class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
         super().check()
         check_engines(self.settings.sample, self._model)
 
-    def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
-        """The last step of a finished solution has nothing behind it: its own outcome decides.
+    def judge(self, solutions: Solutions) -> Judged:
+        """All solutions are held in memory: the sampler takes its prompts at once.
+
+        The last step of a finished solution has nothing behind it: its own outcome decides.
 
         Completions are sampled from the steps that end before the solution's end.
         """
+        solutions = list(solutions)
         unknown = {number for number, solution in enumerate(solutions) if not solution.problem.answer}
         prefixes = [
             (number, place)
@@ -123,16 +127,12 @@ class MonteCarloJudge(ProcessJudge[recipe.MonteCarloJudge]):
         drawn = self._draw(solutions, prefixes) if prefixes else {}
         finished = [number for number, s in enumerate(solutions) if s.finished and number not in unknown]
         own = dict(zip(finished, self._outcomes([(solutions[n], solutions[n].text) for n in finished]), strict=True))
-        judged: list[Verdicts] = []
         for number, solution in enumerate(solutions):
             if number in unknown:
-                judged.append(
-                    UserError(f"solution {solution.solution_id}: rollouts need the problem's answer, it has none")
-                )
+                yield UserError(f"solution {solution.solution_id}: rollouts need the problem's answer, it has none")
                 continue
             outcomes = [drawn.get((number, place), [own.get(number)]) for place in range(len(solution.steps))]
-            judged.append([estimate(step, self.settings.threshold) for step in outcomes])
-        return judged
+            yield [estimate(step, self.settings.threshold) for step in outcomes]
 
     def _draw(
         self, solutions: Sequence[Solution], prefixes: Sequence[tuple[int, int]]

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import inspect
+import itertools
+import json
 import math
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,7 +30,7 @@ from megatron_stepkto.base.cache import AnswerCache, content_key
 from megatron_stepkto.base.code_hash import code_hash, versions
 from megatron_stepkto.base.dtypes import choose_dtype, gpu_bytes, gpu_count
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json, write_json
+from megatron_stepkto.base.files import atomic_writer, read_json, write_json
 from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.base.processes import Child, gpus_of, run_children
 from megatron_stepkto.base.progress import ProgressBar, Report, say, warn
@@ -42,9 +46,11 @@ from megatron_stepkto.judging.process.client import (
     split_urls,
 )
 from megatron_stepkto.judging.process.interface import (
+    Judged,
     ProcessJudge,
     Resources,
     Solution,
+    Solutions,
     Typical,
     Verdict,
     Verdicts,
@@ -57,6 +63,7 @@ from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 QWEN_TAG, SHEPHERD_TAG = "<extra_0>", "ки"
 ROWS_PER_CHUNK = 64  # the unit of resuming
+ROWS_FILE = "rows.jsonl"
 WORKER = "megatron_stepkto.judging.process.prm_worker"  # imports torch: not here
 HEAD = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")  # of Qwen2ForProcessRewardModel
 GPU_SHARE = 0.9  # of a GPU's memory that weights may take; the rest is for activations and CUDA
@@ -77,39 +84,64 @@ class PRMRow(BaseModel):
 class PRMJob(BaseModel):
     """Rows to score, in a folder of ``cache`` that is named by all that decides the scores.
 
-    ``model_hash`` is of the model folder's content. ``candidates``: tokens whose logits are compared, right first;
+    The rows are lines of ``rows.jsonl`` in it (``of``). ``candidates``: tokens whose logits are compared, right first;
     None: the model has a head of two classes, or, with ``whole_solutions``, of one, and the score is its logit.
     """
 
     model_config = ConfigDict(frozen=True)
 
     model: Path
-    model_hash: str
-    rows: list[PRMRow]
+    directory: Path
+    num_rows: int
     candidates: tuple[int, int] | None
     whole_solutions: bool = False
     dtype: str
     batch_tokens: int
     workers: int
-    cache: Path
 
-    @functools.cached_property
-    def directory(self) -> Path:
-        decides = self.model_dump(mode="json", include={"model_hash", "rows", "candidates", "whole_solutions", "dtype"})
-        key = content_key(decides, code_hash(WORKER), versions("torch", "transformers"))
-        return self.cache / f"{'reward' if self.whole_solutions else 'prm'}-{key[:12]}"
+    @classmethod
+    def of(cls, rows: Iterable[PRMRow], model_hash: str, cache: Path, **settings: Any) -> Self:
+        """The job of these rows, which are written down and not held. ``model_hash``: of the model folder's content."""
+        decides = {name: settings.get(name) for name in ("candidates", "whole_solutions", "dtype")}
+        digest, count = hashlib.sha256(), 0
+        cache.mkdir(parents=True, exist_ok=True)
+        drafted = cache / ".rows.jsonl"
+        with atomic_writer(drafted, "wb") as file:
+            for row in rows:
+                line = row.model_dump_json().encode() + b"\n"
+                file.write(line)
+                digest.update(line)
+                count += 1
+        key = content_key(digest.hexdigest(), model_hash, decides, code_hash(WORKER), versions("torch", "transformers"))
+        directory = cache / f"{'reward' if settings.get('whole_solutions') else 'prm'}-{key[:12]}"
+        directory.mkdir(exist_ok=True)
+        drafted.replace(directory / ROWS_FILE)
+        return cls(directory=directory, num_rows=count, **settings)
+
+    def starts(self) -> range:
+        """First rows of the chunks."""
+        return range(0, self.num_rows, ROWS_PER_CHUNK)
 
     def chunks(self, worker: int) -> list[int]:
         """First rows of the chunks of a worker that are not scored yet."""
-        starts = range(0, len(self.rows), ROWS_PER_CHUNK)
-        return [start for start in starts[worker :: self.workers] if not self.chunk_path(start).is_file()]
+        return [start for start in self.starts()[worker :: self.workers] if not self.chunk_path(start).is_file()]
 
     def chunk_path(self, start: int) -> Path:
         return self.directory / f"scores-{start:07d}.json"
 
+    def rows_of(self, starts: Collection[int]) -> Iterator[tuple[int, list[PRMRow]]]:
+        """(first row, rows) of these chunks, in order."""
+        with (self.directory / ROWS_FILE).open("rb") as lines:
+            for start in self.starts():
+                chunk = list(itertools.islice(lines, ROWS_PER_CHUNK))
+                if start in starts:
+                    yield start, [PRMRow.model_validate_json(line) for line in chunk]
+
     def report(self) -> Report:
-        starts = [start for start in range(0, len(self.rows), ROWS_PER_CHUNK) if self.chunk_path(start).is_file()]
-        return Report(sum(len(self.rows[start : start + ROWS_PER_CHUNK]) for start in starts), len(self.rows), "")
+        scored = sum(
+            min(ROWS_PER_CHUNK, self.num_rows - start) for start in self.starts() if self.chunk_path(start).is_file()
+        )
+        return Report(scored, self.num_rows, "")
 
 
 def qwen_math_prm_row(solution: Solution, tokenizer: Any) -> PRMRow:
@@ -162,7 +194,7 @@ def candidate_tokens(convention: str, tokenizer: Any) -> tuple[int, int] | None:
     return int(plus), int(minus)
 
 
-def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
+def score_job(job: PRMJob, logs: Path, title: str) -> Iterator[list[float]]:
     """The scores of every row, from worker processes; what an earlier attempt scored is read."""
     if gpus := gpu_count():
         job = _placed(job, gpus, title)
@@ -173,8 +205,8 @@ def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
             [_child(job, worker, logs, on_gpu=gpus > 0) for worker in workers],
             title=title, unit="solutions", progress=job.report,
         )  # fmt: skip
-    starts = range(0, len(job.rows), ROWS_PER_CHUNK)
-    return [scores for start in starts for scores in read_json(job.chunk_path(start))]
+    for start in job.starts():
+        yield from read_json(job.chunk_path(start))
 
 
 def _placed(job: PRMJob, gpus: int, title: str) -> PRMJob:
@@ -223,6 +255,7 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
         super().__init__(settings, place)
         self._counts: Counter[str] = Counter()
         self._dtype: str | None = None  # a server's is its own
+        self._finished = 0  # solutions
         self._too_long = ""  # what the server said of the last solution that was
 
     @property
@@ -272,29 +305,34 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
         else:
             check_weights(self.settings.model, HEAD if self.settings.convention == "qwen_math_prm" else ())
 
-    def judge(self, solutions: Sequence[Solution]) -> list[Verdicts]:
+    def judge(self, solutions: Solutions) -> Judged:
+        """Rows go to a file, or to the server and their scores into the cache; verdicts are then made in order."""
+        settled: dict[int, Verdicts] = {}
+        scores = self._ask(solutions, settled) if self.settings.base_url else self._run(solutions, settled)
+        total = 0
+        for total, found in enumerate(scores, 1):
+            yield settled[total - 1] if found is None else self._verdicts(found)
+        if self._too_long:
+            counted = self._counts["too_long"]
+            warn(f"{counted} of {total} solutions are too long to judge; the last: {self._too_long}")
+
+    def _rows(self, solutions: Solutions, settled: dict[int, Verdicts]) -> Iterator[PRMRow | None]:
+        """A row for each solution; None for one that no model is asked about: what it gets goes into ``settled``."""
         make, limit = ROWS[self.settings.convention], self._positions()
-        rows: list[PRMRow] = []
-        judged: list[Verdicts | None] = []  # None: the scores of the next row
-        for solution in solutions:
+        for number, solution in enumerate(solutions):
             try:
                 row = make(solution, self._tokenizer)
             except UserError as error:
-                judged.append(error)
+                settled[number] = error
+                yield None
                 continue
             if len(row.token_ids) > limit:
                 self._too_long = f"{len(row.token_ids)} tokens, the model has {limit} positions"
                 self._counts["too_long"] += 1
-                judged.append(self._verdicts([None] * len(row.positions)))
-                continue
-            rows.append(row)
-            judged.append(None)
-        scores = iter(self._ask(rows) if self.settings.base_url else self._run(rows))
-        found = [self._verdicts(next(scores)) if verdicts is None else verdicts for verdicts in judged]
-        if self._too_long:
-            counted = self._counts["too_long"]
-            warn(f"{counted} of {len(judged)} solutions are too long to judge; the last: {self._too_long}")
-        return found
+                settled[number] = self._verdicts([None] * len(row.positions))
+                yield None
+            else:
+                yield row
 
     def _positions(self) -> float:
         """The longest row that the local model was made for; a server refuses longer ones itself."""
@@ -312,73 +350,102 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
 
     # --- transformers, in worker processes ---
 
-    def _run(self, rows: list[PRMRow]) -> list[Scores]:
+    def _run(self, solutions: Solutions, settled: dict[int, Verdicts]) -> Iterator[Scores | None]:
         settings, title = self.settings, "judging steps"
         chosen = choose_dtype(settings.dtype, settings.model, on_cpu=not gpu_count())
         chosen.announce(title)
         self._dtype = chosen.dtype
-        job = PRMJob(
-            model=settings.model, model_hash=self.place.hash_of(settings.model), rows=rows,
-            candidates=candidate_tokens(settings.convention, self._tokenizer), dtype=chosen.dtype,
-            batch_tokens=settings.batch_tokens, workers=settings.workers, cache=self.place.cache,
+        job = PRMJob.of(
+            (row for row in self._rows(solutions, settled) if row is not None),
+            self.place.hash_of(settings.model), self.place.cache,
+            model=settings.model, candidates=candidate_tokens(settings.convention, self._tokenizer),
+            dtype=chosen.dtype, batch_tokens=settings.batch_tokens, workers=settings.workers,
         )  # fmt: skip
-        return [*score_job(job, self.place.logs, title)]
+        scores = score_job(job, self.place.logs, title)
+        for number in range(len(solutions)):
+            yield None if number in settled else next(scores)
 
     # --- a vLLM server ---
 
-    def _ask(self, rows: list[PRMRow]) -> list[Scores]:
-        found: dict[int, Scores] = {}
-        with AnswerCache(self.place.cache / "scores.jsonl") as cache:
-            run_async(self._ask_all(rows, cache, found))
-        return [found[number] for number in range(len(rows))]
+    def _ask(self, solutions: Solutions, settled: dict[int, Verdicts]) -> Iterator[Scores | None]:
+        with (
+            AnswerCache(self.place.cache / "scores.jsonl") as cache,
+            tempfile.TemporaryFile("w+", dir=self.place.cache) as asked,
+        ):
+            self._ask_all(solutions, settled, cache, asked)
+            asked.seek(0)
+            for number, line in enumerate(asked):
+                num_steps, key = json.loads(line)
+                # one that is too long has no scores
+                yield None if number in settled else cache.get(key) or [None] * num_steps
 
-    async def _ask_all(self, rows: list[PRMRow], cache: AnswerCache, found: dict[int, Scores]) -> None:
-        settings = self.settings
-        keys = self._keys(self._served_name, rows)
-        for number, key in enumerate(keys):
-            known = cache.get(key)
-            if known is not None:
-                found[number] = known
-        self._counts["cached"] = len(found)
-        missing = iter([number for number in range(len(rows)) if number not in found])
-        if len(found) == len(rows):
-            return
+    def _questions(
+        self, solutions: Solutions, settled: dict[int, Verdicts], cache: AnswerCache, asked: IO[str]
+    ) -> Iterator[tuple[int, str, PRMRow] | None]:
+        """(number, key, row) of each row that is to be asked; None where there is nothing to ask.
+
+        ``asked`` gets a line for each solution: what is needed to find its scores again.
+        """
+        for number, row in enumerate(self._rows(solutions, settled)):
+            key = "" if row is None else self._key(row)
+            asked.write(json.dumps([0 if row is None else len(row.positions), key]) + "\n")
+            if row is None or key in cache:
+                self._counts["cached"] += cache.was_kept(key)
+                self._finished += 1
+                yield None
+            else:
+                yield number, key, row
+
+    def _ask_all(self, solutions: Solutions, settled: dict[int, Verdicts], cache: AnswerCache, asked: IO[str]) -> None:
+        self._counts["cached"] = self._finished = 0
+        questions = self._questions(solutions, settled, cache, asked)
+        first = next((question for question in questions if question is not None), None)
+        if first is not None:
+            run_async(self._work(itertools.chain([first], questions), len(solutions), cache))
+
+    async def _work(self, queue: Iterator[tuple[int, str, PRMRow] | None], total: int, cache: AnswerCache) -> None:
         async with Client(self._service(), self._counts) as client:
             await client.check_model()
-            with ProgressBar("judging steps", len(rows), "solutions") as bar:
-                bar.update(len(found))
+            with ProgressBar("judging steps", total, "solutions") as bar:
+
+                def show() -> None:
+                    bar.update(self._finished, kept=self._counts["cached"])
+
+                show()
 
                 async def worker() -> None:
-                    for number in missing:
-                        row = rows[number]
-                        body = {"model": self._served_name, "input": row.token_ids, "task": "token_classify"}
-                        scores: Scores
-                        try:
-                            scores = await client.post(
-                                "//pooling",
-                                body,
-                                lambda answer, row=row: read_scores(answer, len(row.positions)),  # type: ignore[misc]
-                            )
-                            cache.put(keys[number], scores)
-                        except TooLong as error:
-                            self._counts["too_long"] += 1
-                            self._too_long = str(error)
-                            scores = [None] * len(row.positions)
-                        except NoAnswer as error:
-                            raise UserError(f"judge.process: solution {number} has no scores: {error}") from None
-                        found[number] = scores
-                        bar.update(len(found))
+                    for question in queue:
+                        if question is None:
+                            show()
+                            await asyncio.sleep(0)  # answers on their way are not kept waiting
+                            continue
+                        await self._ask_one(client, cache, *question)
+                        self._finished += 1
+                        show()
 
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(min(settings.concurrency, len(rows) - len(found))):
+                    for _ in range(min(self.settings.concurrency, total)):
                         group.create_task(worker())
 
-    def _keys(self, name: str, rows: list[PRMRow]) -> list[str]:
+    async def _ask_one(self, client: Client, cache: AnswerCache, number: int, key: str, row: PRMRow) -> None:
+        body = {"model": self._served_name, "input": row.token_ids, "task": "token_classify"}
+        try:
+            scores = await client.post("//pooling", body, lambda answer: read_scores(answer, len(row.positions)))
+            cache.put(key, scores)
+        except TooLong as error:
+            self._counts["too_long"] += 1
+            self._too_long = str(error)
+        except NoAnswer as error:
+            raise UserError(f"judge.process: solution {number} has no scores: {error}") from None
+
+    def _key(self, row: PRMRow) -> str:
         """Of the scores in the cache. The server's weights are known by its model's name and, where the folder holds
         them, by their content."""
-        model = self.place.hash_of(self.settings.model)
-        reading = inspect.getsource(read_scores)
-        return [content_key(name, model, row.model_dump(), reading) for row in rows]
+        return content_key(self._served_name, self._model_hash, row.model_dump(), inspect.getsource(read_scores))
+
+    @functools.cached_property
+    def _model_hash(self) -> str:
+        return self.place.hash_of(self.settings.model)
 
 
 def read_scores(answer: Any, num_steps: int) -> list[float]:

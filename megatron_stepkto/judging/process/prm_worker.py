@@ -13,7 +13,7 @@ from safetensors import safe_open
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.processes import child_main
-from megatron_stepkto.judging.process.prm import HEAD, ROWS_PER_CHUNK, PRMJob, PRMRow
+from megatron_stepkto.judging.process.prm import HEAD, PRMJob, PRMRow
 
 
 class Scorer(torch.nn.Module):
@@ -138,8 +138,7 @@ def main() -> None:
     else:
         model = candidate_model(job.model, job.dtype, job.candidates)
     model.to(device).eval()
-    for start in chunks:
-        rows = job.rows[start : start + ROWS_PER_CHUNK]
+    for start, rows in job.rows_of(set(chunks)):
         write_json(job.chunk_path(start), score_rows(model, rows, job.batch_tokens, device))
 
 

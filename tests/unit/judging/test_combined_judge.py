@@ -51,17 +51,17 @@ def test_each_member_keeps_its_opinion_and_its_answers(tmp_path: Path) -> None:
     with ScriptedServer(honest) as server:
         judge = process_judge(settings(server.url).process, place)
         assert judge.name == "first(equations, llm:judge)"
-        (verdicts,) = judge.judge([solution(0, TEXTS)])
+        (verdicts,) = list(judge.judge([solution(0, TEXTS)]))
         assert not isinstance(verdicts, UserError)
         assert [v.label for v in verdicts] == [1, 0, 0, 0, None]
         assert judge.counts()["judges"]["llm:judge"]["judge"]["answered"] == 1
         for name, labels in (("equations", EQUATIONS), ("llm:judge", MODEL)):
             assert [v.members and v.members[name].label for v in verdicts] == labels
-        (other,) = process_judge(settings(server.url, "confirm_wrong").process, place).judge([solution(0, TEXTS)])
+        (other,) = list(process_judge(settings(server.url, "confirm_wrong").process, place).judge([solution(0, TEXTS)]))
         assert not isinstance(other, UserError)
         assert [v.label for v in other] == [1, 0, None, None, None]
         alone = settings(server.url).process.judges[1]  # type: ignore[union-attr]
-        process_judge(alone, place).judge([solution(0, TEXTS)])
+        list(process_judge(alone, place).judge([solution(0, TEXTS)]))
         assert len(server.requests) == 1
     step = Step(start=0, end=1, token_start=0, token_end=0).model_copy(update=verdicts[0].of_step())
     assert step.members == {
@@ -99,7 +99,7 @@ def test_what_it_says_of_itself(tmp_path: Path) -> None:
 def test_a_solution_that_one_member_refuses(tmp_path: Path) -> None:
     process = {"kind": "combine", "judges": ["equations", "chained_arithmetic"], "rule": "first"}
     section = recipe.Judging.model_validate({"split": "line", "process": process})
-    (verdicts,) = process_judge(section.process, Workplace(tmp_path)).judge([solution(0, TEXTS)])
+    (verdicts,) = list(process_judge(section.process, Workplace(tmp_path)).judge([solution(0, TEXTS)]))
     assert isinstance(verdicts, UserError)
     assert str(verdicts).startswith("chained_arithmetic: ")
 

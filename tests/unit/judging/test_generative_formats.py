@@ -104,7 +104,7 @@ def judge(url: str, cache: Path, **changes: Any) -> LLMJudge:
 
 
 def given(judge: LLMJudge) -> list[Label]:
-    (verdicts,) = judge.judge([solution(0, STEPS)])
+    (verdicts,) = list(judge.judge([solution(0, STEPS)]))
     assert not isinstance(verdicts, UserError)
     return [verdict.label for verdict in verdicts]
 

@@ -73,7 +73,7 @@ ALL_RIGHT = [[EXPECTED[text.split()[0]] for text in s.step_texts] for s in SOLUT
 def test_verdicts_seeds_and_schema(tmp_path: Path) -> None:
     with ScriptedServer(honest) as server:
         asked = judge(server.url, tmp_path, votes=3, concurrency=4)
-        verdicts = asked.judge(SOLUTIONS)
+        verdicts = list(asked.judge(SOLUTIONS))
     assert labels(verdicts) == ALL_RIGHT
     assert verdicts[1] == [Verdict(1, (1, 1, 1), 1.0), Verdict(0, (0, 0, 0), 0.0)]
     assert len(server.requests) == 36 and len({body["seed"] for body in server.requests}) == 36
@@ -91,7 +91,7 @@ def test_verdicts_seeds_and_schema(tmp_path: Path) -> None:
 def test_structured_outputs_and_further_keys(tmp_path: Path) -> None:
     with ScriptedServer(honest) as server:
         changes = {"schema_key": "structured_outputs", "request": {"top_k": 20}, "comment_chars": 0}
-        assert labels(judge(server.url, tmp_path, **changes).judge(SOLUTIONS[:3])) == ALL_RIGHT[:3]
+        assert labels(list(judge(server.url, tmp_path, **changes).judge(SOLUTIONS[:3]))) == ALL_RIGHT[:3]
     body = max(server.requests, key=lambda b: len(steps_in(b)))
     assert "response_format" not in body and body["top_k"] == 20
     assert body["structured_outputs"]["json"] == answer_schema(3, 0)
@@ -105,7 +105,7 @@ def test_votes_that_differ(tmp_path: Path) -> None:
         words = iter(given)
         code = {"R": "right", "W": "wrong", "U": "unsure"}
         with ScriptedServer(lambda body, n, w=words, c=code: chat({"step_1": {"verdict": c[next(w)]}})) as server:  # type: ignore[misc]
-            verdicts = judge(server.url, tmp_path / given, votes=4, concurrency=1).judge(one)
+            verdicts = list(judge(server.url, tmp_path / given, votes=4, concurrency=1).judge(one))
         assert labels(verdicts) == [[expected]], given
         assert verdicts[0][0].score == given.count("R") / 4  # type: ignore[index]
 
@@ -149,7 +149,7 @@ def test_what_a_retry_can_mend(tmp_path: Path, fault: str) -> None:
     silent = fault == "silence"
     with ScriptedServer(script) as server:
         asked = judge(server.url, tmp_path, timeout_s=1.0 if silent else 60.0, concurrency=3)
-        assert labels(asked.judge(SOLUTIONS[:6])) == ALL_RIGHT[:6]
+        assert labels(list(asked.judge(SOLUTIONS[:6]))) == ALL_RIGHT[:6]
     counts = asked.counts()["judge"]
     assert counts["answered"] == 6
     failed = sum(counts.values()) - sum(counts[n] for n in ("answered", "prompt_tokens", "completion_tokens"))
@@ -168,7 +168,7 @@ def test_retry_after_is_honoured(tmp_path: Path) -> None:
         return honest(body) if number else Reply("wait", 429, {"Retry-After": "0.7"})
 
     with ScriptedServer(script) as server:
-        judge(server.url, tmp_path).judge(SOLUTIONS[:1])
+        list(judge(server.url, tmp_path).judge(SOLUTIONS[:1]))
     assert len(times) == 2 and times[1] - times[0] >= 0.69
 
 
@@ -189,28 +189,28 @@ def test_retry_after_as_a_date_and_nonsense() -> None:
 )
 def test_what_no_retry_can_mend_ends_at_once(tmp_path: Path, reply: Reply, said: str) -> None:
     with ScriptedServer(lambda body, number: reply) as server, pytest.raises(UserError, match=said):
-        judge(server.url, tmp_path, concurrency=2).judge(SOLUTIONS)
+        list(judge(server.url, tmp_path, concurrency=2).judge(SOLUTIONS))
     assert len(server.requests) <= 2
 
 
 def test_no_request_is_made_to_a_wrong_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ScriptedServer(honest) as server, pytest.raises(UserError, match="no model 'llama'; it has judge"):
-        judge(server.url, tmp_path, model="llama").judge(SOLUTIONS)
+        list(judge(server.url, tmp_path, model="llama").judge(SOLUTIONS))
     with ScriptedServer(honest, models=Reply("no", 401)) as locked, pytest.raises(UserError, match="status 401"):
-        judge(locked.url, tmp_path).judge(SOLUTIONS)
+        list(judge(locked.url, tmp_path).judge(SOLUTIONS))
     assert not server.requests and not locked.requests
     for address in ("localhost", "http://", "http:///v1", "ftp://host/v1"):
         with pytest.raises(UserError, match=r"judge\.process\.base_url: .* is not a URL; expected http://host:port/v1"):
-            judge(address, tmp_path).judge(SOLUTIONS)
+            list(judge(address, tmp_path).judge(SOLUTIONS))
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(UserError, match="JUDGE_KEY, which is not set"):
-        judge(server.url, tmp_path, api_key_env="JUDGE_KEY").judge(SOLUTIONS)
+        list(judge(server.url, tmp_path, api_key_env="JUDGE_KEY").judge(SOLUTIONS))
 
 
 def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret")
     with ScriptedServer(honest) as server:
-        judge(server.url, tmp_path, api_key_env="JUDGE_KEY").judge(SOLUTIONS[:2])
+        list(judge(server.url, tmp_path, api_key_env="JUDGE_KEY").judge(SOLUTIONS[:2]))
     assert set(server.keys) == {"Bearer secret"}
     assert "secret" not in (tmp_path / "cache" / "verdicts.jsonl").read_text()
 
@@ -222,7 +222,7 @@ def test_a_solution_that_does_not_fit_loses_its_votes_alone(tmp_path: Path) -> N
 
     with ScriptedServer(script) as server:
         asked = judge(server.url, tmp_path)
-        verdicts = labels(asked.judge(SOLUTIONS))
+        verdicts = labels(list(asked.judge(SOLUTIONS)))
     assert verdicts == [[None, None] if n == 4 else row for n, row in enumerate(ALL_RIGHT)]
     assert asked.counts()["judge"]["too_long"] == 1 and len(server.requests) == 12
 
@@ -233,7 +233,7 @@ def test_a_judge_of_useless_answers_is_stopped(tmp_path: Path) -> None:
         ScriptedServer(lambda body, number: chat("I think that")) as server,
         pytest.raises(UserError, match=r"20 of the first 20 votes have no verdict.*I think that"),
     ):
-        judge(server.url, tmp_path, retries=1, concurrency=4).judge(many)
+        list(judge(server.url, tmp_path, retries=1, concurrency=4).judge(many))
     assert len(server.requests) <= 50
 
 
@@ -243,27 +243,27 @@ def test_what_fails_for_good_loses_a_vote_and_is_asked_again_later(tmp_path: Pat
 
     with ScriptedServer(script) as server:
         first = judge(server.url, tmp_path, retries=1)
-        assert labels(first.judge(SOLUTIONS))[1] == [None, None]
+        assert labels(list(first.judge(SOLUTIONS)))[1] == [None, None]
         server.script = honest
         second = judge(server.url, tmp_path, retries=1)
-        assert labels(second.judge(SOLUTIONS)) == ALL_RIGHT
+        assert labels(list(second.judge(SOLUTIONS))) == ALL_RIGHT
     assert second.counts()["judge"]["cached"] == 11 and len(server.requests) == 12 + 1 + 1
 
 
 def test_the_cache_asks_nothing_twice_and_heals_a_torn_line(tmp_path: Path) -> None:
     with ScriptedServer(honest) as server:
-        judge(server.url, tmp_path, votes=2).judge(SOLUTIONS)
+        list(judge(server.url, tmp_path, votes=2).judge(SOLUTIONS))
     path = tmp_path / "cache" / "verdicts.jsonl"
     # the server is gone: nothing is needed from it
     again = judge(server.url, tmp_path, votes=2)
-    assert labels(again.judge(SOLUTIONS)) == ALL_RIGHT and again.counts()["judge"] == {"cached": 24}
+    assert labels(list(again.judge(SOLUTIONS))) == ALL_RIGHT and again.counts()["judge"] == {"cached": 24}
     path.write_bytes(path.read_bytes()[:-20])
     with ScriptedServer(honest) as server:
-        judge(server.url, tmp_path, votes=2).judge(SOLUTIONS)
+        list(judge(server.url, tmp_path, votes=2).judge(SOLUTIONS))
         assert len(server.requests) == 1
-        judge(server.url, tmp_path, votes=3).judge(SOLUTIONS)  # the third votes alone
+        list(judge(server.url, tmp_path, votes=3).judge(SOLUTIONS))  # the third votes alone
         assert len(server.requests) == 1 + 12
-        judge(server.url, tmp_path, temperature=0.9).judge(SOLUTIONS)  # another question
+        list(judge(server.url, tmp_path, temperature=0.9).judge(SOLUTIONS))  # another question
         assert len(server.requests) == 1 + 12 + 12
     lines = path.read_text().splitlines()
     path.write_text("\n".join(["nonsense", *lines]) + "\n")
@@ -277,7 +277,7 @@ def test_a_server_that_dies_is_dropped_and_its_work_goes_to_the_other(tmp_path: 
         dying = ScriptedServer(lambda body, number: honest(body) if number < 5 else Reply(drop=True))
         with dying:
             asked = judge(f"{dying.url}, {living.url}", tmp_path, concurrency=4)
-            assert labels(asked.judge(many)) == [[1]] * 60
+            assert labels(list(asked.judge(many))) == [[1]] * 60
     assert len(living.requests) == 55
     assert asked.counts()["judge"]["connection_errors"] >= 1
 
@@ -306,7 +306,7 @@ def test_an_outage_becomes_no_label(tmp_path: Path, outage: str, capsys: pytest.
 
     with ScriptedServer(script) as server:
         asked = judge(server.url, tmp_path, retries=0, concurrency=3, timeout_s=0.5 if outage == "silence" else 60.0)
-        assert labels(asked.judge(SOLUTIONS)) == ALL_RIGHT
+        assert labels(list(asked.judge(SOLUTIONS))) == ALL_RIGHT
     counts = asked.counts()["judge"]
     assert counts["answered"] == 12 and "failed" not in counts
     if outage != "silence":
@@ -338,13 +338,13 @@ def test_the_only_server_is_killed_in_the_middle(
         if not comes_back:
             said = r"has not answered for \d s \(.*\), longer than judge.process.max_outage_s; finished work is kept"
             with pytest.raises(StageFailed, match=said):
-                asked.judge(many)
+                list(asked.judge(many))
             with ScriptedServer(honest) as other:
-                assert labels(judge(other.url, tmp_path).judge(many)) == [[1, 0]] * 60
+                assert labels(list(judge(other.url, tmp_path).judge(many))) == [[1, 0]] * 60
             assert len(other.requests) == 30
             return
         result: list[Any] = []
-        worker = threading.Thread(target=lambda: result.append(asked.judge(many)))
+        worker = threading.Thread(target=lambda: result.append(list(asked.judge(many))))
         worker.start()
         printed = ""
         while "Connect call failed" not in printed:  # nobody listens any more
@@ -365,17 +365,17 @@ def test_a_server_that_is_not_up_yet_is_waited_for(tmp_path: Path, capsys: pytes
     with ScriptedServer(honest) as gone:
         pass
     with pytest.raises(StageFailed, match=rf"judge server at {gone.url} has not answered for .*Connect call failed"):
-        judge(gone.url, tmp_path, max_outage_s=0.2).judge(SOLUTIONS)
+        list(judge(gone.url, tmp_path, max_outage_s=0.2).judge(SOLUTIONS))
     assert "waiting up to 0 s" in capsys.readouterr().err  # a wrong address shows at once
     with ScriptedServer(honest, models=Reply("loading", 503)) as server:
         threading.Timer(0.3, lambda: setattr(server, "models", Reply({"data": [{"id": "judge"}]}))).start()
-        assert labels(judge(server.url, tmp_path).judge(SOLUTIONS)) == ALL_RIGHT
+        assert labels(list(judge(server.url, tmp_path).judge(SOLUTIONS))) == ALL_RIGHT
     assert len(server.requests) == 12
 
 
 def test_a_name_that_does_not_resolve_is_an_outage(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match=r"judge server at http://nowhere\.invalid/v1 has not answered"):
-        judge("http://nowhere.invalid/v1", tmp_path, max_outage_s=0.2).judge(SOLUTIONS)
+        list(judge("http://nowhere.invalid/v1", tmp_path, max_outage_s=0.2).judge(SOLUTIONS))
 
 
 def test_a_request_that_the_server_cannot_stand_loses_its_votes_alone(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_request_that_the_server_cannot_stand_loses_its_votes_alone(tmp_path: 
     many = [*SOLUTIONS, *(solution(n, ["good"]) for n in range(100, 200))]
     with ScriptedServer(script) as server:
         asked = judge(server.url, tmp_path, retries=1, concurrency=2)
-        verdicts = labels(asked.judge(many))
+        verdicts = labels(list(asked.judge(many)))
     assert verdicts == [[None, None] if n == 4 else row for n, row in enumerate(ALL_RIGHT)] + [[1]] * 100
     counts = asked.counts()["judge"]
     assert counts["failed"] == 1
@@ -402,11 +402,11 @@ def test_answers_of_another_model_are_refused(tmp_path: Path) -> None:
 
     with ScriptedServer(script) as server:
         with pytest.raises(UserError, match=r"asked .* for the model 'judge', the answer is from 'judge-2025'"):
-            judge(server.url, tmp_path, concurrency=2).judge(SOLUTIONS)
+            list(judge(server.url, tmp_path, concurrency=2).judge(SOLUTIONS))
         assert len(server.requests) <= 2
         assert not (tmp_path / "cache" / "verdicts.jsonl").read_text()
         named = judge(server.url, tmp_path, reported_model="judge-2025")
-        assert labels(named.judge(SOLUTIONS)) == ALL_RIGHT
+        assert labels(list(named.judge(SOLUTIONS))) == ALL_RIGHT
 
 
 def test_votes_are_kept_for_what_was_asked_and_the_code_that_read_them(
@@ -414,7 +414,7 @@ def test_votes_are_kept_for_what_was_asked_and_the_code_that_read_them(
 ) -> None:
     def asked(**changes: Any) -> int:
         before = len(server.requests)
-        judge(server.url, tmp_path, **changes).judge(SOLUTIONS[:4])
+        list(judge(server.url, tmp_path, **changes).judge(SOLUTIONS[:4]))
         return len(server.requests) - before
 
     prompt = tmp_path / "prompt.txt"
@@ -457,7 +457,7 @@ def test_equal_solutions_are_asked_about_once(tmp_path: Path) -> None:
     """At a low temperature many samples of a problem are the same text."""
     same = [solution(1, ["good\n", "bad"]) for _ in range(10)]
     with ScriptedServer(honest) as server:
-        verdicts = judge(server.url, tmp_path, votes=2).judge([*same, solution(2, ["unclear"])])
+        verdicts = list(judge(server.url, tmp_path, votes=2).judge([*same, solution(2, ["unclear"])]))
     assert labels(verdicts) == [[1, 0]] * 10 + [[None]] and len(server.requests) == 4
 
 
@@ -481,7 +481,7 @@ def test_killed_in_the_middle_no_paid_answer_is_asked_again(tmp_path: Path) -> N
         script = (
             "import sys; from pathlib import Path; from tests.unit.judging.test_llm_judge import judge, solution\n"
             f"judge({server.url!r}, Path({str(tmp_path)!r}), votes=2, concurrency=8)"
-            ".judge([solution(n, ['good', 'bad']) for n in range(300)])"
+            ".judge([solution(n, ['good', 'bad']) for n in range(300)]).__next__()"
         )
         child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[3])
         deadline = time.monotonic() + 300
@@ -492,7 +492,7 @@ def test_killed_in_the_middle_no_paid_answer_is_asked_again(tmp_path: Path) -> N
         child.wait()
         killed.set()
         many = [solution(n, ["good", "bad"]) for n in range(300)]
-        assert labels(judge(server.url, tmp_path, votes=2, concurrency=8).judge(many)) == [[1, 0]] * 300
+        assert labels(list(judge(server.url, tmp_path, votes=2, concurrency=8).judge(many))) == [[1, 0]] * 300
         assert 600 <= len(server.requests) <= 600 + 8
     rows = [json.loads(line) for line in (tmp_path / "cache" / "verdicts.jsonl").open()]
     assert len({row["key"] for row in rows}) == len(rows) == 600

@@ -68,7 +68,7 @@ def test_rollouts_of_the_shipped_model(backend: str, repository: Path, tmp_path:
     given = solutions(model, 12)
     place = Workplace(tmp_path, model, seed=3)
     judge = process_judge(judging(backend).process, place)
-    verdicts = judge.judge(given)
+    verdicts = list(judge.judge(given))
     assert not any(isinstance(row, UserError) for row in verdicts)
     right = [row[0].score or 0.0 for number, row in enumerate(verdicts) if not number % 2]  # type: ignore[index]
     wrong = [row[0].score or 0.0 for number, row in enumerate(verdicts) if number % 2]  # type: ignore[index]
@@ -86,7 +86,7 @@ def test_rollouts_of_the_shipped_model(backend: str, repository: Path, tmp_path:
         assert row.prompt_token_ids == [*solution.prompt_token_ids, *solution.token_ids[: step.token_end]]
     # asked again: the same rollouts, none drawn
     before = file.stat().st_mtime_ns
-    again = process_judge(judging(backend, threshold=0.5).process, place).judge(given)
+    again = list(process_judge(judging(backend, threshold=0.5).process, place).judge(given))
     assert file.stat().st_mtime_ns == before
     assert [[v.score for v in row] for row in again] == [[v.score for v in row] for row in verdicts]  # type: ignore[union-attr]
     assert judge.counts()["rollouts"]["solutions"] == len(rows)
@@ -99,10 +99,10 @@ def test_what_rollouts_need(repository: Path, tmp_path: Path) -> None:
         process_judge(judging().process, Workplace(tmp_path)).load()
     judge = process_judge(judging().process, Workplace(tmp_path, model))
     nameless = Solution("s", one.problem.model_copy(update={"answer": ""}), one.text, one.steps)
-    (verdict,) = judge.judge([nameless])
+    (verdict,) = list(judge.judge([nameless]))
     assert isinstance(verdict, UserError) and "need the problem's answer" in str(verdict)
     with pytest.raises(UserError, match="need the prompt's tokens"):
-        judge.judge([Solution("s", one.problem, one.text, one.steps, (), one.token_ids)])
+        list(judge.judge([Solution("s", one.problem, one.text, one.steps, (), one.token_ids)]))
 
 
 def test_rollouts_are_kept_for_all_that_decides_them(
@@ -124,7 +124,7 @@ def test_rollouts_are_kept_for_all_that_decides_them(
 
         monkeypatch.setattr(monte_carlo, "new_drawing", new_drawing)
         with pytest.raises(UserError, match="far enough"):
-            process_judge(judging(**changes).process, Workplace(tmp_path, sampler, seed)).judge([given])
+            list(process_judge(judging(**changes).process, Workplace(tmp_path, sampler, seed)).judge([given]))
         return found[0]
 
     first = folder(model=str(model))

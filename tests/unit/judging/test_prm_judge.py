@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def test_scores_are_those_of_an_independent_forward_pass(
     """70 solutions of unequal length, padded and sorted into batches, by two workers."""
     model, reference = (qwen, qwen_reference) if convention == "qwen_math_prm" else (shepherd, shepherd_reference)
     asked = judge(model, tmp_path, convention=convention, workers=2, threshold=0.5, wrong_below=0.45)
-    verdicts = asked.judge(SOLUTIONS)
+    verdicts = list(asked.judge(SOLUTIONS))
     expected = reference(model, SOLUTIONS)
     flat = [p for row in expected for p in row]
     assert max(flat) - min(flat) > 0.1  # or this shows little
@@ -172,7 +173,7 @@ def test_scores_are_those_of_an_independent_forward_pass(
     chunks = sorted((tmp_path / "cache").glob("prm-*/scores-*.json"))
     times = [chunk.stat().st_mtime_ns for chunk in chunks]
     chunks[1].unlink()
-    again = judge(model, tmp_path, convention=convention, threshold=0.9).judge(SOLUTIONS)
+    again = list(judge(model, tmp_path, convention=convention, threshold=0.9).judge(SOLUTIONS))
     assert [[v.score for v in row] for row in again] == [[v.score for v in row] for row in verdicts]  # type: ignore[union-attr]
     assert len(chunks) == 2 and chunks[0].stat().st_mtime_ns == times[0] and chunks[1].stat().st_mtime_ns > times[1]
 
@@ -198,7 +199,7 @@ def test_workers_are_placed_one_per_gpu(
     monkeypatch.setattr(prm, "gpu_count", lambda: 2)
     monkeypatch.setattr(prm, "run_children", run_children)
     with pytest.raises(InterruptedError):
-        judge(qwen, tmp_path, convention="qwen_math_prm", workers=workers).judge(SOLUTIONS)
+        list(judge(qwen, tmp_path, convention="qwen_math_prm", workers=workers).judge(SOLUTIONS))
     assert [child.env["CUDA_VISIBLE_DEVICES"] for child in told] == expected
     assert [child.command[-2:] for child in told] == [["--worker", str(n)] for n in range(len(expected))]
     job = PRMJob.model_validate_json(Path(told[0].command[-3]).read_text())
@@ -206,9 +207,7 @@ def test_workers_are_placed_one_per_gpu(
 
 
 def test_a_cpu_worker_is_told_no_gpu(qwen: Path, tmp_path: Path) -> None:
-    job = PRMJob(
-        model=qwen, model_hash="h", rows=[], candidates=None, dtype="float32", batch_tokens=9, workers=3, cache=tmp_path
-    )
+    job = PRMJob.of([], "h", tmp_path, model=qwen, candidates=None, dtype="float32", batch_tokens=9, workers=3)
     assert "CUDA_VISIBLE_DEVICES" not in prm._child(job, 2, tmp_path, on_gpu=False).env
 
 
@@ -242,7 +241,7 @@ def test_a_solution_longer_than_the_models_positions_is_not_judged(
     asked = judge(qwen, tmp_path, convention="qwen_math_prm")
     first, second = asked.judge([long, SOLUTIONS[1]])
     assert [v.label for v in first] == [None, None] and [v.score for v in first] == [None, None]  # type: ignore[union-attr]
-    assert second == judge(qwen, tmp_path / "alone", convention="qwen_math_prm").judge([SOLUTIONS[1]])[0]
+    assert [second] == list(judge(qwen, tmp_path / "alone", convention="qwen_math_prm").judge([SOLUTIONS[1]]))
     assert asked.counts()["judge"]["too_long"] == 1
     assert "1 of 2 solutions are too long to judge; the last: " in capsys.readouterr().err
 
@@ -251,12 +250,12 @@ def test_new_weights_under_the_same_path_give_new_scores(qwen: Path, tmp_path: P
     model = tmp_path / "model"
     shutil.copytree(qwen, model)
     old = qwen_reference(model, SOLUTIONS[:3])
-    judge(model, tmp_path, convention="qwen_math_prm").judge(SOLUTIONS[:3])
+    list(judge(model, tmp_path, convention="qwen_math_prm").judge(SOLUTIONS[:3]))
     weights = load_file(model / "model.safetensors")
     weights["score.2.weight"] = weights["score.2.weight"].flip(0)
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     new = qwen_reference(model, SOLUTIONS[:3])
-    given = judge(model, tmp_path, convention="qwen_math_prm").judge(SOLUTIONS[:3])
+    given = list(judge(model, tmp_path, convention="qwen_math_prm").judge(SOLUTIONS[:3]))
     assert [[v.score for v in row] for row in given] == [pytest.approx(row, abs=1e-5) for row in new]  # type: ignore[union-attr]
     assert abs(old[0][0] - new[0][0]) > 0.01
     assert len(list((tmp_path / "cache").glob("prm-*"))) == 2
@@ -273,17 +272,17 @@ def test_auto_is_float32_where_the_processor_lacks_bfloat16(
     monkeypatch.setattr(dtypes, "CPUINFO", tmp_path / "cpuinfo")
     jobs: list[PRMJob] = []
 
-    def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
+    def score_job(job: PRMJob, logs: Path, title: str) -> Iterator[list[float]]:
         jobs.append(job)
-        return [[0.5] * len(row.positions) for row in job.rows]
+        return ([0.5] * len(row.positions) for _, rows in job.rows_of(job.starts()) for row in rows)
 
     monkeypatch.setattr(prm, "score_job", score_job)
     asked = judge(model, tmp_path, convention="qwen_math_prm", dtype="auto")
-    asked.judge(SOLUTIONS[:2])
+    list(asked.judge(SOLUTIONS[:2]))
     assert jobs[0].dtype == "float32" and asked.counts() == {"judge": {"dtype": "float32"}}
     assert "judging steps: dtype auto is float32: this processor has no units for bfloat16" in capsys.readouterr().err
     (tmp_path / "cpuinfo").write_text("flags\t: avx2 avx512_bf16\n")
-    judge(model, tmp_path, convention="qwen_math_prm", dtype="auto").judge(SOLUTIONS[:2])
+    list(judge(model, tmp_path, convention="qwen_math_prm", dtype="auto").judge(SOLUTIONS[:2]))
     assert jobs[1].dtype == "bfloat16"
     assert jobs[1].directory != jobs[0].directory  # scores of two dtypes never mix
 
@@ -300,14 +299,14 @@ def test_conventions_as_the_model_cards_have_them(qwen: Path) -> None:
 
 def test_a_solution_that_holds_the_mark_is_refused_alone(qwen: Path, tmp_path: Path) -> None:
     hostile = solution(1, ["I write <extra_0> myself.\n", "Ha."])
-    first, second = judge(qwen, tmp_path, convention="qwen_math_prm").judge([hostile, SOLUTIONS[1]])
+    first, second = list(judge(qwen, tmp_path, convention="qwen_math_prm").judge([hostile, SOLUTIONS[1]]))
     assert isinstance(first, UserError) and "got 3 for 2 steps" in str(first)
     assert not isinstance(second, UserError) and len(second) == 2
 
 
 def test_a_model_of_another_kind(shepherd: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Qwen2ForProcessRewardModel, its safetensors lack score\.0\.weight"):
-        judge(shepherd, tmp_path, convention="qwen_math_prm").judge(SOLUTIONS[:1])
+        list(judge(shepherd, tmp_path, convention="qwen_math_prm").judge(SOLUTIONS[:1]))
 
 
 def test_batches_hold_no_more_than_they_may() -> None:
@@ -334,16 +333,16 @@ def test_a_pooling_server_gets_token_ids(qwen: Path, tmp_path: Path) -> None:
 
     with ScriptedServer(script) as server:
         changes = {"convention": "qwen_math_prm", "base_url": server.url, "served_name": "judge"}
-        verdicts = judge(qwen, tmp_path, **changes).judge(SOLUTIONS[:3])
+        verdicts = list(judge(qwen, tmp_path, **changes).judge(SOLUTIONS[:3]))
         assert [[(v.label, v.score) for v in row] for row in verdicts] == [[(0, 0.25)] * n for n in (1, 2, 3)]  # type: ignore[union-attr]
         assert set(server.paths) == {"/pooling"} and len(server.requests) == 3
-        judge(qwen, tmp_path, **changes).judge(SOLUTIONS[:3])
+        list(judge(qwen, tmp_path, **changes).judge(SOLUTIONS[:3]))
         assert len(server.requests) == 3
         # the folder beside the server holds other weights: the server's may be others, too
         model = tmp_path / "model"
         shutil.copytree(qwen, model)
         (model / "more.safetensors").write_bytes(b"1")
-        judge(model, tmp_path, **changes).judge(SOLUTIONS[:3])
+        list(judge(model, tmp_path, **changes).judge(SOLUTIONS[:3]))
         assert len(server.requests) == 6
 
 
@@ -364,7 +363,7 @@ def test_a_pooling_server_is_waited_for_and_a_solution_too_long_for_it_is_not_ju
     with ScriptedServer(script) as server:
         changes = {"convention": "qwen_math_prm", "base_url": server.url, "served_name": "judge", "retries": 0}
         asked = judge(qwen, tmp_path, **changes)
-        verdicts = asked.judge(SOLUTIONS[:4])
+        verdicts = list(asked.judge(SOLUTIONS[:4]))
         assert [[(v.label, v.score) for v in row] for row in verdicts] == [  # type: ignore[union-attr]
             [(1, 0.75)], [(1, 0.75)] * 2, [(None, None)] * 3, [(1, 0.75)],
         ]  # fmt: skip

@@ -115,7 +115,7 @@ def labels_of(kind: str, steps: list[str], problem: Problem = PROBLEM) -> list[L
     with tempfile.TemporaryDirectory() as folder:
         judge = process_judge(RuleJudge(kind=kind), Workplace(Path(folder)))  # type: ignore[arg-type]
         assert judge.name == kind
-        (verdicts,) = judge.judge([Solution("s", problem, "".join(steps), tuple(spans))])
+        (verdicts,) = list(judge.judge([Solution("s", problem, "".join(steps), tuple(spans))]))
     if isinstance(verdicts, UserError):
         raise verdicts
     return [verdict.label for verdict in verdicts]

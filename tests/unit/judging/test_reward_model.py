@@ -94,7 +94,7 @@ def test_workers_and_batches_change_no_score(tmp_path: Path) -> None:
     found = []
     for name, batch_tokens in (("one", 1), ("all", 10_000)):
         model = recipe.RewardModel(reward_model=path, threshold=0, dtype="float32", batch_tokens=batch_tokens)
-        found.append(OutcomeRewardModel(model, Workplace(tmp_path / name)).scores(pairs))
+        found.append(list(OutcomeRewardModel(model, Workplace(tmp_path / name)).scores(pairs)))
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
@@ -105,13 +105,13 @@ def test_scores_are_kept_for_all_that_decides_them(tmp_path: Path, monkeypatch: 
 
     def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
         jobs.append(job)
-        return [[0.0]] * len(job.rows)
+        return [[0.0]] * job.num_rows
 
     monkeypatch.setattr(reward_model, "score_job", score_job)
 
     def kept_in(text: str = RIGHT, **changes: Any) -> Path:
         reward = recipe.RewardModel(reward_model=path, **{"threshold": 0, "dtype": "float32", **changes})
-        OutcomeRewardModel(reward, Workplace(tmp_path)).scores([(PROBLEM.problem, text)])
+        list(OutcomeRewardModel(reward, Workplace(tmp_path)).scores([(PROBLEM.problem, text)]))
         return jobs[-1].directory
 
     first = kept_in()
