@@ -105,11 +105,13 @@ def run_task(
         if bar is not None:
             bar.update(0)
         while more or chunks:
-            while more and sum(len(chunk.rows) for chunk in chunks) < rows_ahead(workers):
+            while more and sum(chunk.count for chunk in chunks) < rows_ahead(workers):
                 taken = list(itertools.islice(left, CHUNK))
                 more = len(taken) == CHUNK
                 if taken:
-                    chunks.append(work.begin(_Chunk(taken, content_key(code, _kept(options), state, taken))))
+                    chunks.append(
+                        work.begin(_Chunk(taken, len(taken), content_key(code, _kept(options), state, taken)))
+                    )
             if not chunks:
                 break
             chunk = chunks.popleft()
@@ -131,7 +133,8 @@ def rows_ahead(workers: int) -> int:
 class _Chunk:
     """Rows of one line of the cache. ``kept``: an earlier attempt did them."""
 
-    rows: list[Any]
+    rows: list[Any]  # emptied where they are not needed
+    count: int
     key: str
     kept: bool = False
     answers: Future[list[Any]] | None = None

@@ -496,3 +496,27 @@ def test_killed_in_the_middle_no_paid_answer_is_asked_again(tmp_path: Path) -> N
         assert 600 <= len(server.requests) <= 600 + 8
     rows = [json.loads(line) for line in (tmp_path / "cache" / "verdicts.jsonl").open()]
     assert len({row["key"] for row in rows}) == len(rows) == 600
+
+
+def test_solutions_are_read_as_they_are_asked(tmp_path: Path) -> None:
+    """With four requests at a time no more than four of 200 solutions are read ahead of their answers."""
+    read = answered = ahead = 0
+
+    class File(list[Solution]):
+        def __iter__(self) -> Any:
+            nonlocal read, ahead
+            for each in super().__iter__():
+                read += 1
+                ahead = max(ahead, read - answered)
+                yield each
+
+    def handle(body: dict[str, Any], number: int) -> Reply:
+        nonlocal answered
+        answered += 1
+        return honest(body)
+
+    with ScriptedServer(handle) as server:
+        found = list(
+            judge(server.url, tmp_path, concurrency=4).judge(File(solution(n, [f"good {n}"]) for n in range(200)))
+        )
+    assert labels(found) == [[1]] * 200 and read == 200 and ahead <= 5

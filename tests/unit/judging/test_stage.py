@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, Problem, Sample, read_records, write_records
+from megatron_stepkto.judging import row_tasks, stage
 from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.judging.stage import judge_file, load_tokenizer
 from megatron_stepkto.problems.chained_arithmetic.tokenizer import build_tokenizer
@@ -209,3 +212,78 @@ def test_the_key_names_what_decides_the_labels(tmp_path: Path) -> None:
     before = key(prompt=str(prompt))
     prompt.write_text("{{ problem }}!")
     assert key(prompt=str(prompt)) != before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stream_changes_nothing(folder: Folder, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """Windows and chunks of a few rows, in this process or by two workers: the same rows, counts and quarantine."""
+    texts = (RIGHT, LUCKY, WRONG) * 7
+    samples = [folder.sample(i, text) for i, text in enumerate(texts)]
+    samples[3] = folder.sample(3, RIGHT, problem_id="absent")
+    samples[-1] = folder.sample(20, RIGHT, problem_id="absent")
+    samples[5] = folder.sample(5, RIGHT, text="another text")
+    bad = folder.path / "bad.jsonl"
+    whole = folder.judge(samples, quarantine=bad)
+    expected = folder.output.read_bytes(), bad.read_bytes()
+    assert whole["samples"] == 18 and whole["quarantined"] == 3
+    for module, name, value in ((row_tasks, "FEW", 4), (row_tasks, "CHUNK", 2), (stage, "OUTCOME_CHUNK", 5)):
+        monkeypatch.setattr(module, name, value)
+    settings = SETTINGS.model_copy(update={"workers": workers})
+    for kept in (False, True):  # the second time everything is in the cache
+        if not kept:
+            shutil.rmtree(folder.path / "cache")
+        folder.output.unlink()
+        counts = judge_file(
+            folder.problems, folder.samples, folder.output, folder.path / "model", settings, quarantine=bad
+        )
+        assert counts == whole
+        assert (folder.output.read_bytes(), bad.read_bytes()) == expected
+
+
+def test_samples_in_memory_do_not_grow_with_the_file(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 and of 400 samples the same number is held at once: a window of the splitter's and of the rule's rows for
+    each pass that is under way, and one chunk of answers."""
+    for module, name, value in ((row_tasks, "FEW", 8), (row_tasks, "CHUNK", 2), (stage, "OUTCOME_CHUNK", 8)):
+        monkeypatch.setattr(module, name, value)
+    settings = SETTINGS.model_copy(update={"workers": 1})
+    live = most = 0
+
+    def ended() -> None:
+        nonlocal live
+        live -= 1
+
+    def counted(row: Any) -> Any:
+        nonlocal live, most
+        live += 1
+        most = max(most, live)
+        weakref.finalize(row, ended)
+        return row
+
+    solution_of = stage._solution
+    monkeypatch.setattr(stage, "read_records", lambda *given, **named: map(counted, read_records(*given, **named)))
+    monkeypatch.setattr(stage, "_solution", lambda *given: counted(solution_of(*given)))
+    held = []
+    for count in (100, 400):
+        most = 0
+        write_records(folder.samples, (folder.sample(i, WRONG) for i in range(count)))
+        judge_file(folder.problems, folder.samples, folder.output, folder.path / "model", settings)
+        assert live <= 1  # the last row of a loop
+        held.append(most)
+    assert held[0] == held[1] < 100, held
+
+
+def test_a_task_reads_rows_as_it_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_tasks, "FEW", 16)
+    monkeypatch.setattr(row_tasks, "CHUNK", 4)
+    read = 0
+
+    def rows() -> Any:
+        nonlocal read
+        for number in range(200):
+            read += 1
+            yield [f"{PROBLEM.problem} {number}", RIGHT, [[0, len(RIGHT)]]]
+
+    ahead = []
+    for done, _ in enumerate(row_tasks.run_task("labels", {"rule": "equations"}, rows(), tmp_path, 1), 1):
+        ahead.append(read - done)
+    assert len(ahead) == 200 and max(ahead) <= row_tasks.rows_ahead(1) + 4 == 20
