@@ -47,6 +47,7 @@ def build_dataset(
             only wrong examples for a method that learns from the difference.
     """
     chosen = method_of(method)
+    flipped = settings.flip_step_labels if "flip_step_labels" in chosen.dataset_keys else 0.0
     training: Candidates = {}
     held: dict[str, list[tuple[str, int]]] = {}
     seen: set[str] = set()
@@ -69,6 +70,7 @@ def build_dataset(
                 if held_writer is not None and is_judged(sample):
                     rows.append((sample.sample_id, store(held_writer, sample)))
             else:
+                sample = with_flipped_labels(sample, flipped, seed)
                 training.setdefault(sample.problem_id, []).append(candidate_of(sample, store(out, sample)))
         bar.update(len(seen))
         examples = chosen.select(training, settings, seed)
@@ -103,6 +105,23 @@ def build_dataset(
             counts["held_out_problems"] = len(held)
             counts["held_out_examples"] = held_writer.examples.count
     return counts
+
+
+def with_flipped_labels(sample: JudgedSample, share: float, seed: int) -> JudgedSample:
+    """The sample as a judge that errs would have labelled it: each judged step's label is turned over with probability
+    ``share``. The judged samples themselves keep the true labels, which figures are made of.
+
+    A hash of seed, sample and step decides: a larger share turns over the same labels and more.
+    """
+    if not share:
+        return sample
+    steps = [
+        step.model_copy(update={"label": 1 - step.label})
+        if step.label is not None and stable_hash(seed, "flip", sample.sample_id, number) / 2**64 < share
+        else step
+        for number, step in enumerate(sample.steps)
+    ]
+    return sample.model_copy(update={"steps": steps})
 
 
 def is_judged(sample: JudgedSample) -> bool:

@@ -53,7 +53,7 @@ class DPO(Method):
     source = "arXiv 2305.18290"
     needs = "a right and a wrong sample of one problem"
     loss_keys = frozenset({"dpo_beta"})
-    dataset_keys = frozenset({"max_tokens", "pairs_per_problem", "right_solutions"})
+    dataset_keys = frozenset({"max_tokens", "pairs_per_problem", "right_solutions", "flip_step_labels"})
     metrics: ClassVar[Metrics] = {
         "loss_dpo": ("loss_dpo", "units"),
         "pair_accuracy": ("pairs_right", "units"),

@@ -13,6 +13,7 @@ class KTO(StepKTO):
     source = "arXiv 2402.01306"
     needs = "a sample with a judged outcome"
     reads_steps = False
+    dataset_keys = StepKTO.dataset_keys - {"flip_step_labels"}
 
     def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
         """Every sample with a judged outcome, with a KL partner."""

@@ -39,7 +39,7 @@ class RFT(Method):
     source = "arXiv 2308.01825"
     needs = "a right sample"
     loss_keys = frozenset()
-    dataset_keys = frozenset({"max_tokens", "max_examples_per_problem", "right_solutions"})
+    dataset_keys = frozenset({"max_tokens", "max_examples_per_problem", "right_solutions", "flip_step_labels"})
     metrics: ClassVar[Metrics] = {}
     against_collapse = "epochs"
     uses_reference = False

@@ -22,7 +22,7 @@ from megatron_stepkto.recipe.judge_keys import (
     RuleJudge,
 )
 from megatron_stepkto.recipe.sample_keys import Sampling
-from megatron_stepkto.recipe.section import Dtype, RecipePath, Section, TextPath, deciding, unkeyed
+from megatron_stepkto.recipe.section import Added, Dtype, RecipePath, Section, TextPath, deciding, unkeyed
 from megatron_stepkto.recipe.templates import TEMPLATES
 from megatron_stepkto.recipe.train_keys import FP8, Log, LoRA, Loss, Method, Optimizer, Parallel, Training
 
@@ -98,6 +98,9 @@ class Dataset(Section):
         "any", description="right solutions that rft trains on and pairs choose: any, or those without a wrong step"
     )
     pairs_per_problem: int = Field(4, ge=1, description="preference pairs per problem (DPO, IRPO)")
+    flip_step_labels: Added[float] = Field(
+        0.0, ge=0, le=1, description="share of step labels turned over for training: a simulated judge's error"
+    )
 
 
 class Measure(Section):

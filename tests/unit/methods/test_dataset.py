@@ -246,3 +246,38 @@ def test_data_that_teach_little_bring_a_warning(
     tmp_path: Path, method: Any, rows: list[JudgedSample], warnings: list[str]
 ) -> None:
     assert build(tmp_path, rows, method).get("warnings", []) == warnings
+
+
+def test_flipped_labels(tmp_path: Path) -> None:
+    """Judged labels of training samples alone, a share of them that grows with the key; held-out ones stay true."""
+    rows = [sample(f"p{n}", 0, n % 2, [1, 0, None, 1]) for n in range(500)]
+    found = {}
+    for share in (0.0, 0.1, 0.3, 1.0):
+        folder = tmp_path / str(share)
+        folder.mkdir()
+        build(folder, rows, share=0.2, flip_step_labels=share)
+        train, held = (read(folder / "step_kto" / name) for name in ("train", "held_out"))
+        found[share] = [[step.label for step in e.steps] for e in train]
+        assert {tuple(step.label for step in e.steps) for e in held} == {(1, 0, None, 1)}
+        assert {(e.outcome, int(e.example_id[1:].split("/")[0]) % 2) for e in train} == {(0, 0), (1, 1)}
+    assert found[0.0] == [[1, 0, None, 1]] * len(found[0.0]) and found[1.0] == [[0, 1, None, 0]] * len(found[0.0])
+    turned = {
+        share: {
+            (i, j)
+            for i, labels in enumerate(rows)
+            for j, label in enumerate(labels)
+            if label not in (None, (1, 0, None, 1)[j])
+        }
+        for share, rows in found.items()
+    }
+    judged = 3 * len(found[0.0])
+    assert turned[0.1] < turned[0.3]
+    # within 4 standard errors
+    assert all(abs(len(turned[s]) / judged - s) < 4 * (s * (1 - s) / judged) ** 0.5 for s in (0.1, 0.3))
+
+
+def test_flipped_labels_reach_only_methods_that_read_them(tmp_path: Path) -> None:
+    rows = [sample(f"p{n}", 0, n % 2, [1]) for n in range(4)]
+    for method, label in (("kto", 1), ("step_kto", 0)):
+        build(tmp_path, rows, method, flip_step_labels=1.0)
+        assert [[s.label for s in e.steps] for e in read(tmp_path / method / "train")] == [[label]] * 4
