@@ -3,8 +3,8 @@
 python -m benchmarks.study run [--recipe recipes/mini_cpu.yaml] [--seeds 0,1,2] [--only NAME,...] [--output runs/study]
 python -m benchmarks.study table [--output runs/study]
 
-Every run has the same sample budget, which is smaller than the demo's: 160 problems an iteration. ``run`` goes on where it was
-stopped. Variants of one seed share M0, its evaluation and the first iteration's samples with the base run of that seed.
+Every run has the same sample budget, which is smaller than the demo's: 160 problems an iteration. ``run`` goes on where
+it was stopped. Variants of one seed share M0, its evaluation and the first samples with that seed's base run.
 ``table`` prints means over seeds, and writes ``study.svg``.
 """
 
@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 BUDGET = ("problems.per_iteration=160", "evaluate.num_problems=1000", "evaluate.k=1", "sample.workers=1")
 LOSS = "train.loss."
@@ -45,6 +44,8 @@ FIGURES = {
     "wrong_step_share_of_correct": "right answers with a wrong step",
     "wrong_step_rate_in_correct": "wrong steps in right answers",
 }
+DRAWN = ("pass_at_1", "wrong_step_share_of_correct")
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5% quantile of Student's t by degrees of freedom
 
 
 def folder_of(output: Path, variant: str, seed: int) -> Path:
@@ -68,6 +69,80 @@ def run(recipe: Path, seeds: list[int], names: list[str], output: Path) -> None:
                 sys.exit(code)
 
 
+def results(output: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """Percent, by variant and seed: the last model of each finished run; "M0" is the one that all start from."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for variant in VARIANTS:
+        for folder in sorted(output.glob(folder_of(Path(), variant, 0).name[:-1] + "[0-9]*")):
+            if (folder / "summary.json").is_file():
+                rows = json.loads((folder / "summary.json").read_text())["iterations"]
+                seed = int(folder.name.rpartition("-")[2])
+                for name, row in (("M0", rows[0]), (variant, rows[-1])):
+                    found.setdefault(name, {})[seed] = {key: 100 * row[key] for key in FIGURES}
+    return found
+
+
+def difference(rows: dict[int, dict[str, float]], base: dict[int, dict[str, float]], key: str) -> str:
+    """Mean over seeds of variant minus base, in points, with its 95% interval (Student's t over paired seeds)."""
+    gains = [row[key] - base[seed][key] for seed, row in rows.items() if seed in base]
+    if len(gains) < 2:
+        return f"{statistics.mean(gains):+.1f}" if gains else ""
+    half = T_95[len(gains) - 1] * statistics.stdev(gains) / math.sqrt(len(gains))
+    return f"{statistics.mean(gains):+.1f} ± {half:.1f}"
+
+
+def table(output: Path) -> str:
+    found = results(output)
+    base = found.get("base", {})
+    lines = [
+        "| | seeds | " + " | ".join(f"{title} | Δ" for title in FIGURES.values()) + " |",
+        "| --- " * (2 + 2 * len(FIGURES)) + "|",
+    ]
+    for name, rows in found.items():
+        cells = []
+        for key in FIGURES:
+            cells.append(f"{statistics.mean(row[key] for row in rows.values()):.1f}")
+            cells.append("" if name in ("M0", "base") else difference(rows, base, key))
+        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def drawing(output: Path) -> str:
+    """SVG: a panel for each of two figures, a line for each variant, a dot for each seed, a bar at the mean."""
+    found = {name: rows for name, rows in results(output).items() if name != "M0"}
+    width, left, line = 320, 150, 22
+    height = 60 + line * len(found)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 2 * (width + 40)} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for panel, key in enumerate(DRAWN):
+        values = [row[key] for rows in found.values() for row in rows.values()]
+        low, high = math.floor(min(values) / 5) * 5, math.ceil(max(values) / 5) * 5 or 5
+        begin = left + panel * (width + 40)
+
+        def x(value: float, begin: int = begin, low: int = low, high: int = high) -> float:
+            return begin + (value - low) / (high - low) * width
+
+        parts.append(f'<text x="{begin}" y="16" font-weight="bold">{FIGURES[key]}, %</text>')
+        step = 5 if high - low <= 40 else 10
+        for tick in range(low, high + 1, step):
+            parts.append(f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="36" y2="{height - 8}" stroke="#ddd"/>')
+            parts.append(f'<text x="{x(tick):.1f}" y="31" text-anchor="middle" fill="#666">{tick}</text>')
+        for number, (name, rows) in enumerate(found.items()):
+            y = 52 + number * line
+            if panel == 0:
+                parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{name}</text>')
+            mean = x(statistics.mean(row[key] for row in rows.values()))
+            parts.append(
+                f'<line x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 8}" y2="{y + 8}" stroke="#1f4e9c" stroke-width="3"/>'
+            )
+            for row in rows.values():
+                parts.append(f'<circle cx="{x(row[key]):.1f}" cy="{y}" r="3.5" fill="#1f4e9c" fill-opacity="0.45"/>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "table"])
@@ -79,6 +154,9 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     if arguments.command == "run":
         run(arguments.recipe, seeds, ["base", *(n for n in arguments.only.split(",") if n != "base")], arguments.output)
+    else:
+        print(table(arguments.output))
+        (arguments.output / "study.svg").write_text(drawing(arguments.output))
 
 
 if __name__ == "__main__":
