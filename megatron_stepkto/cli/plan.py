@@ -197,7 +197,7 @@ def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
             keys[key.strip()] = read_yaml(value)[0]
         except BadYAML:
             raise UserError(f"--layout {assignment}: expected a number, true or false after =") from None
-    beside = ("recompute", "micro_batch_tokens", "dtype")  # keys of train itself
+    beside = ("recompute", "micro_batch_tokens", "dtype", "offload_layers")  # keys of train itself
     outside: dict[str, Any] = {name: keys.pop(name) for name in beside if name in keys}
     try:
         tree: dict[str, Any] = {**base.model_dump(), **outside, "parallel": {"ranks": cluster.gpus, **keys}}
@@ -218,7 +218,7 @@ def _judge(case: Scenario, settings: Training, recipe: Recipe | None) -> Plan:
     from megatron_stepkto.planning.search import make_plan, ways_out
 
     place = recipe.place if recipe else None
-    check_layout(case.config, settings.parallel, place)
+    check_layout(case.config, settings, place)
     plan = make_plan(case, settings)
     if not plan.fits(case.cluster):
         fullest = max(plan.stages, key=lambda stage: stage.peak)

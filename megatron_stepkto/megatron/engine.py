@@ -31,6 +31,7 @@ from megatron_stepkto.megatron.batch import Document, MicroBatch, Slot
 from megatron_stepkto.megatron.context_parallel import join, own_part
 from megatron_stepkto.megatron.lora import Factors, adapters_of
 from megatron_stepkto.megatron.main_weights import optimizer_parts
+from megatron_stepkto.megatron.memory import data_parallel_fields, optimizer_fields
 from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 from megatron_stepkto.megatron.state import Checkpoints
 from megatron_stepkto.recipe import keys as recipe
@@ -70,6 +71,7 @@ class Engine:
             acceleration,
             on_cpu=device.type == "cpu",
             recompute=settings.recompute,
+            offload_layers=settings.offload_layers,
         )
         self.policies = build_model_chunks(config, self.megatron, acceleration, settings.lora, adapted)
         for policy in self.policies:
@@ -78,9 +80,9 @@ class Engine:
         if self.dtype == torch.bfloat16:
             modules = [Float16Module(self.megatron, module) for module in modules]
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
             use_distributed_optimizer=parallel.distributed_optimizer,
             **acceleration.data_parallel_fields(),
+            **data_parallel_fields(settings.optimizer, parallel),
         )
         self.model = [
             DistributedDataParallel(self.megatron, ddp, module, disable_bucketing=index > 0)
@@ -108,6 +110,7 @@ class Engine:
                 params_dtype=self.dtype,
                 use_distributed_optimizer=self.settings.parallel.distributed_optimizer,
                 **self.acceleration.optimizer_fields(),
+                **optimizer_fields(o),
             ),
             self.model,
         )

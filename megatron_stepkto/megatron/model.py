@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_stepkto.architectures.adapters import AdaptedLinear
-from megatron_stepkto.architectures.layout import check_layout
+from megatron_stepkto.architectures.layout import layout_faults, refuse
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.architectures.sharding import padded_vocab_size
 from megatron_stepkto.logprobs import linear_log_probs, linear_log_probs_and_entropy
@@ -43,7 +43,8 @@ from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.context_parallel import ContextParallelAttention
 from megatron_stepkto.megatron.layers import GatedMLP, PackedAttention, RMSNorm, ScoredLayer
 from megatron_stepkto.megatron.lora import add_adapters
-from megatron_stepkto.recipe.keys import LoRA, Parallel
+from megatron_stepkto.megatron.memory import activation_fields
+from megatron_stepkto.recipe.keys import LoRA, Parallel, Recompute
 
 
 class PolicyModel(GPTModel):
@@ -92,10 +93,11 @@ def transformer_config(
     acceleration: Acceleration = PLAIN,
     *,
     on_cpu: bool,
-    recompute: bool = False,
+    recompute: bool | Recompute = False,
+    offload_layers: int = 0,
 ) -> TransformerConfig:
     """Megatron-Core's config of a model and layout."""
-    check_layout(config, parallel)
+    refuse(layout_faults(config, parallel))
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -145,11 +147,7 @@ def transformer_config(
             "apply_rope_fusion": on_cpu and parallel.context == 1,
             **acceleration.transformer_fields(),
         },
-        **(
-            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-            if recompute
-            else {}
-        ),
+        **activation_fields(recompute, offload_layers),
     )
 
 

@@ -107,7 +107,7 @@ def stage_memory(
     num_bytes = 2 if settings.dtype == "bfloat16" else 4
     low_rank = low_rank_width(config, entries, settings.lora, parallel) if settings.lora else 0.0
     kernels = CUDA if on_gpu else CPU
-    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, kernels, low_rank)
+    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute is True, kernels, low_rank)
     weights, gradients, optimizer = state_bytes(config, entries, settings, stage)
     in_flight = layers_in_flight(config, parallel, stage, num_micro_batches)
     activations = tokens * (in_flight * saved_per_layer(config, layout) + working_bytes(config, layout))

@@ -59,7 +59,7 @@ def _proposals(case: Scenario, plans: Sequence[Plan]) -> str:
         p, t = plan.settings.parallel, plan.times
         rows.append([
             number, p.tensor, p.pipeline, p.virtual_pipeline or 1, data_parallel_size(p), p.expert,
-            "yes" if p.sequence else "no", "full" if plan.settings.recompute else "no",
+            "yes" if p.sequence else "no", "full" if plan.settings.recompute is True else "no",
             f"{plan.settings.micro_batch_tokens:,}", f"{plan.peak / 1e9:.1f}", f"{t.update:.2f}",
             f"{t.bubble / t.update:.0%}", f"{t.mfu:.0%}", f"{t.iteration / 3600:.2f}",
         ])  # fmt: skip

@@ -163,7 +163,7 @@ def estimate_times(case: Scenario, settings: Training) -> Times:
     batch_tokens = work.global_batch * work.tokens
     count, tokens = micro_batches(case, settings, batch_tokens)
     # the head computes its logits again in the backward pass: one product forward, three backward
-    train = _pass(case, settings, tokens, 4 if settings.recompute else 3, 4, frozen=settings.lora is not None)
+    train = _pass(case, settings, tokens, 4 if settings.recompute is True else 3, 4, frozen=settings.lora is not None)
 
     def forward_only(total: float) -> float:
         if not total:
