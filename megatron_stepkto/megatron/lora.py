@@ -53,6 +53,10 @@ class _Pair(nn.Module):
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Both. Called, not read: Megatron waits for weights that are being gathered before a module runs."""
+        return self.a, self.b
+
 
 class Adapter(nn.Module):
     """The adapters of one linear layer, a child for each Hugging Face matrix; ``enabled`` False: the layer as it was.
@@ -98,8 +102,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the adapters add to the layer's output. x: [t, 1, in] (an expert's: [t, in]), its own input."""
-        pairs = self._pairs
-        a = pairs[0].a if len(pairs) == 1 else torch.cat([pair.a for pair in pairs])
+        firsts, seconds = zip(*(pair() for pair in self._pairs), strict=True)
+        a = firsts[0] if len(firsts) == 1 else torch.cat(firsts)
         low = product(x, a) * (self.lora.alpha / self.lora.rank)  # [.., number of adapters * rank]
         if self.what.splits_input:
             reduce = reduce_scatter_to_sequence_parallel_region if self._sequence else _reduce
@@ -108,10 +112,10 @@ class Adapter(nn.Module):
             low = _gather(low) if self._sequence else copy_to_tensor_model_parallel_region(low)
         times, sizes = self.what.pattern(self._ranks)
         if len(sizes) == 1:
-            return product(low, pairs[0].b)
+            return product(low, seconds[0])
         parts = [low.new_zeros(()).expand(*low.shape[:-1], times, size) for size in sizes]
-        for matrix, pair, own in zip(self.what.matrices, pairs, low.split(self.lora.rank, dim=-1), strict=True):
-            parts[matrix.part] = product(own, pair.b).unflatten(-1, (times, sizes[matrix.part]))
+        for matrix, b, own in zip(self.what.matrices, seconds, low.split(self.lora.rank, dim=-1), strict=True):
+            parts[matrix.part] = product(own, b).unflatten(-1, (times, sizes[matrix.part]))
         return torch.cat(parts, dim=-1).flatten(-2)
 
     def fill(self, factors: Factors) -> None:
@@ -201,8 +205,8 @@ def add_adapters(chunk: Any, linears: Mapping[str, AdaptedLinear], lora: LoRA) -
             adapter = Adapter(linear, what, index, lora)
             linear.__class__ = _class_with_adapter(linear.__class__)
             linear.adapter = adapter
-    if chunk.pre_process and chunk.config.recompute_granularity == "full":
-        # Recomputed layers have a gradient where their input has one, and the frozen embedding's output has none.
+    if chunk.pre_process and chunk.config.recompute_granularity is not None:
+        # What is recomputed has a gradient where its input has one, and the frozen embedding's output has none.
         chunk.embedding.register_forward_hook(_require_grad)
 
 

@@ -9,7 +9,24 @@ from typing import Any
 
 import torch
 
-from megatron_stepkto.recipe.keys import Optimizer, Parallel, Recompute
+from megatron_stepkto.architectures.model_config import ModelConfig
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.megatron.acceleration import Acceleration
+from megatron_stepkto.recipe.keys import Recompute, Training
+
+
+def check_norms(config: ModelConfig, settings: Training, acceleration: Acceleration) -> None:
+    """Refuse to recompute norms that are a part of Transformer Engine's linear layers: megatron-core would not.
+
+    Raises:
+        UserError: names the key.
+    """
+    if acceleration.transformer_engine and config.experts is None and settings.recomputes("layernorm"):
+        raise UserError(
+            "train.recompute.modules names layernorm, but the norms of a dense model are inside Transformer Engine's "
+            "linear layers, where megatron-core does not compute them again; leave it out, or set "
+            "train.transformer_engine: off"
+        )
 
 
 def activation_fields(recompute: bool | Recompute, offload_layers: int) -> dict[str, Any]:
@@ -28,12 +45,13 @@ def activation_fields(recompute: bool | Recompute, offload_layers: int) -> dict[
     }
 
 
-def optimizer_fields(optimizer: Optimizer) -> dict[str, Any]:
+def optimizer_fields(settings: Training) -> dict[str, Any]:
     """Of megatron-core's OptimizerConfig."""
-    moments = _dtype(optimizer.moment_dtype)
+    optimizer, moments = settings.optimizer, _dtype(settings.optimizer.moment_dtype)
+    fields: dict[str, Any] = {"overlap_param_gather": _overlaps_gather(settings)}
     if not (optimizer.offload or moments != torch.float32):
-        return {}
-    fields: dict[str, Any] = {
+        return fields
+    fields |= {
         # Offload takes this code path too: the weights are given to AdamW as they are, and it holds the main weights.
         "use_precision_aware_optimizer": True,
         "main_grads_dtype": _dtype(optimizer.gradient_dtype),
@@ -50,13 +68,21 @@ def optimizer_fields(optimizer: Optimizer) -> dict[str, Any]:
     return fields
 
 
-def data_parallel_fields(optimizer: Optimizer, parallel: Parallel) -> dict[str, Any]:
+def data_parallel_fields(settings: Training) -> dict[str, Any]:
     """Of megatron-core's DistributedDataParallelConfig."""
     return {
-        "grad_reduce_in_fp32": optimizer.gradient_dtype == "float32",
-        "overlap_grad_reduce": parallel.overlap,
-        "overlap_param_gather": parallel.overlap and parallel.distributed_optimizer,
+        "grad_reduce_in_fp32": settings.optimizer.gradient_dtype == "float32",
+        "overlap_grad_reduce": settings.parallel.overlap,
+        "overlap_param_gather": _overlaps_gather(settings),
+        # a bucket that has arrived does not begin to gather the next one: Engine begins with all
+        "align_param_gather": True,
     }
+
+
+def _overlaps_gather(settings: Training) -> bool:
+    """FP8 weights need work after they are gathered, which megatron-core does not do where it must not overlap."""
+    fp8_weights = settings.fp8 is not None and settings.fp8.weights
+    return settings.parallel.overlap and settings.parallel.distributed_optimizer and not fp8_weights
 
 
 def _dtype(name: str) -> torch.dtype:

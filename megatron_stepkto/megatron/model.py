@@ -76,14 +76,19 @@ class PolicyModel(GPTModel):
             else self.output_layer.weight
         )
         group = parallel_state.get_tensor_model_parallel_group()
-        # Where the layers add their weights' gradients into DDP's float32 buffer, so does the head. (A tied weight's
-        # gradient as an embedding still comes by autograd, and DDP adds it there too.)
+        # Where the layers add their weights' gradients into DDP's float32 buffer, so does the head.
         fused = self.config.gradient_accumulation_fusion and weight.requires_grad
-        buffer = weight.main_grad if fused else None
+        buffer = weight.main_grad if fused and weight.main_grad.dtype == torch.float32 else None
+        # A weight that is the embedding too still gets that gradient by autograd, and DDP adds it. Any other gets a
+        # placeholder, which tells DDP that the gradient is whole and may be summed over ranks, and is not added.
+        placeholder = buffer is not None and not (self.share_embeddings_and_output_weights and self.pre_process)
+        if placeholder:
+            weight.grad_added_to_main_grad = True
+        fusion: dict[str, Any] = {"grad_buffer": buffer, "placeholder": placeholder}
         head = (hidden[:, 0], weight, targets, self.words, group)
         if entropy:
-            return linear_log_probs_and_entropy(*head, grad_buffer=buffer)
-        return linear_log_probs(*head, grad_buffer=buffer), None
+            return linear_log_probs_and_entropy(*head, **fusion)
+        return linear_log_probs(*head, **fusion), None
 
 
 def transformer_config(

@@ -228,6 +228,10 @@ class Training(Section):
         """Tokens that every document is padded to a multiple of: context parallelism cuts it into twice its ranks."""
         return math.lcm(self.pad_documents_to, 2 * self.parallel.context if self.parallel.context > 1 else 1)
 
+    def recomputes(self, module: str) -> bool:
+        """Whether this module's output is not kept (``recompute.modules``)."""
+        return isinstance(self.recompute, Recompute) and module in (self.recompute.modules or [])
+
     @model_validator(mode="after")
     def _check_acceleration(self) -> Self:
         if self.transformer_engine == "required" and self.dtype == "float32":
@@ -280,6 +284,11 @@ class Training(Section):
             raise ValueError(
                 "optimizer.offload holds moments in float32: with it megatron-core ignores moment_dtype; set "
                 "moment_dtype: float32, or offload: 0"
+            )
+        if self.fp8 is not None and self.fp8.scaling == "delayed" and self.recomputes("layernorm"):
+            raise ValueError(
+                "recompute.modules: layernorm and fp8.scaling: delayed together are not supported: a history of scales "
+                "would count each norm twice; choose another scaling, or leave layernorm out"
             )
         if self.offload_layers:
             if self.recompute:
