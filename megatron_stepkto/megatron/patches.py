@@ -251,6 +251,7 @@ def install_everywhere() -> None:
     """
     check_megatron_version()
     _patch_expert_router()
+    _patch_checkpoint_without_output()
     _patch_distributed_optimizer_load()
     _patch_distributed_optimizer_save()
 
@@ -262,6 +263,18 @@ def _patch_expert_router() -> None:
         raise RuntimeError(f"{utils!r}: the router does not ask for te_general_gemm; remove this patch")
     if not hasattr(utils, "te_general_gemm"):
         utils.te_general_gemm = None
+
+
+def _patch_checkpoint_without_output() -> None:
+    """Recompute of norms takes "no FP8" for FP8 and asks Transformer Engine, which fails where that is absent."""
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    if hasattr(random, "FP8GlobalStateManager"):
+        return
+
+    def init(self: Any, fp8: Any = None) -> None:
+        original(self, fp8 or None)
+
+    original = _replace(random.CheckpointWithoutOutput, "__init__", init)
 
 
 def _patch_distributed_optimizer_load() -> None:
