@@ -20,6 +20,9 @@ from megatron_stepkto.megatron.acceleration import Acceleration, Found, Machine,
 from megatron_stepkto.megatron.memory import activation_fields, check_norms, data_parallel_fields, optimizer_fields
 from megatron_stepkto.recipe.keys import Recompute, Training
 from tests.unit.megatron.test_acceleration import ABSENT, HOPPER, settings
+from tests.unit.megatron.test_lora import batches_of, hf, make_engine, ranks
+
+__all__ = ["hf", "ranks"]
 
 DISTRIBUTED = {"distributed_optimizer": True}
 LOWER = {"moment_dtype": "bfloat16", "gradient_dtype": "bfloat16"}
@@ -211,3 +214,34 @@ def test_norms_inside_transformer_engines_layers(repository: Path) -> None:
     check_norms(experts, chosen, te)
     check_norms(dense, settings(recompute={"modules": ["mlp"]}), te)
     assert Recompute(modules=["layernorm"]) == chosen.recompute
+
+
+def gradients(folder: Path, **keys: Any) -> dict[str, torch.Tensor]:
+    engine = make_engine(folder, **keys)
+    for number, weight in enumerate(each for each in engine.policies[0].parameters() if each.requires_grad):
+        if keys.get("lora"):  # adapters that add something to the first layers' outputs
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))
+    engine.accumulate(batches_of(engine), lambda _, log_probs: (-log_probs.sum(), 1, {}))
+    named: list[tuple[str, Any]] = list(engine.policies[0].named_parameters())
+    return {name: weight.main_grad for name, weight in named if weight.requires_grad}
+
+
+def test_gradients_in_bfloat16(hf: Path, ranks: None) -> None:
+    """Several micro-batches add up to the float32 sums but for rounding, in half the memory."""
+    keys = {"dtype": "bfloat16", "micro_batch_tokens": 100}
+    exact = gradients(hf, **keys)
+    rounded = gradients(hf, **keys, optimizer={"lr": 0.02, "gradient_dtype": "bfloat16"})
+    for name, gradient in rounded.items():
+        assert (gradient.dtype, exact[name].dtype) == (torch.bfloat16, torch.float32)
+        error = (gradient.float() - exact[name]).norm()
+        assert 0 < error < 0.01 * exact[name].norm(), name
+
+
+def test_recompute_loses_no_adapters_gradient(hf: Path, ranks: None) -> None:
+    """The first layer's MLP has an input without gradient where the adapters before it are none."""
+    keys = {"lora": {"rank": 2, "targets": ["down_proj"]}, "micro_batch_tokens": 100}
+    expected = gradients(hf, **keys)
+    got = gradients(hf, **keys, recompute={"modules": ["mlp", "layernorm", "core_attn"]})
+    for name, gradient in expected.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()), msg=name)
