@@ -264,7 +264,8 @@ class Engine:
         if self._arriving:
             for chunk in self.model:
                 for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
-                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+                    if group.param_gather_handle is not None:  # no module has waited for it
+                        group.start_param_sync(force_sync=True)  # which waits for one that has begun
             self._arriving = False
 
     def _own_part(self, batch: MicroBatch) -> tuple[MicroBatch, Tensor | None]:
