@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
 from megatron_stepkto.base.processes import child_main
 from megatron_stepkto.megatron import engine
@@ -59,6 +60,33 @@ def in_small_buckets(settings: Training) -> dict[str, Any]:
     return {**data_parallel_fields(settings), "bucket_size": 20_000}
 
 
+class Arrival:
+    """A gather of weights that ends when it is waited for: until then, whoever reads a weight gets nan."""
+
+    def __init__(self, group: Any) -> None:
+        group.param_gather_handle.wait()
+        self._weights = [bucket.param_data for bucket in group.buckets]
+        self._arrived = [weights.clone() for weights in self._weights]
+        for weights in self._weights:
+            weights.fill_(float("nan"))
+
+    def wait(self) -> None:
+        for weights, arrived in zip(self._weights, self._arrived, strict=True):
+            weights.copy_(arrived)
+
+
+def gather_late() -> None:
+    """Let gathers beside computation end as late as they may."""
+    start = _ParamAndGradBucketGroup.start_param_sync
+
+    def start_param_sync(self: Any, force_sync: bool = False) -> None:
+        start(self, force_sync)
+        if self.param_gather_handle is not None:
+            self.param_gather_handle = Arrival(self)
+
+    _ParamAndGradBucketGroup.start_param_sync = start_param_sync
+
+
 def optimizer_state(engine: Engine) -> list[torch.Tensor]:
     """This rank's main weights and moments, themselves."""
     return [
@@ -82,6 +110,7 @@ def restored(engine: Engine, directory: Path) -> int:
 
 
 def main() -> None:
+    gather_late()
     engine.data_parallel_fields = in_small_buckets  # type: ignore[attr-defined]
     logging.getLogger("megatron").setLevel(logging.ERROR)
     jobs = [Job.model_validate(json.loads(Path(p).read_text())) for p in json.loads(Path(sys.argv[1]).read_text())]

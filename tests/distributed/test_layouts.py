@@ -36,7 +36,8 @@ with z the clamped mean over the KL pairs of the whole global batch. Every facto
     output is made to be. The rows start from an adapter that is not zero, and the reference is the base.
 11. Overlap. Gradients are summed over replicas bucket by bucket while the backward pass of the last micro-batch runs,
     and with the distributed optimizer a module waits for its weights before it runs. It is on in every row but two; the
-    ranks make buckets of about half a layer (``layout_worker``). Where replicas are two and nothing is scattered, it
+    ranks make buckets of about half a layer, and weights that are read before they are waited for are nan
+    (``layout_worker``). Where replicas are two and nothing is scattered, it
     changes no bit.
 12. Balanced class weights are counted over the whole data set, by every rank alike.
 
