@@ -37,8 +37,7 @@ with z the clamped mean over the KL pairs of the whole global batch. Every facto
 11. Overlap. Gradients are summed over replicas bucket by bucket while the backward pass of the last micro-batch runs,
     and with the distributed optimizer a module waits for its weights before it runs. It is on in every row but two; the
     ranks make buckets of about half a layer, and weights that are read before they are waited for are nan
-    (``layout_worker``). Where replicas are two and nothing is scattered, it
-    changes no bit.
+    (``layout_worker``). Where replicas are two and nothing is scattered, it changes no bit.
 12. Balanced class weights are counted over the whole data set, by every rank alike.
 
 Comparison. Losses and gradient norms: 1e-5 relative. Reference points and log-ratios are differences of sums of about
