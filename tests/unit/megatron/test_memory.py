@@ -20,7 +20,7 @@ from megatron_stepkto.megatron.acceleration import Acceleration, Found, Machine,
 from megatron_stepkto.megatron.memory import activation_fields, check_norms, data_parallel_fields, optimizer_fields
 from megatron_stepkto.recipe.keys import Recompute, Training
 from tests.unit.megatron.test_acceleration import ABSENT, HOPPER, settings
-from tests.unit.megatron.test_lora import batches_of, hf, make_engine, ranks
+from tests.unit.megatron.test_lora import batches_of, hf, make_engine, ranks, update
 
 __all__ = ["hf", "ranks"]
 
@@ -245,3 +245,17 @@ def test_recompute_loses_no_adapters_gradient(hf: Path, ranks: None) -> None:
     for name, gradient in expected.items():
         assert gradient.any(), name
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_overlap_changes_no_bit_of_one_process(distributed: bool, hf: Path, ranks: None) -> None:
+    """As `make demo` is: tensor parallel alone, so that nothing is sent beside computation."""
+    trained = []
+    for overlap in (True, False):
+        engine = make_engine(
+            hf, micro_batch_tokens=100, parallel={"overlap": overlap, "distributed_optimizer": distributed}
+        )
+        update(engine)
+        engine.await_weights()
+        trained.append([weight.detach().clone() for weight in engine.policies[0].parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
