@@ -59,7 +59,7 @@ class AdaptedLinear:
 
     @property
     def of_expert(self) -> bool:
-        """An expert's layer is whole on its rank."""
+        """Whether it is an expert's, which expert tensor parallelism splits in place of tensor parallelism."""
         return len(self.entry.lead) == 2
 
     @property
@@ -140,7 +140,7 @@ def adapter_parameters(
     """Elements of the adapters on a rank of pipeline stage ``stage``; equal on all its tensor ranks."""
     dense = experts = 0
     for linear in adapted_linears(entries, lora.targets).values():
-        ranks = 1 if linear.of_expert else parallel.tensor
+        ranks = parallel.expert_tensor if linear.of_expert else parallel.tensor
         count = 0
         for matrix in linear.matrices:
             rows, columns = linear.hf_shape(matrix)

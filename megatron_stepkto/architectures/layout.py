@@ -73,12 +73,23 @@ def _pipeline_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
 def _expert_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
     key, expert = f"{SECTION}.expert", parallel.expert
     if config.experts is None:
-        return [Fault(key, f"{key} = {expert}, but the model has no experts; set it to 1")] if expert > 1 else []
+        return [
+            Fault(key, f"{key} = {ranks}, but the model has no experts; set it to 1")
+            for key, ranks in ((key, expert), (f"{SECTION}.expert_tensor", parallel.expert_tensor))
+            if ranks > 1
+        ]
     faults = []
     if config.experts.number % expert:
         choice = _listed(_divisors(config.experts.number))
         message = (
             f"{key} = {expert} does not divide the model's experts ({config.experts.number}); choose one of {choice}"
+        )
+        faults.append(Fault(key, message))
+    if config.experts.ffn_size % parallel.expert_tensor:
+        key, choice = f"{SECTION}.expert_tensor", _listed(_divisors(config.experts.ffn_size))
+        message = (
+            f"{key} = {parallel.expert_tensor} does not divide the experts' feed-forward size "
+            f"({config.experts.ffn_size}); choose one of {choice}"
         )
         faults.append(Fault(key, message))
     if parallel.tensor > 1 and not parallel.sequence:

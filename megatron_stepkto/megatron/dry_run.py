@@ -49,7 +49,7 @@ def fake_rank(parallel: Parallel, rank: int) -> Iterator[None]:
             parallel.virtual_pipeline,
             create_gloo_process_groups=False,
             expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=parallel.expert_tensor,
         )
         yield
     finally:

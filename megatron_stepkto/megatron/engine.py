@@ -29,6 +29,7 @@ from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.batch import Document, MicroBatch, Slot
 from megatron_stepkto.megatron.context_parallel import join, own_part
+from megatron_stepkto.megatron.expert_load import ExpertLoad
 from megatron_stepkto.megatron.lora import Factors, adapters_of
 from megatron_stepkto.megatron.main_weights import optimizer_parts
 from megatron_stepkto.megatron.memory import check_norms, data_parallel_fields, optimizer_fields
@@ -89,6 +90,9 @@ class Engine:
             DistributedDataParallel(self.megatron, ddp, module, disable_bucketing=index > 0)
             for index, module in enumerate(modules)
         ]
+        self.expert_load = (
+            ExpertLoad(config.num_layers, config.experts.number, self.policies, device) if config.experts else None
+        )
         self.optimizer: Any = None
         self.megatron.finalize_model_grads_func = finalize_model_grads
         self._arriving = False  # whether weights are being gathered since the last update
@@ -215,7 +219,8 @@ class Engine:
         def forward_step(batches_left: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches_left)
             own, mine = self._own_part(batch)
-            hidden = model(own.tokens, own.position_ids, None, packed_seq_params=own.packed, **extra)
+            with self._counting_experts(batch) if not forward_only else contextlib.nullcontext():
+                hidden = model(own.tokens, own.position_ids, None, packed_seq_params=own.packed, **extra)
             return hidden, functools.partial(loss_of, batch, own, mine)
 
         iterators = [iter(batches) for _ in self.model]
@@ -267,6 +272,11 @@ class Engine:
                     if group.param_gather_handle is not None:  # no module has waited for it
                         group.start_param_sync(force_sync=True)  # which waits for one that has begun
             self._arriving = False
+
+    def _counting_experts(self, batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
+        if self.expert_load is None:
+            return contextlib.nullcontext()
+        return self.expert_load.counting(batch, sequence=self.settings.parallel.sequence)
 
     def _own_part(self, batch: MicroBatch) -> tuple[MicroBatch, Tensor | None]:
         """This rank's part of a micro-batch under context parallelism; else all of it."""

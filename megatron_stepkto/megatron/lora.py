@@ -10,7 +10,11 @@ ranks and rank r, an adapter's parts and messages are:
   whole on every rank. Under sequence parallelism the sum is a reduce-scatter over tokens.
 
 A matrix that is whole on every rank but sees a part of the tokens has the mark ``sequence_parallel``: Megatron sums its
-gradient over the tensor-parallel ranks. Experts are not split, so theirs need no message.
+gradient over the tensor-parallel ranks.
+
+An expert's matrices may be split over the T ranks of expert tensor parallelism. Megatron gathers their tokens before
+the expert and sums the ranks' outputs after it, and in the backward pass the gradients before it. So A x and the
+adapter's output stay parts, like the layer's own; only the matrix that is whole on every rank has its gradient summed.
 """
 
 from __future__ import annotations
@@ -75,7 +79,6 @@ class Adapter(nn.Module):
             if what.of_expert
             else parallel_state.get_tensor_model_parallel_group()
         )
-        assert not (what.of_expert and self._group.size() > 1), "an expert's matrices are not split over ranks"
         self._sequence = linear.config.sequence_parallel and not what.of_expert
         weight = linear.weight
         for matrix in what.matrices:
@@ -86,8 +89,9 @@ class Adapter(nn.Module):
             split, whole = (pair.a, pair.b) if what.splits_input else (pair.b, pair.a)
             set_tensor_model_parallel_attributes(split, True, 1 if what.splits_input else 0, 1)
             whole.sequence_parallel = self._sequence  # type: ignore[attr-defined]
-            if what.of_expert:  # tensor-parallel ranks hold other experts: the gradient norm counts each rank's
+            if what.of_expert:  # the gradient norm counts it on the first of the ranks that share the expert
                 set_tensor_model_parallel_attributes(whole, True, 0, 1)
+                whole.shared = self._group.rank() > 0  # type: ignore[attr-defined]
             for factor in (pair.a, pair.b):  # an expert's gradients are summed over other ranks, like its weight's
                 factor.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
             self.add_module(matrix.target, pair)
@@ -102,8 +106,11 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the adapters add to the layer's output. x: [t, 1, in] (an expert's: [t, in]), its own input."""
-        firsts, seconds = zip(*(pair() for pair in self._pairs), strict=True)
-        a = firsts[0] if len(firsts) == 1 else torch.cat(firsts)
+        factors: list[tuple[Tensor, Tensor]] = [pair() for pair in self._pairs]
+        if self.what.of_expert and self._ranks > 1:
+            split_a = self.what.splits_input
+            factors = [(a, self._sum_grad(b)) if split_a else (self._sum_grad(a), b) for a, b in factors]
+        a = factors[0][0] if len(factors) == 1 else torch.cat([a for a, _ in factors])
         low = product(x, a) * (self.lora.alpha / self.lora.rank)  # [.., number of adapters * rank]
         if self.what.splits_input:
             reduce = reduce_scatter_to_sequence_parallel_region if self._sequence else _reduce
@@ -112,11 +119,15 @@ class Adapter(nn.Module):
             low = _gather(low) if self._sequence else copy_to_tensor_model_parallel_region(low)
         times, sizes = self.what.pattern(self._ranks)
         if len(sizes) == 1:
-            return product(low, seconds[0])
+            return product(low, factors[0][1])
         parts = [low.new_zeros(()).expand(*low.shape[:-1], times, size) for size in sizes]
-        for matrix, b, own in zip(self.what.matrices, seconds, low.split(self.lora.rank, dim=-1), strict=True):
+        for matrix, (_, b), own in zip(self.what.matrices, factors, low.split(self.lora.rank, dim=-1), strict=True):
             parts[matrix.part] = product(own, b).unflatten(-1, (times, sizes[matrix.part]))
         return torch.cat(parts, dim=-1).flatten(-2)
+
+    def _sum_grad(self, whole: Tensor) -> Tensor:
+        copied: Tensor = copy_to_tensor_model_parallel_region(whole, self._group)
+        return copied
 
     def fill(self, factors: Factors) -> None:
         """Set this rank's parts from whole matrices."""

@@ -136,6 +136,7 @@ def transformer_config(
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         **_expert_settings(config),
         # Interleaved schedules give wrong gradients with batched p2p at pipeline 2, without an error: never both.
         batch_p2p_comm=parallel.virtual_pipeline is None,
@@ -170,8 +171,6 @@ def _expert_settings(config: ModelConfig) -> dict[str, Any]:
         # Preference training is short and starts from a balanced router: no auxiliary loss, and no token is dropped.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        # An expert's matrices are not split over tensor-parallel ranks (see _mark_experts).
-        "expert_tensor_parallel_size": 1,
     }
 
 

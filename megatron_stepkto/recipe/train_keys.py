@@ -15,8 +15,8 @@ Method = str  # a name of methods/registry.py, which checks it, and the keys bes
 class Parallel(Section):
     """Megatron-Core's layout. Data parallel size = ranks / (tensor * pipeline * context).
 
-    expert: ranks that share the experts of a mixture of experts; they are taken from the tensor- and data-parallel
-    ranks of a stage. One expert is never split over ranks.
+    The ranks of a stage are cut twice: for attention into tensor x context x data, for a mixture's experts into
+    expert_tensor x expert x replicas of the experts.
     """
 
     ranks: int = Field(1, ge=1, description="processes of the training, one per GPU")
@@ -27,6 +27,7 @@ class Parallel(Section):
     )
     context: int = Field(1, ge=1, description="ranks that share the tokens of each document")
     expert: int = Field(1, ge=1, description="ranks that share the experts of a mixture of experts")
+    expert_tensor: int = Field(1, ge=1, description="ranks that share each matrix of an expert")
     sequence: bool = Field(False, description="share activations between the tensor-parallel ranks along the sequence")
     distributed_optimizer: bool = Field(False, description="share the optimizer's state between data-parallel ranks")
     overlap: bool = Field(True, description="sum gradients and gather weights of data parallelism during computation")
@@ -38,12 +39,11 @@ class Parallel(Section):
                 f"ranks ({self.ranks}) must be a multiple of tensor x pipeline x context "
                 f"({self.tensor} x {self.pipeline} x {self.context})"
             )
-        if self.ranks % (self.expert * self.pipeline):
+        if self.ranks % (self.expert * self.expert_tensor * self.pipeline):
             raise ValueError(
-                f"ranks ({self.ranks}) must be a multiple of expert x pipeline ({self.expert} x {self.pipeline})"
+                f"ranks ({self.ranks}) must be a multiple of expert x expert_tensor x pipeline "
+                f"({self.expert} x {self.expert_tensor} x {self.pipeline})"
             )
-        if self.expert > 1 and self.context > 1:
-            raise ValueError("expert and context parallelism together are not supported: set one of them to 1")
         if self.virtual_pipeline and self.pipeline == 1:
             raise ValueError("virtual_pipeline needs pipeline >= 2")
         if self.sequence and self.tensor == 1:

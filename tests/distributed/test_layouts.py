@@ -201,6 +201,13 @@ ROWS = [
     Row("EP 2", layout(2, expert=2), model="experts"),
     Row("EP 2, distributed optimizer", layout(2, expert=2, distributed_optimizer=True), model="experts"),
     Row("TP 2 x EP 2, sequence parallel", layout(2, tensor=2, expert=2, sequence=True), model="experts"),
+    Row("experts, CP 2", CP2, model="experts"),
+    Row("CP 2 x EP 2, recompute", layout(2, context=2, expert=2), model="experts", recompute=True),
+    Row("expert TP 2", layout(2, expert_tensor=2), model="experts"),
+    Row("TP 2 x expert TP 2, sequence parallel, packed, 60 tokens",
+        layout(2, tensor=2, expert_tensor=2, sequence=True), model="experts", micro_batch_tokens=60),
+    Row("CP 2 x expert TP 2, distributed optimizer", layout(2, context=2, expert_tensor=2, distributed_optimizer=True),
+        model="experts"),
     Row("LoRA, TP 2", TP2, lora=LORA),
     Row("LoRA, TP 2, sequence parallel, recompute", TP2_SP, recompute=True, lora=LORA),
     Row("LoRA of some layers, TP 2, sequence parallel", TP2_SP, lora=SOME),
@@ -210,7 +217,14 @@ ROWS = [
     Row("LoRA, DP 2, distributed optimizer", DP2_DO, lora=LORA),
     Row("LoRA, experts, TP 2 x EP 2, sequence parallel", layout(2, tensor=2, expert=2, sequence=True), model="experts",
         lora=LORA),
+    Row("LoRA, experts, CP 2 x EP 2", layout(2, context=2, expert=2), model="experts", lora=LORA),
+    Row("LoRA, experts, expert TP 2", layout(2, expert_tensor=2), model="experts", lora=LORA),
     # four ranks
+    Row("CP 2 x TP 2 x EP 4, sequence parallel", layout(4, context=2, tensor=2, expert=4, sequence=True),
+        model="experts"),
+    Row("EP 2 x expert TP 2, distributed optimizer", layout(4, expert=2, expert_tensor=2, distributed_optimizer=True),
+        model="experts"),
+    Row("PP 2 x EP 2", layout(4, pipeline=2, expert=2), model="experts"),
     Row("LoRA, TP 2 x PP 2, sequence parallel", layout(4, tensor=2, pipeline=2, sequence=True), lora=LORA),
     Row("LoRA, DP 2 x TP 2, distributed optimizer", layout(4, tensor=2, distributed_optimizer=True), lora=LORA),
     Row("TP 4", TP4),
@@ -346,6 +360,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
 SAME = ("loss", "loss_outcome", "loss_step", "grad_norm", "entropy")
 NEAR = ("z_outcome", "z_step", "kl_outcome", "kl_step", "log_ratio_right", "log_ratio_wrong", "log_ratio_right_steps",
         "log_ratio_wrong_steps")  # fmt: skip
+LOADS = ("expert_load", "expert_load_worst", "experts_unused")  # of a mixture of experts
 COUNTS = ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "tokens")
 
 
@@ -361,6 +376,8 @@ def test_layout_agrees_with_one_process(row: Row, outcome_of: Callable[[Row], Ou
             assert ours[key] == (None if truth[key] is None else pytest.approx(truth[key], rel=1e-5, abs=2e-5)), key
         for key in COUNTS:
             assert ours[key] == truth[key], key
+        for key in LOADS if row.model == "experts" else ():  # exact: counts of tokens without padding
+            assert ours[key] == pytest.approx(truth[key], rel=1e-12), key
     assert set(got) == set(expected)
     for key, (before, truth) in expected.items():
         assert torch.equal(got[key][0], before)
