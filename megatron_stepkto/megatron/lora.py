@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -46,6 +47,7 @@ from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.recipe.keys import LoRA
 
 _EXPERT = re.compile(r"local_experts\.(\d+)")
+_GROUPED = ("mlp.experts.linear_", "mlp.experts.experts.linear_")  # of a module, and in a checkpoint
 # (name of the Hugging Face matrix, its rows and columns, rank) -> whole A [rank, columns] and B [rows, rank]
 Factors = Callable[[str, tuple[int, int], int], tuple[Tensor, Tensor]]
 
@@ -66,11 +68,14 @@ class Adapter(nn.Module):
     """The adapters of one linear layer, a child for each Hugging Face matrix; ``enabled`` False: the layer as it was.
 
     Args:
-        linear: the layer; its weight says where and in which precision the adapter lives.
+        weight: the layer's, which says where and in which precision the adapter lives.
         what: which matrices the layer holds. index: the layer's number in the whole model, and its expert's.
+        sequence: whether sequence parallelism is on.
     """
 
-    def __init__(self, linear: Any, what: AdaptedLinear, index: tuple[int, ...], lora: LoRA) -> None:
+    def __init__(
+        self, weight: Tensor, what: AdaptedLinear, index: tuple[int, ...], lora: LoRA, *, sequence: bool
+    ) -> None:
         super().__init__()
         self.what, self.index, self.lora = what, index, lora
         self.enabled = True
@@ -79,8 +84,7 @@ class Adapter(nn.Module):
             if what.of_expert
             else parallel_state.get_tensor_model_parallel_group()
         )
-        self._sequence = linear.config.sequence_parallel and not what.of_expert
-        weight = linear.weight
+        self._sequence = sequence and not what.of_expert
         for matrix in what.matrices:
             rows, columns = what.hf_shape(matrix)
             rows, columns = (rows, columns // self._ranks) if what.splits_input else (rows // self._ranks, columns)
@@ -195,27 +199,65 @@ class _WithAdapter:
         return state | self.adapter.sharded_state_dict(own, sharded_offsets, metadata)
 
 
+class _WithAdapters:
+    """Transformer Engine's linear layer of all experts of a rank: ``adapter`` has one for each."""
+
+    adapter: nn.ModuleList
+
+    def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(x, tokens_per_expert)  # type: ignore[misc]
+        adapters: list[Any] = list(self.adapter)
+        if not adapters[0].enabled:
+            return output, bias
+        shares = zip(adapters, x.split(tokens_per_expert), strict=True)
+        return output + torch.cat([adapter(share) for adapter, share in shares]), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """By the names of single experts: a checkpoint does not say how they were computed."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        num_experts = parallel_state.get_expert_model_parallel_world_size() * len(self.adapter)
+        for number, adapter in enumerate(self.adapter):
+            name = f"{prefix}{ADAPTER}.{number}."
+            offsets = (*sharded_offsets, (len(sharded_offsets), adapter.index[1], num_experts))
+            found = adapter.sharded_state_dict(name, offsets, metadata)
+            replace_prefix_for_sharding(found, name, f"{prefix}{ADAPTER}.")
+            for value in found.values():  # replicas of an expert, not of attention
+                value.replica_id = (*value.replica_id[:2], parallel_state.get_expert_data_parallel_rank())
+            state |= found
+        return state
+
+
 @functools.cache
-def _class_with_adapter(kind: type) -> type:
-    return type(f"{kind.__name__}WithAdapter", (_WithAdapter, kind), {})
+def _class_with(mixin: type, kind: type) -> type:
+    return type(f"{kind.__name__}{mixin.__name__.strip('_')}", (mixin, kind), {})
 
 
 def add_adapters(chunk: Any, linears: Mapping[str, AdaptedLinear], lora: LoRA) -> None:
     """Freeze a model chunk and give its linear layers adapters, whose values are not set. Call it before DDP."""
     for weight in chunk.parameters():
         weight.requires_grad_(False)
+    make = functools.partial(Adapter, lora=lora, sequence=chunk.config.sequence_parallel)
     for layer in chunk.decoder.layers:
+        number = layer.layer_number - 1
         for name, linear in list(layer.named_modules()):
-            what = linears.get(LAYERS + _EXPERT.sub("experts", name))
+            what = linears.get(LAYERS + _EXPERT.sub("experts", name.replace(*_GROUPED)))
             if what is None:
                 continue
-            index: tuple[int, ...] = (layer.layer_number - 1,)
+            if name.startswith(_GROUPED[0]):
+                first = parallel_state.get_expert_model_parallel_rank() * linear.num_gemms
+                weights = [getattr(linear, f"weight{expert}") for expert in range(linear.num_gemms)]
+                adapters = [make(weight, what, (number, first + expert)) for expert, weight in enumerate(weights)]
+                linear.__class__ = _class_with(_WithAdapters, linear.__class__)
+                linear.adapter = nn.ModuleList(adapters)
+                continue
+            index: tuple[int, ...] = (number,)
             if match := _EXPERT.search(name):
                 held = len(layer.mlp.experts.local_experts)
                 index = (*index, parallel_state.get_expert_model_parallel_rank() * held + int(match[1]))
-            adapter = Adapter(linear, what, index, lora)
-            linear.__class__ = _class_with_adapter(linear.__class__)
-            linear.adapter = adapter
+            linear.__class__ = _class_with(_WithAdapter, linear.__class__)
+            linear.adapter = make(linear.weight, what, index)
     if chunk.pre_process and chunk.config.recompute_granularity is not None:
         # What is recomputed has a gradient where its input has one, and the frozen embedding's output has none.
         chunk.embedding.register_forward_hook(_require_grad)

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import ModelType
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -137,7 +137,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        **_expert_settings(config),
+        **_expert_settings(config, acceleration),
         # Interleaved schedules give wrong gradients with batched p2p at pipeline 2, without an error: never both.
         batch_p2p_comm=parallel.virtual_pipeline is None,
         overlap_p2p_comm=parallel.virtual_pipeline is not None,
@@ -157,7 +157,7 @@ def transformer_config(
     )
 
 
-def _expert_settings(config: ModelConfig) -> dict[str, Any]:
+def _expert_settings(config: ModelConfig, acceleration: Acceleration) -> dict[str, Any]:
     experts = config.experts
     if experts is None:
         return {}
@@ -165,6 +165,7 @@ def _expert_settings(config: ModelConfig) -> dict[str, Any]:
         "num_moe_experts": experts.number,
         "moe_router_topk": experts.per_token,
         "moe_ffn_hidden_size": experts.ffn_size,
+        "moe_grouped_gemm": acceleration.transformer_engine,
         # softmax over all experts and then top-k, or top-k and then softmax: the renormalised weights of the former
         "moe_router_pre_softmax": not experts.renormalize,
         "moe_router_dtype": "fp32",
@@ -192,7 +193,7 @@ def _block_spec(
     if acceleration.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(**kinds)
+        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(**kinds, moe_grouped_gemm=bool(config.experts))
         return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=TENorm)
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", **kinds))
     spec.submodules.input_layernorm = RMSNorm
@@ -231,18 +232,20 @@ def _mark_tensor_parallel(chunk: PolicyModel) -> None:
             set_tensor_model_parallel_attributes(weight, True, split_dim[type(module)], 1)
 
 
-def _mark_experts(chunk: PolicyModel, parallel: TransformerConfig) -> None:
+def _mark_experts(chunk: PolicyModel) -> None:
     """Mark replicated experts as Megatron marks only those that it splits over ranks (expert parallel size above 1).
 
     Their gradients are then summed over the tensor-parallel ranks too. Each of these sends other tokens to its copy:
     without the mark the copies would silently drift apart. And experts have an optimizer of their own at every layout,
-    so that a checkpoint of one can be read at another.
+    so that a checkpoint of one can be read at another. The gradient norm counts every rank's experts, as those that
+    share a matrix hold parts, and the others' replicas are left out by the experts' own data-parallel group.
     """
-    if parallel.expert_model_parallel_size == 1:
-        for module in chunk.modules():
-            if isinstance(module, SequentialMLP):
-                for weight in module.parameters():
-                    weight.allreduce = False
+    for module in chunk.modules():
+        if isinstance(module, SequentialMLP | TEGroupedMLP):
+            for weight in module.parameters():
+                weight.allreduce = False
+                if not hasattr(weight, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(weight, True, 0, 1)
 
 
 @contextlib.contextmanager
@@ -303,7 +306,7 @@ def build_model_chunks(
         chunk.words = config.vocab_size
         chunk.keeps_scored_rows = keeps_scored_rows
         _mark_tensor_parallel(chunk)
-        _mark_experts(chunk, megatron)
+        _mark_experts(chunk)
         if lora is not None:
             assert adapted is not None
             add_adapters(chunk, adapted, lora)
