@@ -162,9 +162,9 @@ def low_rank_width(config: ModelConfig, entries: Sequence[Entry], lora: LoRA, pa
     width = 0.0
     for linear in adapted_linears(entries, lora.targets).values():
         count: float = lora.rank * len(linear.matrices)
-        if linear.of_expert:  # of the experts that a token goes to; tensor-parallel ranks share the tokens
-            assert config.experts is not None
-            count *= config.experts.per_token / parallel.tensor
+        if linear.of_expert:  # of the experts that a token goes to; tensor-parallel ranks share the tokens, and those
+            assert config.experts is not None  # that share an expert gather them
+            count *= config.experts.per_token * parallel.expert_tensor / parallel.tensor
         elif linear.splits_input and parallel.sequence:
             count /= parallel.tensor
         width += count

@@ -77,11 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError: no layout fits, or the given one is impossible (exit code 2)."""
-    from megatron_stepkto.planning.search import nothing_fits, propose
+    from megatron_stepkto.planning.search import nothing_fits, propose, propose_otherwise
     from megatron_stepkto.planning.table import report
 
     recipe = load_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
     case, base, longest = _scenario(arguments, recipe)
+    why = ""
     if arguments.layout is not None:
         plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster), None)]
     else:
@@ -89,7 +90,10 @@ def run(arguments: argparse.Namespace) -> None:
             _warn_about_recipe(case, recipe)
         plans = propose(case, base, longest)[: arguments.top]
         if not plans:
-            raise UserError(nothing_fits(case, base, longest, "lower --longest"))
+            why = nothing_fits(case, base, longest, "lower --longest")
+            plans = propose_otherwise(case, base, longest)
+        if not plans:
+            raise UserError(why + "; neither LoRA nor the optimizer's state on the host or in lower precision fits")
     checks = _check(case, plans[0]) if arguments.check else None
     judges = _judges(arguments, case, recipe)
     if arguments.json:
@@ -98,13 +102,18 @@ def run(arguments: argparse.Namespace) -> None:
             "cluster": asdict(case.cluster),
             "work": asdict(case.work),
             "assumptions": asdict(case.assumed),
+            "why": why,
             "plans": [plan.as_dict() for plan in plans],
             "judges": [cost.as_dict() for cost in judges],
             **({"check": [asdict(check) for check in checks]} if checks is not None else {}),
         }
         sys.stdout.write(json.dumps(answer) + "\n")
     else:
-        sys.stdout.write(report(arguments.model, case, plans, checks, judges) + "\n")
+        sys.stdout.write(report(arguments.model, case, plans, checks, judges, why and _otherwise(why)) + "\n")
+
+
+def _otherwise(why: str) -> str:
+    return f"Full training does not fit: {why}.\nWhat fits instead, and what it costs:"
 
 
 def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Scenario, Training, int]:

@@ -218,6 +218,7 @@ class _WithAdapters:
         """By the names of single experts: a checkpoint does not say how they were computed."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         num_experts = parallel_state.get_expert_model_parallel_world_size() * len(self.adapter)
+        adapter: Any
         for number, adapter in enumerate(self.adapter):
             name = f"{prefix}{ADAPTER}.{number}."
             offsets = (*sharded_offsets, (len(sharded_offsets), adapter.index[1], num_experts))
