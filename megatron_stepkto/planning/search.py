@@ -18,7 +18,7 @@ from megatron_stepkto.recipe.keys import LoRA, Parallel, Recompute, Training
 MAX_VIRTUAL = 8
 # Margin for errors in the estimate of activations.
 PROPOSED_SHARE = 0.90
-OFFLOAD_SHARES = (0.25, 0.5, 0.75, 1.0)
+OFFLOAD_SHARES = (0.5, 1.0)
 # Keys of train.optimizer that a plan decides.
 OPTIMIZER_KEYS = ("offload", "moment_dtype", "gradient_dtype")
 

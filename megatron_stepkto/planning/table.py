@@ -49,7 +49,8 @@ def _header(model: Path, case: Scenario) -> str:
             f"assumed, not measured: arithmetic at {a.mfu:.0%} of the peak, links at {a.link:.0%} of the data sheet "
             f"with nothing overlapped, PCIe ({k.pcie_gbs:g} GB/s) at {a.pcie:.0%} and the host's memory "
             f"({k.host_gbs:g} GB/s for each GPU) at {a.host:.0%}, micro-batches {a.fill:.0%} full; sampling "
-            f"{a.sequences} sequences per engine, {a.sampling_hbm:.0%} of memory bandwidth, {a.sampling_mfu:.0%} of the peak; judging comes on top",
+            f"{a.sequences} sequences per engine, {a.sampling_hbm:.0%} of memory bandwidth, {a.sampling_mfu:.0%} of "
+            "the peak; judging comes on top",
         ]
     )
 
