@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument(
         "--network-bandwidth", type=positive_number, metavar="GB/S", help="per GPU between nodes, one direction"
     )
+    cluster.add_argument(
+        "--pcie-bandwidth", type=positive_number, metavar="GB/S", help="between a GPU and its host, one direction"
+    )
+    cluster.add_argument(
+        "--host-bandwidth", type=positive_number, metavar="GB/S", help="of the host's memory, one GPU's share"
+    )
     cluster.add_argument("--peak", type=positive_number, metavar="TFLOP/S", help="dense bf16")
     work = parser.add_argument_group("work (a recipe's own values where it has them)")
     work.add_argument("--longest", type=positive, metavar="TOKENS", help=f"longest document (default {LONGEST})")
@@ -60,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="KEY=VALUE,...",
-        help="check this layout instead of proposing: keys of train.parallel, recompute, micro_batch_tokens",
+        help="check this layout instead of proposing: keys of train.parallel, recompute, offload_layers, "
+        "micro_batch_tokens",
     )
     parser.add_argument(
         "--check",
@@ -131,6 +138,8 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
         "memory_gb": arguments.gpu_memory,
         "node_gbs": arguments.node_bandwidth,
         "network_gbs": arguments.network_bandwidth,
+        "pcie_gbs": arguments.pcie_bandwidth,
+        "host_gbs": arguments.host_bandwidth,
         "bf16_tflops": arguments.peak,
     }
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
