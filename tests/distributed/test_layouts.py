@@ -79,6 +79,7 @@ from megatron_stepkto.megatron.batch import (
     pack_units,
     with_partner,
 )
+from megatron_stepkto.megatron.version import needs_common_pt
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.training.job import Job
 from tests.builders import VOCABULARY, random_examples, write_adapter, write_examples, write_llama
@@ -376,6 +377,8 @@ COUNTS = ("num_right", "num_wrong", "num_right_steps", "num_wrong_steps", "token
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_layout_agrees_with_one_process(row: Row, outcome_of: Callable[[Row], Outcome]) -> None:
+    if row.grouped and not needs_common_pt():
+        pytest.skip("the stand-in for Transformer Engine is made for megatron-core 0.16's module")
     expected_rows, expected, _ = outcome_of(row.baseline)
     rows, got, _ = outcome_of(row)
     assert len(rows) == len(expected_rows) == 3
