@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout",
         metavar="KEY=VALUE,...",
         help="check this layout instead of proposing: keys of train.parallel, recompute, offload_layers, "
-        "micro_batch_tokens",
+        "micro_batch_tokens, offload, moment_dtype and gradient_dtype of train.optimizer, lora (a rank)",
     )
     parser.add_argument(
         "--check",
@@ -206,6 +206,8 @@ def _judges(arguments: argparse.Namespace, case: Scenario, recipe: Recipe | None
 
 
 def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
+    from megatron_stepkto.planning.search import OPTIMIZER_KEYS
+
     keys: dict[str, Any] = {}
     for assignment in text.split(","):
         key, separator, value = assignment.partition("=")
@@ -217,6 +219,10 @@ def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
             raise UserError(f"--layout {assignment}: expected a number, true or false after =") from None
     beside = ("recompute", "micro_batch_tokens", "dtype", "offload_layers")  # keys of train itself
     outside: dict[str, Any] = {name: keys.pop(name) for name in beside if name in keys}
+    of_optimizer = {name: keys.pop(name) for name in OPTIMIZER_KEYS if name in keys}
+    outside["optimizer"] = base.optimizer.model_dump() | of_optimizer
+    if "lora" in keys:
+        outside["lora"] = {"rank": keys.pop("lora")}
     try:
         tree: dict[str, Any] = {**base.model_dump(), **outside, "parallel": {"ranks": cluster.gpus, **keys}}
         return Training.model_validate(tree)

@@ -409,6 +409,17 @@ def deepened(train: dict[str, Any]) -> dict[str, Any]:
     return {**train, "optimizer": {"lr": 1, **train.get("optimizer", {})}}
 
 
+def test_a_given_layout_with_other_means(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["distributed_optimizer=true,offload=1.0,gradient_dtype=bfloat16", "lora=8,recompute={layers: 4}"]
+    offload, lora = (plan_json(capsys, configs / "llama3.1_8b", "--gpus", 1, "--layout", each) for each in words)
+    assert offload["plans"][0]["train"]["optimizer"] == {"offload": 1.0, "gradient_dtype": "bfloat16"}
+    assert offload["plans"][0]["stages"][0]["host"] == 16 * 8_030_261_248
+    assert lora["plans"][0]["train"]["lora"]["rank"] == 8
+    assert lora["plans"][0]["train"]["recompute"] == {"layers": 4}
+    said = refusal(capsys, configs / "llama3.1_8b", "--gpus", 1, "--layout", "offload=1.0")
+    assert "offload needs parallel.distributed_optimizer: true" in said
+
+
 def test_nothing_fits_at_all(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, configs / "llama3.3_70b", "--gpus", 1)
     assert "no layout of 1 GPUs fits into 80 GB each" in said
