@@ -1,6 +1,7 @@
 """Grouped experts are the sequential ones: same log-probs, gradients, and tensors in a checkpoint, with adapters too.
 
-The class is Megatron-Core's TEGroupedMLP around a stand-in for Transformer Engine's layer (``grouped_layer``).
+The class is Megatron-Core's TEGroupedMLP around a stand-in for Transformer Engine's layer (``grouped_worker``). Layouts
+of several ranks: ``tests/distributed/test_layouts.py``.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from megatron_stepkto.megatron.ranks import one_rank
 from megatron_stepkto.megatron.state import Checkpoints
 from megatron_stepkto.megatron.version import needs_common_pt
 from megatron_stepkto.recipe.keys import LoRA, Parallel
+from tests.distributed.grouped_worker import group_experts
 from tests.model_folders import write_model
-from tests.unit.megatron.grouped_layer import group_experts
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's patches last as long as the process"),

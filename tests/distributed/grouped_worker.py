@@ -1,4 +1,4 @@
-"""Experts that are Megatron-Core's TEGroupedMLP, without Transformer Engine.
+"""One rank of ``test_layouts`` whose experts are Megatron-Core's TEGroupedMLP, without Transformer Engine.
 
 Transformer Engine's ``GroupedLinear`` is replaced by a loop of products; everything around it (the module, its names
 in a checkpoint, its marks, the tokens' way there and back) is Megatron-Core's own. Attention is the local one.
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
+
+from megatron_stepkto.base.processes import child_main
 
 
 class GroupedLinear(torch.nn.Module):
@@ -102,3 +104,14 @@ def group_experts() -> None:
         return block
 
     model._block_spec = with_groups
+
+
+def main() -> None:
+    group_experts()
+    from tests.distributed import layout_worker
+
+    layout_worker.main()
+
+
+if __name__ == "__main__":
+    child_main(main)
