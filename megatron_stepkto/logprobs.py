@@ -24,6 +24,7 @@ def linear_log_probs(
     group: Any = None,
     chunk: int | None = None,
     grad_buffer: Tensor | None = None,
+    placeholder: bool = False,
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target] of each token.
 
@@ -38,10 +39,11 @@ def linear_log_probs(
         chunk: tokens whose logits exist at one time; None: as many as LOGITS_AT_A_TIME allows.
         grad_buffer: [V_local, H] float32. The weight's gradient is added to it, and ``weight`` itself gets none: a
             gradient of its own is 2 GB of float32 for 128,256 words of 4,096 numbers.
+        placeholder: with ``grad_buffer``: ``weight`` gets a gradient without meaning, so that its hooks run.
     Returns:
         [T] float32, nats.
     """
-    log_probs: Tensor = _apply(hidden, weight, targets, vocab_size, group, chunk, False, grad_buffer)[0]
+    log_probs: Tensor = _apply(hidden, weight, targets, vocab_size, group, chunk, False, grad_buffer, placeholder)[0]
     return log_probs
 
 
@@ -53,12 +55,13 @@ def linear_log_probs_and_entropy(
     group: Any = None,
     chunk: int | None = None,
     grad_buffer: Tensor | None = None,
+    placeholder: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``linear_log_probs``, and the entropy of each token's distribution: [T] float32, nats, without gradient.
 
     It needs one more pass over the logits, and a second chunk of them while the forward runs.
     """
-    log_probs, entropy = _apply(hidden, weight, targets, vocab_size, group, chunk, True, grad_buffer)
+    log_probs, entropy = _apply(hidden, weight, targets, vocab_size, group, chunk, True, grad_buffer, placeholder)
     return log_probs, entropy
 
 
@@ -75,12 +78,13 @@ def _apply(
     group: Any,
     chunk: int | None,
     entropy: bool,
-    grad_buffer: Tensor | None = None,
+    grad_buffer: Tensor | None,
+    placeholder: bool,
 ) -> Any:
     assert hidden.dtype == weight.dtype, f"hidden states are {hidden.dtype}, the head's weight is {weight.dtype}"
     if chunk is None:  # from the padded rows, which are the same number on every rank
         chunk = tokens_at_a_time(weight.shape[0])
-    return _LinearLogProbs.apply(hidden, weight, targets, vocab_size, group, chunk, entropy, grad_buffer)
+    return _LinearLogProbs.apply(hidden, weight, targets, vocab_size, group, chunk, entropy, grad_buffer, placeholder)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -114,6 +118,7 @@ class _LinearLogProbs(torch.autograd.Function):
         chunk: int,
         with_entropy: bool,
         grad_buffer: Tensor | None,
+        placeholder: bool,
     ) -> tuple[Tensor, Tensor]:
         rank = dist.get_rank(group) if group is not None else 0
         first_word = rank * weight.shape[0]
@@ -144,7 +149,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 entropy[part] = log_sum - sums[2] / sums[0]
             del logits, shares  # before the next chunk's logits are made
         ctx.save_for_backward(hidden, weight, targets, log_sum_exp)
-        ctx.first_word, ctx.rows, ctx.chunk, ctx.grad_buffer = first_word, rows, chunk, grad_buffer
+        ctx.first_word, ctx.rows, ctx.chunk = first_word, rows, chunk
+        ctx.grad_buffer, ctx.placeholder = grad_buffer, placeholder
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
@@ -172,8 +178,11 @@ class _LinearLogProbs(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight[:rows], d_logits_low.t(), hidden[part])
             del d_logits, d_logits_low  # before the next chunk's logits are made
-        own = grad_weight.to(weight.dtype) if grad_weight is not None and buffer is None else None
-        return grad_hidden, own, *[None] * 6
+        if buffer is not None:
+            own = torch.empty_like(weight) if ctx.placeholder else None
+        else:
+            own = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, own, *[None] * 7
 
 
 def _local_targets(targets: Tensor, first_word: int, rows: int) -> tuple[Tensor, Tensor]:

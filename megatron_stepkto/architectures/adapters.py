@@ -59,7 +59,7 @@ class AdaptedLinear:
 
     @property
     def of_expert(self) -> bool:
-        """An expert's layer is whole on its rank."""
+        """Whether it is an expert's, which expert tensor parallelism splits in place of tensor parallelism."""
         return len(self.entry.lead) == 2
 
     @property
@@ -140,7 +140,7 @@ def adapter_parameters(
     """Elements of the adapters on a rank of pipeline stage ``stage``; equal on all its tensor ranks."""
     dense = experts = 0
     for linear in adapted_linears(entries, lora.targets).values():
-        ranks = 1 if linear.of_expert else parallel.tensor
+        ranks = parallel.expert_tensor if linear.of_expert else parallel.tensor
         count = 0
         for matrix in linear.matrices:
             rows, columns = linear.hf_shape(matrix)
@@ -162,9 +162,9 @@ def low_rank_width(config: ModelConfig, entries: Sequence[Entry], lora: LoRA, pa
     width = 0.0
     for linear in adapted_linears(entries, lora.targets).values():
         count: float = lora.rank * len(linear.matrices)
-        if linear.of_expert:  # of the experts that a token goes to; tensor-parallel ranks share the tokens
-            assert config.experts is not None
-            count *= config.experts.per_token / parallel.tensor
+        if linear.of_expert:  # of the experts that a token goes to; tensor-parallel ranks share the tokens, and those
+            assert config.experts is not None  # that share an expert gather them
+            count *= config.experts.per_token * parallel.expert_tensor / parallel.tensor
         elif linear.splits_input and parallel.sequence:
             count /= parallel.tensor
         width += count

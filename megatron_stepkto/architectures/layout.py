@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe.keys import Parallel
+from megatron_stepkto.recipe.keys import Parallel, Recompute, Training
 
 if TYPE_CHECKING:
     from megatron_stepkto.architectures.model_config import ModelConfig
@@ -73,12 +73,23 @@ def _pipeline_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
 def _expert_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
     key, expert = f"{SECTION}.expert", parallel.expert
     if config.experts is None:
-        return [Fault(key, f"{key} = {expert}, but the model has no experts; set it to 1")] if expert > 1 else []
+        return [
+            Fault(key, f"{key} = {ranks}, but the model has no experts; set it to 1")
+            for key, ranks in ((key, expert), (f"{SECTION}.expert_tensor", parallel.expert_tensor))
+            if ranks > 1
+        ]
     faults = []
     if config.experts.number % expert:
         choice = _listed(_divisors(config.experts.number))
         message = (
             f"{key} = {expert} does not divide the model's experts ({config.experts.number}); choose one of {choice}"
+        )
+        faults.append(Fault(key, message))
+    if config.experts.ffn_size % parallel.expert_tensor:
+        key, choice = f"{SECTION}.expert_tensor", _listed(_divisors(config.experts.ffn_size))
+        message = (
+            f"{key} = {parallel.expert_tensor} does not divide the experts' feed-forward size "
+            f"({config.experts.ffn_size}); choose one of {choice}"
         )
         faults.append(Fault(key, message))
     if parallel.tensor > 1 and not parallel.sequence:
@@ -92,8 +103,32 @@ def _expert_faults(config: ModelConfig, parallel: Parallel) -> list[Fault]:
     return faults
 
 
-def check_layout(config: ModelConfig, parallel: Parallel, place: Callable[[str], str] | None = None) -> None:
-    """Refuse a layout in which the model cannot be split.
+def _activation_faults(config: ModelConfig, settings: Training) -> list[Fault]:
+    """What megatron-core would ignore without a word, and offload that it refuses."""
+    parallel, recompute = settings.parallel, settings.recompute
+    held = config.num_layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
+    if settings.offload_layers >= config.num_layers:
+        key = "train.offload_layers"
+        message = f"{key} = {settings.offload_layers}, the model has {config.num_layers} layers; choose fewer than all"
+        return [Fault(key, message)]
+    if not isinstance(recompute, Recompute):
+        return []
+    faults = []
+    for name in ("layers", "every"):
+        number, key = getattr(recompute, name), f"train.recompute.{name}"
+        if number is not None and number > held:
+            message = f"{key} = {number}, a model chunk of this layout has {held} layers; choose at most {held}"
+            faults.append(Fault(key, message))
+    kind, absent = ("a mixture of experts", "mlp") if config.experts else ("dense", "moe")
+    if absent in (recompute.modules or []):
+        key = "train.recompute.modules"
+        message = f"{key} names {absent}, which the model's layers do not have: it is {kind}; "
+        faults.append(Fault(key, message + f"name {'moe' if config.experts else 'mlp'} instead"))
+    return faults
+
+
+def check_layout(config: ModelConfig, settings: Training, place: Callable[[str], str] | None = None) -> None:
+    """Refuse a layout in which the model cannot be split, and memory keys that mean nothing for it.
 
     Args:
         place: location of a recipe key (``Recipe.place``), for the message.
@@ -101,7 +136,11 @@ def check_layout(config: ModelConfig, parallel: Parallel, place: Callable[[str],
     Raises:
         UserError: one line per fault, each naming the key to change.
     """
-    faults = layout_faults(config, parallel)
+    refuse([*layout_faults(config, settings.parallel), *_activation_faults(config, settings)], place)
+
+
+def refuse(faults: list[Fault], place: Callable[[str], str] | None = None) -> None:
+    """Raises UserError with a line for each fault, if there are any."""
     if faults:
         raise UserError("\n".join(f"{place(f.key)}: {f.message}" if place else f.message for f in faults))
 

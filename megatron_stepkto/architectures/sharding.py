@@ -53,16 +53,15 @@ def stage_layers(config: ModelConfig, parallel: Parallel, stage: int) -> list[li
 
 def rank_shape(entry: Entry, parallel: Parallel) -> tuple[int, ...]:
     """One rank's part of an entry (of one layer where it is stacked over layers)."""
-    tensor, shape = parallel.tensor, list(entry.shape)
-    if len(entry.lead) == 2:  # experts are not split, but distributed over the expert-parallel ranks
-        return (entry.lead[1] // parallel.expert, *shape)
+    of_expert = len(entry.lead) == 2
+    tensor, shape = parallel.expert_tensor if of_expert else parallel.tensor, list(entry.shape)
     if entry.key in (EMBEDDING, HEAD):
         shape[0] = padded_vocab_size(shape[0], tensor) // tensor
     elif entry.key.endswith(_COLUMN):
         shape[0] //= tensor
     elif entry.key.endswith(_ROW):
         shape[1] //= tensor
-    return tuple(shape)
+    return (entry.lead[1] // parallel.expert, *shape) if of_expert else tuple(shape)
 
 
 def stage_parameters(config: ModelConfig, entries: list[Entry], parallel: Parallel, stage: int) -> StageParameters:
@@ -95,8 +94,8 @@ def data_parallel_size(parallel: Parallel) -> int:
 
 
 def expert_data_parallel_size(parallel: Parallel) -> int:
-    """Ranks that hold the same experts; experts are not split over tensor-parallel ranks."""
-    return parallel.ranks // (parallel.expert * parallel.pipeline)
+    """Ranks that hold the same parts of the same experts."""
+    return parallel.ranks // (parallel.expert * parallel.expert_tensor * parallel.pipeline)
 
 
 def optimizer_shard(parameters: StageParameters, parallel: Parallel) -> int:

@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument(
         "--network-bandwidth", type=positive_number, metavar="GB/S", help="per GPU between nodes, one direction"
     )
+    cluster.add_argument(
+        "--pcie-bandwidth", type=positive_number, metavar="GB/S", help="between a GPU and its host, one direction"
+    )
+    cluster.add_argument(
+        "--host-bandwidth", type=positive_number, metavar="GB/S", help="of the host's memory, one GPU's share"
+    )
     cluster.add_argument("--peak", type=positive_number, metavar="TFLOP/S", help="dense bf16")
     work = parser.add_argument_group("work (a recipe's own values where it has them)")
     work.add_argument("--longest", type=positive, metavar="TOKENS", help=f"longest document (default {LONGEST})")
@@ -60,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="KEY=VALUE,...",
-        help="check this layout instead of proposing: keys of train.parallel, recompute, micro_batch_tokens",
+        help="check this layout instead of proposing: keys of train.parallel, recompute, offload_layers, "
+        "micro_batch_tokens, offload, moment_dtype and gradient_dtype of train.optimizer, lora (a rank)",
     )
     parser.add_argument(
         "--check",
@@ -77,11 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises UserError: no layout fits, or the given one is impossible (exit code 2)."""
-    from megatron_stepkto.planning.search import nothing_fits, propose
+    from megatron_stepkto.planning.search import nothing_fits, propose, propose_otherwise
     from megatron_stepkto.planning.table import report
 
     recipe = load_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
     case, base, longest = _scenario(arguments, recipe)
+    why = ""
     if arguments.layout is not None:
         plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster), None)]
     else:
@@ -89,7 +97,10 @@ def run(arguments: argparse.Namespace) -> None:
             _warn_about_recipe(case, recipe)
         plans = propose(case, base, longest)[: arguments.top]
         if not plans:
-            raise UserError(nothing_fits(case, base, longest, "lower --longest"))
+            why = nothing_fits(case, base, longest, "lower --longest")
+            plans = propose_otherwise(case, base, longest)
+        if not plans:
+            raise UserError(why + "; neither LoRA nor the optimizer's state on the host or in lower precision fits")
     checks = _check(case, plans[0]) if arguments.check else None
     judges = _judges(arguments, case, recipe)
     if arguments.json:
@@ -98,13 +109,18 @@ def run(arguments: argparse.Namespace) -> None:
             "cluster": asdict(case.cluster),
             "work": asdict(case.work),
             "assumptions": asdict(case.assumed),
+            "why": why,
             "plans": [plan.as_dict() for plan in plans],
             "judges": [cost.as_dict() for cost in judges],
             **({"check": [asdict(check) for check in checks]} if checks is not None else {}),
         }
         sys.stdout.write(json.dumps(answer) + "\n")
     else:
-        sys.stdout.write(report(arguments.model, case, plans, checks, judges) + "\n")
+        sys.stdout.write(report(arguments.model, case, plans, checks, judges, why and _otherwise(why)) + "\n")
+
+
+def _otherwise(why: str) -> str:
+    return f"Full training does not fit: {why}.\nWhat fits instead, and what it costs:"
 
 
 def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Scenario, Training, int]:
@@ -122,6 +138,8 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
         "memory_gb": arguments.gpu_memory,
         "node_gbs": arguments.node_bandwidth,
         "network_gbs": arguments.network_bandwidth,
+        "pcie_gbs": arguments.pcie_bandwidth,
+        "host_gbs": arguments.host_bandwidth,
         "bf16_tflops": arguments.peak,
     }
     given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
@@ -188,6 +206,8 @@ def _judges(arguments: argparse.Namespace, case: Scenario, recipe: Recipe | None
 
 
 def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
+    from megatron_stepkto.planning.search import OPTIMIZER_KEYS
+
     keys: dict[str, Any] = {}
     for assignment in text.split(","):
         key, separator, value = assignment.partition("=")
@@ -197,8 +217,12 @@ def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
             keys[key.strip()] = read_yaml(value)[0]
         except BadYAML:
             raise UserError(f"--layout {assignment}: expected a number, true or false after =") from None
-    beside = ("recompute", "micro_batch_tokens", "dtype")  # keys of train itself
+    beside = ("recompute", "micro_batch_tokens", "dtype", "offload_layers")  # keys of train itself
     outside: dict[str, Any] = {name: keys.pop(name) for name in beside if name in keys}
+    of_optimizer = {name: keys.pop(name) for name in OPTIMIZER_KEYS if name in keys}
+    outside["optimizer"] = base.optimizer.model_dump() | of_optimizer
+    if "lora" in keys:
+        outside["lora"] = {"rank": keys.pop("lora")}
     try:
         tree: dict[str, Any] = {**base.model_dump(), **outside, "parallel": {"ranks": cluster.gpus, **keys}}
         return Training.model_validate(tree)
@@ -218,7 +242,7 @@ def _judge(case: Scenario, settings: Training, recipe: Recipe | None) -> Plan:
     from megatron_stepkto.planning.search import make_plan, ways_out
 
     place = recipe.place if recipe else None
-    check_layout(case.config, settings.parallel, place)
+    check_layout(case.config, settings, place)
     plan = make_plan(case, settings)
     if not plan.fits(case.cluster):
         fullest = max(plan.stages, key=lambda stage: stage.peak)

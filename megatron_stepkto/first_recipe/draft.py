@@ -359,7 +359,7 @@ def _train(found: Found, layout: Layout, batch: int, updates: int, notes: Draft)
         Key("method", "step_kto"),
         Key("parallel", keys["parallel"] or {"ranks": 1}, layout.why),
         Key("micro_batch_tokens", keys["micro_batch_tokens"], "at least the longest prompt with its response"),
-        *([Key("recompute", True, "stepkto plan")] if keys["recompute"] else []),
+        *([Key("recompute", keys["recompute"], "stepkto plan")] if keys["recompute"] else []),
         Key("global_batch_size", batch, "OpenRLHF's iterative DPO of Llama-3-8B: 256, at beta 0.1" if batch == 256
             else f"a power of two that leaves {UPDATES} updates or more where there are problems enough"),
         Key("epochs", 1, f"about {updates} updates, fewer where solutions teach nothing"),

@@ -180,6 +180,7 @@ def choose(settings: recipe.Training, machine: Machine) -> Acceleration:
     )
     if settings.fp8 is not None:
         _check_fp8(settings.fp8, te, machine)
+    _check_memory(settings, te, machine)
     return Acceleration(te, apex, settings.fp8)
 
 
@@ -213,6 +214,50 @@ def _check_fp8(fp8: recipe.FP8, te: bool, machine: Machine) -> None:
         raise UserError(
             f"train.fp8.scaling: {fp8.scaling} needs Transformer Engine {version[0]}.{version[1]} or newer, {have} is "
             "installed; install a newer one or choose another scaling"
+        )
+
+
+# The Transformer Engine release whose AdamW holds main weights as 16-bit remainders (megatron.core.optimizer_config).
+_NEEDS_REMAINDERS = (2, 1)
+# The one that computes norms again under FP8 (megatron.core.transformer_config).
+_NEEDS_NORMS_AGAIN = (2, 6)
+
+
+def _check_memory(settings: recipe.Training, te: bool, machine: Machine) -> None:
+    """Check that what saves memory means something on this machine.
+
+    Raises:
+        UserError: names the key and what is missing; megatron-core would fail later, or ignore it.
+    """
+    optimizer = settings.optimizer
+    for key, default in (
+        ("optimizer.offload", "0"), ("optimizer.moment_dtype", "float32"), ("offload_layers", "0")
+    ):  # fmt: skip
+        section, _, name = key.rpartition(".")
+        value = getattr(optimizer if section else settings, name)
+        if not value or value == default:
+            continue
+        if machine.capability is None:
+            raise UserError(
+                f"train.{key}: {value} needs an NVIDIA GPU, but training runs on the CPU, whose memory holds "
+                f"everything already; set it to {default}"
+            )
+        if not te:
+            raise UserError(
+                f"train.{key}: {value} needs Transformer Engine, which is "
+                f"{machine.transformer_engine.reason or 'switched off'}; install transformer-engine[pytorch] (and let "
+                f"train.transformer_engine be auto or required), or set it to {default}"
+            )
+    have = machine.transformer_engine.version or ""
+    if optimizer.moment_dtype != "float32" and _release(have) < _NEEDS_REMAINDERS:
+        raise UserError(
+            "train.optimizer.moment_dtype: bfloat16 needs Transformer Engine 2.1 or newer, "
+            f"{have} is installed; install a newer one or set it to float32"
+        )
+    if settings.fp8 and settings.recomputes("layernorm") and _release(have) < _NEEDS_NORMS_AGAIN:
+        raise UserError(
+            "train.recompute.modules: layernorm with train.fp8 needs Transformer Engine 2.6 or newer, "
+            f"{have} is installed; install a newer one or leave layernorm out"
         )
 
 

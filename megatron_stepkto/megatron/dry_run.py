@@ -49,7 +49,7 @@ def fake_rank(parallel: Parallel, rank: int) -> Iterator[None]:
             parallel.virtual_pipeline,
             create_gloo_process_groups=False,
             expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=parallel.expert_tensor,
         )
         yield
     finally:
@@ -83,7 +83,10 @@ def build_shard(
 
 
 def _optimizer_elements(megatron: Any, chunks: list[Any], dtype: torch.dtype) -> int:
-    """Elements of this rank's main parameters in the distributed optimizer, built as in ``Engine``."""
+    """Elements of this rank's main parameters in the distributed optimizer, built as in ``Engine`` without overlap.
+
+    (Overlap cuts a buffer into buckets, each padded by itself: a rank may hold up to 128 elements a bucket more.)
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

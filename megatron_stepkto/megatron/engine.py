@@ -29,8 +29,10 @@ from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.batch import Document, MicroBatch, Slot
 from megatron_stepkto.megatron.context_parallel import join, own_part
+from megatron_stepkto.megatron.expert_load import ExpertLoad
 from megatron_stepkto.megatron.lora import Factors, adapters_of
 from megatron_stepkto.megatron.main_weights import optimizer_parts
+from megatron_stepkto.megatron.memory import check_norms, data_parallel_fields, optimizer_fields
 from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 from megatron_stepkto.megatron.state import Checkpoints
 from megatron_stepkto.recipe import keys as recipe
@@ -63,6 +65,7 @@ class Engine:
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
         self.adapted = adapted or {}
         parallel = settings.parallel
+        check_norms(config, settings, acceleration)
         self.megatron = transformer_config(
             config,
             parallel,
@@ -70,6 +73,7 @@ class Engine:
             acceleration,
             on_cpu=device.type == "cpu",
             recompute=settings.recompute,
+            offload_layers=settings.offload_layers,
         )
         self.policies = build_model_chunks(config, self.megatron, acceleration, settings.lora, adapted)
         for policy in self.policies:
@@ -78,19 +82,32 @@ class Engine:
         if self.dtype == torch.bfloat16:
             modules = [Float16Module(self.megatron, module) for module in modules]
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
             use_distributed_optimizer=parallel.distributed_optimizer,
             **acceleration.data_parallel_fields(),
+            **data_parallel_fields(settings),
         )
         self.model = [
             DistributedDataParallel(self.megatron, ddp, module, disable_bucketing=index > 0)
             for index, module in enumerate(modules)
         ]
+        self.expert_load = (
+            ExpertLoad(config.num_layers, config.experts.number, self.policies, device) if config.experts else None
+        )
         self.optimizer: Any = None
         self.megatron.finalize_model_grads_func = finalize_model_grads
+        self._arriving = False  # whether weights are being gathered since the last update
+        if ddp.overlap_param_gather:
+            for chunk in self.model:
+                chunk.disable_forward_pre_hook(param_sync=False)  # see _run
+        if ddp.overlap_grad_reduce:
+            # Gradients of a bucket are sent when they are whole: in the last micro-batch's backward pass.
+            waits = [chunk.no_sync for chunk in self.model]
+            self.megatron.no_sync_func = waits if len(waits) > 1 else waits[0]
         if train:
             self._make_optimizer()
-        self.checkpoints = Checkpoints(self.policies, self.model, self.optimizer, self.dtype, acceleration)
+        self.checkpoints = Checkpoints(
+            self.policies, self.model, self.optimizer, self.dtype, acceleration, self.await_weights
+        )
         self.forward_backward = get_forward_backward_func()
 
     def _make_optimizer(self) -> None:
@@ -108,6 +125,7 @@ class Engine:
                 params_dtype=self.dtype,
                 use_distributed_optimizer=self.settings.parallel.distributed_optimizer,
                 **self.acceleration.optimizer_fields(),
+                **optimizer_fields(self.settings),
             ),
             self.model,
         )
@@ -117,6 +135,7 @@ class Engine:
 
     def set_adapters(self, factors: Factors) -> None:
         """Set the adapters' values; Megatron's main weights follow."""
+        self.await_weights()
         for adapter in adapters_of(self.policies):
             adapter.fill(factors)
         if self.optimizer is not None:
@@ -200,21 +219,64 @@ class Engine:
         def forward_step(batches_left: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches_left)
             own, mine = self._own_part(batch)
-            hidden = model(own.tokens, own.position_ids, None, packed_seq_params=own.packed, **extra)
+            with self._counting_experts(batch) if not forward_only else contextlib.nullcontext():
+                hidden = model(own.tokens, own.position_ids, None, packed_seq_params=own.packed, **extra)
             return hidden, functools.partial(loss_of, batch, own, mine)
 
         iterators = [iter(batches) for _ in self.model]
-        results: list[Any] = self.forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.model,
-            num_microbatches=len(batches),
-            seq_length=self.settings.micro_batch_tokens,  # not used: shapes are sent along (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
+        with self._weights_arriving():
+            results: list[Any] = self.forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.model,
+                num_microbatches=len(batches),
+                seq_length=self.settings.micro_batch_tokens,  # not used: shapes are sent along (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
         return results
+
+    def _gather_weights(self) -> None:
+        """Begin to gather updated weights from the data-parallel ranks that hold them; every rank, in one order."""
+        for chunk in self.model:
+            # Buckets hold weights from the last layer to the first, which is used first.
+            for group in (*reversed(chunk.bucket_groups), *reversed(chunk.expert_parallel_bucket_groups)):
+                group.start_param_sync()
+        self._arriving = True
+
+    @contextlib.contextmanager
+    def _weights_arriving(self) -> Iterator[None]:
+        """A pass beside the gathering of weights: every module waits for its own before it runs.
+
+        Megatron's modules would also begin to gather by themselves. A rank without micro-batches would not, and the
+        others would wait for it: so they watch only while weights arrive.
+        """
+        if not self._arriving:
+            yield
+            return
+        for chunk in self.model:
+            chunk.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self.model:
+                chunk.disable_forward_pre_hook(param_sync=False)
+            self.await_weights()
+
+    def await_weights(self) -> None:
+        """Wait until all updated weights are here; for whoever reads them without running their module."""
+        if self._arriving:
+            for chunk in self.model:
+                for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                    if group.param_gather_handle is not None:  # no module has waited for it
+                        group.start_param_sync(force_sync=True)  # which waits for one that has begun
+            self._arriving = False
+
+    def _counting_experts(self, batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
+        if self.expert_load is None:
+            return contextlib.nullcontext()
+        return self.expert_load.counting(batch, sequence=self.settings.parallel.sequence)
 
     def _own_part(self, batch: MicroBatch) -> tuple[MicroBatch, Tensor | None]:
         """This rank's part of a micro-batch under context parallelism; else all of it."""
@@ -225,6 +287,7 @@ class Engine:
         self, batch: MicroBatch, own: MicroBatch, mine: Tensor | None, hidden: Tensor, *, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """[R] log-probs of the whole micro-batch's response tokens, and on request the entropies there."""
+        self.await_weights()  # the head's weight is not read by a module of its own
         found = self.policies[-1].log_probs(hidden, own.rows, own.targets, entropy=entropy)
         if mine is None:
             return found
@@ -330,8 +393,15 @@ class Engine:
         if limit := self.settings.optimizer.clip_grad:
             for part in optimizer_parts(self.optimizer):
                 if parameters := part.get_parameters():
-                    clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=norm)
+                    clip_grad_by_total_norm_fp32(
+                        parameters,
+                        max_norm=limit,
+                        total_norm=norm,
+                        use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                    )
         self.optimizer.step_with_ready_grads()
+        if self.model[0].ddp_config.overlap_param_gather:
+            self._gather_weights()
         return norm
 
 

@@ -10,7 +10,11 @@ ranks and rank r, an adapter's parts and messages are:
   whole on every rank. Under sequence parallelism the sum is a reduce-scatter over tokens.
 
 A matrix that is whole on every rank but sees a part of the tokens has the mark ``sequence_parallel``: Megatron sums its
-gradient over the tensor-parallel ranks. Experts are not split, so theirs need no message.
+gradient over the tensor-parallel ranks.
+
+An expert's matrices may be split over the T ranks of expert tensor parallelism. Megatron gathers their tokens before
+the expert and sums the ranks' outputs after it, and in the backward pass the gradients before it. So A x and the
+adapter's output stay parts, like the layer's own; only the matrix that is whole on every rank has its gradient summed.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -42,6 +47,7 @@ from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.recipe.keys import LoRA
 
 _EXPERT = re.compile(r"local_experts\.(\d+)")
+_GROUPED = ("mlp.experts.linear_", "mlp.experts.experts.linear_")  # of a module, and in a checkpoint
 # (name of the Hugging Face matrix, its rows and columns, rank) -> whole A [rank, columns] and B [rows, rank]
 Factors = Callable[[str, tuple[int, int], int], tuple[Tensor, Tensor]]
 
@@ -53,16 +59,23 @@ class _Pair(nn.Module):
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Both. Called, not read: Megatron waits for weights that are being gathered before a module runs."""
+        return self.a, self.b
+
 
 class Adapter(nn.Module):
     """The adapters of one linear layer, a child for each Hugging Face matrix; ``enabled`` False: the layer as it was.
 
     Args:
-        linear: the layer; its weight says where and in which precision the adapter lives.
+        weight: the layer's, which says where and in which precision the adapter lives.
         what: which matrices the layer holds. index: the layer's number in the whole model, and its expert's.
+        sequence: whether sequence parallelism is on.
     """
 
-    def __init__(self, linear: Any, what: AdaptedLinear, index: tuple[int, ...], lora: LoRA) -> None:
+    def __init__(
+        self, weight: Tensor, what: AdaptedLinear, index: tuple[int, ...], lora: LoRA, *, sequence: bool
+    ) -> None:
         super().__init__()
         self.what, self.index, self.lora = what, index, lora
         self.enabled = True
@@ -71,9 +84,7 @@ class Adapter(nn.Module):
             if what.of_expert
             else parallel_state.get_tensor_model_parallel_group()
         )
-        assert not (what.of_expert and self._group.size() > 1), "an expert's matrices are not split over ranks"
-        self._sequence = linear.config.sequence_parallel and not what.of_expert
-        weight = linear.weight
+        self._sequence = sequence and not what.of_expert
         for matrix in what.matrices:
             rows, columns = what.hf_shape(matrix)
             rows, columns = (rows, columns // self._ranks) if what.splits_input else (rows // self._ranks, columns)
@@ -82,8 +93,9 @@ class Adapter(nn.Module):
             split, whole = (pair.a, pair.b) if what.splits_input else (pair.b, pair.a)
             set_tensor_model_parallel_attributes(split, True, 1 if what.splits_input else 0, 1)
             whole.sequence_parallel = self._sequence  # type: ignore[attr-defined]
-            if what.of_expert:  # tensor-parallel ranks hold other experts: the gradient norm counts each rank's
+            if what.of_expert:  # the gradient norm counts it on the first of the ranks that share the expert
                 set_tensor_model_parallel_attributes(whole, True, 0, 1)
+                whole.shared = self._group.rank() > 0  # type: ignore[attr-defined]
             for factor in (pair.a, pair.b):  # an expert's gradients are summed over other ranks, like its weight's
                 factor.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
             self.add_module(matrix.target, pair)
@@ -98,8 +110,11 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the adapters add to the layer's output. x: [t, 1, in] (an expert's: [t, in]), its own input."""
-        pairs = self._pairs
-        a = pairs[0].a if len(pairs) == 1 else torch.cat([pair.a for pair in pairs])
+        factors: list[tuple[Tensor, Tensor]] = [pair() for pair in self._pairs]
+        if self.what.of_expert and self._ranks > 1:
+            split_a = self.what.splits_input
+            factors = [(a, self._sum_grad(b)) if split_a else (self._sum_grad(a), b) for a, b in factors]
+        a = factors[0][0] if len(factors) == 1 else torch.cat([a for a, _ in factors])
         low = product(x, a) * (self.lora.alpha / self.lora.rank)  # [.., number of adapters * rank]
         if self.what.splits_input:
             reduce = reduce_scatter_to_sequence_parallel_region if self._sequence else _reduce
@@ -108,11 +123,15 @@ class Adapter(nn.Module):
             low = _gather(low) if self._sequence else copy_to_tensor_model_parallel_region(low)
         times, sizes = self.what.pattern(self._ranks)
         if len(sizes) == 1:
-            return product(low, pairs[0].b)
+            return product(low, factors[0][1])
         parts = [low.new_zeros(()).expand(*low.shape[:-1], times, size) for size in sizes]
-        for matrix, pair, own in zip(self.what.matrices, pairs, low.split(self.lora.rank, dim=-1), strict=True):
-            parts[matrix.part] = product(own, pair.b).unflatten(-1, (times, sizes[matrix.part]))
+        for matrix, (_, b), own in zip(self.what.matrices, factors, low.split(self.lora.rank, dim=-1), strict=True):
+            parts[matrix.part] = product(own, b).unflatten(-1, (times, sizes[matrix.part]))
         return torch.cat(parts, dim=-1).flatten(-2)
+
+    def _sum_grad(self, whole: Tensor) -> Tensor:
+        copied: Tensor = copy_to_tensor_model_parallel_region(whole, self._group)
+        return copied
 
     def fill(self, factors: Factors) -> None:
         """Set this rank's parts from whole matrices."""
@@ -180,29 +199,68 @@ class _WithAdapter:
         return state | self.adapter.sharded_state_dict(own, sharded_offsets, metadata)
 
 
+class _WithAdapters:
+    """Transformer Engine's linear layer of all experts of a rank: ``adapter`` has one for each."""
+
+    adapter: nn.ModuleList
+
+    def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(x, tokens_per_expert)  # type: ignore[misc]
+        adapters: list[Any] = list(self.adapter)
+        if not adapters[0].enabled:
+            return output, bias
+        shares = zip(adapters, x.split(tokens_per_expert), strict=True)
+        return output + torch.cat([adapter(share) for adapter, share in shares]), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """By the names of single experts: a checkpoint does not say how they were computed."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        num_experts = parallel_state.get_expert_model_parallel_world_size() * len(self.adapter)
+        adapter: Any
+        for number, adapter in enumerate(self.adapter):
+            name = f"{prefix}{ADAPTER}.{number}."
+            offsets = (*sharded_offsets, (len(sharded_offsets), adapter.index[1], num_experts))
+            found = adapter.sharded_state_dict(name, offsets, metadata)
+            replace_prefix_for_sharding(found, name, f"{prefix}{ADAPTER}.")
+            for value in found.values():  # replicas of an expert, not of attention
+                value.replica_id = (*value.replica_id[:2], parallel_state.get_expert_data_parallel_rank())
+            state |= found
+        return state
+
+
 @functools.cache
-def _class_with_adapter(kind: type) -> type:
-    return type(f"{kind.__name__}WithAdapter", (_WithAdapter, kind), {})
+def _class_with(mixin: type, kind: type) -> type:
+    return type(f"{kind.__name__}{mixin.__name__.strip('_')}", (mixin, kind), {})
 
 
 def add_adapters(chunk: Any, linears: Mapping[str, AdaptedLinear], lora: LoRA) -> None:
     """Freeze a model chunk and give its linear layers adapters, whose values are not set. Call it before DDP."""
     for weight in chunk.parameters():
         weight.requires_grad_(False)
+    make = functools.partial(Adapter, lora=lora, sequence=chunk.config.sequence_parallel)
     for layer in chunk.decoder.layers:
+        number = layer.layer_number - 1
         for name, linear in list(layer.named_modules()):
-            what = linears.get(LAYERS + _EXPERT.sub("experts", name))
+            what = linears.get(LAYERS + _EXPERT.sub("experts", name.replace(*_GROUPED)))
             if what is None:
                 continue
-            index: tuple[int, ...] = (layer.layer_number - 1,)
+            if name.startswith(_GROUPED[0]):
+                first = parallel_state.get_expert_model_parallel_rank() * linear.num_gemms
+                weights = [getattr(linear, f"weight{expert}") for expert in range(linear.num_gemms)]
+                adapters = [make(weight, what, (number, first + expert)) for expert, weight in enumerate(weights)]
+                linear.__class__ = _class_with(_WithAdapters, linear.__class__)
+                linear.adapter = nn.ModuleList(adapters)
+                continue
+            index: tuple[int, ...] = (number,)
             if match := _EXPERT.search(name):
                 held = len(layer.mlp.experts.local_experts)
                 index = (*index, parallel_state.get_expert_model_parallel_rank() * held + int(match[1]))
-            adapter = Adapter(linear, what, index, lora)
-            linear.__class__ = _class_with_adapter(linear.__class__)
-            linear.adapter = adapter
-    if chunk.pre_process and chunk.config.recompute_granularity == "full":
-        # Recomputed layers have a gradient where their input has one, and the frozen embedding's output has none.
+            linear.__class__ = _class_with(_WithAdapter, linear.__class__)
+            linear.adapter = make(linear.weight, what, index)
+    if chunk.pre_process and chunk.config.recompute_granularity is not None:
+        # What is recomputed has a gradient where its input has one, and the frozen embedding's output has none.
         chunk.embedding.register_forward_hook(_require_grad)
 
 

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import ModelType
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_stepkto.architectures.adapters import AdaptedLinear
-from megatron_stepkto.architectures.layout import check_layout
+from megatron_stepkto.architectures.layout import layout_faults, refuse
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.architectures.sharding import padded_vocab_size
 from megatron_stepkto.logprobs import linear_log_probs, linear_log_probs_and_entropy
@@ -43,7 +43,8 @@ from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.context_parallel import ContextParallelAttention
 from megatron_stepkto.megatron.layers import GatedMLP, PackedAttention, RMSNorm, ScoredLayer
 from megatron_stepkto.megatron.lora import add_adapters
-from megatron_stepkto.recipe.keys import LoRA, Parallel
+from megatron_stepkto.megatron.memory import activation_fields
+from megatron_stepkto.recipe.keys import LoRA, Parallel, Recompute
 
 
 class PolicyModel(GPTModel):
@@ -75,14 +76,19 @@ class PolicyModel(GPTModel):
             else self.output_layer.weight
         )
         group = parallel_state.get_tensor_model_parallel_group()
-        # Where the layers add their weights' gradients into DDP's float32 buffer, so does the head. (A tied weight's
-        # gradient as an embedding still comes by autograd, and DDP adds it there too.)
+        # Where the layers add their weights' gradients into DDP's float32 buffer, so does the head.
         fused = self.config.gradient_accumulation_fusion and weight.requires_grad
-        buffer = weight.main_grad if fused else None
+        buffer = weight.main_grad if fused and weight.main_grad.dtype == torch.float32 else None
+        # A weight that is the embedding too still gets that gradient by autograd, and DDP adds it. Any other gets a
+        # placeholder, which tells DDP that the gradient is whole and may be summed over ranks, and is not added.
+        placeholder = buffer is not None and not (self.share_embeddings_and_output_weights and self.pre_process)
+        if placeholder:
+            weight.grad_added_to_main_grad = True
+        fusion: dict[str, Any] = {"grad_buffer": buffer, "placeholder": placeholder}
         head = (hidden[:, 0], weight, targets, self.words, group)
         if entropy:
-            return linear_log_probs_and_entropy(*head, grad_buffer=buffer)
-        return linear_log_probs(*head, grad_buffer=buffer), None
+            return linear_log_probs_and_entropy(*head, **fusion)
+        return linear_log_probs(*head, **fusion), None
 
 
 def transformer_config(
@@ -92,10 +98,11 @@ def transformer_config(
     acceleration: Acceleration = PLAIN,
     *,
     on_cpu: bool,
-    recompute: bool = False,
+    recompute: bool | Recompute = False,
+    offload_layers: int = 0,
 ) -> TransformerConfig:
     """Megatron-Core's config of a model and layout."""
-    check_layout(config, parallel)
+    refuse(layout_faults(config, parallel))
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -129,7 +136,8 @@ def transformer_config(
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=parallel.expert,
-        **_expert_settings(config),
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        **_expert_settings(config, acceleration),
         # Interleaved schedules give wrong gradients with batched p2p at pipeline 2, without an error: never both.
         batch_p2p_comm=parallel.virtual_pipeline is None,
         overlap_p2p_comm=parallel.virtual_pipeline is not None,
@@ -145,15 +153,11 @@ def transformer_config(
             "apply_rope_fusion": on_cpu and parallel.context == 1,
             **acceleration.transformer_fields(),
         },
-        **(
-            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-            if recompute
-            else {}
-        ),
+        **activation_fields(recompute, offload_layers),
     )
 
 
-def _expert_settings(config: ModelConfig) -> dict[str, Any]:
+def _expert_settings(config: ModelConfig, acceleration: Acceleration) -> dict[str, Any]:
     experts = config.experts
     if experts is None:
         return {}
@@ -161,14 +165,13 @@ def _expert_settings(config: ModelConfig) -> dict[str, Any]:
         "num_moe_experts": experts.number,
         "moe_router_topk": experts.per_token,
         "moe_ffn_hidden_size": experts.ffn_size,
+        "moe_grouped_gemm": acceleration.transformer_engine,
         # softmax over all experts and then top-k, or top-k and then softmax: the renormalised weights of the former
         "moe_router_pre_softmax": not experts.renormalize,
         "moe_router_dtype": "fp32",
         # Preference training is short and starts from a balanced router: no auxiliary loss, and no token is dropped.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        # An expert's matrices are not split over tensor-parallel ranks (see _mark_experts).
-        "expert_tensor_parallel_size": 1,
     }
 
 
@@ -190,7 +193,7 @@ def _block_spec(
     if acceleration.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(**kinds)
+        spec: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(**kinds, moe_grouped_gemm=bool(config.experts))
         return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=TENorm)
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", **kinds))
     spec.submodules.input_layernorm = RMSNorm
@@ -229,18 +232,20 @@ def _mark_tensor_parallel(chunk: PolicyModel) -> None:
             set_tensor_model_parallel_attributes(weight, True, split_dim[type(module)], 1)
 
 
-def _mark_experts(chunk: PolicyModel, parallel: TransformerConfig) -> None:
+def _mark_experts(chunk: PolicyModel) -> None:
     """Mark replicated experts as Megatron marks only those that it splits over ranks (expert parallel size above 1).
 
     Their gradients are then summed over the tensor-parallel ranks too. Each of these sends other tokens to its copy:
     without the mark the copies would silently drift apart. And experts have an optimizer of their own at every layout,
-    so that a checkpoint of one can be read at another.
+    so that a checkpoint of one can be read at another. The gradient norm counts every rank's experts, as those that
+    share a matrix hold parts, and the others' replicas are left out by the experts' own data-parallel group.
     """
-    if parallel.expert_model_parallel_size == 1:
-        for module in chunk.modules():
-            if isinstance(module, SequentialMLP):
-                for weight in module.parameters():
-                    weight.allreduce = False
+    for module in chunk.modules():
+        if isinstance(module, SequentialMLP | TEGroupedMLP):
+            for weight in module.parameters():
+                weight.allreduce = False
+                if not hasattr(weight, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(weight, True, 0, 1)
 
 
 @contextlib.contextmanager
@@ -301,7 +306,7 @@ def build_model_chunks(
         chunk.words = config.vocab_size
         chunk.keeps_scored_rows = keeps_scored_rows
         _mark_tensor_parallel(chunk)
-        _mark_experts(chunk, megatron)
+        _mark_experts(chunk)
         if lora is not None:
             assert adapted is not None
             add_adapters(chunk, adapted, lora)

@@ -171,6 +171,7 @@ def install() -> None:
     _patch_rng_state()
     _patch_tensor_methods()
     _patch_experts()
+    _patch_uneven_splits()
     _patch_rope()
     install_everywhere()
     _installed = True
@@ -207,6 +208,31 @@ def _patch_experts() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     _replace(dispatcher, "maybe_move_tensor_to_cpu", as_counts)
+
+
+def _patch_uneven_splits() -> None:
+    """Ranks that share each expert gather different numbers of tokens: gloo gathers and scatters equal parts only."""
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+
+    def gather(x: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(x, group, output_split_sizes, use_global_buffer)
+        largest = max(output_split_sizes)
+        padded = x.new_zeros(largest, *x.shape[1:])
+        padded[: x.shape[0]] = x
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter(x: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(x, group, input_split_sizes, use_global_buffer)
+        whole = x.contiguous().clone()
+        torch.distributed.all_reduce(whole, group=group)
+        return whole.split(input_split_sizes)[group.rank()].clone()
+
+    even_gather = _replace(mappings, "_gather_along_first_dim", gather)
+    even_scatter = _replace(mappings, "_reduce_scatter_along_first_dim", scatter)
 
 
 def _patch_rope() -> None:
@@ -251,6 +277,7 @@ def install_everywhere() -> None:
     """
     check_megatron_version()
     _patch_expert_router()
+    _patch_checkpoint_without_output()
     _patch_distributed_optimizer_load()
     _patch_distributed_optimizer_save()
 
@@ -262,6 +289,18 @@ def _patch_expert_router() -> None:
         raise RuntimeError(f"{utils!r}: the router does not ask for te_general_gemm; remove this patch")
     if not hasattr(utils, "te_general_gemm"):
         utils.te_general_gemm = None
+
+
+def _patch_checkpoint_without_output() -> None:
+    """Recompute of norms takes "no FP8" for FP8 and asks Transformer Engine, which fails where that is absent."""
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    if hasattr(random, "FP8GlobalStateManager"):
+        return
+
+    def init(self: Any, fp8: Any = None) -> None:
+        original(self, fp8 or None)
+
+    original = _replace(random.CheckpointWithoutOutput, "__init__", init)
 
 
 def _patch_distributed_optimizer_load() -> None:

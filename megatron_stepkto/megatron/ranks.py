@@ -86,7 +86,7 @@ def lay_out(parallel: recipe.Parallel, timeout_s: float) -> None:
             context_parallel_size=parallel.context,
             distributed_timeout_minutes=timeout_s / 60,  # becomes a timedelta, which takes fractions
             expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=parallel.expert_tensor,
         )
     # No pass is random (no dropout), but Megatron's tracker requires a seed.
     tensor_parallel.model_parallel_cuda_manual_seed(1)

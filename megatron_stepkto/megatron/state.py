@@ -59,6 +59,7 @@ class Checkpoints:
         chunks: the same, as wrapped for data parallelism.
         optimizer: Megatron's; None for a model that does not train.
         dtype: of the weights.
+        ready: waits until the weights are those of the last update.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Checkpoints:
         optimizer: Any,
         dtype: torch.dtype,
         acceleration: Acceleration,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._policies, self._chunks, self._optimizer = policies, chunks, optimizer
-        self._dtype, self._acceleration = dtype, acceleration
+        self._dtype, self._acceleration, self._ready = dtype, acceleration, ready
         self._saves = AsyncCallsQueue()
         self._saving = Path()  # the last checkpoint whose saving began
 
@@ -86,6 +88,7 @@ class Checkpoints:
 
     def _parameters(self, *, adapters: bool) -> dict[str, Any]:
         """The model's weights, or those of its adapters."""
+        self._ready()
         return {
             self._part(index): {
                 name: value for name, value in policy.sharded_state_dict().items() if _is_adapter(name) == adapters

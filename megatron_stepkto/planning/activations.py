@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_stepkto.architectures.model_config import ModelConfig
-from megatron_stepkto.recipe.keys import Parallel
+from megatron_stepkto.recipe.keys import Parallel, Recompute
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,17 @@ CPU = Kernels(fused_experts=False, fused_rope=True, scored_rows=True)
 
 @dataclass(frozen=True)
 class Layout:
-    """What determines a rank's activations. num_bytes: of the compute dtype. low_rank: ``low_rank_width``."""
+    """What determines a rank's activations. num_bytes: of the compute dtype. recompute: as ``train.recompute``.
+    low_rank: ``low_rank_width``. chunk_layers: of one model chunk. expert_tensor: ranks that share an expert."""
 
     tensor: int
     sequence: bool
     num_bytes: int
-    recompute: bool
+    recompute: bool | Recompute
     kernels: Kernels
     low_rank: float = 0.0
+    chunk_layers: int = 1
+    expert_tensor: int = 1
 
     @property
     def hidden_share(self) -> int:
@@ -52,6 +55,24 @@ class Layout:
     def norm_bytes(self, config: ModelConfig) -> float:
         """Bytes per token that one RMSNorm keeps: its input and a float32 statistic."""
         return (config.hidden_size * self.num_bytes + 4) / self.hidden_share
+
+    @property
+    def modules(self) -> list[str]:
+        """Of every layer, that are computed again alone."""
+        return list(self.recompute.modules or []) if isinstance(self.recompute, Recompute) else []
+
+    @property
+    def whole_share(self) -> float:
+        """Share of a chunk's layers that are computed again whole: only inputs of theirs are kept."""
+        if isinstance(self.recompute, Recompute):
+            return (self.recompute.layers or 0) / self.chunk_layers if self.recompute.every is None else 1.0
+        return float(self.recompute)
+
+    @property
+    def layers_at_once(self) -> int:
+        """Layers whose activations exist again at one time in the backward pass."""
+        every = self.recompute.every if isinstance(self.recompute, Recompute) else None
+        return every or int(self.whole_share > 0)
 
 
 def layer_bytes(config: ModelConfig, layout: Layout) -> dict[str, float]:
@@ -81,26 +102,49 @@ def _mlp_bytes(config: ModelConfig, layout: Layout) -> float:
         return 3 * config.ffn_size / layout.tensor * layout.num_bytes
     experts = config.experts
     # unfused, the output weighted by the router's probability is one more tensor
-    per_expert = config.hidden_size + (3 if layout.kernels.fused_experts else 6) * experts.ffn_size
+    # ranks that share an expert gather each other's tokens: each holds all of these, and a part of the features
+    per_expert = config.hidden_size * layout.expert_tensor
+    per_expert += (3 if layout.kernels.fused_experts else 6) * experts.ffn_size
     router = 5 * experts.number + 32 * experts.per_token  # probabilities and masks, float32, bool and int64
     return (experts.per_token * per_expert * layout.num_bytes + router) / layout.tensor
 
 
 def saved_per_layer(config: ModelConfig, layout: Layout) -> float:
-    """Bytes per token kept from forward to backward: everything, or under full recompute a layer's input."""
-    if layout.recompute:
-        return config.hidden_size / layout.hidden_share * layout.num_bytes
-    return sum(layer_bytes(config, layout).values())
+    """Bytes per token kept from forward to backward, mean over the layers of a chunk: of layers that are computed again
+    whole the input (with ``every`` one for so many of them), of the others all but what their recomputed modules give.
+    """
+    share = layout.whole_share
+    inputs = config.hidden_size / layout.hidden_share * layout.num_bytes / max(1, layout.layers_at_once)
+    kept = sum(layer_bytes(config, layout).values()) - sum(recomputed_bytes(config, layout).values())
+    return share * inputs + (1 - share) * kept
+
+
+def recomputed_bytes(config: ModelConfig, layout: Layout) -> dict[str, float]:
+    """Bytes per token of one layer that ``recompute.modules`` do not keep, by module.
+
+    core_attn keeps query, key and value, and its output as the projection's input; layernorm the norms' inputs; mlp and
+    moe what the norm before them gives.
+    """
+    parts, b = layer_bytes(config, layout), layout.num_bytes
+    queries = config.num_heads * config.head_dim / layout.tensor
+    saved = {
+        "core_attn": parts["attention output"] - queries * b,
+        "layernorm": parts["attention input"] + parts["mlp input"],
+        "mlp": parts["mlp"],
+        "moe": parts["mlp"],
+    }
+    return {module: saved[module] for module in layout.modules}
 
 
 def working_bytes(config: ModelConfig, layout: Layout) -> float:
     """Bytes per token that live only while one layer's backward runs.
 
     Gradients of the widest tensors (linear_fc1's output and SwiGLU's) and of the hidden states, gathered under
-    sequence parallelism; under recompute also the layer's own activations, recomputed.
+    sequence parallelism; under recompute also what is computed again at one time.
     """
     gradients = (3 * widest(config) / layout.tensor + 3 * config.hidden_size) * layout.num_bytes
-    return gradients + (sum(layer_bytes(config, layout).values()) if layout.recompute else 0.0)
+    again = layout.layers_at_once * sum(layer_bytes(config, layout).values())
+    return gradients + again + sum(recomputed_bytes(config, layout).values())
 
 
 def widest(config: ModelConfig) -> int:
@@ -119,8 +163,11 @@ def head_saved_bytes(config: ModelConfig, layout: Layout) -> tuple[float, float]
     if not layout.kernels.scored_rows or layout.sequence or config.experts:
         return norm + angles, head
     # the head reads the final norm's output itself, which is of scored rows already
-    parts = layer_bytes(config, layout)
-    moved = 0.0 if layout.recompute else parts["norms"] / 2 + parts["mlp input"] + parts["mlp"]
+    parts, again = layer_bytes(config, layout), recomputed_bytes(config, layout)
+    moved = parts["norms"] / 2 + parts["mlp"] - again.get("mlp", 0.0)
+    moved += 0.0 if "layernorm" in again else parts["mlp input"]
+    if layout.whole_share == 1:  # the last layer of the last chunk
+        moved = 0.0
     return angles - moved, head + norm + moved
 
 

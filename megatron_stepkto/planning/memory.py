@@ -23,6 +23,7 @@ from megatron_stepkto.logprobs import tokens_at_a_time
 from megatron_stepkto.planning.activations import (
     CPU,
     CUDA,
+    Kernels,
     Layout,
     head_saved_bytes,
     layers_in_flight,
@@ -36,15 +37,20 @@ from megatron_stepkto.recipe.keys import Parallel, Training
 OVERHEAD_BYTES = 3.0e9
 # The caching allocator does not fill its blocks completely.
 FRAGMENTATION = 0.05
+# Of an element whose AdamW runs on the host, float32: main weight, two moments, gradient.
+HOST_BYTES = 16
+# Layers whose activations are copied to the host or back while another computes.
+OFFLOADED_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
 class StageMemory:
     """One rank of a stage. Activations with head, KL pass and step do not coexist: ``peak`` takes the largest.
 
-    weights, gradients (float32), optimizer (float32 main weights where training is bf16, both moments): exact.
-    activations: of all micro-batches in flight and of one layer's backward. head: chunk of logits and the
-    gradient of the head's weight (last stage). kl_pass: forward without gradient. step: AdamW's temporaries.
+    weights, gradients, optimizer (main weights where training is bf16, both moments; without the part that the host
+    holds): exact. activations: of all micro-batches in flight and of one layer's backward. head: chunk of logits and
+    the gradient of the head's weight (last stage). kl_pass: forward without gradient. step: AdamW's temporaries.
+    host: of the host's memory: offloaded optimizer state with its gradients, and activations.
     """
 
     stage: int
@@ -57,6 +63,7 @@ class StageMemory:
     kl_pass: float
     step: float
     overhead: float
+    host: float = 0.0
 
     @property
     def state(self) -> float:
@@ -69,13 +76,22 @@ class StageMemory:
 
 
 def state_bytes(config: ModelConfig, entries: list[Entry], settings: Training, stage: int) -> tuple[int, int, int]:
-    """(weights, gradients, optimizer) of a rank, as ``Engine`` allocates them. Frozen weights are weights alone."""
-    parallel = settings.parallel
+    """(weights, gradients, optimizer) of a rank, as ``Engine`` allocates them, without what the host holds. Frozen
+    weights are weights alone."""
     held, trained = held_and_trained(config, entries, settings, stage)
-    shard = optimizer_shard(trained, parallel) if parallel.distributed_optimizer else trained.total
-    if settings.dtype == "bfloat16":
-        return 2 * held, 4 * trained.total, 12 * shard  # float32 main weights and two moments
-    return 4 * held, 4 * trained.total, 8 * shard  # the weights are their own main weights
+    shard = shard_elements(trained, settings.parallel)
+    if settings.dtype == "float32":
+        return 4 * held, 4 * trained.total, 8 * shard  # the weights are their own main weights
+    optimizer = settings.optimizer
+    gradients = 2 if optimizer.gradient_dtype == "bfloat16" else 4
+    # a main weight and two moments: in float32, or 16 bits beside those of the weight and moments of 16 bits
+    per_element = 6 if optimizer.moment_dtype == "bfloat16" else 12
+    return 2 * held, gradients * trained.total, round(per_element * shard * (1 - optimizer.offload))
+
+
+def shard_elements(trained: StageParameters, parallel: Parallel) -> int:
+    """Trained elements whose optimizer state is this rank's, the largest share of the data-parallel ranks'."""
+    return optimizer_shard(trained, parallel) if parallel.distributed_optimizer else trained.total
 
 
 def held_and_trained(
@@ -87,6 +103,20 @@ def held_and_trained(
         return held.total, held
     adapters = adapter_parameters(config, entries, settings.lora, settings.parallel, stage)
     return held.total + adapters.total, adapters
+
+
+def layout_of(config: ModelConfig, entries: list[Entry], settings: Training, kernels: Kernels = CUDA) -> Layout:
+    parallel = settings.parallel
+    return Layout(
+        parallel.tensor,
+        parallel.sequence,
+        2 if settings.dtype == "bfloat16" else 4,
+        settings.recompute,
+        kernels,
+        low_rank_width(config, entries, settings.lora, parallel) if settings.lora else 0.0,
+        config.num_layers // (parallel.pipeline * (parallel.virtual_pipeline or 1)),
+        parallel.expert_tensor,
+    )
 
 
 def stage_memory(
@@ -104,13 +134,16 @@ def stage_memory(
     response_share: tokens of responses among all; only these reach the head.
     """
     parallel, tokens = settings.parallel, settings.micro_batch_tokens // settings.parallel.context
-    num_bytes = 2 if settings.dtype == "bfloat16" else 4
-    low_rank = low_rank_width(config, entries, settings.lora, parallel) if settings.lora else 0.0
-    kernels = CUDA if on_gpu else CPU
-    layout = Layout(parallel.tensor, parallel.sequence, num_bytes, settings.recompute, kernels, low_rank)
+    layout = layout_of(config, entries, settings, CUDA if on_gpu else CPU)
+    num_bytes = layout.num_bytes
     weights, gradients, optimizer = state_bytes(config, entries, settings, stage)
+    held, trained = held_and_trained(config, entries, settings, stage)
+    shard = shard_elements(trained, parallel)
     in_flight = layers_in_flight(config, parallel, stage, num_micro_batches)
-    activations = tokens * (in_flight * saved_per_layer(config, layout) + working_bytes(config, layout))
+    per_layer = tokens * saved_per_layer(config, layout)
+    # of the layers whose activations wait on the host, two are on their way there or back
+    away = max(0, settings.offload_layers - OFFLOADED_AT_ONCE)
+    activations = (in_flight - away) * per_layer + tokens * working_bytes(config, layout)
     per_stage = config.num_layers // parallel.pipeline
     if parallel.pipeline > 1:  # the output of each micro-batch waits for its gradient
         hidden = config.hidden_size / layout.hidden_share * num_bytes
@@ -128,18 +161,22 @@ def stage_memory(
         if settings.lora is None:  # a frozen head has no gradient
             head += rows * config.hidden_size * (4 + 2 * num_bytes + 4)
         forward_only += chunk * rows * 4 + tokens * config.hidden_size * num_bytes
-    shard = optimizer / (12 if settings.dtype == "bfloat16" else 8)
+    step = 4 * shard * (1 - settings.optimizer.offload)  # torch's AdamW takes the root of all second moments at once
+    precise = settings.optimizer.offload or settings.optimizer.moment_dtype == "bfloat16"
+    if settings.optimizer.gradient_dtype == "bfloat16" and not precise:
+        step += 4 * shard  # AdamW reads a float32 copy of the gradients
     return StageMemory(
         stage=stage,
-        parameters=held_and_trained(config, entries, settings, stage)[0],
+        parameters=held,
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
         head=head,
         kl_pass=forward_only,
-        step=4 * shard if on_gpu else 0.0,  # torch's AdamW takes the root of all second moments at once
+        step=step if on_gpu else 0.0,
         overhead=OVERHEAD_BYTES if on_gpu else 0.0,
+        host=HOST_BYTES * shard * settings.optimizer.offload + settings.offload_layers * per_layer,
     )
 
 

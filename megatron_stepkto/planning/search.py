@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,11 +13,14 @@ from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.planning.cluster import Cluster
 from megatron_stepkto.planning.memory import StageMemory, advice, stage_memory
 from megatron_stepkto.planning.times import Scenario, Times, estimate_times
-from megatron_stepkto.recipe.keys import Parallel, Training
+from megatron_stepkto.recipe.keys import LoRA, Parallel, Recompute, Training
 
 MAX_VIRTUAL = 8
 # Margin for errors in the estimate of activations.
 PROPOSED_SHARE = 0.90
+OFFLOAD_SHARES = (0.5, 1.0)
+# Keys of train.optimizer that a plan decides.
+OPTIMIZER_KEYS = ("offload", "moment_dtype", "gradient_dtype")
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,47 @@ class Plan:
 
 
 def recipe_keys(settings: Training) -> dict[str, Any]:
-    """The part of a recipe's section train that a plan decides; defaults of ``parallel`` are left out."""
-    return {
+    """The part of a recipe's section train that a plan decides; defaults are left out where they are not telling."""
+    keys = {
         "parallel": settings.parallel.model_dump(exclude_defaults=True),
         "micro_batch_tokens": settings.micro_batch_tokens,
-        "recompute": settings.recompute,
+        "recompute": _plain(settings.recompute),
         "dtype": settings.dtype,
     }
+    if settings.offload_layers:
+        keys["offload_layers"] = settings.offload_layers
+    if settings.lora is not None:
+        keys["lora"] = settings.lora.model_dump(include={"rank", "alpha"}) | settings.lora.model_dump(
+            mode="json", exclude_defaults=True
+        )
+    optimizer = settings.optimizer.model_dump(include=set(OPTIMIZER_KEYS), exclude_defaults=True)
+    return keys | ({"optimizer": optimizer} if optimizer else {})
+
+
+def _plain(recompute: bool | Recompute) -> Any:
+    return recompute.model_dump(exclude_none=True) if isinstance(recompute, Recompute) else recompute
+
+
+def recompute_text(recompute: bool | Recompute) -> str:
+    """As a cell of a table: no, full, 12 layers, mlp."""
+    if not isinstance(recompute, Recompute):
+        return "full" if recompute else "no"
+    if recompute.modules:
+        return "+".join(recompute.modules)
+    return f"{recompute.layers} layers" if recompute.layers else f"every {recompute.every}"
+
+
+def means_text(settings: Training) -> str:
+    """What lowers memory besides the layout: LoRA 16, offload 100%, bf16 moments."""
+    optimizer = settings.optimizer
+    found = {
+        f"LoRA {settings.lora.rank if settings.lora else 0}": settings.lora is not None,
+        f"offload {optimizer.offload:.0%}": optimizer.offload > 0,
+        "bf16 moments": optimizer.moment_dtype == "bfloat16",
+        "bf16 gradients": optimizer.gradient_dtype == "bfloat16",
+        f"offload of {settings.offload_layers} layers": settings.offload_layers > 0,
+    }
+    return ", ".join(text for text, used in found.items() if used) or "-"
 
 
 def make_plan(case: Scenario, settings: Training) -> Plan:
@@ -102,8 +140,9 @@ def propose(case: Scenario, base: Training, longest: int) -> list[Plan]:
         longest: tokens of the longest document; a micro-batch holds 1, 2, 4 or 8 of it.
     """
     best: dict[tuple[int, ...], Plan] = {}
-    for plan in _all_plans(case, base, longest):
-        if not plan.fits(case.cluster, PROPOSED_SHARE):
+    for settings in _layouts(case, base, longest):
+        plan = _least_recompute(case, settings)
+        if plan is None:
             continue
         parallel = plan.settings.parallel
         key = (parallel.tensor, parallel.pipeline, parallel.expert)
@@ -112,10 +151,37 @@ def propose(case: Scenario, base: Training, longest: int) -> list[Plan]:
     return sorted(best.values(), key=_rank)
 
 
+def propose_otherwise(case: Scenario, base: Training, longest: int) -> list[Plan]:
+    """Where ``propose`` finds nothing: what fits by other means, the fastest iteration first, the best one of each.
+
+    The means: the optimizer's state in lower precision, on the host (the smallest share that fits), both gradients and
+    offload, adapters alone.
+    """
+    optimizer, found = base.optimizer, []
+    lower = {"moment_dtype": "bfloat16", "gradient_dtype": "bfloat16"}
+    offloads = [{"offload": share} for share in OFFLOAD_SHARES]
+    tries: list[list[dict[str, Any]]] = [
+        [{"optimizer": optimizer.model_copy(update=lower)}],
+        [{"optimizer": optimizer.model_copy(update=share)} for share in offloads],
+        [{"optimizer": optimizer.model_copy(update={**share, "gradient_dtype": "bfloat16"})} for share in offloads],
+        [{"lora": LoRA()}] if base.lora is None else [],
+    ]
+    for changes in tries:
+        for change in changes:
+            if plans := propose(case, base.model_copy(update=change), longest):
+                found.append(plans[0])
+                break
+    return sorted(found, key=_rank)
+
+
 def smallest(case: Scenario, base: Training, longest: int) -> Plan | None:
     """The plan with the lowest peak, whether it fits or not; None: no layout is possible at all."""
-    plans = _all_plans(case, base, longest)
-    return min(plans, key=lambda plan: (plan.peak, not plan.settings.recompute), default=None)
+    plans = (
+        make_plan(case, settings.model_copy(update={"recompute": recompute}))
+        for settings in _layouts(case, base, longest)
+        for recompute in (False, True)
+    )
+    return min(plans, key=lambda plan: (plan.peak, plan.settings.recompute is False), default=None)
 
 
 def nothing_fits(case: Scenario, base: Training, longest: int, otherwise: str) -> str:
@@ -138,25 +204,44 @@ def _rank(plan: Plan) -> tuple[float, float]:
     return plan.times.iteration, plan.peak
 
 
-def _all_plans(case: Scenario, base: Training, longest: int) -> Iterator[Plan]:
+def _layouts(case: Scenario, base: Training, longest: int) -> Iterator[Training]:
     for parallel in possible_layouts(case.config, case.cluster):
+        if base.optimizer.offload or base.optimizer.moment_dtype == "bfloat16":  # part of that code path
+            parallel = parallel.model_copy(update={"distributed_optimizer": True})
         for multiple in (1, 2, 4, 8):
-            for recompute in (False, True):
-                settings = base.model_copy(
-                    update={
-                        "parallel": parallel,
-                        "micro_batch_tokens": longest * multiple,
-                        "recompute": recompute,
-                    }
-                )
-                yield make_plan(case, settings)
+            yield base.model_copy(update={"parallel": parallel, "micro_batch_tokens": longest * multiple})
+
+
+def _least_recompute(case: Scenario, settings: Training) -> Plan | None:
+    """The plan that fits and computes least again: nothing, attention, the feed-forward part, some layers, all."""
+    whole = make_plan(case, settings.model_copy(update={"recompute": False}))
+    if whole.fits(case.cluster, PROPOSED_SHARE):
+        return whole
+    full = make_plan(case, settings.model_copy(update={"recompute": True}))
+    if not full.fits(case.cluster, PROPOSED_SHARE):
+        return None
+    held = case.config.num_layers // (settings.parallel.pipeline * (settings.parallel.virtual_pipeline or 1))
+    # memory falls with every layer more that is computed again: the first number that fits, by halving
+    fewest = bisect.bisect_left(
+        range(1, held),
+        True,
+        key=lambda number: make_plan(case, _recomputing(settings, layers=number)).fits(case.cluster, PROPOSED_SHARE),
+    )
+    some = [_recomputing(settings, modules=["moe" if case.config.experts else "mlp"])]
+    some += [_recomputing(settings, layers=fewest + 1)] if fewest + 1 < held else []
+    plans = [plan for each in some if (plan := make_plan(case, each)).fits(case.cluster, PROPOSED_SHARE)]
+    return min([*plans, full], key=_rank)
+
+
+def _recomputing(settings: Training, **keys: Any) -> Training:
+    return settings.model_copy(update={"recompute": Recompute.model_validate(keys)})
 
 
 def ways_out(case: Scenario, plan: Plan) -> str:
     """What to change in a layout that does not fit: single changes that make it fit, else general advice."""
-    settings, parallel = plan.settings, plan.settings.parallel
+    settings, parallel, optimizer = plan.settings, plan.settings.parallel, plan.settings.optimizer
     changes: dict[str, dict[str, Any]] = {}
-    if not settings.recompute:
+    if settings.recompute is not True:
         changes["train.recompute: true"] = {"recompute": True}
     if not parallel.distributed_optimizer and parallel.ranks > parallel.tensor * parallel.pipeline:
         changed = parallel.model_copy(update={"distributed_optimizer": True})
@@ -165,6 +250,10 @@ def ways_out(case: Scenario, plan: Plan) -> str:
         changes["train.parallel.sequence: true"] = {"parallel": parallel.model_copy(update={"sequence": True})}
     half = settings.micro_batch_tokens // 2
     changes[f"train.micro_batch_tokens: {half}"] = {"micro_batch_tokens": half}
+    if not optimizer.offload and optimizer.moment_dtype == "float32" and parallel.distributed_optimizer:
+        changes["train.optimizer.offload: 1.0"] = {"optimizer": optimizer.model_copy(update={"offload": 1.0})}
+    if settings.lora is None:
+        changes["train.lora: {}"] = {"lora": LoRA()}
     enough = [
         text
         for text, change in changes.items()

@@ -9,14 +9,23 @@ import yaml
 
 from megatron_stepkto.architectures.sharding import Check, data_parallel_size, model_parameters
 from megatron_stepkto.planning.judges import REFERENCE_TOKENS, STEP_TOKENS, JudgeCost
-from megatron_stepkto.planning.search import Plan, recipe_keys
-from megatron_stepkto.planning.times import Scenario
+from megatron_stepkto.planning.search import Plan, means_text, recipe_keys, recompute_text
+from megatron_stepkto.planning.times import Scenario, micro_batch_tokens, offloaded
 
 
 def report(
-    model: Path, case: Scenario, plans: Sequence[Plan], checks: Sequence[Check] | None, judges: Sequence[JudgeCost]
+    model: Path,
+    case: Scenario,
+    plans: Sequence[Plan],
+    checks: Sequence[Check] | None,
+    judges: Sequence[JudgeCost],
+    why: str = "",
 ) -> str:
-    parts = [_header(model, case), _proposals(case, plans), _memory(plans[0]), _times(plans[0])]
+    """why: where the plans are other means than a layout, the reason."""
+    parts = [_header(model, case), *([why] if why else []), _proposals(case, plans)]
+    shown = list(enumerate(plans if why else plans[:1], 1))
+    parts += [_memory(number, plan) for number, plan in shown]
+    parts.append("\n".join(_times(case, number, plan) for number, plan in shown))
     if judges:
         parts.append(_judges(case, judges))
     if checks is not None:
@@ -38,8 +47,10 @@ def _header(model: Path, case: Scenario) -> str:
             f"response), {w.updates:,} updates of {w.global_batch}, {w.kl_share:g} KL pairs per example, "
             f"{w.samples:,} solutions sampled",
             f"assumed, not measured: arithmetic at {a.mfu:.0%} of the peak, links at {a.link:.0%} of the data sheet "
-            f"with nothing overlapped, micro-batches {a.fill:.0%} full; sampling {a.sequences} sequences per engine, "
-            f"{a.sampling_hbm:.0%} of memory bandwidth, {a.sampling_mfu:.0%} of the peak; judging comes on top",
+            f"with nothing overlapped, PCIe ({k.pcie_gbs:g} GB/s) at {a.pcie:.0%} and the host's memory "
+            f"({k.host_gbs:g} GB/s for each GPU) at {a.host:.0%}, micro-batches {a.fill:.0%} full; sampling "
+            f"{a.sequences} sequences per engine, {a.sampling_hbm:.0%} of memory bandwidth, {a.sampling_mfu:.0%} of "
+            "the peak; judging comes on top",
         ]
     )
 
@@ -51,54 +62,94 @@ def _rows(rows: Sequence[Sequence[object]]) -> str:
 
 
 def _proposals(case: Scenario, plans: Sequence[Plan]) -> str:
+    any_means = any(means_text(plan.settings) != "-" for plan in plans)
     rows: list[list[object]] = [[
         "", "TP", "PP", "v", "DP", "EP", "SP", "recompute", "micro-batch", "peak GB", "s/update", "bubble", "MFU",
-        "h/iteration",
+        "h/iteration", *(["by"] if any_means else []),
     ]]  # fmt: skip
     for number, plan in enumerate(plans, 1):
         p, t = plan.settings.parallel, plan.times
         rows.append([
             number, p.tensor, p.pipeline, p.virtual_pipeline or 1, data_parallel_size(p), p.expert,
-            "yes" if p.sequence else "no", "full" if plan.settings.recompute else "no",
+            "yes" if p.sequence else "no", recompute_text(plan.settings.recompute),
             f"{plan.settings.micro_batch_tokens:,}", f"{plan.peak / 1e9:.1f}", f"{t.update:.2f}",
             f"{t.bubble / t.update:.0%}", f"{t.mfu:.0%}", f"{t.iteration / 3600:.2f}",
+            *([means_text(plan.settings)] if any_means else []),
         ])  # fmt: skip
     return f"Layouts, fastest first (peak of {case.cluster.memory_gb:g} GB; v: chunks per stage):\n\n" + _rows(rows)
 
 
-def _memory(plan: Plan) -> str:
+def _memory(number: int, plan: Plan) -> str:
     names = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", "head", "KL pass", "step"]
-    rows = [[*names, "overhead", "peak"]]
+    on_host = any(stage.host for stage in plan.stages)
+    rows = [[*names, "overhead", "peak", *(["host"] if on_host else [])]]
     shown = {0, 1, plan.settings.parallel.pipeline - 1}
     for s in plan.stages:
         if s.stage not in shown:
             continue
         sizes = (s.weights, s.gradients, s.optimizer, s.activations, s.head, s.kl_pass, s.step, s.overhead, s.peak)
-        rows.append([str(s.stage), f"{s.parameters:,}", *(f"{size / 1e9:.1f}" for size in sizes)])
-    return (
-        "Layout 1, GB per rank of a pipeline stage (peak: state + the largest of activations and head, KL pass, "
-        "optimizer step, + 5% + overhead):\n\n" + _rows(rows)
-    )
+        host = [f"{s.host / 1e9:.1f}"] if on_host else []
+        rows.append([str(s.stage), f"{s.parameters:,}", *(f"{size / 1e9:.1f}" for size in sizes), *host])
+    text = "state + the largest of activations and head, KL pass, optimizer step, + 5% + overhead"
+    text += "; host: of the host's memory, on top" if on_host else ""
+    return f"Layout {number}, GB per rank of a pipeline stage (peak: {text}):\n\n{_rows(rows)}"
 
 
-def _times(plan: Plan) -> str:
+def _times(case: Scenario, number: int, plan: Plan) -> str:
     t = plan.times
     parts = {
         "arithmetic": t.compute,
+        "computed again": t.recompute,
         "tensor-parallel messages": t.tensor_parallel,
         "expert-parallel messages": t.expert_parallel,
         "pipeline messages": t.pipeline_messages,
         "bubble": t.bubble,
         "data-parallel reduction": t.data_parallel,
         "optimizer": t.optimizer,
+        "offload": t.offload,
         "KL pass": t.kl_pass,
     }
     update = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items() if seconds)
     return (
-        f"Layout 1, seconds: update {t.update:.2f} = {update}; {t.micro_batches} micro-batches per replica.\n"
-        f"Iteration {t.iteration:,.0f} = sampling {t.sampling:,.0f} + reference pass {t.reference_pass:,.0f} + updates "
-        f"{t.iteration - t.sampling - t.reference_pass:,.0f}."
+        f"Layout {number}, seconds: update {t.update:.2f} = {update}; {t.micro_batches} micro-batches per replica.\n"
+        + "".join(f"  {line}\n" for line in _costs(case, plan))
+        + f"Iteration {t.iteration:,.0f} = sampling {t.sampling:,.0f} + reference pass {t.reference_pass:,.0f} + "
+        f"updates {t.iteration - t.sampling - t.reference_pass:,.0f}."
     )
+
+
+def _costs(case: Scenario, plan: Plan) -> list[str]:
+    """What each means that lowers memory costs, and the model behind the number."""
+    t, k, a, settings = plan.times, case.cluster, case.assumed, plan.settings
+    lines = []
+    if t.recompute:
+        again = t.recompute * k.bf16_tflops * a.mfu
+        lines.append(
+            f"recompute ({recompute_text(settings.recompute)}) {t.recompute:.2f}: {again:,.0f} TFLOP per GPU computed "
+            f"again, at {a.mfu:.0%} of {k.bf16_tflops:g} TFLOP/s"
+        )
+    if t.offload:
+        moved = offloaded(case, settings, t.micro_batches, micro_batch_tokens(case, settings))
+        lines.append(
+            f"offload {t.offload:.2f}: {moved.pcie / 1e9:,.1f} GB over PCIe at {a.pcie:.0%} of {k.pcie_gbs:g} GB/s"
+            + (
+                f", and AdamW on the host, which reads and writes {moved.host / 1e9:,.1f} GB at {a.host:.0%} of "
+                f"{k.host_gbs:g} GB/s"
+                if moved.host
+                else ""
+            )
+            + "; nothing is taken to overlap"
+        )
+    if settings.lora:
+        lines.append(
+            "LoRA: the base's weights have no gradient, which saves a third of the arithmetic of forward and backward "
+            "passes; it trains adapters, which is not the same as all weights (docs/training.md)"
+        )
+    if settings.optimizer.moment_dtype == "bfloat16":
+        lines.append("bf16 moments: no time; less precision in AdamW, and Transformer Engine is needed")
+    if settings.optimizer.gradient_dtype == "bfloat16":
+        lines.append("bf16 gradients: half the bytes of their reduction; sums of micro-batches round to 8 bits")
+    return lines
 
 
 def _judges(case: Scenario, judges: Sequence[JudgeCost]) -> str:

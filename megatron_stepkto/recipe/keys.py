@@ -24,13 +24,13 @@ from megatron_stepkto.recipe.judge_keys import (
 from megatron_stepkto.recipe.sample_keys import Sampling
 from megatron_stepkto.recipe.section import Added, Dtype, RecipePath, Section, TextPath, deciding, unkeyed
 from megatron_stepkto.recipe.templates import TEMPLATES
-from megatron_stepkto.recipe.train_keys import FP8, Log, LoRA, Loss, Method, Optimizer, Parallel, Training
+from megatron_stepkto.recipe.train_keys import FP8, Log, LoRA, Loss, Method, Optimizer, Parallel, Recompute, Training
 
 __all__ = [
     "FP8", "CombinedJudge", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "LoRA", "Log", "Loss",
     "Measure", "Method", "MonteCarloJudge", "Optimizer", "PRMJudge", "Parallel", "Problems", "ProcessJudge", "Prompt",
-    "Recipe", "RewardModel", "RuleJudge", "Sampling", "Section", "Training", "WarmUp", "deciding", "nearest_place",
-    "unkeyed",
+    "Recipe", "Recompute", "RewardModel", "RuleJudge", "Sampling", "Section", "Training", "WarmUp", "deciding",
+    "nearest_place", "unkeyed",
 ]  # fmt: skip
 
 

@@ -15,8 +15,8 @@ Method = str  # a name of methods/registry.py, which checks it, and the keys bes
 class Parallel(Section):
     """Megatron-Core's layout. Data parallel size = ranks / (tensor * pipeline * context).
 
-    expert: ranks that share the experts of a mixture of experts; they are taken from the tensor- and data-parallel
-    ranks of a stage. One expert is never split over ranks.
+    The ranks of a stage are cut twice: for attention into tensor x context x data, for a mixture's experts into
+    expert_tensor x expert x replicas of the experts.
     """
 
     ranks: int = Field(1, ge=1, description="processes of the training, one per GPU")
@@ -27,8 +27,10 @@ class Parallel(Section):
     )
     context: int = Field(1, ge=1, description="ranks that share the tokens of each document")
     expert: int = Field(1, ge=1, description="ranks that share the experts of a mixture of experts")
+    expert_tensor: int = Field(1, ge=1, description="ranks that share each matrix of an expert")
     sequence: bool = Field(False, description="share activations between the tensor-parallel ranks along the sequence")
     distributed_optimizer: bool = Field(False, description="share the optimizer's state between data-parallel ranks")
+    overlap: bool = Field(True, description="sum gradients and gather weights of data parallelism during computation")
 
     @model_validator(mode="after")
     def _check_layout(self) -> Self:
@@ -37,12 +39,11 @@ class Parallel(Section):
                 f"ranks ({self.ranks}) must be a multiple of tensor x pipeline x context "
                 f"({self.tensor} x {self.pipeline} x {self.context})"
             )
-        if self.ranks % (self.expert * self.pipeline):
+        if self.ranks % (self.expert * self.expert_tensor * self.pipeline):
             raise ValueError(
-                f"ranks ({self.ranks}) must be a multiple of expert x pipeline ({self.expert} x {self.pipeline})"
+                f"ranks ({self.ranks}) must be a multiple of expert x expert_tensor x pipeline "
+                f"({self.expert} x {self.expert_tensor} x {self.pipeline})"
             )
-        if self.expert > 1 and self.context > 1:
-            raise ValueError("expert and context parallelism together are not supported: set one of them to 1")
         if self.virtual_pipeline and self.pipeline == 1:
             raise ValueError("virtual_pipeline needs pipeline >= 2")
         if self.sequence and self.tensor == 1:
@@ -62,6 +63,34 @@ class Optimizer(Section):
     beta2: float = Field(0.98, ge=0, lt=1, description="decay of AdamW's second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     clip_grad: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
+    offload: Added[float] = Field(
+        0.0, ge=0, le=1, description="share of main weights and moments that the host holds and updates"
+    )
+    moment_dtype: Added[Literal["float32", "bfloat16"]] = Field("float32", description="of AdamW's two moments")
+    gradient_dtype: Added[Literal["float32", "bfloat16"]] = Field(
+        "float32", description="in which gradients are added up and summed over ranks"
+    )
+
+
+class Recompute(Section):
+    """Which activations the backward pass computes again instead of keeping; one of the keys."""
+
+    modules: list[Literal["core_attn", "layernorm", "mlp", "moe"]] | None = Field(
+        None, min_length=1, description="these modules of every layer: their outputs are not kept"
+    )
+    layers: int | None = Field(
+        None, ge=1, description="so many first layers of each model chunk, whole: only their inputs are kept"
+    )
+    every: int | None = Field(None, ge=1, description="all layers; only the input of every n-th is kept")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [name for name in ("modules", "layers", "every") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected one of modules, layers and every, got {' and '.join(given) or 'none'}")
+        if self.modules and len(set(self.modules)) < len(self.modules):
+            raise ValueError(f"modules names one twice: {', '.join(self.modules)}")
+        return self
 
 
 class Loss(Section):
@@ -173,7 +202,12 @@ class Training(Section):
     checkpoint_every: Unkeyed[int] = Field(50, ge=1, description="updates between checkpoints")
     keep_checkpoints: Unkeyed[int] = Field(2, ge=1, description="the newest ones; older ones are removed")
     async_checkpoints: Unkeyed[bool] = Field(False, description="write checkpoints in processes beside the training")
-    recompute: Unkeyed[bool] = Field(False, description="recompute activations in the backward pass")
+    recompute: Unkeyed[bool | Recompute] = Field(
+        False, description="recompute activations in the backward pass: true: all, or those named below"
+    )
+    offload_layers: Unkeyed[int] = Field(
+        0, ge=0, description="first layers whose activations wait for the backward pass in the host's memory"
+    )
     transformer_engine: Literal["required", "auto", "off"] = Field(
         "auto",
         description="layers of Transformer Engine: insist, use them for bfloat16 on a GPU where installed, or never",
@@ -194,6 +228,10 @@ class Training(Section):
         """Tokens that every document is padded to a multiple of: context parallelism cuts it into twice its ranks."""
         return math.lcm(self.pad_documents_to, 2 * self.parallel.context if self.parallel.context > 1 else 1)
 
+    def recomputes(self, module: str) -> bool:
+        """Whether this module's output is not kept (``recompute.modules``)."""
+        return isinstance(self.recompute, Recompute) and module in (self.recompute.modules or [])
+
     @model_validator(mode="after")
     def _check_acceleration(self) -> Self:
         if self.transformer_engine == "required" and self.dtype == "float32":
@@ -206,6 +244,7 @@ class Training(Section):
                 "reference: initial goes with a new adapter: with lora.start M0 is initial_model with that adapter, "
                 "and the model at hand is the one without; set reference: previous"
             )
+        self._check_memory()
         if self.fp8 is None:
             return self
         if self.lora is not None:
@@ -219,3 +258,45 @@ class Training(Section):
                 "fp8.weights needs parallel.distributed_optimizer: true, which holds the fp32 main weights"
             )
         return self
+
+    def _check_memory(self) -> None:
+        """Combinations that megatron-core ignores, or computes something else with."""
+        optimizer = self.optimizer
+        lower = {
+            "offload": optimizer.offload > 0,
+            "moment_dtype: bfloat16": optimizer.moment_dtype == "bfloat16",
+            "gradient_dtype: bfloat16": optimizer.gradient_dtype == "bfloat16",
+        }
+        for name in (name for name, used in lower.items() if used):
+            if self.dtype != "bfloat16":
+                raise ValueError(f"optimizer.{name} goes with dtype: bfloat16, got {self.dtype}")
+            if self.fp8 is not None and self.fp8.weights:
+                raise ValueError(
+                    f"optimizer.{name} and fp8.weights together are not supported: the latter's main weights are "
+                    "megatron-core's own, in float32; remove one of them"
+                )
+            if not name.startswith("gradient_dtype") and not self.parallel.distributed_optimizer:
+                raise ValueError(
+                    f"optimizer.{name} needs parallel.distributed_optimizer: true (also with one rank), whose code "
+                    "path in megatron-core it is"
+                )
+        if lower["offload"] and lower["moment_dtype: bfloat16"]:
+            raise ValueError(
+                "optimizer.offload holds moments in float32: with it megatron-core ignores moment_dtype; set "
+                "moment_dtype: float32, or offload: 0"
+            )
+        if self.fp8 is not None and self.fp8.scaling == "delayed" and self.recomputes("layernorm"):
+            raise ValueError(
+                "recompute.modules: layernorm and fp8.scaling: delayed together are not supported: a history of scales "
+                "would count each norm twice; choose another scaling, or leave layernorm out"
+            )
+        if self.offload_layers:
+            if self.recompute:
+                raise ValueError("offload_layers and recompute together are not supported: set one of them")
+            if self.parallel.pipeline > 1:
+                raise ValueError(f"offload_layers goes with parallel.pipeline: 1, got {self.parallel.pipeline}")
+            if self.transformer_engine == "off" or self.dtype == "float32":
+                raise ValueError(
+                    "offload_layers needs the layers of Transformer Engine: set dtype: bfloat16, and "
+                    "transformer_engine to required or auto"
+                )

@@ -67,6 +67,7 @@ const TRAINING_CHARTS = [
   { title: "Log-ratio of solutions", about: "nats, against the iteration’s reference; right below zero and falling is a collapse", zero: true, lines: [["log_ratio_right", "right", "right"], ["log_ratio_wrong", "wrong", "wrong"]] },
   { title: "Log-ratio of steps", about: "nats, against the iteration’s reference", zero: true, lines: [["log_ratio_right_steps", "right", "right"], ["log_ratio_wrong_steps", "wrong", "wrong"]] },
   { title: "Gradient norm", about: "before clipping", zero: true, lines: [["grad_norm", "", "c0"]] },
+  { title: "Load of the busiest expert", about: "its tokens over the mean of its layer’s experts; 1 is even", lines: [["expert_load", "mean of layers", "c0"], ["expert_load_worst", "worst layer", "c1"]] },
   { title: "Held-out log-ratio of steps", about: "nats, on examples that are not trained on", zero: true, heldOut: true, lines: [["log_ratio_right_steps", "right", "right"], ["log_ratio_wrong_steps", "wrong", "wrong"]] },
   { title: "Held-out margins", about: "mean log-ratio of right minus wrong, nats", zero: true, heldOut: true, lines: [["outcome_margin", "solutions", "c0"], ["step_margin", "steps", "c2"]] },
 ];

@@ -186,7 +186,7 @@ def _warm_up(run: Run) -> Iterator[Check]:
         yield from training_checks(Ranks(settings=settings, model=model, ranks=settings.parallel.ranks))
         if run.pretrained:
             yield partial(HFSide, model, one_dtype=False)
-            yield lambda: check_layout(read_model_config(model)[0], settings.parallel, place)
+            yield lambda: check_layout(read_model_config(model)[0], settings, place)
 
 
 def _engines_and_judges(item: Pending) -> Iterator[Check]:

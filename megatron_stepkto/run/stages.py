@@ -391,7 +391,7 @@ def check_fits(model: Path, recipe: recipes.Recipe) -> None:
     from megatron_stepkto.checkpoints.convert import read_model_config
 
     config, entries = read_model_config(model)
-    check_layout(config, recipe.train.parallel, recipe.place)
+    check_layout(config, recipe.train, recipe.place)
     if lora := recipe.train.lora:
         key = "train.lora.targets"
         linears = adapted_linears(entries, lora.targets, f"{recipe.place(key)}: {key}")

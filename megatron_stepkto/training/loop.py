@@ -432,6 +432,7 @@ class Trainer:
             **{f"z_{level}": getattr(points, level).item() for level in self.method.reference_levels},
             "grad_norm": grad_norm,
             "lr": lr,
+            **(self.engine.expert_load.take() if self.engine.expert_load else {}),
             "seconds": round(seconds, 4),
             "tokens_per_second": sums["tokens"] / seconds,
             "tflops_per_rank": sums["flops"] / seconds / 1e12 / self.settings.parallel.ranks,

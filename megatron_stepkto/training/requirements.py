@@ -21,6 +21,7 @@ from megatron_stepkto.base.processes import Child, child_main, run_children
 from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.megatron import patches as cpu
 from megatron_stepkto.megatron.acceleration import choose, choose_device, find_machine, find_packages
+from megatron_stepkto.megatron.memory import check_norms
 from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity
 from megatron_stepkto.recipe import keys as recipe
@@ -90,7 +91,9 @@ def _check_this_process(wanted: Ranks) -> None:
     if (wanted.model / "config.json").is_file():
         config, entries = read_model_config(wanted.model)
         check_state_fits(config, entries, wanted.settings, *rank_capacity(device, wanted.ranks))
-    choose(wanted.settings, find_machine(device))
+        check_norms(config, wanted.settings, choose(wanted.settings, find_machine(device)))
+    else:
+        choose(wanted.settings, find_machine(device))
 
 
 # --- examples ------------------------------------------------------------------------------------------------

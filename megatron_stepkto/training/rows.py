@@ -26,6 +26,8 @@ class UpdateRow(BaseModel):
     log_ratio_right_steps: float | None = None
     log_ratio_wrong_steps: float | None = None
     grad_norm: float | None = None
+    expert_load: float | None = None
+    expert_load_worst: float | None = None
     num_right: int | None = None
     num_wrong: int | None = None
     num_right_steps: int | None = None

@@ -57,7 +57,11 @@ def main() -> None:
         trainer = make_trainer(job, device)
         trainer.run()
         # The replicas of other ranks hold the same; of those of tensor parallelism each is a part.
-        place = {"tensor": parallel_state.get_tensor_model_parallel_rank(), "weights": own_parameters(trainer.engine)}
+        place = {
+            "tensor": parallel_state.get_tensor_model_parallel_rank(),
+            "expert_tensor": parallel_state.get_expert_tensor_parallel_rank(),
+            "weights": own_parameters(trainer.engine),
+        }
         torch.save(place, job.directory / f"rank_{dist.get_rank()}.pt")
         write_logits(trainer.engine, job.directory / "logits.pt", listed["texts"])
         dist.barrier()

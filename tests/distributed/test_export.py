@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3, TP 2": ("qwen3", {**TP2, "sequence": True}, {}),
     "mixtral, EP 2": ("mixtral", EP2, {}),
     "qwen3_moe, TP 2 x EP 2": ("qwen3_moe", {**TP2, "expert": 2, "sequence": True}, {}),
+    "qwen3_moe, TP 2 x expert TP 2": ("qwen3_moe", {**TP2, "expert_tensor": 2, "sequence": True}, {}),
     "qwen3_moe, PP 2": ("qwen3_moe_plain", PP2, {}),
     "qwen3, DP 2, distributed optimizer": ("qwen3", {"ranks": 2, "distributed_optimizer": True}, {}),
     "LoRA, llama, interleaved PP 2": ("llama", {**PP2, "virtual_pipeline": 2}, LORA),
@@ -98,8 +99,8 @@ def assemble(shares: list[dict[str, Any]], config: Any) -> dict[str, Tensor]:
     for share in shares:
         for name, tensor in share["weights"].items():
             held = parts.setdefault(name, {})
-            # an expert is never split, and stands on one tensor-parallel rank alone where they share the experts out
-            rank = 0 if ".experts." in name else share["tensor"]
+            # an expert stands on one tensor-parallel rank alone where they share the experts out, or is split by itself
+            rank = share["expert_tensor" if ".experts." in name else "tensor"]
             assert rank not in held or torch.equal(held[rank], tensor), f"replicas of {name} differ"
             held[rank] = tensor
     whole: dict[str, list[Tensor]] = {name: [held[rank] for rank in sorted(held)] for name, held in parts.items()}

@@ -22,9 +22,10 @@ TIME_LIMIT_S = 900  # on a busy machine
 @pytest.mark.parametrize("parallel", [{"ranks": 2}, {"ranks": 2, "context": 2}], ids=["DP 2", "CP 2"])
 def test_main_weights_of_all_ranks_make_whole_tensors(tmp_path: Path, parallel: dict[str, int]) -> None:
     hf_to_megatron(write_llama(tmp_path / "hf", tie_word_embeddings=True), tmp_path / "initial", torch.bfloat16)
-    settings = recipe.Training.model_validate({
-        "parallel": {**parallel, "distributed_optimizer": True}, "optimizer": {"lr": 1e-2}, "dtype": "bfloat16",
-        "global_batch_size": 8, "micro_batch_tokens": 200, "max_updates": 2, "device": "cpu", "timeout_s": 300,
+    settings = recipe.Training.model_validate({  # FP8 weights are not gathered beside computation
+        "parallel": {**parallel, "distributed_optimizer": True, "overlap": False}, "optimizer": {"lr": 1e-2},
+        "dtype": "bfloat16", "global_batch_size": 8, "micro_batch_tokens": 200, "max_updates": 2,
+        "device": "cpu", "timeout_s": 300,
     })  # fmt: skip
     job = Job(
         settings=settings, seed=1, initial=tmp_path / "initial", reference=None,

@@ -82,6 +82,29 @@ def test_fp32_updates_do_not_depend_on_the_cut(other: dict[str, Any], run: Run) 
             assert ours[key] == pytest.approx(truth[key], rel=1e-5, abs=2e-5)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"recompute": {"modules": ["core_attn", "mlp"]}},
+        {"recompute": {"layers": 1}},
+        {"offload_layers": 1},
+        {"optimizer": {"lr": 1e-4, "offload": 1.0}},
+        {"optimizer": {"lr": 1e-4, "offload": 0.5, "gradient_dtype": "bfloat16"}},
+        {"optimizer": {"lr": 1e-4, "moment_dtype": "bfloat16", "gradient_dtype": "bfloat16"}},
+        {"parallel": {"distributed_optimizer": True, "overlap": False}},
+    ],
+    ids=["modules", "a layer", "layer on host", "optimizer on host", "half of it", "low precision", "no overlap"],
+)
+def test_what_saves_memory_trains_alike(other: dict[str, Any], run: Run, transformer_engine: str) -> None:
+    """bf16, 20 updates: losses within 0.02, gradient norms within 5%."""
+    common = {"dtype": "bfloat16", "transformer_engine": "required", "max_updates": 20, "epochs": 10,
+              "parallel": {"distributed_optimizer": True}}  # fmt: skip
+    plain, _, _ = run(random_examples(64), **common)
+    rows, _, _ = run(random_examples(64), **{**common, **other})
+    assert max(differences(plain, rows)) < 0.02
+    assert all(b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.05) for a, b in zip(plain, rows, strict=True))
+
+
 def test_packed_and_padded_agree_under_transformer_engine(run: Run, transformer_engine: str) -> None:
     """bf16, three updates: losses within 0.005."""
     common = {"dtype": "bfloat16", "transformer_engine": "required", "max_updates": 3}

@@ -59,6 +59,11 @@ def test_gradient_is_added_to_a_buffer(dtype: torch.dtype) -> None:
     # the weight's own gradient is rounded to its dtype at the end, the buffer's is not
     torch.testing.assert_close(buffer - before, own.float(), rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
     assert torch.equal(buffer[21:], before[21:])
+    again = before.clone()
+    told = linear_log_probs(hidden, weight, targets, 21, chunk=5, grad_buffer=again, placeholder=True)
+    told.sum().backward()
+    assert weight.grad is not None and weight.grad.shape == weight.shape  # a placeholder, so that hooks run
+    assert torch.equal(again, buffer)
 
 
 def test_extreme_logits_stay_finite() -> None:

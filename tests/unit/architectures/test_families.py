@@ -233,6 +233,11 @@ def test_layouts_of_experts() -> None:
     assert "train.parallel.expert = 3 does not divide the model's experts (8)" in said(mixture, ranks=3, expert=3)
     assert "train.parallel.sequence must be true" in said(mixture, ranks=2, tensor=2)
     assert not said(mixture, ranks=4, tensor=2, expert=4, sequence=True)
+    assert not said(mixture, ranks=8, context=2, expert=2, expert_tensor=4)
+    assert "train.parallel.expert_tensor = 2, but the model has no experts" in said(dense, ranks=2, expert_tensor=2)
+    assert "train.parallel.expert_tensor = 3 does not divide the experts' feed-forward size (14336)" in said(
+        mixture, ranks=3, expert_tensor=3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stepkto.architectures.layout import check_layout, layout_faults, tensor_choices
+from megatron_stepkto.architectures.layout import check_layout, layout_faults, refuse, tensor_choices
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import read_model_config
@@ -58,7 +58,7 @@ def test_possible(layout: dict[str, int], llama: ModelConfig) -> None:
 )
 def test_impossible(layout: dict[str, int], message: str, llama: ModelConfig) -> None:
     with pytest.raises(UserError) as caught:
-        check_layout(llama, Parallel(**layout))
+        refuse(layout_faults(llama, Parallel(**layout)))
     assert str(caught.value) == message
 
 
@@ -82,9 +82,9 @@ def test_the_place_of_the_key(tmp_path: Path, repository: Path, llama: ModelConf
     line = next(n for n, row in enumerate(path.read_text().splitlines(), 1) if row == "    tensor: 3")
     recipe = read_recipe(path)
     with pytest.raises(UserError, match=rf"{path}:{line}: train\.parallel\.tensor = 3 does not divide"):
-        check_layout(llama, recipe.train.parallel, recipe.place)
+        check_layout(llama, recipe.train, recipe.place)
     recipe = read_recipe(path, ["train.parallel={ranks: 3, tensor: 3}"])
     assert recipe.place("train.parallel.tensor") == "--set train.parallel={ranks: 3, tensor: 3}"
     recipe = read_recipe(path, ["train.parallel.tensor=6", "train.parallel.ranks=6"])
     with pytest.raises(UserError, match=r"^--set train\.parallel\.tensor=6: train\.parallel\.tensor = 6 does not"):
-        check_layout(llama, recipe.train.parallel, recipe.place)
+        check_layout(llama, recipe.train, recipe.place)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,20 @@ import torch
 import yaml
 
 from megatron_stepkto.architectures.flops import forward_flops
-from megatron_stepkto.architectures.layout import layout_faults
+from megatron_stepkto.architectures.layout import check_layout, layout_faults
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.cli.main import main
+from megatron_stepkto.methods.registry import load_recipe
 from megatron_stepkto.planning.activations import CUDA, Layout, layer_bytes
 from megatron_stepkto.planning.cluster import PRESETS
 from megatron_stepkto.planning.judges import judge_costs
 from megatron_stepkto.planning.memory import check_state_fits, rank_capacity, stage_memory
+from megatron_stepkto.planning.search import make_plan
 from megatron_stepkto.planning.times import Assumptions, Scenario, Workload, estimate_times
 from megatron_stepkto.recipe.keys import Judging, LoRA, Training
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +236,7 @@ def test_check_builds_the_shards(configs: Path, capsys: pytest.CaptureFixture[st
 def test_refusals_name_the_key(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     eight, seventy = configs / "llama3.1_8b", configs / "llama3.3_70b"
     assert "the number of GPUs is missing: give --gpus N" in refusal(capsys, eight)
-    assert "no layout of 8 GPUs fits into 80 GB each" in refusal(capsys, seventy, "--gpus", 8)
+    assert "no layout of 1 GPUs fits into 80 GB each" in refusal(capsys, seventy, "--gpus", 1)
     message = refusal(capsys, eight, "--gpus", 8, "--layout", "tensor=3")
     assert "train.parallel: ranks (8) must be a multiple of tensor x pipeline x context (3 x 1 x 1)" in message
     assert "train.parallel.pipe: Extra inputs are not permitted; keys: ranks, tensor, pipeline" in refusal(
@@ -300,6 +306,162 @@ def test_state_that_cannot_fit_is_refused_before_training(configs: Path) -> None
     )
 
 
+# --- what lowers memory ------------------------------------------------------------------------------------------
+
+
+def test_state_of_lower_precision_and_offload_by_hand(configs: Path) -> None:
+    """8B on one GPU: gradients of 2 bytes, 16 bits of main weight beside the weight's, 16-bit moments; offload."""
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    size = 8_030_261_248
+
+    def memory(**optimizer: Any) -> Any:
+        keys = {"optimizer": {"lr": 1e-6, **optimizer}, "parallel": {"distributed_optimizer": True}}
+        return stage_memory(config, entries, settings(**keys), 0, num_micro_batches=1)
+
+    plain, lower = memory(), memory(moment_dtype="bfloat16", gradient_dtype="bfloat16")
+    assert (plain.gradients, plain.optimizer, plain.step, plain.host) == (4 * size, 12 * size, 4 * size, 0)
+    assert (lower.weights, lower.gradients, lower.optimizer) == (2 * size, 2 * size, 6 * size)
+    half = memory(offload=0.5)
+    assert (half.gradients, half.optimizer, half.step, half.host) == (4 * size, 6 * size, 2 * size, 8 * size)
+    assert memory(gradient_dtype="bfloat16").step == 8 * size  # and a float32 copy of the gradients
+    assert memory(offload=1.0, gradient_dtype="bfloat16").step == 0
+
+
+def test_activations_on_the_host_by_hand(configs: Path) -> None:
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    layer = 4096 * sum(layer_bytes(config, Layout(1, False, 2, False, CUDA)).values())
+    whole = stage_memory(config, entries, settings(), 0, num_micro_batches=1)
+    away = stage_memory(config, entries, settings(offload_layers=12), 0, num_micro_batches=1)
+    assert whole.activations - away.activations == pytest.approx(10 * layer)  # two are on their way
+    assert away.host == pytest.approx(12 * layer)
+
+
+def test_seconds_of_offload_by_hand(configs: Path) -> None:
+    """6 bytes a weight over PCIe at 70% of 64 GB/s, AdamW's 28 at half of the host's 76.8; layers there and back."""
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    case = Scenario(config, entries, PRESETS["h100"], workload(), Assumptions(fill=1.0))
+    keys = {"optimizer": {"lr": 1e-6, "offload": 0.5}, "parallel": {"distributed_optimizer": True}}
+    elements = 0.5 * 8_030_261_248
+    seconds = elements * 6 / (0.7 * 64e9) + elements * 28 / (0.5 * 76.8e9)
+    found = estimate_times(case, settings(**keys, micro_batch_tokens=4000))
+    assert found.offload == pytest.approx(seconds)
+    layer = sum(layer_bytes(config, Layout(1, False, 2, False, CUDA)).values())
+    layers = estimate_times(case, settings(offload_layers=12, micro_batch_tokens=4000))
+    assert layers.offload == pytest.approx(2 * 256_000 * 12 * layer / (0.7 * 64e9))
+    plain = estimate_times(case, settings(micro_batch_tokens=4000))
+    assert layers.update - plain.update == pytest.approx(layers.offload)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "share"),
+    [
+        (True, 1.0),
+        ({"every": 4}, 1.0),
+        ({"layers": 8}, 0.25),
+        ({"modules": ["mlp"]}, 2 * 3 * 4096 * 14336),
+        ({"modules": ["core_attn"]}, 2 * 1000 * 4096),
+        ({"modules": ["layernorm"]}, 0.0),
+    ],
+)
+def test_seconds_of_recompute_by_hand(configs: Path, recompute: Any, share: float) -> None:
+    """share: of the layers' forward FLOPs; above 1: FLOPs of a layer per token."""
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    case = Scenario(config, entries, PRESETS["h100"], workload(), Assumptions(mfu=0.5, fill=1.0))
+    layer, _ = forward_flops(config, 256_000, 204_800, 1000)
+    again = layer * share if share <= 1 else 256_000 * share
+    found = estimate_times(case, settings(recompute=recompute, micro_batch_tokens=4000))
+    assert found.recompute == pytest.approx(32 * again / (0.5 * 989e12))
+    assert found.update == pytest.approx(found.compute + found.recompute + found.optimizer)
+
+
+@pytest.mark.parametrize(("model", "gpus"), [("llama3.1_8b", 1), ("llama3.3_70b", 8)])
+def test_what_is_proposed_where_full_training_does_not_fit(
+    configs: Path, capsys: pytest.CaptureFixture[str], model: str, gpus: int
+) -> None:
+    found = plan_json(capsys, configs / model, "--gpus", gpus, "--longest", 2048)
+    assert found["why"].startswith(f"no layout of {gpus} GPUs fits into 80 GB each")
+    plans = [Training.model_validate({"optimizer": {"lr": 1}, "global_batch_size": 1, **deepened(plan["train"])})
+             for plan in found["plans"]]  # fmt: skip
+    assert sorted((plan.lora is not None, plan.optimizer.offload > 0) for plan in plans) == [
+        (False, True), (False, True), (True, False)
+    ]  # fmt: skip
+    seconds = [plan["seconds"] for plan in found["plans"]]
+    assert [each["iteration"] for each in seconds] == sorted(each["iteration"] for each in seconds)
+    for plan, shown, times in zip(plans, found["plans"], seconds, strict=True):
+        assert shown["peak_bytes"] <= 0.9 * 80e9
+        assert (times["offload"] > 0) == (plan.optimizer.offload > 0)
+        assert (times["recompute"] > 0) == (plan.recompute is not False)
+        assert (shown["stages"][0]["host"] > 0) == (plan.optimizer.offload > 0)
+
+
+def test_other_means_as_text(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(configs / "llama3.1_8b"), "--gpus", "1"])
+    text = capsys.readouterr().out
+    assert "Full training does not fit" in text and "What fits instead, and what it costs:" in text
+    assert "offload 6.93: 48.2 GB over PCIe at 70% of 64 GB/s, and AdamW on the host, which reads and" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("    0  8,030,261,248")]
+    assert (["16.1", "32.1", "0.0"], "128.5") in [(row[2:5], row[-1]) for row in rows]
+    assert yaml.safe_load(text.partition("for a recipe:\n\n")[2])["train"]["lora"] == {"rank": 16, "alpha": 32.0}
+
+
+def deepened(train: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a plan, pasted beside a learning rate."""
+    return {**train, "optimizer": {"lr": 1, **train.get("optimizer", {})}}
+
+
+def test_a_given_layout_with_other_means(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["distributed_optimizer=true,offload=1.0,gradient_dtype=bfloat16", "lora=8,recompute={layers: 4}"]
+    offload, lora = (plan_json(capsys, configs / "llama3.1_8b", "--gpus", 1, "--layout", each) for each in words)
+    assert offload["plans"][0]["train"]["optimizer"] == {"offload": 1.0, "gradient_dtype": "bfloat16"}
+    assert offload["plans"][0]["stages"][0]["host"] == 16 * 8_030_261_248
+    assert lora["plans"][0]["train"]["lora"]["rank"] == 8
+    assert lora["plans"][0]["train"]["recompute"] == {"layers": 4}
+    said = refusal(capsys, configs / "llama3.1_8b", "--gpus", 1, "--layout", "offload=1.0")
+    assert "offload needs parallel.distributed_optimizer: true" in said
+
+
+def test_nothing_fits_at_all(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, configs / "llama3.3_70b", "--gpus", 1)
+    assert "no layout of 1 GPUs fits into 80 GB each" in said
+    assert "neither LoRA nor the optimizer's state on the host or in lower precision fits" in said
+
+
+def test_the_least_that_is_computed_again(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One layer fewer that is computed again would not fit."""
+    found = plan_json(capsys, configs / "llama3.1_8b", "--gpus", 4, "--gpu-memory", 64)
+    config, entries = read_model_config(configs / "llama3.1_8b")
+    counts = [plan for plan in found["plans"] if isinstance(plan["train"]["recompute"], dict)]
+    assert counts
+    for plan in counts:
+        if (number := plan["train"]["recompute"].get("layers", 1)) > 1:
+            fewer = settings(**{**plan["train"], "recompute": {"layers": number - 1}})
+            assert plan["peak_bytes"] <= 0.9 * 64e9 < max(
+                stage_memory(config, entries, fewer, stage, num_micro_batches=plan["seconds"]["micro_batches"],
+                             response_share=870 / 1024).peak for stage in range(fewer.parallel.pipeline)
+            )  # fmt: skip
+
+
+PLANNED = re.compile(r"stepkto plan: (\d+) of 80 GB")
+WITH_GPUS = sorted((REPOSITORY / "recipes").glob("*xh100*.yaml"))
+
+
+@pytest.mark.parametrize("path", WITH_GPUS, ids=lambda path: path.stem)
+def test_shipped_recipes_fit_and_say_their_memory(path: Path, capsys: pytest.CaptureFixture[str], models: Path) -> None:
+    main(["plan", str(path), "--json"])
+    captured = capsys.readouterr()
+    assert "impossible" not in captured.err
+    work = json.loads(captured.out)["work"]
+    recipe = load_recipe(path)
+    config, entries = read_model_config(recipe.given_model() or path)
+    case = Scenario(config, entries, replace(PRESETS["h100"], gpus=recipe.train.parallel.ranks), Workload(**work),
+                    Assumptions())  # fmt: skip
+    check_layout(config, recipe.train)
+    plan = make_plan(case, recipe.train)
+    for said in PLANNED.findall(path.read_text()):
+        assert plan.peak / 1e9 == pytest.approx(float(said), abs=0.6)
+    assert plan.peak <= 0.9 * 80e9
+
+
 # --- judges ----------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +473,7 @@ def models(configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         "Llama-3.1-8B-Instruct": "llama3.1_8b",
         "Llama-3.3-70B-Instruct": "llama3.3_70b",
         "Qwen2.5-Math-7B-Instruct": "qwen2.5_math_7b",
+        "Qwen3-30B-A3B-Instruct-2507": "qwen3_30b_a3b",
         "Qwen2.5-Math-PRM-7B": "qwen2.5_math_7b",
     }.items():
         shutil.copytree(configs / known, folder / name)

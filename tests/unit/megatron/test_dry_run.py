@@ -25,6 +25,7 @@ SIZES = {
     "qwen2.5_math_7b": 7_615_616_512,
     "qwen2.5_72b": 72_706_203_648,
     "mixtral_8x22b": 140_620_634_112,
+    "qwen3_30b_a3b": 30_532_122_624,
 }
 
 
@@ -60,6 +61,10 @@ LAYOUTS = [
             },
         ),
         ("mixtral_8x22b", {"ranks": 256, "pipeline": 8, "expert": 8, "distributed_optimizer": True}),
+        (
+            "mixtral_8x22b",
+            {"ranks": 64, "pipeline": 2, "context": 2, "expert": 4, "expert_tensor": 4, "distributed_optimizer": True},
+        ),
     ],
 )
 def test_biases_and_experts(name: str, layout: dict[str, int], repository: Path) -> None:
@@ -87,6 +92,7 @@ def test_every_stage_is_as_planned(name: str, layout: dict[str, int], repository
         ("llama3.3_70b", {"ranks": 16, "tensor": 4, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}, "all"),
         ("llama3.3_70b", {"ranks": 16, "tensor": 8, "distributed_optimizer": True}, ["q_proj", "v_proj", "down_proj"]),
         ("mixtral_8x22b", {"ranks": 64, "pipeline": 4, "expert": 8, "distributed_optimizer": True}, "all"),
+        ("mixtral_8x22b", {"ranks": 64, "expert": 4, "expert_tensor": 2, "distributed_optimizer": True}, "all"),
     ],
 )
 def test_adapters(name: str, layout: dict[str, int], targets: Any, repository: Path) -> None:

@@ -32,6 +32,14 @@ def as_if_in(module: str, expression: str, **names: Any) -> Any:
     return eval(expression, {"__name__": module, **names})
 
 
+def test_norms_are_computed_again_without_transformer_engine() -> None:
+    """Megatron takes fp8=False, its default, for FP8."""
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    if hasattr(random, "FP8GlobalStateManager"):
+        pytest.skip("Transformer Engine is installed")
+    assert random.CheckpointWithoutOutput().fp8 is False
+
+
 # --- version -------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from megatron_stepkto.megatron import patches
 from megatron_stepkto.megatron.batch import Document, MicroBatch, make_micro_batch
 from megatron_stepkto.megatron.dry_run import fake_rank
 from megatron_stepkto.planning.activations import CPU, Layout, head_saved_bytes, layers_in_flight, saved_per_layer
-from megatron_stepkto.recipe.keys import LoRA, Parallel
+from megatron_stepkto.recipe.keys import LoRA, Parallel, Recompute
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the CPU's kernels")
 
@@ -53,7 +53,7 @@ def kept_bytes(
     parallel: Parallel,
     batch: MicroBatch,
     dtype: torch.dtype,
-    recompute: bool,
+    recompute: bool | Recompute,
     lora: LoRA | None = None,
 ) -> int:
     """Bytes of all storages that autograd keeps from a forward pass and the head, each counted once."""
@@ -62,8 +62,7 @@ def kept_bytes(
     from megatron_stepkto.megatron.model import build_model_chunks, transformer_config
 
     patches.install()
-    kept: dict[int, int] = {}
-    alive: list[torch.UntypedStorage] = []  # a freed storage's address may come again
+    kept: dict[int, torch.UntypedStorage] = {}
     with fake_rank(parallel, 0):
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         megatron = transformer_config(config, parallel, dtype, on_cpu=True, recompute=recompute)
@@ -75,15 +74,15 @@ def kept_bytes(
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in others:
-                kept[storage._cdata] = storage.nbytes()
-                alive.append(storage)
+                kept[storage._cdata] = storage  # held: a freed storage's address may come again
             return tensor
 
         model.train()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed)
             model.log_probs(hidden, batch.rows, batch.targets)
-    return sum(kept.values())
+    # now: outputs that are computed again were saved, and emptied afterwards
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def mixture(**changes: int) -> ModelConfig:
@@ -144,6 +143,32 @@ def test_formula_is_what_autograd_keeps(name: str) -> None:
     batch = documents(lengths, parallel)
     kept = kept_bytes(config, parallel, batch, dtype, recompute)
     how = Layout(parallel.tensor, parallel.sequence, dtype.itemsize, recompute, CPU)
+    per_token, per_row = head_saved_bytes(config, how)
+    tokens, rows = batch.tokens.numel(), batch.rows.numel()
+    planned = tokens * (config.num_layers * saved_per_layer(config, how) + per_token) + rows * per_row
+    assert planned == pytest.approx(kept, rel=BAND)
+
+
+RECOMPUTED = {
+    "core_attn": ({"modules": ["core_attn"]}, {}),
+    "layernorm": ({"modules": ["layernorm"]}, {}),
+    "mlp": ({"modules": ["mlp"]}, {}),
+    "mlp, TP 2, sequence parallel": ({"modules": ["mlp"]}, {"ranks": 2, "tensor": 2, "sequence": True}),
+    "core_attn and mlp": ({"modules": ["core_attn", "mlp"]}, {}),
+    "5 of 8 layers": ({"layers": 5}, {}),
+    "every 4 layers": ({"every": 4}, {}),
+    "moe": ({"modules": ["moe"]}, {}),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_what_partial_recompute_keeps(name: str) -> None:
+    chosen, layout = RECOMPUTED[name]
+    recompute, parallel = Recompute.model_validate(chosen), Parallel.model_validate(layout)
+    config = mixture(num_hidden_layers=8) if name == "moe" else llama(num_hidden_layers=8)
+    batch = documents([300, 200], parallel)
+    kept = kept_bytes(config, parallel, batch, torch.float32, recompute)
+    how = Layout(parallel.tensor, parallel.sequence, 4, recompute, CPU, chunk_layers=8)
     per_token, per_row = head_saved_bytes(config, how)
     tokens, rows = batch.tokens.numel(), batch.rows.numel()
     planned = tokens * (config.num_layers * saved_per_layer(config, how) + per_token) + rows * per_row

@@ -136,7 +136,7 @@ def test_a_key_like_no_other_gets_the_list_of_keys(tmp_path: Path) -> None:
     path = changed(tmp_path, "    ranks: 2", "    ranks: 2\n    zzz: 1")
     assert refusal(path) == (
         f"{path}:17: unknown key train.parallel.zzz; allowed here: context, distributed_optimizer, expert, "
-        "pipeline, ranks, sequence, tensor, virtual_pipeline"
+        "expert_tensor, overlap, pipeline, ranks, sequence, tensor, virtual_pipeline"
     )
 
 

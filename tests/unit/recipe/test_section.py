@@ -22,7 +22,7 @@ UNKEYED: dict[type[recipe.Section], set[str]] = {
     recipe.Judging: {"workers"},
     recipe.Training: {
         "parallel", "device", "micro_batch_tokens", "pad_documents_to", "recompute", "timeout_s", "max_gap",
-        "checkpoint_every", "keep_checkpoints", "async_checkpoints", "log",
+        "checkpoint_every", "keep_checkpoints", "async_checkpoints", "log", "offload_layers",
     },
 }  # fmt: skip
 

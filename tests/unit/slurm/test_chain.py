@@ -31,6 +31,9 @@ JUDGES_OF_REAL = {  # GPUs of the judge's job, and whether it starts a server
     "qwen2.5_1.5b_1xh200_smoke": (1, False),
     "llama3.3_70b_64xh100_fp8": (8, True),
     "llama3.1_8b_lora_1xh100": (1, False),
+    "llama3.1_8b_offload_1xh100": (1, False),
+    "llama3.3_70b_lora_8xh100": (8, False),
+    "qwen3_30b_a3b_16xh100": (8, False),
 }
 
 
@@ -422,9 +425,11 @@ def test_recipes_for_real_models(
     assert recipe.name == name
     assert recipe.initial_model is not None
     # the run has nothing else than the model's config.json; the smoke model is a small one of the same family
-    known = {"Llama-3.1-8B-Instruct": "llama3.1_8b", "Llama-3.3-70B-Instruct": "llama3.3_70b"}.get(
-        recipe.initial_model.name, "qwen2.5_math_7b"
-    )
+    known = {
+        "Llama-3.1-8B-Instruct": "llama3.1_8b",
+        "Llama-3.3-70B-Instruct": "llama3.3_70b",
+        "Qwen3-30B-A3B-Instruct-2507": "qwen3_30b_a3b",
+    }.get(recipe.initial_model.name, "qwen2.5_math_7b")
     shutil.copytree(repository / "recipes" / "configs" / known, recipe.initial_model)
     (tmp_path / "models" / "Qwen2.5-Math-PRM-7B").mkdir()
     with site.open("a") as file:
