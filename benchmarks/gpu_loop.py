@@ -40,19 +40,24 @@ def missing_inputs(name: str) -> str | None:
     return f"{', '.join(absent)}: not there (the recipe's first lines say how to make it)" if absent else None
 
 
+def has_vllm() -> bool:
+    return bool(importlib.util.find_spec("vllm") or os.environ.get("STEPKTO_SAMPLE_PYTHON"))
+
+
 def settings(name: str, output: Path, device: str, short: bool) -> dict[str, Any]:
     """Keys that differ from the recipe's."""
     on_gpu = device == "cuda"
     keys: dict[str, Any] = {
         "output": str(output), "name": name, "iterations": 1, "sample.workers": 1,
-        "sample.backend": "vllm" if importlib.util.find_spec("vllm") else "transformers",
+        "sample.backend": "vllm" if has_vllm() else "transformers",
         "sample.dtype": "bfloat16" if on_gpu else "float32", "train.device": device, "train.dtype": "bfloat16",
-        "train.parallel": "{ranks: 1}", "evaluate.num_problems": 300, "evaluate.k": 2,
+        "train.parallel": "{ranks: 1}", "evaluate.num_problems": 200, "evaluate.k": 2,
     }  # fmt: skip
     if name == "smollm2":
         keys |= {"warm_up.training.parallel": "{ranks: 1}", "warm_up.training.device": device,
                  "warm_up.training.dtype": "bfloat16", "warm_up.training.micro_batch_tokens": 8192,
-                 "train.micro_batch_tokens": 8192}  # fmt: skip
+                 "train.micro_batch_tokens": 8192, "problems.per_iteration": 48,
+                 "evaluate.num_problems": 64}  # fmt: skip
     if short:
         keys |= {"problems.per_iteration": 16, "evaluate.num_problems": 16, "sample.num_samples": 4}
         if name == "smollm2":

@@ -1,4 +1,4 @@
-"""A GPU's own count of training memory beside what ``stepkto plan`` computes: all weights, LoRA, recomputation.
+"""A GPU's own count of training memory beside what ``stepkto plan`` computes: LoRA, recomputation, offloading.
 
     python -m benchmarks.gpu_memory                               (Llama-8B shape: 4 layers of all weights, 32 of LoRA)
     python -m benchmarks.gpu_memory --shapes tiny --device cpu    (tries the script; a CPU counts no memory)
@@ -6,7 +6,8 @@
 One update and one KL pass per case, random weights and documents as in ``benchmarks.gpu_train``. Two counts of torch's
 allocator: after the start (weights, gradients, optimizer), and at the peak. The plan's allowance for CUDA and NCCL is
 left out, because the allocator does not see it; its 5% for fragmentation is the allocator's reserve and stays.
-A ratio above 1 means that the plan promised too little. Every case is printed as one JSON object on a line.
+A ratio above 1 means that the plan promised too little. Every case is printed as one JSON object on a line; one that
+cannot run here says why.
 """
 
 from __future__ import annotations
@@ -21,15 +22,25 @@ from benchmarks.gpu_train import SHAPES, Bench, Shape, add_arguments, cannot_run
 from benchmarks.gpu_train import start as start_rank
 from benchmarks.gpu_train import stop as stop_rank
 from megatron_stepkto.architectures.llama import LLAMA
+from megatron_stepkto.architectures.model_config import ModelConfig
+from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.records import TrainExample
 from megatron_stepkto.planning.memory import stage_memory
+from megatron_stepkto.recipe.keys import Training
 
-LORA = {"lora": {"rank": 16}}
+LORA = {"lora": {"rank": 16}, "transformer_engine": "off"}
+SHARED = {"parallel": {"distributed_optimizer": True}}
 # Name: layers of the 8B shape, and keys of train. Full training of more layers would need several GPUs.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "LoRA": (32, LORA),
     "LoRA, recompute": (32, {**LORA, "recompute": True}),
     "all weights": (4, {}),
     "all weights, recompute": (4, {"recompute": True}),
+    "optimizer on the host": (4, {**SHARED, "optimizer": {"lr": 1e-6, "offload": 1.0}}),
+    "half of the optimizer on the host": (4, {**SHARED, "optimizer": {"lr": 1e-6, "offload": 0.5}}),
+    "bf16 gradients": (4, {**SHARED, "optimizer": {"lr": 1e-6, "gradient_dtype": "bfloat16"}}),
+    "bf16 moments": (4, {**SHARED, "optimizer": {"lr": 1e-6, "moment_dtype": "bfloat16"}}),
+    "three layers' activations on the host": (4, {"offload_layers": 3}),
 }
 
 
@@ -37,36 +48,37 @@ def measure(shape: Shape, case: str, device: torch.device, **keys: Any) -> dict[
     """GB of 10^9 bytes, planned and counted."""
     layers, own = CASES[case]
     config = shape.config(min(layers, shape.most_layers))
-    chosen = settings(shape, "step_kto", device.type, **keys, **own)
-    examples = documents(shape, 2 * shape.tokens)
-    responses = sum(len(e.token_ids) for e in examples)
-    plan = stage_memory(
-        config, LLAMA.entries(config), chosen, 0, num_micro_batches=2, on_gpu=device.type == "cuda",
-        response_share=responses / (responses + sum(len(e.prompt_token_ids) for e in examples)),
-    )  # fmt: skip
-    row: dict[str, Any] = {
-        "shape": shape.name, "layers": config.num_layers, "case": case, "planned_state_gb": plan.state / 1e9,
-        "planned_peak_gb": (plan.peak - plan.overhead) / 1e9,
-    }  # fmt: skip
-    bench: Bench | None = None
+    row: dict[str, Any] = {"shape": shape.name, "layers": config.num_layers, "case": case}
     try:
-        bench = Bench(config, chosen, device, examples)
-        if device.type == "cuda":
-            row["state_gb"] = torch.cuda.memory_allocated() / 1e9
-            torch.cuda.reset_peak_memory_stats()
-        bench.update()
-        bench.kl_pass()
-        if device.type == "cuda":
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-            row["ratio_state"] = row["state_gb"] / row["planned_state_gb"]
-            row["ratio_peak"] = row["peak_gb"] / row["planned_peak_gb"]
-            row["ratio_reserved"] = row["reserved_gb"] / row["planned_peak_gb"]
-    except torch.cuda.OutOfMemoryError as error:
-        row["not_run"] = str(error).splitlines()[0][:200]
-    bench = None
+        chosen = settings(shape, "step_kto", device.type, **{**keys, **own})
+        fill(row, config, chosen, documents(shape, 2 * shape.tokens), device)
+    except (UserError, ValueError, AssertionError, torch.cuda.OutOfMemoryError) as error:
+        row["not_run"] = " ".join(str(error).split())[:300]
     free_memory(device)
     return row
+
+
+def fill(
+    row: dict[str, Any], config: ModelConfig, chosen: Training, examples: list[TrainExample], device: torch.device
+) -> None:
+    on_gpu = device.type == "cuda"
+    responses = sum(len(e.token_ids) for e in examples)
+    plan = stage_memory(
+        config, LLAMA.entries(config), chosen, 0, num_micro_batches=2, on_gpu=on_gpu,
+        response_share=responses / (responses + sum(len(e.prompt_token_ids) for e in examples)),
+    )  # fmt: skip
+    row |= {"planned_state_gb": plan.state / 1e9, "planned_peak_gb": (plan.peak - plan.overhead) / 1e9}
+    bench = Bench(config, chosen, device, examples)
+    if on_gpu:
+        row["state_gb"] = torch.cuda.memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+    bench.update()
+    bench.kl_pass()
+    if on_gpu:
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        row["ratio_state"] = row["state_gb"] / row["planned_state_gb"]
+        row["ratio_peak"] = row["peak_gb"] / row["planned_peak_gb"]
 
 
 def main() -> None:

@@ -155,7 +155,7 @@ def main() -> None:
     here.add_argument(
         "--also", type=Path, nargs="+", default=[], metavar="FILE", help="further files, such as a model's"
     )
-    here.add_argument("--limit-mib", type=float, default=56, help="of a folder (default 56)")
+    here.add_argument("--limit-mib", type=float, default=57, help="of a folder (default 57)")
     here.set_defaults(run=make)
     there = commands.add_parser("take", help="on the GPU machine: keep a folder that has arrived")
     there.add_argument("folder", type=Path)

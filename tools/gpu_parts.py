@@ -45,8 +45,10 @@ class Part:
         module: what ``python -m`` runs, with its arguments, on a GPU.
         rehearsal: the same at reduced size on a CPU.
         limit_s: of the part on a GPU, its start included.
-        gpu_s: seconds that the full size adds to the rehearsal's on an H100, by arithmetic: model FLOPs at 40% of 800
-            TFLOP/s; 10 s per process that starts CUDA; 25 ms per decoded token of a batch, 0.3 s per test.
+        gpu_s: seconds on an H100 beside what the processor does, by arithmetic: model FLOPs at 40% of 800 TFLOP/s, 10 s
+            for CUDA and kernels of a part's processes, 1 ms per layer and decoded token of a batch, 60 ms per update of
+            a small model.
+        host_bound: the processor does on a GPU machine what it does in the rehearsal; else only its programs start.
     """
 
     name: str
@@ -55,39 +57,45 @@ class Part:
     rehearsal: tuple[str, ...]
     limit_s: int
     gpu_s: float
+    host_bound: bool = False
 
 
 # The order is that of what is worth most: a GPU may be taken away at any time.
 PARTS = (
+    # CUDA and kernels of two programs
     Part("tests", "tests/gpu in float32 and bf16 on local layers", (*PYTEST, "-m", "gpu and not transformer_engine"),
-         (*PYTEST, "-m", "gpu and not transformer_engine"), 100, 20),
-    # 10 layers, 32,768 tokens: 1.7 s per update; 7 of each method, 4 KL and 4 reference passes
+         (*PYTEST, "-m", "gpu and not transformer_engine"), 110, 15, host_bound=True),
+    # 10 layers, 32,768 tokens: 1.7 s per update, 7 of each method; 4 KL and 4 reference passes of 0.6 s
     Part("train_8b", "8B-shaped slice in bf16 on local layers: Step-KTO, supervised",
          ("benchmarks.gpu_train", "--shapes", "8b", "--cases", "step_kto", "supervised", "--transformer-engine", "off",
           "--repeats", "5"),
          ("benchmarks.gpu_train", *TINY, "--cases", "step_kto", "supervised", "--repeats", "2"), 80, 45),
-    # 6 heads of 34 TFLOP (four products of 8.6), 7 times and once for memory
+    # 7 heads of 34 TFLOP (four products), 9 times each
     Part("head", "log-prob head against full logits and Liger's kernel", ("benchmarks.gpu_head", "--repeats", "5"),
          ("benchmarks.gpu_head", "--device", "cpu", "--tokens", "256", "--words", "4096", "--hidden", "128",
-          "--repeats", "2"), 40, 20),
+          "--repeats", "2"), 40, 15),
+    # 600 updates for the curves, 280 for the rest, checkpoints
     Part("te_tests", "tests/gpu on Transformer Engine's layers: FP8 against bf16",
-         (*PYTEST, "-m", "transformer_engine"), (*PYTEST, "-m", "transformer_engine"), 110, 70),
+         (*PYTEST, "-m", "transformer_engine"), (*PYTEST, "-m", "transformer_engine"), 120, 85),
+    # 5 updates of 2 cases, 8 passes
     Part("te_train_8b", "8B-shaped slice on Transformer Engine's layers: bf16, FP8",
          ("benchmarks.gpu_train", "--shapes", "8b", "--cases", "step_kto", "fp8_current", "--transformer-engine",
           "required", "--repeats", "3"),
-         ("benchmarks.gpu_train", *TINY, "--transformer-engine", "required"), 60, 40),
-    # 2 layers and the head, 16,384 tokens: 0.9 s per update
+         ("benchmarks.gpu_train", *TINY, "--transformer-engine", "required"), 60, 35),
+    # 2 layers, 16,384 tokens: 0.9 s per update, 5 of 3 cases, 8 passes
     Part("te_train_70b", "70B-shaped slice on Transformer Engine's layers: bf16, FP8",
          ("benchmarks.gpu_train", "--shapes", "70b", "--cases", "step_kto", "fp8_current", "fp8_blockwise",
           "--transformer-engine", "required", "--repeats", "3"),
-         ("benchmarks.gpu_train", *TINY, "--transformer-engine", "required"), 60, 35),
-    # 16,384 tokens: 32 layers of LoRA twice (1.2 s and 1.6 s), 4 layers twice
-    Part("memory", "memory against the plan: LoRA, all weights, recomputation",
-         ("benchmarks.gpu_memory", "--transformer-engine", "off"), ("benchmarks.gpu_memory", *TINY), 60, 35),
+         ("benchmarks.gpu_train", *TINY, "--transformer-engine", "required"), 60, 30),
+    # 16,384 tokens: 32 layers of LoRA twice (2.2 s and 3 s), 4 layers seven times; 17 GB of host memory to pin, twice
+    Part("memory", "memory against the plan: LoRA, recomputation, offloading", ("benchmarks.gpu_memory",),
+         ("benchmarks.gpu_memory", *TINY), 90, 50),
+    # 3 layers: 64 batches of 50 to 96 tokens; 40 updates; CUDA of six programs
     Part("mini", "one iteration of recipes/mini_cpu.yaml in bf16", ("benchmarks.gpu_loop", "mini"),
-         ("benchmarks.gpu_loop", "mini", "--device", "cpu", "--short"), 100, 50),
+         ("benchmarks.gpu_loop", "mini", "--device", "cpu", "--short"), 120, 45, host_bound=True),
+    # 30 layers: 12 batches of 96 tokens; 72 updates; CUDA of seven programs
     Part("smollm2", "one iteration of SmolLM2-135M on word problems in bf16", ("benchmarks.gpu_loop", "smollm2"),
-         ("benchmarks.gpu_loop", "smollm2", "--device", "cpu", "--short"), 100, 60),
+         ("benchmarks.gpu_loop", "smollm2", "--device", "cpu", "--short"), 120, 60, host_bound=True),
 )  # fmt: skip
 
 # Versions without importing anything: an import of torch alone takes seconds.
@@ -108,7 +116,8 @@ print(json.dumps(found))
 class Result:
     """One line of results.jsonl. status: ok, failed, out of time, skipped or interrupted.
 
-    seconds: by the clock; processor_s: of all its processes, user and system.
+    seconds: by the clock. processor_s: of all its processes, user and system. start_s: of the processor, until torch and
+    Megatron-Core are imported; measured in a rehearsal.
     """
 
     part: str
@@ -120,6 +129,7 @@ class Result:
     figures: list[dict[str, Any]]
     begun: str = ""
     rehearsal: bool = False
+    start_s: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
     commit: str = ""
@@ -239,6 +249,12 @@ def device_of(rehearse: bool) -> str:
     return describe(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
 
 
+def start_seconds(python: Path) -> float:
+    before = _processor_seconds()
+    describe([str(python), "-W", "ignore", "-c", "import torch, megatron.core, transformers"])
+    return round(_processor_seconds() - before, 1)
+
+
 def run_parts(
     parts: Sequence[Part], python: Path, out: Path, *, rehearse: bool = False, budget_s: float = BUDGET_S
 ) -> list[Result]:
@@ -247,6 +263,7 @@ def run_parts(
     versions = describe([str(python), "-c", VERSIONS])
     about: dict[str, Any] = {
         "rehearsal": rehearse,
+        "start_s": start_seconds(python) if rehearse else 0.0,
         "versions": json.loads(versions) if versions.startswith("{") else {"python": versions},
         "device": device_of(rehearse),
         "commit": describe(["git", "describe", "--always", "--dirty"]),
@@ -273,9 +290,9 @@ def run_parts(
 
 
 def estimate_s(part: Part, result: Result) -> float:
-    """Seconds on an H100 with 16 free cores: the rehearsal's own (of the clock or of the processors, whichever is less:
-    the machine may have been busy) as if a faster machine gained nothing, and what the full size adds."""
-    return min(result.seconds, result.processor_s) + part.gpu_s
+    """Seconds on an H100 with 16 free cores: what the processor does, as if those cores were no faster than the
+    rehearsal's one, and what the GPU does."""
+    return (result.processor_s if part.host_bound else result.start_s) + part.gpu_s
 
 
 def table(parts: Sequence[Part], results: Sequence[Result]) -> str:
