@@ -116,8 +116,8 @@ print(json.dumps(found))
 class Result:
     """One line of results.jsonl. status: ok, failed, out of time, skipped or interrupted.
 
-    seconds: by the clock. processor_s: of all its processes, user and system. start_s: of the processor, until torch and
-    Megatron-Core are imported; measured in a rehearsal.
+    seconds: by the clock. processor_s: of all its processes, user and system. start_s: of the processor, until torch
+    and Megatron-Core are imported; measured in a rehearsal.
     """
 
     part: str
