@@ -54,8 +54,10 @@ def settings(name: str, output: Path, device: str, short: bool) -> dict[str, Any
         "train.parallel": "{ranks: 1}", "evaluate.num_problems": 200, "evaluate.k": 2,
     }  # fmt: skip
     if name == "smollm2":
-        keys |= {"warm_up.training.parallel": "{ranks: 1}", "warm_up.training.device": device,
-                 "warm_up.training.dtype": "bfloat16", "warm_up.training.micro_batch_tokens": 8192,
+        # On most CPUs bf16 products of this size take minutes.
+        dtype = "bfloat16" if on_gpu else "float32"
+        keys |= {"warm_up.training.parallel": "{ranks: 1}", "warm_up.training.device": device, "train.dtype": dtype,
+                 "warm_up.training.dtype": dtype, "warm_up.training.micro_batch_tokens": 8192,
                  "train.micro_batch_tokens": 8192, "problems.per_iteration": 48,
                  "evaluate.num_problems": 64}  # fmt: skip
     if short:
