@@ -1,8 +1,8 @@
-"""Regenerate requirements/gpu-train.lock and gpu-sample.lock: ``python tools/gpu_lock.py`` (a minute; reads metadata only).
+"""Regenerate requirements/gpu-train.lock and gpu-sample.lock: ``python tools/gpu_lock.py``.
 
-The direct requirements are pyproject.toml's and requirements/gpu-KIND.in. Other packages keep the versions that are tested
-on the CPU (cpu.lock, py312.lock) where the GPU builds allow them. It needs uv (``pip install uv``). Package indexes are
-those that uv is configured for; none is written into a lock.
+It takes a minute, reads metadata only, and needs uv (``pip install uv``). The direct requirements are those of
+pyproject.toml and requirements/gpu-KIND.in. Other packages have the versions that are tested on the CPU (cpu.lock,
+py312.lock). Package indexes are those that uv is configured for; none is written into a lock.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def download_size(locked: dict) -> int:
         markers = " ".join(package.get("resolution-markers", []))
         if "< '3.12'" in markers and ">= '3.12'" not in markers:
             continue
-        wheels = [w["size"] for w in package.get("wheels", []) if re.search(r"-(cp312|py3|py2\.py3|cp3\d+-abi3)", w["url"])]
+        fitting = re.compile(r"-(cp312|py3|py2\.py3|cp3\d+-abi3)")
+        wheels = [wheel["size"] for wheel in package.get("wheels", []) if fitting.search(wheel["url"])]
         if wheels or "sdist" in package:
             total += min(wheels) if wheels else package["sdist"]["size"]
     return total
