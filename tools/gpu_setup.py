@@ -33,10 +33,13 @@ LOGS = ROOT / "build" / "gpu_setup"  # of what happens outside an environment
 PYTHONS = ((3, 12), (3, 11))  # pyproject.toml: requires-python
 KINDS = ("train", "sample")
 CUDA_MAJOR, DRIVER = 13, 580  # of the locks, and the first driver branch that runs it
+VENV = [sys.executable, "-m", "venv"]
+CUDA_DEFAULT = Path("/usr/local/cuda")  # where CUDA's own installer puts it
 INSTALLED_GB = {"train": 8, "sample": 12}  # what an environment takes on the disk
 ENGINE = ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")
 ENGINE_TORCH = ENGINE[2]  # a source package: compiled against the torch that is installed
 ENGINE_CORE_MINUTES = 18  # to compile it: minutes x cores
+ENGINE_STATES = {"required": ["with"], "optional": ["with", "without"], "off": ["without"]}
 LACKS = "Transformer Engine (FP8, context parallelism)"
 
 
@@ -121,7 +124,7 @@ def compiler_faults() -> Iterator[str]:
     or_without = f"or add GPU_ARGS='--transformer-engine off' to go without {LACKS}"
     nvcc = find_nvcc()
     if nvcc is None:
-        places = "on PATH, in CUDA_HOME and in /usr/local/cuda"
+        places = f"in CUDA_HOME, on PATH and in {CUDA_DEFAULT}"
         yield f"expected nvcc of CUDA {CUDA_MAJOR}, found none {places}; install it, {or_without}"
     else:
         done = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, timeout=60, check=False)
@@ -137,9 +140,8 @@ def compiler_faults() -> Iterator[str]:
 
 
 def find_nvcc() -> Path | None:
-    """In CUDA_HOME, on the path, or where CUDA's own installer puts it."""
     places = [f"{os.environ['CUDA_HOME']}/bin/nvcc" if os.environ.get("CUDA_HOME") else None, shutil.which("nvcc"),
-              "/usr/local/cuda/bin/nvcc"]  # fmt: skip
+              CUDA_DEFAULT / "bin" / "nvcc"]  # fmt: skip
     return next((Path(place) for place in places if place and Path(place).is_file()), None)
 
 
@@ -270,14 +272,19 @@ class Environment:
         """The packages to install; Transformer Engine's are left out where it is off."""
         return [pin for pin in self.pins if self.options.engine != "off" or pin.name not in ENGINE]
 
-    def state(self) -> str:
-        """Of a finished environment: what it was made from."""
-        parts = [sys.version, self.options.engine, str(self.options.apex), *(pin.text for pin in self.pins)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest() + "\n"
+    def stamp(self) -> str:
+        """What it is made from: the Python and the lock."""
+        return hashlib.sha256("\n".join([sys.version, *(pin.text for pin in self.pins)]).encode()).hexdigest()
 
     def is_ready(self) -> bool:
-        stamp = self.folder / ".ready"
-        return stamp.is_file() and stamp.read_text(encoding="utf-8") == self.state()
+        """Whether it is there, from this lock, with at least what is asked for."""
+        path = self.folder / ".ready"
+        stamp, engine, apex = path.read_text(encoding="utf-8").split("\n")[:3] if path.is_file() else ("", "", "")
+        return (
+            stamp == self.stamp()
+            and (self.kind != "train" or engine in ENGINE_STATES[self.options.engine])
+            and (self.kind != "train" or not self.options.apex or apex == str(self.options.apex))
+        )
 
     def make(self) -> str:
         """Makes it from nothing, so that it holds what the lock holds; returns what it holds."""
@@ -289,16 +296,17 @@ class Environment:
         where = f"from {self.options.wheels}" if self.options.wheels else f"{size and size[1]} to download"
         pins = [pin for pin in self.wanted() if pin.name not in ENGINE]
         print(f"{self.folder.name}: {len(pins)} packages, {where}, about {INSTALLED_GB[self.kind]} GB here", flush=True)
-        run("virtual environment", [sys.executable, "-m", "venv", str(self.folder)],
+        run("virtual environment", [*VENV, str(self.folder)],
             LOGS / "venv.log")  # fmt: skip
         self.install("packages", pins)
-        engine = self.add_transformer_engine() if self.kind == "train" else ""
+        without = self.add_transformer_engine() if self.kind == "train" else ""
         if self.options.apex and self.kind == "train":
             self.add_apex(self.options.apex)
         self.pip("this package", ["--no-deps", "--no-build-isolation", "--no-index", "--editable", str(ROOT)])
         run("consistency", [str(self.python), "-m", "pip", "check"], self.logs / "check.log")
-        said = self.probe() + engine
-        (self.folder / ".ready").write_text(self.state(), encoding="utf-8")
+        said = self.probe() + (f"; without {LACKS}: {without}" if without else "")
+        has_engine = "without" if without else "with"
+        (self.folder / ".ready").write_text(f"{self.stamp()}\n{has_engine}\n{self.options.apex}\n", encoding="utf-8")
         print(f"{self.folder.name}: ready after {time.monotonic() - begun:.0f} s: {said}", flush=True)
         return said
 
@@ -314,8 +322,9 @@ class Environment:
         run(f"{self.kind}: {what}", [*command, *arguments], self.logs / f"{what.replace(' ', '_')}.log", total, **env)
 
     def add_transformer_engine(self) -> str:
+        """Returns why it is left out, or nothing."""
         if self.options.engine == "off":
-            return f"; without {LACKS}: off"
+            return "off"
         try:
             if faults := list(compiler_faults()):
                 raise SetupError(faults[0])
@@ -336,7 +345,7 @@ class Environment:
             if self.logs.joinpath("transformer_engine.log").exists():
                 command = [str(self.python), "-m", "pip", "uninstall", "--quiet", "--yes", *ENGINE]
                 run("transformer engine", command, self.logs / "te_removed.log")
-            return f"; without {LACKS}: {error}"
+            return str(error)
         return ""
 
     def compiler_settings(self, jobs: int) -> dict[str, str]:
@@ -387,7 +396,7 @@ def compile_jobs() -> int:
 
 # --- the folder of wheels, and an image that brings most packages ------------------------------------------------
 
-# pip downloads a source package only where it can compute its metadata: enough of torch and CUDA for Transformer Engine.
+# pip downloads a source package only where it can compute its metadata: enough of torch and CUDA for that.
 TORCH_STUB = {
     "torch/__init__.py": f"class version: cuda = '{CUDA_MAJOR}.0'\n",
     "torch/utils/__init__.py": "",
@@ -407,7 +416,7 @@ def download(folder: Path, kinds: Sequence[str]) -> str:
         pip = [f"{scratch}/venv/bin/python", "-m", "pip", "--disable-pip-version-check"]
         get = [*pip, "download", "--no-deps", "--progress-bar=off", "--require-hashes", f"--find-links={folder}",
                f"--dest={folder}"]  # fmt: skip
-        run("virtual environment", [sys.executable, "-m", "venv", f"{scratch}/venv"], LOGS / "venv.log")
+        run("virtual environment", [*VENV, f"{scratch}/venv"], LOGS / "venv.log")
         for kind in kinds:
             pins = read_lock(lock_path(kind), python)
             every += pins
