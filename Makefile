@@ -22,7 +22,7 @@ GPU_SETUP = $(PYTHON_GPU) tools/gpu_setup.py
 VENV019 := .venv-megatron-0.19
 PIP019 := $(VENV019)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all real unit lint setup demo-short compare gsm8k figures m0 gpu gpu-wheels gpu-smoke megatron-019 benchmark-trl clean
+.PHONY: demo test test-all real unit lint setup demo-short compare gsm8k figures m0 gpu gpu-wheels gpu-smoke images megatron-019 benchmark-trl clean
 
 demo: setup
 	$(BIN)/stepkto run recipes/mini_cpu.yaml
@@ -58,6 +58,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint containers/*.Dockerfile
 
 # Layouts, resume, checkpoints and unit tests on Megatron-Core 0.19 (Python 3.12, no vLLM), then trainings that start under
 # one version and finish under the other.
@@ -92,6 +93,19 @@ gpu:
 gpu-wheels:
 	@test -n "$(WHEELS)" || { echo "error: expected a folder, make gpu-wheels WHEELS=DIR"; exit 2; }
 	@$(GPU_SETUP) --download $(WHEELS) $(GPU_ARGS)
+
+# The images of containers/: with Docker stepkto-train and stepkto-sample, or build/images/*.sif with IMAGES=apptainer.
+IMAGES ?= docker
+images:
+	@command -v $(IMAGES) >/dev/null || { echo "error: expected $(IMAGES) on PATH, found none; try make images IMAGES=apptainer"; exit 2; }
+ifeq ($(IMAGES),docker)
+	docker build --file containers/train.Dockerfile --tag stepkto-train .
+	docker build --file containers/sample.Dockerfile --tag stepkto-sample .
+else
+	mkdir -p build/images
+	$(IMAGES) build --force build/images/train.sif containers/train.def
+	$(IMAGES) build --force build/images/sample.sif containers/sample.def
+endif
 
 # Checks the GPU path in .venv-gpu-train, in under ten minutes beside the installation. Offline from a folder of wheels:
 # make gpu-smoke WHEELS=DIR. In a complete environment: GPU_SMOKE_ARGS=--here.

@@ -26,8 +26,8 @@ STOP_LEAD=600                           # seconds before the limit when a job is
 
 # --- programs --------------------------------------------------------------------------------------------------
 CONTAINER=none                          # none, apptainer or enroot (with Pyxis)
-IMAGE_TRAIN=                            # Megatron-Core, torch, Transformer Engine: .sif, or an enroot image
-IMAGE_SAMPLE=                           # vLLM
+IMAGE_TRAIN=                            # of `make images`: build/images/train.sif, or an enroot image
+IMAGE_SAMPLE=                           # build/images/sample.sif
 MOUNTS=$HOME,/scratch                   # what a container sees of the cluster, separated by commas: this checkout,
                                         # runs, models, problems
 
