@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -76,6 +77,7 @@ def read_lock(path: Path, python: tuple[int, int]) -> list[Pin]:
 
 
 def write_lock(path: Path, pins: Sequence[Pin]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(pin.text for pin in pins), encoding="utf-8")
     return str(path)
 
@@ -311,7 +313,6 @@ class Environment:
         return said
 
     def install(self, what: str, pins: Sequence[Pin], **env: str) -> None:
-        self.logs.mkdir(exist_ok=True)
         listed = write_lock(self.logs / f"{what.replace(' ', '_')}.lock", pins)
         offline = ["--no-index", "--find-links", str(self.options.wheels)] if self.options.wheels else []
         self.pip(what, [*offline, "--no-deps", "--no-build-isolation", "--require-hashes", "-r", listed],
@@ -375,6 +376,7 @@ class Environment:
         modules = ["megatron_stepkto", "megatron.core" if self.kind == "train" else "vllm"]
         shown = ["torch", "megatron-core", "transformer-engine", "apex", "vllm"]
         script = f"""
+import importlib
 import importlib
 import importlib.metadata
 import torch
@@ -443,28 +445,38 @@ def download(folder: Path, kinds: Sequence[str]) -> str:
     return f"{folder} holds every file for Python {python[0]}.{python[1]}, {size / 1e9:.1f} GB"
 
 
-def complete(kind: str) -> str:
-    """Adds to the running Python, that of an image, the packages of a lock that it lacks; what it has stays.
+def complete() -> str:
+    """Adds to the running Python, that of vLLM's image, what this package needs besides; what the image has stays.
 
     Raises:
         SetupError: the image's vLLM is not the lock's, or what it has does not satisfy this package.
     """
-    pins = {normal(pin.name): pin for pin in read_lock(lock_path(kind), sys.version_info[:2])}
+    import tomllib  # not in the Pythons that machine_faults() refuses
+
+    pins = {normal(pin.name): pin for pin in read_lock(lock_path("sample"), sys.version_info[:2])}
     have = {normal(each.name): each.version for each in importlib.metadata.distributions()}
     if have.get("vllm") != pins["vllm"].version:
         raise SetupError(f"expected an image with vLLM {pins['vllm'].version}, found {have.get('vllm', 'none')}")
-    lacking = [pin for name, pin in pins.items() if name not in have]
-    with tempfile.TemporaryDirectory() as scratch:
-        listed = write_lock(Path(scratch, "lacking.lock"), lacking)
-        install = [sys.executable, "-m", "pip", "install", "--no-cache-dir", "--progress-bar=off", "--no-deps"]
-        run("packages", [*install, "--require-hashes", "-r", listed], LOGS / "complete.log", len(lacking))
-        run("this package", [*install, "--no-build-isolation", "--no-index", "--editable", str(ROOT)],
-            LOGS / "complete_package.log")  # fmt: skip
+    install = [sys.executable, "-m", "pip", "install", "--progress-bar=off", "--no-deps"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted, added = project["dependencies"], []
+    while lacking := sorted({name for name in map(requirement_name, wanted) if name in pins and name not in have}):
+        listed = write_lock(LOGS / "lacking.lock", [pins[name] for name in lacking])
+        run("packages", [*install, "--require-hashes", "-r", listed], LOGS / "packages.log", len(lacking))
+        importlib.invalidate_caches()
+        have |= {name: pins[name].version for name in lacking}
+        wanted = [line for name in lacking for line in importlib.metadata.requires(name) or []]
+        added += [f"{name} {pins[name].version}" for name in lacking]
+    run("this package", [*install, "--no-build-isolation", "--no-index", "--editable", str(ROOT)], LOGS / "package.log")
     done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
-    faults = [line for line in done.stdout.splitlines() if line.startswith("megatron-stepkto")]
-    if faults:
+    if faults := [line for line in done.stdout.splitlines() if line.startswith(project["name"])]:
         raise SetupError(f"the image's packages do not fit: {'; '.join(faults)}", 1)
-    return f"added {', '.join(f'{pin.name} {pin.version}' for pin in lacking) or 'nothing'}"
+    return f"added {', '.join(added) or 'nothing'}"
+
+
+def requirement_name(requirement: str) -> str:
+    """The normalised name in NAME, NAME>=1, NAME[extra] ...: all that counts here, since the lock is complete."""
+    return normal(re.split(r"[^\w.-]", requirement, maxsplit=1)[0])
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -510,7 +522,7 @@ def main() -> None:
                       not arguments.without_gpu, arguments.apex and arguments.apex.resolve())  # fmt: skip
     try:
         if arguments.complete:
-            print(complete("sample"))
+            print(complete())
             return
         if arguments.download:
             if faults := list(machine_faults(need_gpu=False)):

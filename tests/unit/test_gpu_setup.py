@@ -54,12 +54,14 @@ for path in {[str(path) for path in Path(pip.__file__).parents[1].glob("pip*")]}
 """
 
 
-def write_wheel(folder: Path, name: str, version: str, files: dict[str, str], tag: str = "py3-none-any") -> Path:
+def write_wheel(
+    folder: Path, name: str, version: str, files: dict[str, str], tag: str = "py3-none-any", requires: str = ""
+) -> Path:
     stem = f"{name.replace('-', '_')}-{version}"
     info = f"{stem}.dist-info"
     files = {
         **files,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}",
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n",
     }
     record = ""

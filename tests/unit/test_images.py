@@ -1,4 +1,4 @@
-"""containers/: Dockerfiles and Apptainer definitions are the same, of the locks' versions, and install in a clean Python."""
+"""containers/: Dockerfiles and Apptainer definitions agree with each other and the locks; their steps run."""
 
 from __future__ import annotations
 
@@ -104,7 +104,11 @@ def test_the_sampling_image_gets_what_it_lacks(tmp_path: Path, vllm: str) -> Non
     [packages] = image.glob("lib/python*/site-packages")
     for name, version in (("vllm", vllm), ("numpy", "2.3.4")):
         subprocess.run(["unzip", "-q", write_wheel(tmp_path, name, version, {}), "-d", packages], check=True)
-    pins = {f"{name}==1.0": write_wheel(wheels, name, "1.0", {}) for name in ("vllm", "numpy", "math-verify")}
+    needs = "Requires-Dist: latex2sympy2_extended==1.0\nRequires-Dist: not-on-linux ; sys_platform == 'win32'\n"
+    pins = {
+        f"{name}==1.0": write_wheel(wheels, name, "1.0", {}, requires=needs if name == "math-verify" else "")
+        for name in ("vllm", "numpy", "math-verify", "latex2sympy2-extended", "of-vllm-alone")
+    }
     for path in wheels.iterdir():
         name = path.name.split("-")[0].replace("_", "-")
         (index / name).mkdir(parents=True)
@@ -114,7 +118,9 @@ def test_the_sampling_image_gets_what_it_lacks(tmp_path: Path, vllm: str) -> Non
     for file in ("containers/install.sh", "tools/gpu_setup.py"):
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "requirements" / "gpu-sample.lock").write_text(lock_of(pins))
-    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    (tmp_path / "pyproject.toml").write_text(
+        f'{PYPROJECT}[project]\nname = "megatron-stepkto"\ndependencies = ["numpy>=2,<3", "math-verify==1.0"]\n'
+    )
     package = write_wheel(tmp_path, "megatron-stepkto", "0.1", {"megatron_stepkto.py": ""})
     (tmp_path / "backend.py").write_text(
         "import os, shutil\n"
@@ -131,6 +137,6 @@ def test_the_sampling_image_gets_what_it_lacks(tmp_path: Path, vllm: str) -> Non
         assert done.returncode == 2
         return
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "added math-verify 1.0\n"  # its own numpy stays
+    assert done.stdout == "added math-verify 1.0, latex2sympy2-extended 1.0\n"  # its own numpy stays
     installed = {path.name for path in packages.glob("*.dist-info")}
     assert {"numpy-2.3.4.dist-info", "math_verify-1.0.dist-info", "megatron_stepkto-0.1.dist-info"} <= installed
