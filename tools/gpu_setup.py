@@ -113,7 +113,10 @@ def driver_fault() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return f"{wanted}, found no nvidia-smi"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{wanted}, but nvidia-smi does not answer"
     found = re.match(r"(\d+)\.", done.stdout)
     if done.returncode or not found:
         said = (done.stderr or done.stdout).strip().splitlines()
@@ -298,8 +301,7 @@ class Environment:
         where = f"from {self.options.wheels}" if self.options.wheels else f"{size and size[1]} to download"
         pins = [pin for pin in self.wanted() if pin.name not in ENGINE]
         print(f"{self.folder.name}: {len(pins)} packages, {where}, about {INSTALLED_GB[self.kind]} GB here", flush=True)
-        run("virtual environment", [*VENV, str(self.folder)],
-            LOGS / "venv.log")  # fmt: skip
+        run("virtual environment", [*VENV, str(self.folder)], LOGS / "venv.log")
         self.install("packages", pins)
         without = self.add_transformer_engine() if self.kind == "train" else ""
         if self.options.apex and self.kind == "train":
@@ -329,9 +331,8 @@ class Environment:
         try:
             if faults := list(compiler_faults()):
                 raise SetupError(faults[0])
-            self.install(
-                "transformer engine", [pin for pin in self.pins if pin.name in ENGINE and pin.name != ENGINE_TORCH]
-            )
+            core = [pin for pin in self.pins if pin.name in ENGINE and pin.name != ENGINE_TORCH]
+            self.install("transformer engine", core)
             jobs = compile_jobs()
             minutes = max(1, round(ENGINE_CORE_MINUTES / jobs))
             print(f"  compiling {ENGINE_TORCH}: about {minutes} minutes with {jobs} compilers", flush=True)
@@ -363,6 +364,8 @@ class Environment:
             "MAX_JOBS": str(jobs),
             # Otherwise its setup.py fetches a compiled wheel from a release page, past the lock's hashes.
             "NVTE_PYTORCH_FORCE_BUILD": "TRUE",
+            # pip's cache does not know which torch a wheel was compiled against.
+            "PIP_NO_CACHE_DIR": "1",
         }
 
     def add_apex(self, source: Path) -> None:
@@ -376,7 +379,6 @@ class Environment:
         modules = ["megatron_stepkto", "megatron.core" if self.kind == "train" else "vllm"]
         shown = ["torch", "megatron-core", "transformer-engine", "apex", "vllm"]
         script = f"""
-import importlib
 import importlib
 import importlib.metadata
 import torch
@@ -392,8 +394,12 @@ if {self.options.gpu!r} and not torch.cuda.is_available():
 
 def compile_jobs() -> int:
     """Compilers at a time: one takes up to 3 GB. MAX_JOBS overrides."""
+    if given := os.environ.get("MAX_JOBS"):
+        if not re.fullmatch("[1-9][0-9]*", given):
+            raise SetupError(f"MAX_JOBS: expected a number of compilers of at least 1, found {given!r}")
+        return int(given)
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return int(os.environ.get("MAX_JOBS") or max(1, min(len(os.sched_getaffinity(0)), int(memory_gb // 3))))
+    return max(1, min(len(os.sched_getaffinity(0)), int(memory_gb // 3)))
 
 
 # --- the folder of wheels, and an image that brings most packages ------------------------------------------------
@@ -490,7 +496,7 @@ def check(environments: Sequence[Environment], options: Options) -> None:
     """
     faults = list(machine_faults(options.gpu))
     todo = [environment for environment in environments if not environment.is_ready()]
-    if options.engine == "required" and any(environment.kind == "train" for environment in todo):
+    if (options.engine == "required" or options.apex) and any(environment.kind == "train" for environment in todo):
         faults += compiler_faults()
     if options.apex and not (options.apex / "setup.py").is_file():
         faults.append(f"{options.apex}: expected a checkout of NVIDIA Apex, found no setup.py in it")
@@ -531,6 +537,8 @@ def main() -> None:
             return
         environments = [Environment(kind, options) for kind in kinds]
         check(environments, options)
+        if options.engine != "off" or options.apex:
+            compile_jobs()
         for environment in environments:
             if arguments.check or environment.is_ready():
                 print(f"{environment.folder.name}: {'ready' if environment.is_ready() else 'can be made here'}")
@@ -539,6 +547,12 @@ def main() -> None:
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.code) from None
+    except KeyboardInterrupt:
+        print("interrupted; run it again to start over", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:  # no space left, a folder that cannot be written
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def environment(wheels: Path | None) -> str:
         "optional",
     ]
     offline = ["--wheels", str(wheels)] if wheels else []
+    print(f"  its progress: {OUTPUT / 'environment.log'}", flush=True)
     return run([*setup, *offline], OUTPUT / "environment.log", INSTALL_LIMIT_S).splitlines()[-1]
 
 
