@@ -1,5 +1,5 @@
 # The settings of your cluster. Copy to slurm/site.sh and edit; every job sources it. It is bash: quote paths.
-# shellcheck shell=bash disable=SC1091,SC2034
+# shellcheck shell=bash disable=SC1090,SC1091,SC2034
 
 STEPKTO_HOME=$HOME/megatron-stepkto     # this checkout, after `make gpu`, on a file system that all nodes see
 
