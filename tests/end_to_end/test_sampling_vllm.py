@@ -23,7 +23,6 @@ from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.recipe.prompts import load_tokenizer
 from megatron_stepkto.sampling.draw import DrawResult, new_drawing
 from megatron_stepkto.sampling.job import Pass, PromptRow
-from tests.slurm.environments import make_environment
 
 pytestmark = [
     pytest.mark.vllm,
@@ -102,18 +101,6 @@ def test_every_sample_is_there_once_and_whole(undisturbed: DrawResult, model: Pa
     assert counts["tokens"] == sum(len(s.token_ids) for name in ("greedy", "samples") for s in read(undisturbed, name))
     directory = undisturbed.paths["greedy"].parent
     assert sorted(path.name for path in directory.iterdir()) == ["greedy.jsonl", "logs", "samples.jsonl"]
-
-
-@pytest.mark.long
-def test_vllm_of_another_environment(
-    undisturbed: DrawResult, model: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after ``make gpu``: this process has no vLLM, that of STEPKTO_SAMPLE_PYTHON no Megatron-Core."""
-    python = make_environment(tmp_path / "sample", "sample", repository) / "python"
-    monkeypatch.setenv("STEPKTO_SAMPLE_PYTHON", str(python))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    result = draw_all(model, tmp_path / "drawn", workers=1)
-    assert [s.token_ids for s in read(result, "samples")] == [s.token_ids for s in read(undisturbed, "samples")]
 
 
 def test_greedy_is_what_transformers_decodes(undisturbed: DrawResult, model: Path) -> None:
