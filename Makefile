@@ -1,7 +1,8 @@
 # make demo   sets itself up, then runs the whole Step-KTO loop on the CPU (recipes/mini_cpu.yaml)
 # make test   sets itself up, then runs every test that this machine can run
+# make gpu    sets up a machine with NVIDIA GPUs
 #
-# Both create a virtual environment in .venv, which contains the command stepkto. They change nothing else.
+# The first two create a virtual environment in .venv, which contains the command stepkto. They change nothing else.
 
 PYTHON ?= python3.11
 # Used only if the default package index has no CPU build of torch.
@@ -15,10 +16,13 @@ READY := $(VENV)/.ready
 
 # For the target megatron-019: the same package on the newest Megatron-Core, which needs Python 3.12.
 PYTHON312 ?= python3.12
+# For GPUs: Python 3.12 (Megatron-Core 0.19) where it is there, unless PYTHON is given.
+PYTHON_GPU = $(if $(filter file,$(origin PYTHON)),$(or $(shell python3.12 -c "print('python3.12')" 2>/dev/null),$(PYTHON)),$(PYTHON))
+GPU_SETUP = $(PYTHON_GPU) tools/gpu_setup.py
 VENV019 := .venv-megatron-0.19
 PIP019 := $(VENV019)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all real unit lint setup demo-short compare gsm8k figures m0 gpu-smoke megatron-019 benchmark-trl clean
+.PHONY: demo test test-all real unit lint setup demo-short compare gsm8k figures m0 gpu gpu-wheels gpu-smoke images megatron-019 benchmark-trl clean
 
 demo: setup
 	$(BIN)/stepkto run recipes/mini_cpu.yaml
@@ -54,6 +58,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint containers/*.Dockerfile
 
 # Layouts, resume, checkpoints and unit tests on Megatron-Core 0.19 (Python 3.12, no vLLM), then trainings that start under
 # one version and finish under the other.
@@ -79,10 +84,33 @@ $(VENV019)/.ready: requirements/py312.lock pyproject.toml
 figures: setup
 	STEPKTO_FIGURES=1 $(BIN)/python -m pytest tests/end_to_end/test_figures.py -s
 
-# On a machine with an NVIDIA GPU: builds .venv-gpu and checks the GPU path, in under ten minutes. Offline from a folder
-# of wheels: make gpu-smoke WHEELS=DIR. In a complete environment: GPU_SMOKE_ARGS=--here.
+# On a machine with NVIDIA GPUs: makes .venv-gpu-train and .venv-gpu-sample from requirements/gpu-*.lock. Offline from a
+# folder of wheels: WHEELS=DIR. With Apex: APEX=DIR, a checkout of its source. GPU_ARGS="--check" says what is missing.
+gpu:
+	@$(GPU_SETUP) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(APEX),--apex $(APEX)) $(GPU_ARGS)
+
+# Fills a folder of wheels for make gpu and make gpu-smoke on machines without a network.
+gpu-wheels:
+	@test -n "$(WHEELS)" || { echo "error: expected a folder, make gpu-wheels WHEELS=DIR"; exit 2; }
+	@$(GPU_SETUP) --download $(WHEELS) $(GPU_ARGS)
+
+# The images of containers/: with Docker stepkto-train and stepkto-sample, or build/images/*.sif with IMAGES=apptainer.
+IMAGES ?= docker
+images:
+	@command -v $(IMAGES) >/dev/null || { echo "error: expected $(IMAGES) on PATH, found none; try make images IMAGES=apptainer"; exit 2; }
+ifeq ($(IMAGES),docker)
+	docker build --file containers/train.Dockerfile --tag stepkto-train .
+	docker build --file containers/sample.Dockerfile --tag stepkto-sample .
+else
+	mkdir -p build/images
+	$(IMAGES) build --force build/images/train.sif containers/train.def
+	$(IMAGES) build --force build/images/sample.sif containers/sample.def
+endif
+
+# Checks the GPU path in .venv-gpu-train, in under ten minutes beside the installation. Offline from a folder of wheels:
+# make gpu-smoke WHEELS=DIR. In a complete environment: GPU_SMOKE_ARGS=--here.
 gpu-smoke:
-	$(PYTHON) tools/gpu_smoke.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_SMOKE_ARGS)
+	$(PYTHON_GPU) tools/gpu_smoke.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_SMOKE_ARGS)
 
 # Training speed beside TRL's KTOTrainer (about six minutes per repeat; BENCHMARK_ARGS="--repeats 3"). TRL is installed in its
 # own folder.
@@ -99,7 +127,7 @@ m0: setup
 
 # Keeps runs/: it holds results.
 clean:
-	rm -rf $(VENV) $(VENV019) build *.egg-info
+	rm -rf $(VENV) $(VENV019) .venv-gpu-train .venv-gpu-sample build *.egg-info
 
 setup: $(READY)
 

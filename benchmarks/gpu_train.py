@@ -1,7 +1,10 @@
 """Training updates of slices of large models on one GPU: bf16 and FP8, Step-KTO and supervised, packed and padded.
 
     python -m benchmarks.gpu_train                       (Llama-8B and Llama-70B shaped slices, as many layers as fit)
+    python -m benchmarks.gpu_train --shapes 8b --cases step_kto supervised --transformer-engine off
     python -m benchmarks.gpu_train --shapes tiny --device cpu     (tries the script; the figures mean nothing)
+
+Every case is printed as one JSON object on a line as soon as it is measured: a run that is cut short leaves some.
 
 True hidden sizes, heads and vocabulary; random weights; documents of log-normal length. Each figure is the median over
 updates after a warm-up. The matrix peak that shares refer to is measured in the same run (a large bf16 product). Model
@@ -18,6 +21,7 @@ import itertools
 import json
 import os
 import random
+import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +33,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_stepkto.architectures.families import ARCHITECTURES
+from megatron_stepkto.architectures.adapters import adapted_linears
 from megatron_stepkto.architectures.flops import forward_flops
+from megatron_stepkto.architectures.llama import LLAMA
 from megatron_stepkto.architectures.model_config import ModelConfig
 from megatron_stepkto.base.examples import Examples
 from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
@@ -60,8 +65,7 @@ class Shape:
     bytes_per_weight: int = 18
 
     def config(self, layers: int) -> ModelConfig:
-        llama = next(a for a in ARCHITECTURES if "LlamaForCausalLM" in a.names)
-        return llama.read_config({
+        return LLAMA.read_config({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
             "num_hidden_layers": layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
             "intermediate_size": self.ffn, "vocab_size": self.vocabulary, "max_position_embeddings": 8192,
@@ -85,7 +89,17 @@ SHAPES = {
 }
 
 
-PLAIN = "Step-KTO, bf16"  # what the other cases are set against
+PLAIN = "step_kto"  # the case that the others are compared with
+# Name on the command line: what it is called in the table, the method, further keys of train.
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    PLAIN: ("Step-KTO, bf16", "step_kto", {}),
+    "supervised": ("supervised, bf16", "rft", {}),
+    "padded": ("Step-KTO, bf16, padded", "step_kto", {}),
+    **{
+        f"fp8_{scaling}": (f"Step-KTO, FP8 {scaling}", "step_kto", {"fp8": {"scaling": scaling}})
+        for scaling in ("current", "delayed", "blockwise")
+    },
+}
 
 
 def documents(shape: Shape, total: int) -> list[TrainExample]:
@@ -120,7 +134,8 @@ class Bench:
         self, config: ModelConfig, chosen: recipe.Training, device: torch.device, examples: list[TrainExample]
     ):
         self.device, self.examples = device, examples
-        self.engine = Engine(config, chosen, device, choose(chosen, find_machine(device)))
+        adapted = adapted_linears(LLAMA.entries(config), chosen.lora.targets) if chosen.lora else None
+        self.engine = Engine(config, chosen, device, choose(chosen, find_machine(device)), adapted=adapted)
         generator = torch.Generator(device).manual_seed(0)
         with torch.no_grad():
             for policy in self.engine.policies:
@@ -193,24 +208,22 @@ def matrix_peak(device: torch.device, repeats: int) -> float:
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, b), device, 3) for _ in range(repeats))
 
 
-def measure(shape: Shape, device: torch.device, repeats: int, peak: float) -> list[dict[str, Any]]:
+def measure(
+    shape: Shape, cases: Sequence[str], device: torch.device, repeats: int, peak: float, **keys: Any
+) -> list[dict[str, Any]]:
+    """A row per case. keys: of train, for all of them."""
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 1e9
     config = shape.config(shape.layers_that_fit(free))
     examples = documents(shape, 4 * shape.tokens)
     longest = max(len(e.prompt_token_ids) + len(e.token_ids) for e in examples)
-    padded = -(-longest // 16) * 16
-    cases: list[tuple[str, recipe.Training]] = [
-        (PLAIN, settings(shape, "step_kto", device.type)),
-        ("supervised, bf16", settings(shape, "rft", device.type)),
-        ("Step-KTO, bf16, padded", settings(shape, "step_kto", device.type, pad_documents_to=padded)),
-        ("Step-KTO, FP8 current", settings(shape, "step_kto", device.type, fp8={"scaling": "current"})),
-        ("Step-KTO, FP8 delayed", settings(shape, "step_kto", device.type, fp8={"scaling": "delayed"})),
-        ("Step-KTO, FP8 blockwise", settings(shape, "step_kto", device.type, fp8={"scaling": "blockwise"})),
-    ]
     rows = []
-    for name, chosen in cases:
+    for case in cases:
+        name, method, own = CASES[case]
+        if case == "padded":
+            own = {"pad_documents_to": -(-longest // 16) * 16}
+        chosen = settings(shape, method, device.type, **keys, **own)
         # RFT trains on right solutions alone: give every method the same documents.
-        same = [e.model_copy(update={"outcome": 1}) for e in examples] if chosen.method == "rft" else examples
+        same = [e.model_copy(update={"outcome": 1}) for e in examples] if method == "rft" else examples
         row: dict[str, Any] = {"shape": shape.name, "layers": config.num_layers, "case": name}
         bench: Bench | None = None
         try:
@@ -219,21 +232,27 @@ def measure(shape: Shape, device: torch.device, repeats: int, peak: float) -> li
             row["tokens_per_s"] = bench.tokens() / row["update_s"]
             row["tflops"] = bench.flops(config) / row["update_s"] / 1e12
             row["share_of_peak"] = row["tflops"] * 1e12 / peak
-            if name == PLAIN:
-                row["kl_pass_s"] = seconds(bench.kl_pass, device, repeats)
-                row["reference_pass_s"] = seconds(bench.reference_pass, device, repeats)
+            if case == PLAIN:
+                row["kl_pass_s"] = seconds(bench.kl_pass, device, 2)
+                row["reference_pass_s"] = seconds(bench.reference_pass, device, 2)
             if device.type == "cuda":
                 row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
                 torch.cuda.reset_peak_memory_stats()
         except Exception as error:  # a case that this machine cannot run says why, and the others go on
-            row["not_run"] = str(error).splitlines()[0][:200]
+            row["not_run"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
         bench = None  # a case that ran out of memory must not hold it while the next one starts
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
         rows.append(row)
-        print(line(row), flush=True)
+        print(line(row))
+        print(json.dumps(row), flush=True)
     return rows
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def line(row: dict[str, Any]) -> str:
@@ -255,20 +274,21 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for shape in dict.fromkeys(row["shape"] for row in rows):
         by = {row["case"]: row for row in rows if row["shape"] == shape and "update_s" in row}
-        plain = by.get(PLAIN)
+        plain = by.get(CASES[PLAIN][0])
         if plain is None:
             continue
         for name, row in by.items():
             if "FP8" in name or "padded" in name:
                 found[f"{shape}: {name.removeprefix('Step-KTO, ')} over bf16"] = plain["update_s"] / row["update_s"]
-        if "supervised, bf16" in by:
-            found[f"{shape}: over_supervised"] = plain["update_s"] / by["supervised, bf16"]["update_s"]
+        if supervised := by.get(CASES["supervised"][0]):
+            found[f"{shape}: over_supervised"] = plain["update_s"] / supervised["update_s"]
     return found
 
 
 def goals(rows: Sequence[dict[str, Any]], found: dict[str, float]) -> list[str]:
     """Each goal beside what was measured."""
-    share = next((r.get("share_of_peak") for r in rows if r["shape"] == SHAPES["8b"].name and r["case"] == PLAIN), None)
+    shape, case = SHAPES["8b"].name, CASES[PLAIN][0]
+    share = next((r.get("share_of_peak") for r in rows if r["shape"] == shape and r["case"] == case), None)
     fp8 = max((v for k, v in found.items() if k.startswith(SHAPES["70b"].name) and "FP8" in k), default=None)
     supervised = [value for name, value in found.items() if "over_supervised" in name]
     told = [
@@ -279,34 +299,65 @@ def goals(rows: Sequence[dict[str, Any]], found: dict[str, float]) -> list[str]:
     return [f"{name}: {'not run' if value is None else f'{value:.3f}'} (goal {goal})" for name, value, goal in told]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["8b", "70b"])
+def add_arguments(parser: argparse.ArgumentParser, shapes: Sequence[str]) -> None:
+    """shapes: the default."""
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(shapes))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("skipped: torch sees no NVIDIA GPU (--shapes tiny --device cpu tries the script)")
-        return
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29561")
+    parser.add_argument("--transformer-engine", choices=["auto", "required", "off"], default="auto")
+
+
+def start(device_name: str) -> torch.device:
+    """One rank on the device, ready for engines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    device = choose_device(arguments.device)
+    device = choose_device(device_name)
     join_ranks(recipe.Parallel(), device, 600)
     lay_out(recipe.Parallel(), 600)
-    machine = find_machine(device)
-    print(describe(choose(settings(SHAPES["tiny"], "step_kto", arguments.device), machine), machine))
-    peak = matrix_peak(device, arguments.repeats)
-    print(f"measured bf16 matrix peak: {peak / 1e12:.1f} TFLOP/s")
-    rows = [row for name in arguments.shapes for row in measure(SHAPES[name], device, arguments.repeats, peak)]
-    print("\n".join(goals(rows, ratios(rows))))
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
-    print(
-        json.dumps(
-            {"gpu": gpu, "torch": torch.__version__, "peak_tflops": peak / 1e12, "rows": rows, "ratios": ratios(rows)}
-        )
-    )
+    return device
+
+
+def stop() -> None:
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def cannot_run(arguments: argparse.Namespace) -> str | None:
+    """Why not on this machine."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU (--shapes tiny --device cpu tries the script)"
+    if arguments.transformer_engine == "required":
+        found = find_machine(torch.device(arguments.device)).transformer_engine
+        if found.version is None:
+            return f"Transformer Engine is {found.reason}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, ["8b", "70b"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    if reason := cannot_run(arguments):
+        print(f"skipped: {reason}")
+        return
+    device = start(arguments.device)
+    keys = {"transformer_engine": arguments.transformer_engine}
+    machine = find_machine(device)
+    print(describe(choose(settings(SHAPES["tiny"], "step_kto", arguments.device, **keys), machine), machine))
+    peak = matrix_peak(device, arguments.repeats)
+    print(json.dumps({"peak_tflops": peak / 1e12}), flush=True)
+    rows = [
+        row
+        for name in arguments.shapes
+        for row in measure(SHAPES[name], arguments.cases, device, arguments.repeats, peak, **keys)
+    ]
+    print("\n".join(goals(rows, ratios(rows))))
+    print(json.dumps({"ratios": ratios(rows)}))
+    stop()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # The settings of your cluster. Copy to slurm/site.sh and edit; every job sources it. It is bash: quote paths.
-# shellcheck shell=bash disable=SC1091,SC2034
+# shellcheck shell=bash disable=SC1090,SC1091,SC2034
 
-STEPKTO_HOME=$HOME/megatron-stepkto     # this checkout, on a file system that all nodes see
+STEPKTO_HOME=$HOME/megatron-stepkto     # this checkout, after `make gpu`, on a file system that all nodes see
 
 # --- where jobs go ---------------------------------------------------------------------------------------------
 ACCOUNT=                                # empty: your default account
@@ -26,8 +26,8 @@ STOP_LEAD=600                           # seconds before the limit when a job is
 
 # --- programs --------------------------------------------------------------------------------------------------
 CONTAINER=none                          # none, apptainer or enroot (with Pyxis)
-IMAGE_TRAIN=                            # Megatron-Core, torch, Transformer Engine: .sif, or an enroot image
-IMAGE_SAMPLE=                           # vLLM
+IMAGE_TRAIN=                            # of `make images`: build/images/train.sif, or an enroot image
+IMAGE_SAMPLE=                           # build/images/sample.sif
 MOUNTS=$HOME,/scratch                   # what a container sees of the cluster, separated by commas: this checkout,
                                         # runs, models, problems
 
@@ -35,10 +35,7 @@ MOUNTS=$HOME,/scratch                   # what a container sees of the cluster, 
 # inside the container if there is one. As written here: an image contains everything.
 environment() {
     [[ $CONTAINER == none ]] || return 0
-    case $1 in
-    train) source "$HOME/venv-megatron/bin/activate" ;;
-    sample) source "$HOME/venv-vllm/bin/activate" ;;
-    esac
+    source "$STEPKTO_HOME/.venv-gpu-$1/bin/activate" # made by `make gpu`
 }
 
 # JUDGE_SERVER: the command that runs a judge's server in the foreground, and where it listens. Where the recipe's

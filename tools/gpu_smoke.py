@@ -1,15 +1,15 @@
-"""``make gpu-smoke``: is this machine's GPU path sound? One table, under ten minutes on one NVIDIA GPU.
+"""``make gpu-smoke``: is this machine's GPU path sound, and how fast? Under ten minutes on one NVIDIA GPU.
 
-It makes its own environment (.venv-gpu) from the default package index, or offline from a folder of wheels
-(WHEELS=DIR), or takes the environment that runs it (--here). Then: packages and kernels; the mini recipe in bf16 on
-the GPU beside the shape of its curve on the CPU; tests/gpu. Whatever is skipped is listed with its reason.
+It runs in the training environment of ``make gpu`` (tools/gpu_setup.py), which it makes where it is not yet there, from
+the package index or offline from a folder of wheels (WHEELS=DIR), or in the environment that runs it (--here). It
+checks packages and kernels; then gpu_parts.py runs tests/gpu, the benchmarks and the recipes. Whatever is skipped is
+listed with its reason.
 Only the standard library is imported here: the script runs before anything is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = ROOT / ".venv-gpu"
+ENVIRONMENT = ROOT / ".venv-gpu-train"
 OUTPUT = ROOT / "runs" / "gpu_smoke"
-# Its three packages must be of one version: the library, the name that it is found by, and the part for torch.
-TE_LIBRARY, TE_NAME, TE_TORCH = (f"transformer-engine{part}==2.11.0" for part in ("-cu13", "", "-torch"))
-CPU_PASS_AT_1 = 0.94  # after one iteration (README.md, M1)
-LIMIT_S = 570  # of one part: the whole, without the installation, is meant to take less than ten minutes
+INSTALL_LIMIT_S = 3600
+LIMIT_S = 570  # of one command
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Failed(Exception):
     """What went wrong, and where to read more."""
 
 
-def run(command: Sequence[str], log: Path, **env: str) -> str:
+def run(command: Sequence[str], log: Path, limit_s: int = LIMIT_S, **env: str) -> str:
     """Output of a command, kept in ``log`` too.
 
     Raises:
@@ -53,9 +51,9 @@ def run(command: Sequence[str], log: Path, **env: str) -> str:
     with log.open("w", encoding="utf-8") as file:
         try:
             done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, stdout=file, stderr=subprocess.STDOUT,
-                                  timeout=LIMIT_S, check=False)  # fmt: skip
+                                  timeout=limit_s, check=False)  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise Failed(f"took more than {LIMIT_S} s; see {log}") from None
+            raise Failed(f"took more than {limit_s} s; see {log}") from None
     text = log.read_text(encoding="utf-8", errors="replace")
     if done.returncode:
         last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
@@ -73,49 +71,19 @@ def gpu() -> str:
     return done.stdout.strip().splitlines()[0]
 
 
-def install(python: Path, wheels: Path | None) -> str:
-    """The environment, without Transformer Engine, which may fail to build and is a part of its own."""
-    if not python.exists():
-        run([sys.executable, "-m", "venv", str(ENVIRONMENT)], OUTPUT / "venv.log")
-    pip(python, wheels, ["-r", str(ROOT / "requirements" / "gpu.txt")], "install.log")
-    pip(python, wheels, ["--no-build-isolation", "--editable", "."], "package.log")
-    return f"in {ENVIRONMENT.name}" + (f", offline from {wheels}" if wheels else "")
-
-
-def transformer_engine(python: Path, wheels: Path | None) -> str:
-    check = [str(python), "-c", "import transformer_engine.pytorch, transformer_engine as t; print(t.__version__)"]
-    try:
-        return "already there: " + run(check, OUTPUT / "te.log").split()[-1]
-    except Failed:
-        pass
-    if (nvcc := find_nvcc()) is None:
-        raise Skipped("its torch part is built with the headers beside nvcc, and there is no nvcc here")
-    where = "import nvidia, pathlib as p; print(*(d for r in nvidia.__path__ for d in p.Path(r).glob('*/include')))"
-    try:
-        # A CUDA toolkit brings no headers of cuDNN: those that came with torch.
-        headers = run([str(python), "-c", where], OUTPUT / "headers.log").split()
-        pip(python, wheels, ["--no-deps", TE_LIBRARY, TE_NAME], "te_core.log")
-        pip(python, wheels, ["--no-deps", "--no-build-isolation", TE_TORCH], "te_torch.log",
-            CUDA_HOME=str(nvcc.parents[1]), CPATH=os.pathsep.join([*headers, os.environ.get("CPATH", "")]).strip(":"),
-            PATH=os.pathsep.join([str(python.parent), str(nvcc.parent), os.environ["PATH"]]))  # fmt: skip
-        return "built: " + run(check, OUTPUT / "te.log").split()[-1]
-    except Failed as error:
-        # Half of it would break every import of Megatron-Core, and with it the parts that need none.
-        names = [package.partition("==")[0] for package in (TE_LIBRARY, TE_NAME, TE_TORCH)]
-        run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *names], OUTPUT / "te_removed.log")
-        raise Skipped(f"could not be installed: {error}") from None
-
-
-def find_nvcc() -> Path | None:
-    """On the path, or where CUDA's own installer puts it."""
-    places = [shutil.which("nvcc"), f"{os.environ.get('CUDA_HOME', '')}/bin/nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next((Path(place).resolve() for place in places if place and Path(place).is_file()), None)
-
-
-def pip(python: Path, wheels: Path | None, what: Sequence[str], log: str, **env: str) -> None:
-    offline = ["--no-index", "--find-links", str(wheels)] if wheels else []
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *offline, *what]
-    run(command, OUTPUT / log, **env)
+def environment(wheels: Path | None) -> str:
+    """The training environment; without Transformer Engine where that cannot be compiled: the other parts need none."""
+    setup = [
+        sys.executable,
+        str(ROOT / "tools" / "gpu_setup.py"),
+        "--only",
+        "train",
+        "--transformer-engine",
+        "optional",
+    ]
+    offline = ["--wheels", str(wheels)] if wheels else []
+    print(f"  its progress: {OUTPUT / 'environment.log'}", flush=True)
+    return run([*setup, *offline], OUTPUT / "environment.log", INSTALL_LIMIT_S).splitlines()[-1]
 
 
 KERNELS = """
@@ -139,43 +107,6 @@ def kernels(python: Path, device: str) -> str:
     return run([str(python), "-W", "ignore", "-c", KERNELS.format(device=device)], OUTPUT / "kernels.log").splitlines()[
         -1
     ]
-
-
-def mini_recipe(python: Path, device: str) -> str:
-    """One iteration of the mini recipe in bf16. On the CPU it takes pass@1 from 0.50 to 0.94: so it must here, and the
-    share of right answers with a wrong step from 0.40 to 0.13 there, to at most 0.6 of the first here."""
-    probe = [str(python), "-W", "ignore", "-c", "import vllm; print(vllm.__version__)"]
-    try:
-        sampler = f"vLLM {run(probe, OUTPUT / 'vllm.log').split()[-1]}"
-        backend = "vllm"
-    except Failed:
-        sampler, backend = "transformers (vLLM is not installed)", "transformers"
-    keys = {
-        "output": str(OUTPUT), "name": "mini", "iterations": 1, "sample.backend": backend, "sample.workers": 1,
-        "sample.dtype": "bfloat16" if device == "cuda" else "float32", "evaluate.num_problems": 300,
-        "train.device": device, "train.dtype": "bfloat16", "train.parallel": "{ranks: 1}",
-    }  # fmt: skip
-    settings = [argument for key, value in keys.items() for argument in ("--set", f"{key}={value}")]
-    shutil.rmtree(OUTPUT / "mini", ignore_errors=True)
-    run([str(python), "-m", "megatron_stepkto", "run", "recipes/mini_cpu.yaml", *settings], OUTPUT / "mini.log")
-    before, after = json.loads((OUTPUT / "mini" / "summary.json").read_text())["iterations"]
-    shares = [row["wrong_step_share_of_correct"] for row in (before, after)]
-    said = (
-        f"{sampler}; pass@1 {before['pass_at_1']:.3f} -> {after['pass_at_1']:.3f}, right answers with a wrong step "
-        f"{shares[0]:.3f} -> {shares[1]:.3f}"
-    )
-    if abs(after["pass_at_1"] - CPU_PASS_AT_1) > 0.06 or shares[1] > 0.6 * shares[0]:
-        raise Failed(f"not the curve of the CPU (pass@1 {CPU_PASS_AT_1} after one iteration): {said}")
-    return said
-
-
-def gpu_tests(python: Path, device: str) -> str:
-    rehearse = {"STEPKTO_REHEARSE_GPU_TESTS": "1"} if device == "cpu" else {}
-    text = run(
-        [str(python), "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"], OUTPUT / "tests.log", **rehearse
-    )
-    reasons = sorted({line.split(": ", 1)[1] for line in text.splitlines() if line.startswith("SKIPPED")})
-    return text.splitlines()[-1].strip("= ") + "".join(f"; skipped: {reason}" for reason in reasons)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -204,11 +135,8 @@ def main() -> None:
 
     parts: list[tuple[str, Callable[[], str]]] = [
         ("GPU", gpu if device == "cuda" else lambda: "rehearsal on the CPU"),
-        ("environment", only_without_here(lambda: install(python, arguments.wheels))),
-        ("Transformer Engine", only_without_here(lambda: transformer_engine(python, arguments.wheels))),
+        ("environment", only_without_here(lambda: environment(arguments.wheels))),
         ("packages and kernels", lambda: kernels(python, device)),
-        ("mini recipe in bf16", lambda: mini_recipe(python, device)),
-        ("tests/gpu", lambda: gpu_tests(python, device)),
     ]
     rows: list[Row] = []
     for name, part in parts:
@@ -223,15 +151,13 @@ def main() -> None:
         except Exception as error:  # of this script: the other parts still run
             state, said = "FAILED", f"{type(error).__name__}: {error}"
         rows.append(Row(name, state, time.monotonic() - begun, said))
-        if state == "FAILED" and name in ("GPU", "environment", "packages and kernels"):
-            done = len(rows)
-            rows += [Row(other, "skipped", 0.0, f"{name} failed") for other, _ in parts[done:]]
-            break
-    spent = sum(row.seconds for row in rows if row.part not in ("environment", "Transformer Engine"))
-    text = f"{table(rows)}\nwithout the installation {spent:.0f} s (meant to take less than 600 s)"
-    (OUTPUT / "table.txt").write_text(text + "\n", encoding="utf-8")
-    print("\n" + text)
-    raise SystemExit(any(row.state == "FAILED" for row in rows))
+        if state == "FAILED":
+            print(table(rows))
+            raise SystemExit(1)
+    print(table(rows), flush=True)
+    # A program of its own: it is what a machine without a network runs, where nothing can be installed.
+    measure = [sys.executable, str(ROOT / "tools" / "gpu_parts.py"), "--python", str(python), "--out", str(OUTPUT)]
+    raise SystemExit(subprocess.call([*measure, "--rehearse"] if arguments.rehearse else measure))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import BadText, Prompts
 from megatron_stepkto.sampling.engines import check_engines
 from megatron_stepkto.sampling.job import EngineSettings, Job, Pass, PromptRow, Pulse, Speed
-from megatron_stepkto.sampling.vllm_engine import vllm_build, vllm_environment, yarn_positions
+from megatron_stepkto.sampling.vllm_engine import sampling_python, vllm_build, vllm_environment, yarn_positions
 
 WORKER = "megatron_stepkto.sampling.worker"  # imports torch: not here
 
@@ -305,7 +305,8 @@ class _Stall:
 
 def _child(jobs: Sequence[Job], worker: int, name: str, files: Sequence[Path], logs: Path) -> Child:
     job = jobs[0]
-    command = [sys.executable, "-m", WORKER, *map(str, files), "--name", name]
+    python = sampling_python() if job.settings.backend == "vllm" else sys.executable
+    command = [python, "-m", WORKER, *map(str, files), "--name", name]
     env = {"OMP_NUM_THREADS": "1"}
     if job.settings.backend == "vllm":
         build = vllm_build()

