@@ -213,15 +213,7 @@ def _read(reader: CheckpointReader, key: str, index: tuple[int, ...]) -> Tensor:
     return matrix
 
 
-def merge_adapter(
-    base: Path,
-    adapter: Path,
-    target: Path,
-    dtype: torch.dtype | None = None,
-    workers: int | None = None,
-    *,
-    replace: bool = True,
-) -> Converted:
+def merge_adapter(base: Path, adapter: Path, target: Path, dtype: torch.dtype | None = None) -> Converted:
     """Write base + alpha / rank * B A as a Hugging Face folder; ``target`` appears whole or not at all.
 
     The sum is computed in float32 and rounded once, a few rows at a time: the model is never whole in memory.
@@ -256,5 +248,4 @@ def merge_adapter(
             rows = (rows + scale * (b[piece.row : piece.row + piece.count] @ a)).to(dtypes[piece.name])
         return rows.reshape(-1).view(torch.uint8).numpy()
 
-    title = f"merge {adapter.name} into {base.name}"
-    return write_hf(side, target, MERGE, merged, dtypes, title=title, workers=workers, replace=replace)
+    return write_hf(side, target, MERGE, merged, dtypes, title=f"merge {adapter.name} into {base.name}")

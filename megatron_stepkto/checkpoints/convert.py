@@ -70,10 +70,10 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, list[Entry]]:
 # --- the two sides, checked ----------------------------------------------------------------------------------
 
 
-def _listed(names: set[str], limit: int = 100) -> str:
-    """At most ``limit`` names: a config of another model can ask for thousands."""
-    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(sorted(names)[:limit]) + more
+def _listed(names: set[str]) -> str:
+    """At most 100 names: a config of another model can ask for thousands."""
+    more = f", ... ({len(names) - 100} more)" if len(names) > 100 else ""
+    return ", ".join(sorted(names)[:100]) + more
 
 
 class Side(ABC):
@@ -396,8 +396,8 @@ def write_hf(
     dtypes: Mapping[str, torch.dtype],
     *,
     title: str,
-    workers: int | None,
-    replace: bool,
+    workers: int | None = None,
+    replace: bool = True,
 ) -> Converted:
     """Write what ``change`` makes of a side's tensors as a Hugging Face folder, which appears whole or not at all.
 

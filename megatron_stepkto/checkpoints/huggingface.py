@@ -170,7 +170,6 @@ def read_companions(directory: Path) -> dict[str, bytes]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy a model's companions to another folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name, content in read_companions(source).items():
         (target / name).parent.mkdir(exist_ok=True)
