@@ -7,6 +7,6 @@ from functools import partial
 from megatron_stepkto.architectures.decoder import decoder_entries, read_decoder
 from megatron_stepkto.architectures.model_config import Architecture
 
-LLAMA = Architecture(
-    names=("LlamaForCausalLM",), read_config=partial(read_decoder, name="Llama"), entries=decoder_entries
-)
+read_config = partial(read_decoder, name="Llama")
+
+LLAMA = Architecture(names=("LlamaForCausalLM",), read_config=read_config, entries=decoder_entries)

@@ -108,16 +108,13 @@ class Side(ABC):
     def num_bytes(self) -> int:
         return sum(shape[0] * self.row_bytes[name] for name, shape in self.tensors())
 
-    def pieces(self, blocks: Callable[[Slice, int, int], Iterable[tuple[int, int]]] | None = None) -> Iterator[Piece]:
-        """The model in pieces; each is rows of one tensor and, in Megatron's slice, of one block of ``blocks``."""
+    def pieces(self, writer: CheckpointWriter | None = None) -> Iterator[Piece]:
+        """The model in pieces; each is rows of one tensor and, in Megatron's slice, of one block of ``writer``."""
         for slice_ in self.slices:
             for run in slice_.entry.runs:
-                name = slice_.names[run.part]
-                if blocks:
-                    cut = blocks(slice_, run.target, run.count)
-                else:
-                    cut = split_rows(run.target, run.count, self.row_bytes[name])
-                for at, count in cut:
+                name, rows = slice_.names[run.part], (run.target, run.count)
+                blocks = writer.blocks(slice_.key, slice_.index, *rows) if writer else None
+                for at, count in blocks or split_rows(*rows, self.row_bytes[name]):
                     yield Piece(name, run.source + at - run.target, slice_.key, slice_.index, at, count)
 
 
@@ -357,7 +354,7 @@ def hf_to_megatron(
             moved = transfer(
                 side,
                 files,
-                side.pieces(lambda slice_, start, count: writer.blocks(slice_.key, slice_.index, start, count)),
+                side.pieces(writer),
                 lambda piece, data: cast(data, side.dtypes[piece.name], dtypes[piece.name]),
                 dtypes,
                 lambda piece, data: writer.write(files, piece.key, piece.index, piece.at, data),
