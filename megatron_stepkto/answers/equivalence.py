@@ -70,9 +70,6 @@ class _Worker(LineWorker):
     def elapsed(self) -> float:
         return time.monotonic() - self.since
 
-    def how_it_ended(self) -> str:
-        return "timeout" if self.exit_code() == -signal.SIGPROF else "crashed"
-
 
 @functools.cache
 def _algebra() -> list[Any]:
@@ -128,8 +125,8 @@ class EquivalenceChecker:
                 found[pair] = Verdict("right" if certain else "wrong", "exact", milliseconds)
             elif max(map(len, pair)) > exact.MAX_ANSWER_CHARS:
                 found[pair] = Verdict("undecided", "too-long", milliseconds)
-            elif known := self._cached(pair):
-                found[pair] = known
+            elif self._cache is not None and (known := self._cache.get(self._key(pair))):
+                found[pair] = Verdict(**known)
             else:
                 hard.append(pair)
         report = progress or (lambda done: None)
@@ -140,10 +137,6 @@ class EquivalenceChecker:
     def _key(self, pair: tuple[str, str]) -> str:
         return content_key(_algebra(), self._timeout_s, *pair)
 
-    def _cached(self, pair: tuple[str, str]) -> Verdict | None:
-        known = self._cache.get(self._key(pair)) if self._cache is not None else None
-        return Verdict(**known) if known else None
-
     def _compute(
         self, hard: list[tuple[str, str]], found: dict[tuple[str, str], Verdict], report: Callable[[int], None]
     ) -> None:
@@ -151,7 +144,9 @@ class EquivalenceChecker:
         left = len(hard)
         while left:
             while len(self._workers) < min(self._num_workers, left):
-                self._start()
+                worker = _Worker(self._timeout_s)
+                self._workers.append(worker)
+                self._selector.register(worker.fileno, selectors.EVENT_READ, worker)
             for worker in self._workers:
                 if worker.ready and worker.pair is None and (number := next(waiting, None)) is not None:
                     worker.compare(number, *hard[number])
@@ -164,11 +159,6 @@ class EquivalenceChecker:
                     self._cache.put(self._key(hard[number]), vars(verdict))
                 left -= 1
                 report(len(found))
-
-    def _start(self) -> None:
-        worker = _Worker(self._timeout_s)
-        self._workers.append(worker)
-        self._selector.register(worker.fileno, selectors.EVENT_READ, worker)
 
     def _retire(self, worker: _Worker) -> None:
         self._workers.remove(worker)
@@ -189,7 +179,7 @@ class EquivalenceChecker:
                 reply = worker.receive()
             except EOFError:
                 number, words = worker.pair, worker.last_words()
-                started, how = worker.ready, worker.how_it_ended()
+                started, how = worker.ready, "timeout" if worker.exit_code() == -signal.SIGPROF else "crashed"
                 self._retire(worker)
                 if not started:
                     raise StageFailed(f"a math-verify process did not start; it printed:\n{words}") from None

@@ -224,20 +224,22 @@ def attention_entries(c: ModelConfig) -> list[Entry]:
     return found
 
 
-def dense_entries(c: ModelConfig) -> list[Entry]:
-    """Norm and gated feed-forward part of every layer."""
+def decoder_entries(c: ModelConfig) -> list[Entry]:
+    """A dense decoder: Llama's names, with QKV bias and query and key norms where the config has them."""
     mlp, hf = LAYERS + "mlp.", _LAYER + "mlp."
     layers, hidden, ffn = c.num_layers, c.hidden_size, c.ffn_size
     norm, other = _MLP_NORMS
     return [
+        *embedding_entries(c),
+        *attention_entries(c),
         same(norm, _LAYER + "post_attention_layernorm.weight", layers, hidden, stacked=1, aliases=(other,)),
         gate_up(mlp + "linear_fc1.weight", hf + "gate_proj.weight", hf + "up_proj.weight", layers, 2 * ffn, hidden),
         same(mlp + "linear_fc2.weight", hf + "down_proj.weight", layers, hidden, ffn, stacked=1),
     ]
 
 
-def expert_entries(c: ModelConfig, block: str, gate: str, up: str, down: str) -> list[Entry]:
-    """Norm, router and experts of every layer; ``block`` and the three projections are Hugging Face's names."""
+def mixture_entries(c: ModelConfig, *, block: str, gate: str, up: str, down: str) -> list[Entry]:
+    """A decoder with experts in every layer; ``block`` and the three projections are Hugging Face's names."""
     assert c.experts is not None
     layers, hidden, number, ffn = c.num_layers, c.hidden_size, c.experts.number, c.experts.ffn_size
     router, experts = LAYERS + "mlp.router.weight", LAYERS + "mlp.experts.experts."
@@ -245,13 +247,10 @@ def expert_entries(c: ModelConfig, block: str, gate: str, up: str, down: str) ->
     other, norm = _MLP_NORMS
     gate, up, down = (f"{_LAYER}{block}.experts.{{expert}}.{name}.weight" for name in (gate, up, down))
     return [
+        *embedding_entries(c),
+        *attention_entries(c),
         same(norm, _LAYER + "post_attention_layernorm.weight", layers, hidden, stacked=1, aliases=(other,)),
         same(router, f"{_LAYER}{block}.gate.weight", layers, number, hidden, stacked=1),
         gate_up(experts + "linear_fc1.weight", gate, up, layers, number, 2 * ffn, hidden),
         same(experts + "linear_fc2.weight", down, layers, number, hidden, ffn, stacked=2),
     ]
-
-
-def decoder_entries(c: ModelConfig) -> list[Entry]:
-    """A dense decoder: Llama's names, with QKV bias and query and key norms where the config has them."""
-    return [*embedding_entries(c), *attention_entries(c), *dense_entries(c)]

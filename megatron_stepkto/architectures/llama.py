@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 from megatron_stepkto.architectures.decoder import decoder_entries, read_decoder
-from megatron_stepkto.architectures.model_config import Architecture, ModelConfig
+from megatron_stepkto.architectures.model_config import Architecture
 
-
-def read_config(hf: Mapping[str, Any]) -> ModelConfig:
-    return read_decoder(hf, "Llama")
-
+read_config = partial(read_decoder, name="Llama")
 
 LLAMA = Architecture(names=("LlamaForCausalLM",), read_config=read_config, entries=decoder_entries)

@@ -61,7 +61,6 @@ class Entry:
         return [name.format(**values) for name in self.hf]
 
     def hf_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the tensors of one slice."""
         rows = [sum(run.count for run in self.runs if run.part == part) for part in range(len(self.hf))]
         return [(count, *self.shape[1:]) for count in rows]
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from megatron_stepkto.architectures.decoder import (
-    attention_entries,
     check_sizes,
     check_window,
     decoder_entries,
-    embedding_entries,
-    expert_entries,
+    mixture_entries,
     read_decoder,
 )
-from megatron_stepkto.architectures.mapping import Entry
 from megatron_stepkto.architectures.model_config import Architecture, Experts, ModelConfig
 
 _WINDOW = {"sliding_window", "layer_types"}
@@ -42,13 +40,9 @@ def read_mixtral(hf: Mapping[str, Any]) -> ModelConfig:
     return read_decoder(hf, "Mixtral", read=read, norm_eps=1e-5, rope_base=1e6, experts=experts)
 
 
-def mixtral_entries(c: ModelConfig) -> list[Entry]:
-    return [
-        *embedding_entries(c),
-        *attention_entries(c),
-        *expert_entries(c, "block_sparse_moe", gate="w1", up="w3", down="w2"),
-    ]
-
-
 MISTRAL = Architecture(names=("MistralForCausalLM",), read_config=read_mistral, entries=decoder_entries)
-MIXTRAL = Architecture(names=("MixtralForCausalLM",), read_config=read_mixtral, entries=mixtral_entries)
+MIXTRAL = Architecture(
+    names=("MixtralForCausalLM",),
+    read_config=read_mixtral,
+    entries=partial(mixture_entries, block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+)

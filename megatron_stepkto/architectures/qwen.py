@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from megatron_stepkto.architectures.decoder import (
-    attention_entries,
     check_sizes,
     check_switch,
     check_window,
     decoder_entries,
-    embedding_entries,
-    expert_entries,
+    mixture_entries,
     read_decoder,
 )
-from megatron_stepkto.architectures.mapping import Entry
 from megatron_stepkto.architectures.model_config import Architecture, Experts, ModelConfig
 from megatron_stepkto.base.errors import UserError
 
@@ -83,14 +81,10 @@ def read_qwen3_moe(hf: Mapping[str, Any]) -> ModelConfig:
     return read_decoder(hf, "Qwen3-MoE", read=read, qk_norm=True, experts=experts)
 
 
-def qwen3_moe_entries(c: ModelConfig) -> list[Entry]:
-    return [
-        *embedding_entries(c),
-        *attention_entries(c),
-        *expert_entries(c, "mlp", gate="gate_proj", up="up_proj", down="down_proj"),
-    ]
-
-
 QWEN2 = Architecture(names=("Qwen2ForCausalLM",), read_config=read_qwen2, entries=decoder_entries)
 QWEN3 = Architecture(names=("Qwen3ForCausalLM",), read_config=read_qwen3, entries=decoder_entries)
-QWEN3_MOE = Architecture(names=("Qwen3MoeForCausalLM",), read_config=read_qwen3_moe, entries=qwen3_moe_entries)
+QWEN3_MOE = Architecture(
+    names=("Qwen3MoeForCausalLM",),
+    read_config=read_qwen3_moe,
+    entries=partial(mixture_entries, block="mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+)

@@ -5,21 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_stepkto.base.errors import UserError
-
-
-class Scaling(Protocol):
-    def scale(self, inv_freq: Tensor, base: float) -> Tensor: ...
-
-    @property
-    def attention_factor(self) -> float:
-        """Factor of cosine and sine; attention scores are multiplied by its square."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -30,10 +21,7 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
-
-    @property
-    def attention_factor(self) -> float:
-        return 1.0
+    attention_factor = 1.0
 
     def scale(self, inv_freq: Tensor, base: float) -> Tensor:
         wavelength = 2 * math.pi / inv_freq
@@ -51,7 +39,8 @@ class Llama3Scaling:
 class YarnScaling:
     """YaRN (arXiv 2309.00071; rope_type yarn), as Qwen2.5 and Qwen3 declare it for long contexts.
 
-    Applied at every length, as transformers and vLLM do.
+    Applied at every length, as transformers and vLLM do. attention_factor: of cosine and sine; attention scores are
+    multiplied by its square.
     """
 
     factor: float
@@ -82,7 +71,7 @@ class Rope:
     """Rotary position embedding over whole heads."""
 
     base: float
-    scaling: Scaling | None = None
+    scaling: Llama3Scaling | YarnScaling | None = None
 
     def inv_freq(self, head_dim: int) -> Tensor:
         """[head_dim / 2] float32."""
@@ -156,15 +145,8 @@ def read_rope(hf: Mapping[str, Any], default_base: float) -> Rope:
         check_number(hf, "rope_theta")
     base = float(rope.get("rope_theta", hf.get("rope_theta", default_base)))
     if kind == "llama3":
-        return Rope(
-            base,
-            Llama3Scaling(
-                rope["factor"],
-                rope["low_freq_factor"],
-                rope["high_freq_factor"],
-                rope["original_max_position_embeddings"],
-            ),
-        )
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return Rope(base, Llama3Scaling(*(rope[key] for key in keys)))
     return Rope(base, _yarn(rope, hf) if kind == "yarn" else None)
 
 

@@ -33,17 +33,16 @@ class Choice:
             say(f"{title}: dtype auto is {self.dtype}: {self.reason}")
 
 
-def processors(cpuinfo: Path | None = None) -> list[dict[str, str]]:
+def processors() -> list[dict[str, str]]:
     """What /proc/cpuinfo says of each processor, by key; empty where there is no such file."""
-    path = cpuinfo or CPUINFO
-    blocks = path.read_text(errors="replace").split("\n\n") if path.is_file() else []
+    blocks = CPUINFO.read_text(errors="replace").split("\n\n") if CPUINFO.is_file() else []
     split = ([line.partition(":") for line in block.splitlines()] for block in blocks)
     return [{key.strip(): value.strip() for key, _, value in lines} for lines in split]
 
 
-def cpu_flags(cpuinfo: Path | None = None) -> set[str]:
+def cpu_flags() -> set[str]:
     """Features that all processors of this machine have; empty where /proc does not list them."""
-    listed = (each.get("flags", each.get("Features")) for each in processors(cpuinfo))
+    listed = (each.get("flags", each.get("Features")) for each in processors())
     found = [set(flags.split()) for flags in listed if flags is not None]
     return set.intersection(*found) if found else set()
 

@@ -126,7 +126,7 @@ class _Table:
         import pyarrow as pa
 
         columns = zip(*self.rows, strict=True)
-        arrays = [_column(field.type, values) for field, values in zip(self.schema, columns, strict=True)]
+        arrays = [pa.array(values, field.type) for field, values in zip(self.schema, columns, strict=True)]
         self.writer.write_batch(pa.record_batch(arrays, schema=self.schema))
         self.rows = []
 
@@ -134,15 +134,6 @@ class _Table:
         if self.rows:
             self._flush()
         self.writer.close()
-
-
-def _column(kind: pa.DataType, values: Sequence[Any]) -> pa.Array:
-    import pyarrow as pa
-
-    if not pa.types.is_list(kind):
-        return pa.array(values, kind)
-    offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values), kind.value_type))
 
 
 def _sample_schema() -> pa.Schema:
@@ -260,7 +251,6 @@ class Examples(Sequence[TrainExample]):
 
     @classmethod
     def of(cls, examples: Iterable[TrainExample]) -> Examples:
-        """Examples in memory."""
         import pyarrow as pa
 
         files = BytesIO(), BytesIO()
@@ -288,7 +278,7 @@ class Examples(Sequence[TrainExample]):
 
     def pairs(self) -> tuple[Indices, NDArray[np.bool_]]:
         """[N] number of each example's pair, in order of appearance, and whether it has one."""
-        column = self._examples.column("pair_id").combine_chunks().dictionary_encode()
+        column = self._examples.table.column("pair_id").combine_chunks().dictionary_encode()
         missing = np.asarray(column.is_valid())
         return np.asarray(column.indices.fill_null(NONE)).astype(np.int64), missing
 
@@ -352,16 +342,13 @@ class _Columns:
         batches = [self.reader.get_batch(i) for i in range(self.reader.num_record_batches)]
         self.table = pa.Table.from_batches(batches, self.reader.schema)
         self.lists = {
-            name: [(np.asarray(part.offsets), np.asarray(part.values)) for part in self.column(name).chunks]
+            name: [(np.asarray(part.offsets), np.asarray(part.values)) for part in self.table.column(name).chunks]
             for name, kind in zip(self.table.column_names, self.table.schema.types, strict=True)
             if pa.types.is_list(kind)
         }
 
-    def column(self, name: str) -> pa.ChunkedArray:
-        return self.table.column(name)
-
     def numbers(self, name: str) -> NDArray[Any]:
-        return self.column(name).to_numpy()
+        return self.table.column(name).to_numpy()
 
     def sizes(self, name: str) -> NDArray[np.int32]:
         """[rows] int32 length of each list."""
@@ -369,7 +356,7 @@ class _Columns:
 
     def cell(self, name: str, row: int) -> Any:
         batch, place = divmod(int(row), ROWS)
-        return self.column(name).chunk(batch)[place].as_py()
+        return self.table.column(name).chunk(batch)[place].as_py()
 
     def values(self, name: str, row: int) -> NDArray[Any]:
         batch, place = divmod(int(row), ROWS)

@@ -84,7 +84,6 @@ class LineWorker:
         return reply
 
     def last_words(self) -> str:
-        """The end of its error output."""
         self._errors.seek(0)
         return self._errors.read().decode("utf-8", "replace").strip()[-LAST_WORDS:]
 

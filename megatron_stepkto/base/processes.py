@@ -92,15 +92,13 @@ def run_children(
     title: str,
     unit: str,
     progress: Sequence[Path] | Callable[[], Report | None] = (),
-    poll: Callable[[], None] | None = None,
     saves: bool = False,
 ) -> None:
     """Start all ``children``, show their progress as one bar, and return when all have ended well.
 
     Args:
         progress: a ``ProgressFile`` per child (some children may have none), whose sums are shown; or a function
-            that returns the progress.
-        poll: called about three times a second.
+            that returns the progress, called about three times a second.
         saves: on SIGTERM, SIGUSR1 or Ctrl-C the children are asked by SIGUSR1 to save and exit with code 143, and
             get the time that they need; a second SIGTERM or Ctrl-C stops them. If all finish before they receive it,
             SIGTERM and Ctrl-C still end this process; SIGUSR1 (the time limit is near) does not.
@@ -138,8 +136,6 @@ def run_children(
                         # not send_signal: it reaps a child that has just ended, and leaves its group behind
                         os.kill(child.process.pid, signal.SIGUSR1)
                 shown.update()
-                if poll:
-                    poll()
                 if left:
                     time.sleep(POLL_EVERY_S)
         stopped = any(map(_was_stopped, (child.process for child in running)))

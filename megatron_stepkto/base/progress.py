@@ -22,6 +22,7 @@ from megatron_stepkto.base.storage import writing
 # Quiet in a program that imports the package: only the command line shows messages and bars.
 console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=True)
 LINE_EVERY_S = 10.0
+REPORT_EVERY_S = 0.3
 
 
 def show_messages() -> None:
@@ -115,17 +116,16 @@ class ProgressBar:
 
 
 class ProgressFile:
-    """A worker's report, rewritten in place at most every ``every_s`` seconds."""
+    """A worker's report, rewritten in place at most every ``REPORT_EVERY_S`` seconds."""
 
-    def __init__(self, path: Path, every_s: float = 0.3) -> None:
-        self.path, self.every_s = path, every_s
-        self._last = 0.0
+    def __init__(self, path: Path) -> None:
+        self.path, self._last = path, 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def report(self, done: int, total: int, note: str = "", unit: str = "", *, last: bool = False) -> None:
         """unit: what is counted, where it differs from the stage's usual unit."""
         now = time.monotonic()
-        if last or now - self._last >= self.every_s:
+        if last or now - self._last >= REPORT_EVERY_S:
             self._last = now
             # a unique name: processes on several hosts may report on the same work
             temporary = self.path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")

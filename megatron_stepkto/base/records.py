@@ -297,6 +297,12 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((number, raw) for number, raw in enumerate(file, 1) if raw.strip())
 
 
+def rejected(path: Path, number: int, raw: bytes, reason: object) -> dict[str, Any]:
+    """A bad row as a quarantine holds it."""
+    row = raw.decode("utf-8", "replace").strip()
+    return {"file": str(path), "line": number, "error": str(reason), "row": row}
+
+
 def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None) -> Iterator[R]:
     """Parse a JSON-lines file row by row with ``parse``.
 
@@ -307,7 +313,7 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: P
         UserError: the file is missing or empty, a row is bad, or no row is good. Names file:line.
     """
     good = 0
-    rejected: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
     for number, raw, found in parse_rows(path, parse):
         if not isinstance(found, ValueError):
             good += 1
@@ -315,19 +321,18 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: P
         elif quarantine is None:
             raise bad_row(path, number, found)
         else:
-            row = raw.decode("utf-8", "replace").strip()
-            rejected.append({"file": str(path), "line": number, "error": str(found), "row": row})
-    if rejected and quarantine is not None:
-        set_aside(quarantine, path, rejected)
+            bad.append(rejected(path, number, raw, found))
+    if bad and quarantine is not None:
+        set_aside(quarantine, path, bad)
     if not good:
         raise UserError(
-            f"{path}: expected at least one record, got {len(rejected)} bad rows and no good ones"
-            if rejected
+            f"{path}: expected at least one record, got {len(bad)} bad rows and no good ones"
+            if bad
             else f"{path}: expected at least one record, the file is empty"
         )
 
 
-def set_aside(quarantine: Path, source: Path, rejected: Sequence[dict[str, Any]]) -> None:
+def set_aside(quarantine: Path, source: Path, bad: Sequence[dict[str, Any]]) -> None:
     """Write bad rows of ``source`` to the quarantine, replacing those that an earlier run of the same check wrote.
 
     Raises:
@@ -339,7 +344,7 @@ def set_aside(quarantine: Path, source: Path, rejected: Sequence[dict[str, Any]]
         for line in quarantine.read_bytes().splitlines() if quarantine.is_file() else []:
             try:
                 row = parse_json(line)
-                same = row["file"] == str(source) and set(row) == set(rejected[0])
+                same = row["file"] == str(source) and set(row) == set(bad[0])
             except (ValueError, TypeError, KeyError):
                 raise UserError(
                     f"{quarantine}: expected the quarantine file of an earlier run, got other text; choose a new file"
@@ -347,7 +352,7 @@ def set_aside(quarantine: Path, source: Path, rejected: Sequence[dict[str, Any]]
             kept += [] if same else [line + b"\n"]
         with atomic_writer(quarantine, "wb") as out:
             out.writelines(kept)
-            out.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rejected)
+            out.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in bad)
 
 
 def read_records(path: Path, model: type[R], *, quarantine: Path | None = None) -> Iterator[R]:

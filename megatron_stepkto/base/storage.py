@@ -23,11 +23,8 @@ NEARLY_FULL_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Name ``path`` where the file system refuses to write it.
-
-    Args:
-        num_bytes: to be written, where known in advance.
 
     Raises:
         MachineFault: in place of an OSError with a code in ``STORAGE_FAULTS``.
@@ -37,11 +34,11 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in STORAGE_FAULTS:
             raise
-        raise MachineFault(refusal(path, error, num_bytes)) from error
+        raise MachineFault(refusal(path, error)) from error
 
 
 def refusal(path: Path, error: OSError, num_bytes: int | None = None) -> str:
-    """The message for ``path``, which could not be written."""
+    """The message for ``path``, which could not be written. num_bytes: its size, where known in advance."""
     needs = f"it needs {size(num_bytes)}; " if num_bytes is not None else ""
     fix = "free some space and run the same command again"
     if error.errno == errno.EDQUOT:

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import parse_json, read_json, read_json_object
@@ -22,9 +22,7 @@ BATCH = 1000  # rows in memory at a time
 
 def is_table(path: Path) -> bool:
     """Is it read by ``table_rows``, and not line by line?"""
-    if path.suffix == ".json":
-        return _is_array(path) or _is_object(path) or path.is_dir()
-    return path.suffix in (".parquet", ".csv") or path.is_dir()
+    return path.is_dir() or path.suffix in (".parquet", ".csv") or (path.suffix == ".json" and _holds(path) != "lines")
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -49,10 +47,8 @@ def _rows(path: Path) -> Iterator[Any]:
             yield from _rows(part)
     elif path.suffix in (".parquet", ".csv"):
         yield from _table(path)
-    elif _is_array(path):
-        yield from read_json(path)
-    elif path.suffix == ".json" and _is_object(path):
-        yield read_json(path)
+    elif (kind := _holds(path)) != "lines":
+        yield from read_json(path) if kind == "array" else [read_json(path)]
     else:
         with path.open("rb") as file:
             yield from (line for line in file if line.strip())
@@ -129,30 +125,20 @@ def _python(batches: Iterable[Any]) -> Iterator[Any]:
         yield from batch.to_pylist()
 
 
-def _is_array(path: Path) -> bool:
+def _holds(path: Path) -> Literal["lines", "array", "object"]:
+    """JSON lines, one array or, in a ``.json`` file, one object over several lines?"""
     if not path.is_file():
-        return False
+        return "lines"
     with path.open("rb") as file:
-        while character := file.read(1):
-            if not character.isspace():
-                return character == b"["
-    return False
-
-
-def _is_object(path: Path) -> bool:
-    """Is the text one JSON object over several lines?"""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        first = next((line.strip() for line in file if line.strip()), b"")
-    if not first.startswith(b"{"):
-        return False
+        while (first := file.read(1)).isspace():
+            pass
+        line = first + file.readline() if first == b"{" and path.suffix == ".json" else b"{}"
     try:
-        parse_json(first)
+        parse_json(line)
     except ValueError:
         with contextlib.suppress(UserError):
-            return isinstance(read_json(path), dict)
-    return False
+            return "object" if isinstance(read_json(path), dict) else "lines"
+    return "array" if first == b"[" else "lines"
 
 
 def _clause(error: Exception) -> str:

@@ -22,21 +22,17 @@ from megatron_stepkto.architectures.adapters import AdaptedLinear, adapted_linea
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import flush_tree, read_json, read_json_object
 from megatron_stepkto.base.whole_folder import whole_folder
-from megatron_stepkto.checkpoints.checksums import checksum
 from megatron_stepkto.checkpoints.convert import (
     COMPANIONS,
     LORA_SETTINGS,
     Converted,
     HFSide,
     check_finite,
-    check_manifest,
-    checksums_by_tensor,
-    pieces,
     read_model_config,
-    write_manifest,
+    write_hf,
 )
-from megatron_stepkto.checkpoints.huggingface import ADAPTER, HFWriter, read_header
-from megatron_stepkto.checkpoints.stream import Buffers, Files, Moved, Piece, all_finite, default_workers, move
+from megatron_stepkto.checkpoints.huggingface import ADAPTER, read_header
+from megatron_stepkto.checkpoints.stream import Bytes, Files, Piece
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.recipe.keys import LoRA
 
@@ -217,15 +213,7 @@ def _read(reader: CheckpointReader, key: str, index: tuple[int, ...]) -> Tensor:
     return matrix
 
 
-def merge_adapter(
-    base: Path,
-    adapter: Path,
-    target: Path,
-    dtype: torch.dtype | None = None,
-    workers: int | None = None,
-    *,
-    replace: bool = True,
-) -> Converted:
+def merge_adapter(base: Path, adapter: Path, target: Path, dtype: torch.dtype | None = None) -> Converted:
     """Write base + alpha / rank * B A as a Hugging Face folder; ``target`` appears whole or not at all.
 
     The sum is computed in float32 and rounded once, a few rows at a time: the model is never whole in memory.
@@ -238,7 +226,7 @@ def merge_adapter(
         UserError: either is damaged, or the adapter is not one of this model.
     """
     side, found = HFSide(base, one_dtype=False), read_adapter(adapter)
-    shapes = {name: shape for slice_ in side.slices for name, shape in slice_.tensors()}
+    shapes = dict(side.tensors())
     if unknown := sorted(name for name in found.names if f"{name}.weight" not in shapes):
         raise UserError(
             f"{adapter / WEIGHTS}: adapts {', '.join(unknown[:5])}, which {base} lacks: it belongs to another model"
@@ -250,43 +238,14 @@ def merge_adapter(
         a, b = found.factors(name, (rows, columns), found.rank)
         factors[f"{name}.weight"] = a, b
     check_finite({name for name, pair in factors.items() if not all(each.isfinite().all() for each in pair)}, adapter)
-    companions = side.companion_files()
-    tensors = [(name, dtype or side.dtype(name), shape) for name, shape in shapes.items()]
-    num_bytes = sum(torch.Size(shape).numel() * kind.itemsize for _, kind, shape in tensors)
-    kinds = {name: kind for name, kind, _ in tensors}
-    small = 2**20 + 512 * len(tensors) + sum(map(len, companions.values()))
-    with whole_folder(target, num_bytes + small, replace=replace) as folder:
-        writer = HFWriter(folder, tensors)
-        not_finite = set[str]()
-        with Files() as files:
-            buffers = Buffers()
+    dtypes = {name: dtype or kept for name, kept in side.dtypes.items()}
 
-            def work(piece: Piece) -> Moved:
-                source = side.dtype(piece.name)
-                data = buffers.get(piece.count * side.checkpoint.weights[piece.name].row_bytes)
-                side.read(files, piece, data)
-                rows = torch.from_numpy(data).view(source).to(kinds[piece.name])
-                if pair := factors.get(piece.name):
-                    a, b = (factor.float() for factor in pair)
-                    rows = rows.view(piece.count, -1).float()
-                    rows = (rows + scale * (b[piece.row : piece.row + piece.count] @ a)).to(kinds[piece.name])
-                result = rows.reshape(-1).view(torch.uint8).numpy()
-                if not all_finite(result, kinds[piece.name]):
-                    not_finite.add(piece.name)
-                if not not_finite:
-                    writer.write(files, piece.name, piece.row, result)
-                return Moved(piece, checksum(data), data.size, checksum(result), result.size)
+    def merged(piece: Piece, data: Bytes) -> Bytes:
+        rows = torch.from_numpy(data).view(side.dtypes[piece.name]).to(dtypes[piece.name])
+        if pair := factors.get(piece.name):
+            a, b = (factor.float() for factor in pair)
+            rows = rows.view(piece.count, -1).float()
+            rows = (rows + scale * (b[piece.row : piece.row + piece.count] @ a)).to(dtypes[piece.name])
+        return rows.reshape(-1).view(torch.uint8).numpy()
 
-            moved = move(
-                pieces(side.slices, lambda slice_: side.slice_dtype(slice_).itemsize),
-                work,
-                workers=workers or default_workers(),
-                title=f"merge {adapter.name} into {base.name}",
-                total_bytes=sum(side.checkpoint.weights[name].num_bytes for name in shapes),
-            )
-            check_finite(not_finite, base)
-            check_manifest(base, checksums_by_tensor(moved))
-            written = checksums_by_tensor(m._replace(read_crc=m.written_crc, read_bytes=m.written_bytes) for m in moved)
-            sums = writer.finish(files, written, companions)
-        write_manifest(folder, MERGE, None, written, sums)
-    return Converted(num_bytes, len(written))
+    return write_hf(side, target, MERGE, merged, dtypes, title=f"merge {adapter.name} into {base.name}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from megatron_stepkto.base.whole_folder import whole_folder
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.huggingface import DTYPES, HFCheckpoint, HFWriter, read_companions
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
-from megatron_stepkto.checkpoints.manifest import Manifest, read_manifest
+from megatron_stepkto.checkpoints.manifest import FileSum, Manifest, read_manifest
 from megatron_stepkto.checkpoints.slices import Slice, extra_state_keys, slices
 from megatron_stepkto.checkpoints.stored_names import find_layout, find_weights
 from megatron_stepkto.checkpoints.stream import (
@@ -32,7 +34,6 @@ from megatron_stepkto.checkpoints.stream import (
     Piece,
     all_finite,
     cast,
-    default_workers,
     move,
     split_rows,
 )
@@ -69,13 +70,55 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, list[Entry]]:
 # --- the two sides, checked ----------------------------------------------------------------------------------
 
 
-def _listed(names: set[str], limit: int = 100) -> str:
-    """At most ``limit`` names: a config of another model can ask for thousands."""
-    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(sorted(names)[:limit]) + more
+def _listed(names: set[str]) -> str:
+    """At most 100 names: a config of another model can ask for thousands."""
+    more = f", ... ({len(names) - 100} more)" if len(names) > 100 else ""
+    return ", ".join(sorted(names)[:100]) + more
 
 
-class HFSide:
+class Side(ABC):
+    """One side of a conversion: a model whose weights are those of its config.
+
+    dtypes: of every tensor, by its Hugging Face name.
+    """
+
+    directory: Path
+    config: ModelConfig
+    entries: list[Entry]
+    slices: list[Slice]
+    dtypes: dict[str, torch.dtype]
+
+    @abstractmethod
+    def companion_files(self) -> dict[str, bytes]:
+        """Config, tokenizer and chat template files."""
+
+    @abstractmethod
+    def read(self, files: Files, piece: Piece, out: Bytes) -> None:
+        """Fill ``out`` with a piece's rows."""
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of every Hugging Face tensor."""
+        return (tensor for slice_ in self.slices for tensor in slice_.tensors())
+
+    @cached_property
+    def row_bytes(self) -> dict[str, int]:
+        return {name: torch.Size(shape[1:]).numel() * self.dtypes[name].itemsize for name, shape in self.tensors()}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shape[0] * self.row_bytes[name] for name, shape in self.tensors())
+
+    def pieces(self, writer: CheckpointWriter | None = None) -> Iterator[Piece]:
+        """The model in pieces; each is rows of one tensor and, in Megatron's slice, of one block of ``writer``."""
+        for slice_ in self.slices:
+            for run in slice_.entry.runs:
+                name, rows = slice_.names[run.part], (run.target, run.count)
+                blocks = writer.blocks(slice_.key, slice_.index, *rows) if writer else None
+                for at, count in blocks or split_rows(*rows, self.row_bytes[name]):
+                    yield Piece(name, run.source + at - run.target, slice_.key, slice_.index, at, count)
+
+
+class HFSide(Side):
     """A Hugging Face folder whose weights are those of its config.
 
     Raises:
@@ -83,7 +126,7 @@ class HFSide:
     """
 
     def __init__(self, directory: Path, *, one_dtype: bool = True) -> None:
-        self.checkpoint = HFCheckpoint(directory)
+        self.directory, self.checkpoint = directory, HFCheckpoint(directory)
         self.config, self.entries = read_model_config(directory)
         self.slices = slices(self.entries)
         faults = [*self._name_faults(), *self._tensor_faults(one_dtype), *self._tied_faults()]
@@ -91,15 +134,10 @@ class HFSide:
             raise UserError(f"{directory}: the weights are not those of its config.json; " + "; ".join(faults))
         if "auto_map" in read_config(directory):
             warn(f"{directory / 'config.json'}: auto_map names the author's own code, which is neither run nor copied")
-
-    def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.checkpoint.weights[name].dtype]
-
-    def slice_dtype(self, slice_: Slice) -> torch.dtype:
-        return self.dtype(slice_.names[0])
+        self.dtypes = {name: DTYPES[self.checkpoint.weights[name].dtype] for name, _ in self.tensors()}
 
     def companion_files(self) -> dict[str, bytes]:
-        return read_companions(self.checkpoint.directory)
+        return read_companions(self.directory)
 
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
         self.checkpoint.read_rows(files, piece.name, piece.row, out)
@@ -157,7 +195,7 @@ class HFSide:
                 )
 
 
-class MegatronSide:
+class MegatronSide(Side):
     """A torch_dist checkpoint whose weights are those of its companions' config.
 
     Raises:
@@ -165,7 +203,7 @@ class MegatronSide:
     """
 
     def __init__(self, directory: Path) -> None:
-        weights = find_weights(directory)
+        self.directory, weights = directory, find_weights(directory)
         if (weights / LORA_SETTINGS).is_file():
             raise UserError(
                 f"{directory}: holds adapters alone ({LORA_SETTINGS}); the run's convert stage merges them into their "
@@ -187,12 +225,11 @@ class MegatronSide:
             )
         if faults := self.reader.check(sorted(self._layout.stored)):
             raise UserError("; ".join(faults))
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self.reader.dtype(self._layout.first(key))
-
-    def slice_dtype(self, slice_: Slice) -> torch.dtype:
-        return self.dtype(slice_.key)
+        self.dtypes = {
+            name: self.reader.dtype(self._layout.places[slice_.key, slice_.index][0].key)
+            for slice_ in self.slices
+            for name in slice_.names
+        }
 
     def companion_files(self) -> dict[str, bytes]:
         assert self.companions is not None
@@ -216,59 +253,72 @@ class MegatronSide:
                     yield f"{name} is {dtype}, expected {', '.join(map(str, DTYPES.values()))}"
 
 
-Side = HFSide | MegatronSide
-
-
-def pieces(
-    all_slices: Iterable[Slice],
-    itemsize: Callable[[Slice], int],
-    blocks: Callable[[Slice, int, int], Iterable[tuple[int, int]]] | None = None,
-) -> Iterator[Piece]:
-    """Cut a model into pieces; each is rows of one tensor and, in Megatron's slice, of one block of ``blocks``."""
-    for slice_ in all_slices:
-        row_bytes = torch.Size(slice_.shapes[0][1:]).numel() * itemsize(slice_)
-        for run in slice_.entry.runs:
-            cut = blocks(slice_, run.target, run.count) if blocks else split_rows(run.target, run.count, row_bytes)
-            for at, count in cut:
-                row = run.source + at - run.target
-                yield Piece(slice_.names[run.part], row, slice_.key, slice_.index, at, count)
-
-
-def checksums_by_tensor(moved: Iterable[Moved]) -> dict[str, tuple[int, int]]:
-    """CRC-32 and bytes of every Hugging Face tensor as it was read."""
+def checksums_by_tensor(moved: Iterable[Moved], *, written: bool = False) -> dict[str, tuple[int, int]]:
+    """CRC-32 and bytes of every Hugging Face tensor as it was read, or written."""
     parts: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for done in moved:
-        parts[done.piece.name].append((done.piece.row, done.read_crc, done.read_bytes))
+        sums = (done.written_crc, done.written_bytes) if written else (done.read_crc, done.read_bytes)
+        parts[done.piece.name].append((done.piece.row, *sums))
     return {name: crc32_of_parts((crc, length) for _, crc, length in sorted(found)) for name, found in parts.items()}
 
 
 def tensor_checksums(side: Side, workers: int | None, title: str) -> dict[str, int]:
     """CRC-32 of every Hugging Face tensor of either side."""
-    row_bytes = {
-        name: torch.Size(shape[1:]).numel() * side.slice_dtype(slice_).itemsize
-        for slice_ in side.slices
-        for name, shape in slice_.tensors()
-    }
     buffers = Buffers()
     with Files() as files:
 
         def work(piece: Piece) -> Moved:
-            data = buffers.get(piece.count * row_bytes[piece.name])
+            data = buffers.get(piece.count * side.row_bytes[piece.name])
             side.read(files, piece, data)
             crc = checksum(data)
             return Moved(piece, crc, data.size, crc, data.size)
 
-        moved = move(
-            pieces(side.slices, lambda slice_: side.slice_dtype(slice_).itemsize),
-            work,
-            workers=workers or default_workers(),
-            title=title,
-            total_bytes=sum(shape[0] * row_bytes[name] for slice_ in side.slices for name, shape in slice_.tensors()),
-        )
+        moved = move(side.pieces(), work, workers=workers, title=title, total_bytes=side.num_bytes)
     return {name: crc for name, (crc, _) in checksums_by_tensor(moved).items()}
 
 
 # --- the two directions --------------------------------------------------------------------------------------
+
+
+def transfer(
+    side: Side,
+    files: Files,
+    pieces: Iterable[Piece],
+    change: Callable[[Piece, Bytes], Bytes],
+    dtypes: Mapping[str, torch.dtype],
+    write: Callable[[Piece, Bytes], None],
+    *,
+    title: str,
+    workers: int | None,
+) -> list[Moved]:
+    """Read, change and write every piece, a few MB at a time.
+
+    Args:
+        change: the bytes to write for those that were read. dtypes: of every tensor as it is written.
+
+    Raises:
+        UserError: numbers that are not finite, or that differ from the side's manifest; names all tensors.
+    """
+    not_finite = set[str]()
+    buffers = Buffers()
+
+    def work(piece: Piece) -> Moved:
+        data = buffers.get(piece.count * side.row_bytes[piece.name])
+        side.read(files, piece, data)
+        read_crc = written_crc = checksum(data)
+        result = change(piece, data)
+        if result is not data:
+            written_crc = checksum(result)
+        if not all_finite(result, dtypes[piece.name]):
+            not_finite.add(piece.name)
+        if not not_finite:  # else nothing will be kept: only search for more
+            write(piece, result)
+        return Moved(piece, read_crc, data.size, written_crc, result.size)
+
+    moved = move(pieces, work, workers=workers, title=title, total_bytes=side.num_bytes)
+    check_finite(not_finite, side.directory)
+    check_manifest(side.directory, checksums_by_tensor(moved))
+    return moved
 
 
 def hf_to_megatron(
@@ -290,52 +340,27 @@ def hf_to_megatron(
     """
     side = HFSide(source, one_dtype=dtype is None)
     companions = side.companion_files()
-
-    def stored(slice_: Slice) -> torch.dtype:
-        return dtype or side.dtype(slice_.names[0])
-
+    dtypes = {name: dtype or kept for name, kept in side.dtypes.items()}
     chunks = [
         chunk
         for slice_ in side.slices
-        for chunk in cut_slice(slice_.key, slice_.entry.full_shape, slice_.index, stored(slice_))
+        for chunk in cut_slice(slice_.key, slice_.entry.full_shape, slice_.index, dtypes[slice_.names[0]])
     ]
     weight_bytes = sum(chunk.file.num_bytes for chunk in chunks)
     framing = 4096 * (len(chunks) + 16 + sum(len(content) // 4096 + 1 for content in companions.values()))
     with whole_folder(target, weight_bytes + framing, replace=replace) as folder:
         writer = CheckpointWriter(folder, chunks)
-        not_finite = set[str]()
         with Files() as files:
-            buffers = Buffers()
-
-            def work(piece: Piece) -> Moved:
-                weight = side.checkpoint.weights[piece.name]
-                data = buffers.get(piece.count * weight.row_bytes)
-                side.read(files, piece, data)
-                read_crc = written_crc = checksum(data)
-                result = data
-                if dtype is not None and side.dtype(piece.name) != dtype:
-                    result = cast(data, side.dtype(piece.name), dtype)
-                    written_crc = checksum(result)
-                if not all_finite(result, dtype or side.dtype(piece.name)):
-                    not_finite.add(piece.name)
-                if not not_finite:  # else nothing will be kept: only search for more
-                    writer.write(files, piece.key, piece.index, piece.at, result)
-                return Moved(piece, read_crc, data.size, written_crc, result.size)
-
-            moved = move(
-                pieces(
-                    side.slices,
-                    lambda slice_: stored(slice_).itemsize,
-                    lambda slice_, start, count: writer.blocks(slice_.key, slice_.index, start, count),
-                ),
-                work,
-                workers=workers or default_workers(),
+            moved = transfer(
+                side,
+                files,
+                side.pieces(writer),
+                lambda piece, data: cast(data, side.dtypes[piece.name], dtypes[piece.name]),
+                dtypes,
+                lambda piece, data: writer.write(files, piece.key, piece.index, piece.at, data),
                 title=f"convert {source.name} to Megatron",
-                total_bytes=sum(side.checkpoint.weights[name].num_bytes for s in side.slices for name in s.names),
+                workers=workers,
             )
-            check_finite(not_finite, source)
-            tensors = checksums_by_tensor(moved)
-            check_manifest(source, tensors)
             parts: dict[tuple[str, tuple[int, ...]], list[tuple[int, int, int]]] = defaultdict(list)
             for done in moved:
                 parts[done.piece.key, done.piece.index].append((done.piece.at, done.written_crc, done.written_bytes))
@@ -344,8 +369,8 @@ def hf_to_megatron(
                 (folder / COMPANIONS / name).parent.mkdir(parents=True, exist_ok=True)
                 files.write(folder / COMPANIONS / name, 0, content)
                 sums[f"{COMPANIONS}/{name}"] = (checksum(content), len(content))
-        write_manifest(folder, HF_TO_MEGATRON, dtype, tensors, sums)
-    return Converted(weight_bytes, len(tensors))
+        write_manifest(folder, HF_TO_MEGATRON, dtype, checksums_by_tensor(moved), sums)
+    return Converted(weight_bytes, len(dtypes))
 
 
 def megatron_to_hf(source: Path, target: Path, workers: int | None = None, *, replace: bool = True) -> Converted:
@@ -354,40 +379,43 @@ def megatron_to_hf(source: Path, target: Path, workers: int | None = None, *, re
     Raises:
         UserError: a missing, left-over, misshapen or non-finite weight (all named), or a damaged file.
     """
-    side = MegatronSide(source)
+    side, title = MegatronSide(source), f"convert {source.name} to Hugging Face"
+    return write_hf(
+        side, target, MEGATRON_TO_HF, lambda _, data: data, side.dtypes, title=title, workers=workers, replace=replace
+    )
+
+
+def write_hf(
+    side: Side,
+    target: Path,
+    direction: str,
+    change: Callable[[Piece, Bytes], Bytes],
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    title: str,
+    workers: int | None = None,
+    replace: bool = True,
+) -> Converted:
+    """Write what ``change`` makes of a side's tensors as a Hugging Face folder, which appears whole or not at all.
+
+    See ``transfer`` for the arguments; direction: for the manifest.
+    """
     companions = side.companion_files()
-    tensors = [(name, side.dtype(slice_.key), shape) for slice_ in side.slices for name, shape in slice_.tensors()]
+    tensors = [(name, dtypes[name], shape) for name, shape in side.tensors()]
     weight_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in tensors)
     small = 2**20 + 512 * len(tensors) + sum(map(len, companions.values()))
     with whole_folder(target, weight_bytes + small, replace=replace) as folder:
         writer = HFWriter(folder, tensors)
-        not_finite = set[str]()
         with Files() as files:
-            buffers = Buffers()
 
-            def work(piece: Piece) -> Moved:
-                data = buffers.get(piece.count * writer.weights[piece.name].row_bytes)
-                side.read(files, piece, data)
-                crc = checksum(data)
-                if not all_finite(data, side.dtype(piece.key)):
-                    not_finite.add(piece.name)
-                if not not_finite:
-                    writer.write(files, piece.name, piece.row, data)
-                return Moved(piece, crc, data.size, crc, data.size)
+            def write(piece: Piece, data: Bytes) -> None:
+                writer.write(files, piece.name, piece.row, data)
 
-            moved = move(
-                pieces(side.slices, lambda slice_: side.dtype(slice_.key).itemsize),
-                work,
-                workers=workers or default_workers(),
-                title=f"convert {source.name} to Hugging Face",
-                total_bytes=weight_bytes,
-            )
-            check_finite(not_finite, source)
-            found = checksums_by_tensor(moved)
-            check_manifest(source, found)
-            sums = writer.finish(files, found, companions)
-        write_manifest(folder, MEGATRON_TO_HF, None, found, sums)
-    return Converted(weight_bytes, len(found))
+            moved = transfer(side, files, side.pieces(), change, dtypes, write, title=title, workers=workers)
+            written = checksums_by_tensor(moved, written=True)
+            sums = writer.finish(files, written, companions)
+        write_manifest(folder, direction, None, written, sums)
+    return Converted(weight_bytes, len(written))
 
 
 def check_finite(not_finite: set[str], source: Path) -> None:
@@ -422,5 +450,10 @@ def write_manifest(
 ) -> None:
     """Write the manifest of a folder. tensors, sums: CRC-32 and bytes of every tensor, and of every file."""
     cast_to = str(dtype).removeprefix("torch.") if dtype else None
-    manifest = Manifest(direction, cast_to, {name: crc for name, (crc, _) in tensors.items()}, sums)
-    write_json(folder / MANIFEST, manifest.to_json())
+    manifest = Manifest(
+        direction=direction,
+        cast=cast_to,
+        files={name: FileSum(bytes=length, crc32=crc) for name, (crc, length) in sorted(sums.items())},
+        tensors={name: crc for name, (crc, _) in sorted(tensors.items())},
+    )
+    write_json(folder / MANIFEST, manifest.model_dump())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import parse_json, read_json_object
@@ -27,11 +28,9 @@ CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for a model
 # Files that this package writes beside a model.
 OURS = ("manifest.json", "started.json", "conversion.json")
 MAX_SHARD_BYTES = 5 * 2**30
-MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -59,36 +58,18 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
         UserError: not a safetensors file, a truncated one, or one with an inconsistent header.
     """
     try:
-        size = path.stat().st_size
+        with safe_open(path, framework="np"):  # refuses shapes, overlaps and gaps that do not fit the file
+            pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"its header has {length} bytes, the file {size}")
             header = parse_json(file.read(length))
-        found, spans = {}, []
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
-                raise ValueError(f"{name} has shape {entry['shape']!r:.80} at {entry['data_offsets']!r:.80}")
-            if not isinstance(entry["dtype"], str):
-                raise ValueError(f"{name} is of dtype {entry['dtype']!r:.80}")
-            found[name] = StoredWeight(path, 8 + length + begin, entry["dtype"], tuple(entry["shape"]))
-            itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else _OTHER_SIZES.get(entry["dtype"])
-            if itemsize and end - begin != torch.Size(entry["shape"]).numel() * itemsize:
-                raise ValueError(f"{name} has {end - begin} bytes, which are not those of its shape")
-            spans.append((begin, end))
-        position = 0
-        for begin, end in sorted(spans):
-            if begin != position or end < begin:
-                raise ValueError(f"its tensors overlap or leave a gap at byte {position} of the data")
-            position = end
-        if 8 + length + position != size:
-            raise ValueError(f"its tensors end at byte {8 + length + position}, the file at byte {size}")
-        return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RuntimeError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: damaged or truncated safetensors file ({error}); download it again") from None
+    return {
+        name: StoredWeight(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 class HFCheckpoint:
@@ -189,7 +170,6 @@ def read_companions(directory: Path) -> dict[str, bytes]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy a model's companions to another folder."""
     target.mkdir(parents=True, exist_ok=True)
     for name, content in read_companions(source).items():
         (target / name).parent.mkdir(exist_ok=True)

@@ -5,44 +5,42 @@ It contains no times or absolute paths: the same input gives the same manifest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
+from pydantic import BaseModel, BeforeValidator, PlainSerializer
+
+from megatron_stepkto.base.files import read_json_if_there
 from megatron_stepkto.checkpoints.checksums import checksum
 
 NAME = "conversion.json"
-_FORMAT = 1
 _BLOCK = 4 * 2**20
 
+CRC = Annotated[
+    int,
+    BeforeValidator(lambda value: int(value, 16) if isinstance(value, str) else value),
+    PlainSerializer(lambda value: f"{value:08x}"),
+]
 
-@dataclass(frozen=True)
-class Manifest:
+
+class FileSum(BaseModel):
+    bytes: int
+    crc32: CRC
+
+
+class Manifest(BaseModel):
     """Attributes:
     direction: hf_to_megatron or megatron_to_hf.
     cast: the training dtype that the numbers were rounded to, or None: bit for bit.
+    files: by path within the folder.
     tensors: of every Hugging Face tensor (before a cast) the CRC-32 of its bytes.
-    files: (CRC-32, bytes) by path within the folder.
     """
 
+    format: Literal[1] = 1
     direction: str
     cast: str | None
-    tensors: Mapping[str, int]
-    files: Mapping[str, tuple[int, int]]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format": _FORMAT,
-            "direction": self.direction,
-            "cast": self.cast,
-            "files": {
-                name: {"bytes": length, "crc32": f"{crc:08x}"} for name, (crc, length) in sorted(self.files.items())
-            },
-            "tensors": {name: f"{crc:08x}" for name, crc in sorted(self.tensors.items())},
-        }
+    files: dict[str, FileSum]
+    tensors: dict[str, CRC]
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -51,34 +49,19 @@ def read_manifest(directory: Path) -> Manifest | None:
     Raises:
         UserError: it is damaged.
     """
-    path = directory / NAME
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    try:
-        if content["format"] != _FORMAT:
-            raise UserError(f"{path}: expected format {_FORMAT}, got {content['format']}; update this program")
-        return Manifest(
-            content["direction"],
-            content["cast"],
-            {name: int(crc, 16) for name, crc in content["tensors"].items()},
-            {name: (int(entry["crc32"], 16), int(entry["bytes"])) for name, entry in content["files"].items()},
-        )
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise UserError(f"{path}: damaged: not a manifest of a conversion; convert again") from None
+    content = read_json_if_there(directory / NAME, Manifest)
+    return None if content is None else Manifest.model_validate(content)
 
 
 def missing_or_resized(directory: Path, manifest: Manifest) -> list[str]:
     """Faults that are visible without reading the files."""
     faults = []
-    for name, (_, length) in manifest.files.items():
+    for name, written in manifest.files.items():
         path = directory / name
         if not path.is_file():
             faults.append(f"{path}: missing")
-        elif path.stat().st_size != length:
-            faults.append(f"{path}: has {path.stat().st_size} bytes, {NAME} says {length}")
+        elif path.stat().st_size != written.bytes:
+            faults.append(f"{path}: has {path.stat().st_size} bytes, {NAME} says {written.bytes}")
     return faults
 
 
@@ -86,10 +69,10 @@ def damaged_files(directory: Path, manifest: Manifest) -> list[str]:
     """Files that are missing or whose bytes differ from those written. Reads all of them."""
     faults = missing_or_resized(directory, manifest)
     blamed = {fault.partition(": ")[0] for fault in faults}
-    for name, (crc, _) in manifest.files.items():
+    for name, written in manifest.files.items():
         path = directory / name
-        if str(path) not in blamed and (found := _crc32_of(path)) != crc:
-            faults.append(f"{path}: damaged: its CRC-32 is {found:08x}, {NAME} says {crc:08x}")
+        if str(path) not in blamed and (found := _crc32_of(path)) != written.crc32:
+            faults.append(f"{path}: damaged: its CRC-32 is {found:08x}, {NAME} says {written.crc32:08x}")
     return faults
 
 

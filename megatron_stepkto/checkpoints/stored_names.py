@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_stepkto.architectures.mapping import LAYERS, Entry
@@ -43,7 +43,6 @@ class Layout:
 
     places: dict[tuple[str, Index], list[Place]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    _first: dict[str, str] = field(default_factory=dict)
 
     @property
     def stored(self) -> set[str]:
@@ -56,14 +55,6 @@ class Layout:
         for (key, _), places in self.places.items():
             found[key].update(place.key for place in places)
         return found
-
-    def first(self, key: str) -> str:
-        """One of the stored tensors of a standard key."""
-        return self._first[key]
-
-    def add(self, key: str, index: Index, places: list[Place]) -> None:
-        self.places[key, index] = places
-        self._first.setdefault(key, places[0].key)
 
 
 def find_weights(directory: Path) -> Path:
@@ -100,8 +91,8 @@ def find_layout(slices: list[Slice], shapes: Shapes) -> Layout:
         if places is None:
             missing.append(slice_.key)
             continue
-        stored = [Place(weights[place.key], place.index, place.first, place.rows) for place in places]
-        layout.add(slice_.key, slice_.index, stored)
+        stored = [replace(place, key=weights[place.key]) for place in places]
+        layout.places[slice_.key, slice_.index] = stored
     if missing:
         layout.faults.append(f"missing: {', '.join(sorted(_summary(missing, slices)))}")
     if extra := set(weights.values()) - layout.stored:

@@ -56,11 +56,6 @@ class Moved(NamedTuple):
     written_bytes: int
 
 
-def default_workers() -> int:
-    """At most eight: more would only wait for the disk."""
-    return min(8, len(os.sched_getaffinity(0)))
-
-
 def all_finite(data: Bytes, dtype: torch.dtype) -> bool:
     """Whether no element is NaN or infinite: its exponent would be all ones. Compares bits as integers, which is
     ten times as fast as torch.isfinite on bfloat16 and needs no memory.
@@ -79,7 +74,9 @@ def all_finite(data: Bytes, dtype: torch.dtype) -> bool:
 
 
 def cast(data: Bytes, source: torch.dtype, target: torch.dtype) -> Bytes:
-    """The bytes of the same numbers in another dtype, rounded as torch rounds."""
+    """The bytes of the same numbers in another dtype, rounded as torch rounds; ``data`` itself where it is the same."""
+    if source == target:
+        return data
     return torch.from_numpy(data).view(source).to(target).view(torch.uint8).numpy()
 
 
@@ -185,15 +182,18 @@ def move(
     pieces: Iterable[Piece],
     work: Callable[[Piece], Moved],
     *,
-    workers: int,
+    workers: int | None,
     title: str,
     total_bytes: int,
 ) -> list[Moved]:
     """Do ``work`` on every piece, in ``workers`` threads, with a progress bar in MB read.
 
+    workers: None: one per core, at most eight: more would only wait for the disk.
+
     The threads run side by side: reading, writing, checksums and checks release Python's lock.
     The first exception stops all workers and is raised; so does Ctrl-C.
     """
+    workers = workers or min(8, len(os.sched_getaffinity(0)))
     queue, lock, stop = iter(pieces), threading.Lock(), threading.Event()
     moved: list[Moved] = []
     num_bytes = 0

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_stepkto.checkpoints.checksums import checksum
+from megatron_stepkto.checkpoints.unpickling import Allowed, Refused, RestrictedUnpickler
 
 _STORAGES = {
     torch.float32: torch.FloatStorage,
@@ -160,19 +161,15 @@ class _Window(io.RawIOBase):
         return count
 
 
-class _DescriptionUnpickler(pickle._Unpickler):  # in Python: see RestrictedUnpickler
-    """Builds nothing but a description of one tensor; refuses every other class and function."""
+# Builds nothing but a description of one tensor.
+_DESCRIPTION: Allowed = {
+    ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: arguments,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{("torch", storage.__name__): dtype for dtype, storage in _STORAGES.items()},
+}
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *arguments: arguments
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        dtype = next((d for d, storage in _STORAGES.items() if (module, name) == ("torch", storage.__name__)), None)
-        if dtype is None:
-            raise TensorFileError(f"it asks for {module}.{name}, which a plain tensor does not need: refused")
-        return dtype
 
+class _DescriptionUnpickler(RestrictedUnpickler):
     def persistent_load(self, reference: Any) -> Any:
         return reference
 
@@ -185,6 +182,8 @@ def locate_tensor(handle: int, path: Path, offset: int, length: int) -> StoredTe
     """
     try:
         return _locate(handle, path, offset, length)
+    except Refused as error:
+        raise TensorFileError(f"{error}, which a plain tensor does not need: refused") from None
     except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, OSError, EOFError) as error:
         raise TensorFileError(f"damaged: {error}") from None
     # RuntimeError: an encrypted record, endless nesting, sizes that torch refuses
@@ -204,7 +203,7 @@ def _locate(handle: int, path: Path, offset: int, length: int) -> StoredTensor:
 
         if "byteorder" in records and small("byteorder") != b"little":
             raise TensorFileError("written on a big-endian machine")
-        described = _DescriptionUnpickler(io.BytesIO(small("data.pkl"))).load()
+        described = _DescriptionUnpickler(io.BytesIO(small("data.pkl")), _DESCRIPTION).load()
         (_, dtype, name, _, _), start, shape, strides = described[:4]
         data = records[f"data/{name}"]
         fields = _LOCAL.unpack(os.pread(handle, _LOCAL.size, offset + data.header_offset))

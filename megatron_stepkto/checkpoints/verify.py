@@ -15,12 +15,11 @@ from megatron_stepkto.checkpoints.convert import (
     HFSide,
     MegatronSide,
     Side,
-    pieces,
     read_model_config,
     tensor_checksums,
 )
 from megatron_stepkto.checkpoints.manifest import NAME, damaged_files, missing_or_resized, read_manifest
-from megatron_stepkto.checkpoints.stream import Buffers, Files, Moved, Piece, default_workers, move
+from megatron_stepkto.checkpoints.stream import Buffers, Files, Moved, Piece, move
 
 
 @dataclass
@@ -59,24 +58,21 @@ def verify(hf: Path, megatron: Path, workers: int | None = None) -> list[str]:
         if [s.shapes for s in ours.slices] != [s.shapes for s in theirs.slices]:
             return faults
     other_dtype = {
-        name: f"{name} is {ours.dtype(name)} in {hf.name}, {theirs.dtype(slice_.key)} in {megatron.name}"
-        for slice_ in ours.slices
-        for name in slice_.names
-        if ours.dtype(name) != theirs.dtype(slice_.key)
+        name: f"{name} is {dtype} in {hf.name}, {theirs.dtypes[name]} in {megatron.name}"
+        for name, dtype in ours.dtypes.items()
+        if dtype != theirs.dtypes[name]
     }
-    same_dtype = [slice_ for slice_ in ours.slices if not other_dtype.keys() & set(slice_.names)]
     differences: dict[str, _Difference] = {}
     lock, left, right = threading.Lock(), Buffers(), Buffers()
     with Files() as files:
 
         def work(piece: Piece) -> Moved:
-            weight = ours.checkpoint.weights[piece.name]
-            size = piece.count * weight.row_bytes
+            size = piece.count * ours.row_bytes[piece.name]
             mine, other = left.get(size), right.get(size)
             ours.read(files, piece, mine)
             theirs.read(files, piece, other)
             if not np.array_equal(mine, other):
-                unequal = (mine != other).reshape(piece.count, -1, ours.dtype(piece.name).itemsize).any(axis=2)
+                unequal = (mine != other).reshape(piece.count, -1, ours.dtypes[piece.name].itemsize).any(axis=2)
                 with lock:
                     found = differences.setdefault(piece.name, _Difference())
                     found.rows += int(unequal.any(axis=1).sum())
@@ -85,11 +81,11 @@ def verify(hf: Path, megatron: Path, workers: int | None = None) -> list[str]:
             return Moved(piece, 0, size, 0, size)
 
         move(
-            pieces(same_dtype, lambda slice_: ours.dtype(slice_.names[0]).itemsize),
+            (piece for piece in ours.pieces() if piece.name not in other_dtype),
             work,
-            workers=workers or default_workers(),
+            workers=workers,
             title=f"compare {hf.name} with {megatron.name}",
-            total_bytes=sum(ours.checkpoint.weights[name].num_bytes for s in same_dtype for name in s.names),
+            total_bytes=ours.num_bytes,
         )
     faults += other_dtype.values()
     for name, found in sorted(differences.items()):
@@ -117,4 +113,4 @@ def is_finished(source: Path, target: Path, direction: str, workers: int | None 
         return False
     if read_model_config(companions)[0] != side.config:
         return False
-    return tensor_checksums(side, workers, f"compare {source.name} with {NAME}") == dict(manifest.tensors)
+    return tensor_checksums(side, workers, f"compare {source.name} with {NAME}") == manifest.tensors

@@ -122,7 +122,6 @@ def _ratio(metric: str, pairs: Pairs, counts: Callable[[ProblemResult], tuple[in
 
 
 def comparison_table(comparison: dict[str, Any]) -> str:
-    """The comparison as a table of text."""
     table = Table(box=SIMPLE_HEAD, caption="second - first, [95% bootstrap over problems]; p: McNemar, exact")
     first, second = comparison["first"]["name"], comparison["second"]["name"]
     for heading in (f"{comparison['num_problems']:,} problems", first, second, "difference", "only one solves", "p"):

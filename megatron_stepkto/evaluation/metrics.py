@@ -109,7 +109,6 @@ def _groups(problems: Sequence[Problem], key: str) -> dict[str, list[str]]:
 def _measure(
     ids: Sequence[str], first: Mapping[str, list[JudgedSample]], drawn: Mapping[str, list[JudgedSample]], same: Same
 ) -> dict[str, Any]:
-    """The metrics of the problems ``ids``."""
     greedy, groups = [first[number][0] for number in ids], [drawn[number] for number in ids]
     right = [sum(sample.outcome == 1 for sample in group) for group in groups]
     k = len(groups[0])

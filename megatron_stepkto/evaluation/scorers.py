@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,20 +30,10 @@ class Scores(NamedTuple):
     best: Tensor
 
 
-class Scorer(Protocol):
-    """max_tokens, words: limits of the model; None where the model states none."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def max_tokens(self) -> int | None: ...
-    @property
-    def words(self) -> int | None: ...
-    def score(self, texts: Sequence[Sequence[int]]) -> list[Scores]: ...
-
-
-def open_scorer(place: str, dtype: torch.dtype) -> Scorer:
+def open_scorer(place: str, dtype: torch.dtype) -> TransformersScorer | MegatronScorer | ServerScorer:
     """The scorer of a folder or of the URL of an OpenAI-compatible vLLM server.
+
+    Its max_tokens and words are limits of the model; None where the model states none.
 
     Raises:
         UserError: it is neither.

@@ -15,8 +15,8 @@ from megatron_stepkto.evaluation.table import GREEDY, METRICS, Row
 from megatron_stepkto.judging.stage import judge_file
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
-from megatron_stepkto.sampling.draw import Drawing, FixedDtype, read_prompts
-from megatron_stepkto.sampling.job import Job, Pass
+from megatron_stepkto.sampling.draw import Drawing, new_drawing, read_prompts
+from megatron_stepkto.sampling.job import Pass
 
 # Not the recipe's seed: all seeds of a recipe, and all its models, are measured with the same random numbers.
 SEED = 0
@@ -29,23 +29,17 @@ def evaluation_drawing(
     """The solutions that an evaluation judges: one greedy and k sampled per problem."""
     evaluation, sampling = recipe.evaluate, recipe.sample
     assert evaluation is not None and sampling is not None, "only a recipe that samples has a section evaluate"
-    title, drawn = f"{name}: solving {evaluation.split} problems", directory / "drawn"
-    dtype = FixedDtype.of(sampling, model, directory)
-    job = Job(
-        model=model,
-        model_name=name,
-        passes=[
-            Pass(name="greedy", num_samples=1, temperature=0, top_p=1),
-            Pass(name="sampled", num_samples=evaluation.k, temperature=evaluation.temperature, top_p=evaluation.top_p),
-        ],
-        prompts=read_prompts(problems, recipe.prompt, model),
-        # no log-probs, and chunks that do not depend on the K of training
-        settings=dtype.apply(sampling).model_copy(update={"gap_problems": 0, "num_samples": evaluation.k}),
-        seed=SEED,
-        directory=drawn,
-        used_by=directory / METRICS,
+    passes = [
+        Pass(name="greedy", num_samples=1, temperature=0, top_p=1),
+        Pass(name="sampled", num_samples=evaluation.k, temperature=evaluation.temperature, top_p=evaluation.top_p),
+    ]
+    # no log-probs, and chunks that do not depend on the K of training
+    settings = sampling.model_copy(update={"gap_problems": 0, "num_samples": evaluation.k})
+    prompts = read_prompts(problems, recipe.prompt, model)
+    title = f"{name}: solving {evaluation.split} problems"
+    return new_drawing(
+        model, name, prompts, passes, settings, SEED, directory, title=title, used_by=directory / METRICS
     )
-    return Drawing(job, title, directory / "logs", dtype)
 
 
 def evaluate_model(

@@ -91,7 +91,6 @@ def bootstrap_interval(statistic: Callable[[np.ndarray[Any, Any]], float | None]
 
 
 def bootstrap_mean(values: Sequence[float]) -> Share:
-    """The mean over problems with its bootstrap interval."""
     if not values:
         return Share(None, None)
     array = np.asarray(values, dtype=np.float64)

@@ -13,6 +13,7 @@ import torch
 from megatron_stepkto.architectures.layout import tensor_choices
 from megatron_stepkto.architectures.model_config import Entry, ModelConfig
 from megatron_stepkto.architectures.sharding import model_parameters
+from megatron_stepkto.base.dtypes import gpu_count
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
 from megatron_stepkto.planning.memory import rank_capacity, stage_memory
@@ -25,7 +26,6 @@ from megatron_stepkto.sampling.vllm_engine import vllm_build
 CPU_PARAMETERS = 1.5e9  # a larger model takes hours for a few solutions on processors
 CPU_RANKS = 2
 CPU_SHARE = 0.7  # of a rank's memory; the rest is for the sampler's leftovers and the system
-BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Target:
 
 def find_target(gpus: int | None, preset: str) -> Target:
     """The run's machine. gpus: wanted (0: none); None: all that are here. preset: data sheet for GPUs elsewhere."""
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    seen = gpu_count()
     wanted = seen if gpus is None else gpus
     if wanted == 0:
         return Target(None, True, "--gpus 0" if gpus == 0 else "no GPU was found here and --gpus was not given")
@@ -127,7 +127,7 @@ class Sampler:
 def sampler_here(model: Path, entries: list[Entry], max_tokens: int) -> Sampler:
     """vLLM where it is installed and takes the model, else transformers; neither where the model is too large here."""
     parameters = model_parameters(entries)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = gpu_count()
     if not any(model.glob("*.safetensors")):
         return Sampler(None, f"{model} holds no weights (*.safetensors)")
     if not gpus and parameters > CPU_PARAMETERS:
@@ -165,7 +165,6 @@ def engines(config: ModelConfig, entries: list[Entry], cluster: Cluster) -> tupl
 
 
 def cpu_build() -> bool:
-    """Is vLLM's CPU build installed?"""
     try:
         return vllm_build() == "cpu"
     except UserError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,9 +27,9 @@ _library: torch.library.Library | None = None
 _set: list[str] = []  # which of CACHES this module set
 
 
-def processor(cpuinfo: Path | None = None) -> tuple[str, int]:
+def processor() -> tuple[str, int]:
     """Vendor and family of the first processor (``AuthenticAMD``, 26); empty and 0 where unknown."""
-    found = next(iter(processors(cpuinfo)), {})
+    found = next(iter(processors()), {})
     family = found.get("cpu family", "")
     return found.get("vendor_id", ""), int(family) if family.isdigit() else 0
 

@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,24 +78,23 @@ def on_meta_device() -> Iterator[None]:
         _target = torch.device("cpu")
 
 
-class _CpuStream:
-    """A stream (and its events) where everything runs in order."""
+def _nothing(*_: Any, **__: Any) -> None:
+    """A question of order between streams, where everything runs in order."""
 
-    def wait_stream(self, stream: Any) -> None:
-        return None
 
-    def wait_event(self, event: Any) -> None:
-        return None
-
-    def record_event(self, event: Any = None) -> _CpuStream:
-        return self
-
-    def synchronize(self) -> None:
-        return None
+# A stream, and an event of it.
+_STREAM: Any = SimpleNamespace(
+    wait_stream=_nothing, wait_event=_nothing, synchronize=_nothing, record_event=lambda *_: _STREAM
+)
 
 
 class _CpuCuda:
     """``torch.cuda`` as seen by the patched modules."""
+
+    synchronize = empty_cache = staticmethod(_nothing)
+    manual_seed = staticmethod(torch.manual_seed)
+    Stream = current_stream = staticmethod(lambda *_, **__: _STREAM)
+    stream = staticmethod(lambda stream: contextlib.nullcontext())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
@@ -102,26 +102,8 @@ class _CpuCuda:
     def current_device(self) -> torch.device:
         return _target
 
-    def synchronize(self, *_: Any, **__: Any) -> None:
-        return None
-
-    def empty_cache(self) -> None:
-        return None
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
-
-    def Stream(self, *_: Any, **__: Any) -> _CpuStream:
-        return _CpuStream()
-
-    def current_stream(self, *_: Any) -> _CpuStream:
-        return _CpuStream()
-
-    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
 
 
 class _CpuTorch:

@@ -44,11 +44,6 @@ def _gloo_on_one_loop() -> Iterator[None]:
         distributed_c10d.ProcessGroupGloo = ProcessGroupGloo  # type: ignore[misc]
 
 
-def threads_per_rank(ranks: int) -> int:
-    """Cores that this process may use (a container's, not the host's), shared by the ranks."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
-
-
 def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float) -> None:
     """Join the ranks that torchrun (or Slurm) started.
 
@@ -58,7 +53,8 @@ def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float
     on_cpu = device.type == "cpu"
     if on_cpu:
         patches.install()
-        torch.set_num_threads(threads_per_rank(parallel.ranks))
+        cores = len(os.sched_getaffinity(0))  # a container's, not the host's
+        torch.set_num_threads(max(1, cores // parallel.ranks))
     else:
         patches.install_everywhere()
         torch.cuda.set_device(device)

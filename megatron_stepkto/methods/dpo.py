@@ -62,7 +62,6 @@ class DPO(Method):
     paired = True
 
     def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
-        """Pairs of a right and a wrong sample of the same problem."""
         return pair_examples(by_problem, settings, seed)
 
     def objective(self, loss: recipe.Loss, examples: Examples, used: Indices) -> PairObjective:

@@ -16,7 +16,6 @@ class KTO(StepKTO):
     dataset_keys = StepKTO.dataset_keys - {"flip_step_labels"}
 
     def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
-        """Every sample with a judged outcome, with a KL partner."""
         return single_examples(with_outcome(by_problem), settings, seed, kl_pairs=True)
 
     def step_weight(self, loss: recipe.Loss) -> float:

@@ -112,16 +112,8 @@ def balance_note(balance: Mapping[str, Balance]) -> dict[str, dict[str, float | 
     def short(value: float | None) -> float | None:
         return None if value is None else float(f"{value:.4g}")
 
-    return {
-        level: {
-            "right": short(each.right),
-            "wrong": short(each.wrong),
-            "desirable_weight": short(each.desirable_weight),
-            "undesirable_weight": short(each.undesirable_weight),
-            "ratio": short(each.ratio),
-        }
-        for level, each in balance.items()
-    }
+    names = ("right", "wrong", "desirable_weight", "undesirable_weight", "ratio")
+    return {level: {name: short(getattr(each, name)) for name in names} for level, each in balance.items()}
 
 
 def balance_text(note: Mapping[str, Mapping[str, Any]]) -> str:

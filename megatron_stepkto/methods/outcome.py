@@ -52,7 +52,6 @@ class OutcomeMethod(Method):
         """The loss, summed over solutions."""
 
     def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
-        """Every sample with a judged outcome."""
         return single_examples(with_outcome(by_problem), settings, seed, kl_pairs=False)
 
     def check_examples(self, examples: Examples) -> None:

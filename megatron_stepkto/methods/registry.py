@@ -45,18 +45,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: list[str] | None = None
         UserError: one line per fault, each with file:line and what to do.
     """
     loaded = read_recipe(path, overrides)
-    check_method(loaded)
-    return loaded
-
-
-def check_method(loaded: recipe.Recipe) -> None:
-    """Raises UserError for a method that does not exist, or whose other keys do not suit it."""
     check_suits(loaded, loaded.train.method, f"{loaded.place('train.method')}: train.method")
     if loaded.warm_up:
         training = loaded.warm_up.training
         _check_settings(
             training, training.method, f"{loaded.place('warm_up.training.method')}: warm_up.training.method"
         )
+    return loaded
 
 
 def check_suits(loaded: recipe.Recipe, name: str, place: str) -> None:

@@ -45,7 +45,6 @@ class RFT(Method):
     uses_reference = False
 
     def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
-        """Right samples, each distinct solution of a problem once."""
         chosen = {p: distinct(usable_right(samples, settings)) for p, samples in by_problem.items()}
         return single_examples(chosen, settings, seed, kl_pairs=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_stepkto.base.errors import UserError
@@ -69,11 +69,22 @@ def single_examples(chosen: Candidates, settings: recipe.Dataset, seed: int, *, 
 
 def pair_examples(by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
     """Two examples per pair of a right and a wrong sample of one problem, chosen and rejected."""
-    return [example for problem, samples in by_problem.items() for example in _pairs(problem, samples, settings, seed)]
+    examples = []
+    for problem, samples in by_problem.items():
+        rng = _rng(seed, "pairs", problem)
+        right = usable_right(samples, settings)
+        wrong = [s for s in samples if s.outcome == 0]
+        rng.shuffle(right)
+        rng.shuffle(wrong)
+        pairs = min(settings.pairs_per_problem, max(len(right), len(wrong))) if right and wrong else 0
+        for number in range(pairs):
+            pair = f"{problem}/pair/{number}"
+            examples.append(Chosen(right[number % len(right)], pair_id=pair, side="chosen"))
+            examples.append(Chosen(wrong[number % len(wrong)], pair_id=pair, side="rejected"))
+    return examples
 
 
 def with_outcome(by_problem: Candidates) -> Candidates:
-    """The samples with a judged outcome."""
     return {problem: [s for s in samples if s.outcome is not None] for problem, samples in by_problem.items()}
 
 
@@ -124,16 +135,3 @@ def _kl_partners(chosen: Candidates, settings: recipe.Dataset, seed: int) -> dic
                 if other is not None:
                     partners[sample.sample_id] = other
     return partners
-
-
-def _pairs(problem: str, samples: list[Candidate], settings: recipe.Dataset, seed: int) -> Iterator[Chosen]:
-    rng = _rng(seed, "pairs", problem)
-    right = usable_right(samples, settings)
-    wrong = [s for s in samples if s.outcome == 0]
-    rng.shuffle(right)
-    rng.shuffle(wrong)
-    if right and wrong:
-        for number in range(min(settings.pairs_per_problem, max(len(right), len(wrong)))):
-            pair = f"{problem}/pair/{number}"
-            yield Chosen(right[number % len(right)], pair_id=pair, side="chosen")
-            yield Chosen(wrong[number % len(wrong)], pair_id=pair, side="rejected")

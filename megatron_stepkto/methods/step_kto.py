@@ -53,7 +53,6 @@ class StepKTO(Method):
     reference_levels = ("outcome", "step")
 
     def select(self, by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:
-        """Every sample with something judged, with a KL partner."""
         chosen = {problem: [s for s in samples if s.is_judged] for problem, samples in by_problem.items()}
         return single_examples(chosen, settings, seed, kl_pairs=True)
 

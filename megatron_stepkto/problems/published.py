@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
-from megatron_stepkto.base.records import Problem, parse_rows
+from megatron_stepkto.base.records import Problem, parse_rows, rejected
 from megatron_stepkto.problems.datasets import to_problem
 from megatron_stepkto.problems.imported.solution import problem_id_of, same_answer
 from megatron_stepkto.problems.overlap import Text, find_overlaps
@@ -43,14 +43,6 @@ class _Row:
     raw: bytes
     problem: Problem
 
-    def rejected(self, reason: object) -> dict[str, Any]:
-        return _rejected(self.where, self.line, self.raw, reason)
-
-
-def _rejected(path: Path, line: int, raw: bytes, reason: object) -> dict[str, Any]:
-    row = raw.decode("utf-8", "replace").strip()
-    return {"file": str(path), "line": line, "error": str(reason), "row": row}
-
 
 def read_published(paths: Sequence[Path], check: ProblemCheck, report: Callable[[int], None]) -> Published:
     """All problems of the files together.
@@ -72,7 +64,7 @@ def read_published(paths: Sequence[Path], check: ProblemCheck, report: Callable[
             read += 1
             report(read)
             if isinstance(row, ValueError):
-                found.rejected.append(_rejected(path, line, raw, row))
+                found.rejected.append(rejected(path, line, raw, row))
             else:
                 by_text.setdefault(problem_id_of(row.problem), []).append(_Row(path, line, raw, row))
     for first, *others in by_text.values():
@@ -85,7 +77,7 @@ def read_published(paths: Sequence[Path], check: ProblemCheck, report: Callable[
             f"one text with two answers, {first.problem.answer} ({first.where}:{first.line}) and "
             f"{other.problem.answer} ({other.where}:{other.line}); keep the right one"
         )
-        found.rejected += [row.rejected(reason) for row in (first, *others)]
+        found.rejected += [rejected(row.where, row.line, row.raw, reason) for row in (first, *others)]
     if not found.problems:
         shown = "; ".join(f"{row['file']}:{row['line']}: {row['error']}" for row in found.rejected[:SHOWN])
         named = ", ".join(str(path) for path in paths[:SHOWN])

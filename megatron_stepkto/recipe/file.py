@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,6 +22,7 @@ from megatron_stepkto.recipe.keys import Judging, ProcessJudge, Recipe, nearest_
 from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
 from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
+M = TypeVar("M", bound=BaseModel)
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -37,7 +38,6 @@ def _expand(text: str, path: Path, line: int) -> str:
 
 
 def _models(annotation: Any) -> list[Any]:
-    """The sections that a key may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in _models(inner)]
@@ -137,10 +137,7 @@ def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEv
     places: dict[tuple[str | int, ...], str] = {(): "--set"}
     for assignment in overrides:
         _override(tree, assignment, places)
-    try:
-        settings = ModelEvaluation.model_validate(tree, context={"folder": Path()})
-    except ValidationError as error:
-        raise UserError(_explain(error, places)) from None
+    settings = _validated(ModelEvaluation, tree, places, Path())
     check_overrides("measure", overrides)
     return settings
 
@@ -157,10 +154,7 @@ def read_recipe(path: str | os.PathLike[str], overrides: list[str] | None = None
     """
     path = Path(path)
     tree, places = _read_tree(path, overrides)
-    try:
-        recipe = Recipe.model_validate(tree, context={"folder": path.parent})
-    except ValidationError as error:
-        raise UserError(_explain(error, places)) from None
+    recipe = _validated(Recipe, tree, places, path.parent)
     recipe._places = places
     return recipe
 
@@ -176,12 +170,16 @@ def load_judging(path: Path, overrides: list[str] | None = None) -> Judging:
         UserError: as ``read_recipe``, for that section.
     """
     tree, places = _read_tree(path, overrides)
-    try:
-        judging = _JudgeAlone.model_validate(tree, context={"folder": path.parent}).judge
-    except ValidationError as error:
-        raise UserError(_explain(error, places)) from None
+    judging = _validated(_JudgeAlone, tree, places, path.parent).judge
     check_overrides("judge-eval", overrides or [])
     return judging
+
+
+def _validated(model: type[M], tree: dict[str, Any], places: dict[tuple[str | int, ...], str], folder: Path) -> M:
+    try:
+        return model.model_validate(tree, context={"folder": folder})
+    except ValidationError as error:
+        raise UserError(_explain(error, places)) from None
 
 
 def _read_tree(path: Path, overrides: list[str] | None) -> tuple[dict[str, Any], dict[tuple[str | int, ...], str]]:

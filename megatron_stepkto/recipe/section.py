@@ -66,7 +66,6 @@ def unkeyed(section: type[Section]) -> frozenset[str]:
 
 
 def is_added_default(section: type[Section], name: str, value: object) -> bool:
-    """Whether a key is marked ``Added`` and has its default."""
     return _has(section, name, (_ADDED,)) and value == section.model_fields[name].default
 
 

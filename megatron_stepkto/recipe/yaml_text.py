@@ -40,26 +40,18 @@ class BadYAML(ValueError):
         self.line = line
 
 
-def _read_bool(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> bool:
-    return {"true": True, "false": False}[loader.construct_scalar(node).lower()]
-
-
 def _read_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     return int(text, 16 if "x" in text else 10)
-
-
-def _read_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(re.sub(r"\.(inf|nan)$", r"\1", loader.construct_scalar(node).lower()))
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the base class declares it so
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
         f"{_TAG}null": yaml.SafeLoader.construct_yaml_null,
-        f"{_TAG}bool": _read_bool,
+        f"{_TAG}bool": yaml.SafeLoader.construct_yaml_bool,
         f"{_TAG}int": _read_int,
-        f"{_TAG}float": _read_float,
+        f"{_TAG}float": yaml.SafeLoader.construct_yaml_float,
         f"{_TAG}str": yaml.SafeLoader.construct_yaml_str,
         f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
         f"{_TAG}map": yaml.SafeLoader.construct_yaml_map,

@@ -61,7 +61,7 @@ class Solution:
             if step.members:
                 row.append({name: [label, score and round(score, 3)] for name, (label, score) in step.members.items()})
             steps.append(row)
-        return {"outcome": self.outcome, "answer": self.answer, "truncated": self.truncated, "steps": steps}
+        return {**vars(self), "steps": steps}
 
 
 SolutionsOf = Mapping[str, Sequence[Solution]]
@@ -79,9 +79,7 @@ class BrowserProblem:
 
     def payload(self) -> dict[str, Any]:
         solutions = {source: [row.payload() for row in rows] for source, rows in self.solutions.items()}
-        return {
-            "problem_id": self.problem_id, "problem": self.problem, "answer": self.answer, "solutions": solutions,
-        }  # fmt: skip
+        return {**vars(self), "solutions": solutions}
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,7 @@ class Browser:
     num_problems: int
 
     def payload(self) -> dict[str, Any]:
-        return {
-            "models": self.models,
-            "iterations": self.iterations,
-            "selected": self.selected,
-            "problems": [problem.payload() for problem in self.problems],
-        }
+        return {**vars(self), "problems": [problem.payload() for problem in self.problems]}
 
 
 @dataclass(frozen=True)

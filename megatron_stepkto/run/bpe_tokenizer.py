@@ -12,7 +12,6 @@ from megatron_stepkto.problems.chained_arithmetic.tokenizer import save_tokenize
 
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 SPECIALS = (PAD, BEGIN, END)
-MIN_VOCAB_SIZE = len(SPECIALS) + 256  # every byte is a token, so that no text is unknown
 MODEL_MAX_LENGTH = 2048
 
 
@@ -24,19 +23,14 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: Path)
     ``<s>`` before the text; ``</s>`` ends a response.
 
     Args:
-        vocab_size: tokens in all, the three special ones and the 256 bytes among them.
+        vocab_size: tokens in all. The three special ones and the 256 bytes are among them: no text is unknown.
 
     Returns:
         The size of the vocabulary: ``vocab_size``, or less where the texts hold no more pairs to merge.
 
     Raises:
-        UserError: ``vocab_size`` below 259, or no text at all.
+        UserError: no text at all.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(
-            f"vocab_size: expected {MIN_VOCAB_SIZE} or more (256 bytes and {len(SPECIALS)} special tokens), "
-            f"got {vocab_size}; raise warm_up.vocab_size"
-        )
     kept = [text for text in texts if text.strip()]
     if not kept:
         raise UserError("training a tokenizer: expected texts, got none; check the corpus of the warm-up")

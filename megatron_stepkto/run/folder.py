@@ -61,7 +61,6 @@ class RunFolder:
         return self.base / "M0" / stage
 
     def evaluation(self, t: int) -> Path:
-        """The folder of the evaluation of M_t."""
         return (self.base if t == 0 else self.root) / "evaluate" / model_name(t)
 
     @property

@@ -88,9 +88,6 @@ class FixedDtype:
         begun = read_json_if_there(path) if settings.dtype == "auto" else None
         return cls(path, Choice(**begun) if begun else sampling_dtype(settings, model))
 
-    def apply(self, settings: recipe.Sampling) -> recipe.Sampling:
-        return settings.model_copy(update={"dtype": self.choice.dtype})
-
     def keep(self, title: str) -> None:
         """Fix the choice for all later processes, and say it, as the job begins."""
         if self.choice.reason and not self.path.exists():
@@ -175,13 +172,15 @@ def _begin(drawing: Drawing) -> bool:
 
 def new_drawing(
     model: Path, model_name: str, prompts: Sequence[PromptRow], passes: Sequence[Pass], settings: recipe.Sampling,
-    seed: int, directory: Path, *, title: str,
+    seed: int, directory: Path, *, title: str, used_by: Path | None = None,
 ) -> Drawing:  # fmt: skip
-    """Every pass drawn from ``model``, in ``directory/<pass>.jsonl``."""
+    """Every pass drawn from ``model``, in ``directory/<pass>.jsonl``; below ``directory/drawn`` where a file
+    ``used_by`` is made of them, which then go."""
     dtype = FixedDtype.of(settings, model, directory)
     job = Job(
         model=model, model_name=model_name, passes=list(passes), prompts=list(prompts),
-        settings=dtype.apply(settings), seed=seed, directory=directory,
+        settings=settings.model_copy(update={"dtype": dtype.choice.dtype}), seed=seed,
+        directory=directory / "drawn" if used_by else directory, used_by=used_by,
     )  # fmt: skip
     return Drawing(job, title, directory / "logs", dtype)
 

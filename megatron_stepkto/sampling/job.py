@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_stepkto.base.files import read_json_if_there, stable_hash
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.recipe.section import is_added_default
 
 
 class _Frozen(BaseModel):
@@ -120,8 +119,15 @@ class Job(_Frozen):
 
     def owns_chunks(self) -> bool | None:
         """Are the chunks in the folder those of this job? None: nobody has begun there."""
-        begun = read_json_if_there(self.path, _Begun)
-        return None if begun is None else _identity(begun) == _identity(self.model_dump(mode="json"))
+        begun = read_json_if_there(self.path, Job)
+        return None if begun is None else Job.model_validate(begun)._identity() == self._identity()
+
+    def _identity(self) -> dict[str, Any]:
+        """What the samples depend on: not who draws them nor where the folders stand."""
+        settings = recipe.deciding(self.settings)
+        del settings["temperature"], settings["top_p"]  # the passes carry them
+        parts = {name: getattr(self, name) for name in ("model_name", "passes", "prompts", "seed")}
+        return {**parts, "settings": settings}
 
     def claim_path(self, chunk: Chunk) -> Path:
         """Folder of the lock that whoever draws the chunk holds."""
@@ -176,34 +182,12 @@ class EngineSettings:
         return job.model, recipe.deciding(job.settings, evaluation=True), batch
 
 
-class _Begun(BaseModel):
-    """What of another process's job ``_identity`` looks at."""
-
-    model_name: str
-    passes: list[Any]
-    prompts: list[Any]
-    seed: int
-    settings: dict[str, Any]
-
-
 class Speed(BaseModel):
     """What a worker leaves of its speed."""
 
     tokens: int
     generate_seconds: float
     start_seconds: float
-
-
-def _identity(job: dict[str, Any]) -> dict[str, Any]:
-    """What the samples depend on: not who draws them nor where the folders stand."""
-    # the passes carry the temperatures
-    others = recipe.unkeyed(recipe.Sampling) | {"temperature", "top_p"}
-    settings = {
-        key: value
-        for key, value in job["settings"].items()
-        if key not in others and not is_added_default(recipe.Sampling, key, value)
-    }
-    return {key: job[key] for key in ("model_name", "passes", "prompts", "seed")} | {"settings": settings}
 
 
 class Pulse(_Frozen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,8 +167,8 @@ def _train(recipe: Recipe, site: Site) -> list[str]:
     return [*_gpu_partition(site), *flags]
 
 
-def command(step: Step, run: Path, site: Site, after: list[int], cwd: Path) -> list[str]:
-    """The sbatch command of a step. ``after``: job numbers that it waits for."""
+def command(step: Step, run: Path, site: Site, after: Sequence[int | str], cwd: Path) -> list[str]:
+    """The sbatch command of a step. ``after``: job numbers that it waits for, or what stands for them."""
     log = log_path(run, f"{step.name}.%a" if any(flag.startswith("--array") for flag in step.flags) else step.name)
     flags = [
         "sbatch", "--parsable",

@@ -188,13 +188,9 @@ def _options(words: Sequence[str]) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     name = None
     for word in words:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            name = name.replace("_", "-")  # vLLM takes either
-            found[name] = [value] if value else []
-        elif word.partition("=")[0] in SHORT:
-            short, _, value = word.partition("=")
-            name = SHORT[short]
+        option, _, value = word.partition("=")
+        if option.startswith("--") or option in SHORT:
+            name = SHORT.get(option, option[2:].replace("_", "-"))  # vLLM takes either
             found[name] = [value] if value else []
         elif name is not None:
             found[name].append(word)

@@ -87,12 +87,7 @@ def _dry_run(steps: list[Step], recipe: Recipe, site: Site) -> str:
     """The exact commands, in order, with $NAME for the number of an earlier job."""
     lines = []
     for step in steps:
-        words = command(step, recipe.run_dir, site, [], Path.cwd())
-        if step.after:
-            after = ":".join(f"${{{name}}}" for name in step.after)
-            words[-3 - len(step.arguments) : -3 - len(step.arguments)] = [
-                f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes",
-            ]  # fmt: skip
+        words = command(step, recipe.run_dir, site, [f"${{{name}}}" for name in step.after], Path.cwd())
         shown = " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in words)
         lines.append(f"{step.name}=$({shown})")
     return "\n".join(lines)

@@ -122,12 +122,10 @@ def _from_first(value: T) -> T:
 
 
 def per_step(batch: MicroBatch, token_log_probs: Tensor) -> list[Tensor]:
-    """Log-prob of each document's steps."""
     return list(batch.step_sums(token_log_probs).split([d.num_steps for d in batch.documents]))
 
 
 def per_token(batch: MicroBatch, token_log_probs: Tensor) -> list[Tensor]:
-    """Log-prob of each document's response tokens."""
     return list(token_log_probs.split([len(d.response) for d in batch.documents]))
 
 
@@ -157,7 +155,6 @@ class StepValues:
         return zlib.crc32(self.values.data)
 
     def flush(self) -> None:
-        """Write a file's values to disk."""
         if isinstance(self.values, np.memmap):
             self.values.flush()
 

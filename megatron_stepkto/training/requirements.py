@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
+from megatron_stepkto.base.dtypes import gpu_count
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json, write_json
 from megatron_stepkto.base.processes import Child, child_main, run_children
@@ -78,8 +79,7 @@ def check_devices(wanted: Ranks) -> None:
 
 def check_gpus(wanted: int) -> None:
     """Raises UserError when torch sees fewer GPUs."""
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if seen < wanted:
+    if (seen := gpu_count()) < wanted:
         raise UserError(
             f"torch sees {seen} GPUs, the layout needs {wanted} on this node; "
             "ask for them (GPUS_PER_NODE in the site file), or install torch's CUDA build and a driver that fits"

@@ -343,7 +343,7 @@ def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Row], Outc
         def in_time() -> None:
             assert time.monotonic() < deadline, f"{ranks} ranks took more than {TIME_LIMIT_S} s"
 
-        run_children([Child(command, listed.with_suffix(".log"), env)], title="layouts", unit="jobs", poll=in_time)
+        run_children([Child(command, listed.with_suffix(".log"), env)], title="layouts", unit="jobs", progress=in_time)
 
     def outcome(row: Row) -> Outcome:
         together = (row.ranks, row.grouped)

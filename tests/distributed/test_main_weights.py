@@ -41,5 +41,5 @@ def test_main_weights_of_all_ranks_make_whole_tensors(tmp_path: Path, parallel: 
         assert time.monotonic() < deadline, f"the ranks took more than {TIME_LIMIT_S} s"
 
     env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    run_children([Child(command, tmp_path / "ranks.log", env)], title="main weights", unit="jobs", poll=in_time)
+    run_children([Child(command, tmp_path / "ranks.log", env)], title="main weights", unit="jobs", progress=in_time)
     assert sorted(p.name for p in tmp_path.glob("*.passed")) == ["rank0.passed", "rank1.passed"]

@@ -41,11 +41,6 @@ def mini(repository: Path, tmp_path: Path) -> Path:
 
 def test_recipe_faults(mini: Path, tmp_path: Path) -> None:
     refused(stepkto("run", tmp_path / "none.yaml", cwd=tmp_path), "none.yaml", "expected a recipe")
-    refused(
-        stepkto("run", mini, "--set", "sample.num_samples=0", cwd=tmp_path),
-        "sample.num_samples",
-        "greater than or equal to 1",
-    )
     text = mini.read_text().replace("  temperature: 1.0", "  temprature: 1.0")
     mini.write_text(text)
     line = text.splitlines().index("  temprature: 1.0") + 1
@@ -53,16 +48,6 @@ def test_recipe_faults(mini: Path, tmp_path: Path) -> None:
         stepkto("run", mini, cwd=tmp_path),
         f"mini.yaml:{line}: unknown key sample.temprature; did you mean temperature?",
     )
-
-
-def test_a_recipe_that_cannot_be_read(mini: Path, tmp_path: Path) -> None:
-    text = mini.read_text()
-    refused(
-        stepkto("sample", mini, "--iteration", 1, "--set", "train.optimizer.lr=1", cwd=tmp_path),
-        "`stepkto sample` does not read train.optimizer.lr", "`stepkto train`, `stepkto run`",
-    )  # fmt: skip
-    mini.write_text(text + "deep: " + "[" * 3000 + "]" * 3000 + "\n")
-    refused(stepkto("run", mini, cwd=tmp_path), f"mini.yaml:{len(text.splitlines()) + 1}: expected at most 50 levels")
 
 
 def test_prompt_faults(mini: Path, tmp_path: Path) -> None:
@@ -76,14 +61,6 @@ def test_prompt_faults(mini: Path, tmp_path: Path) -> None:
     refused(stepkto(*choose, cwd=tmp_path), "p.jsonl:2: the problem holds the text of special tokens (</s>)")
     done = stepkto(*choose, "--quarantine", tmp_path / "aside", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    template = "{{ raise_exception('no system') }}"
-    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-    draw = ("sample", mini, "--iteration", 1, "--set", f"initial_model={model}")
-    refused(
-        stepkto(*draw, "--set", "prompt={chat: true, system: You are.}", cwd=tmp_path),
-        "the chat template fails (turns: system, user): no system",
-    )
 
 
 def test_model_faults(mini: Path, tmp_path: Path) -> None:
@@ -91,9 +68,6 @@ def test_model_faults(mini: Path, tmp_path: Path) -> None:
     pickled = shutil.copytree(mini.parent / "mini_cpu_m0", tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     refused(stepkto("run", mini, "--set", f"initial_model={pickled}", cwd=tmp_path), "expected model.safetensors or")
-    (pickled / "config.json").rename(pickled / "adapter_config.json")
-    refused(stepkto("run", mini, "--set", f"initial_model={pickled}", cwd=tmp_path), "holds an adapter")
-    refused(stepkto("convert", pickled, "converted", cwd=tmp_path), "holds an adapter")
     other = write_llama(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
@@ -124,19 +98,10 @@ def test_problem_file_faults_and_quarantine(mini: Path, tmp_path: Path) -> None:
 
 
 def test_import_faults(repository: Path, tmp_path: Path) -> None:
-    """Labels that do not fit the steps, and an empty solution."""
-    tokenizer = repository / "recipes" / "mini_cpu_m0"
-    row = {"id": "r", "problem": "1 + 1?", "generator": "g", "steps": ["It is 2."], "final_answer_correct": True}
-    source = tmp_path / "rows.jsonl"
+    source, tokenizer = tmp_path / "rows.jsonl", repository / "recipes" / "mini_cpu_m0"
+    source.write_text('{"id": "r", "problem": "1 + 1?", "steps": [], "final_answer_correct": true}\n')
     run = ("import", "processbench", source, "--tokenizer", tokenizer, "--output", tmp_path / "out")
-    source.write_text(json.dumps({**row, "first_error": None, "labels": [1, 1]}) + "\n")
-    refused(stepkto(*run, cwd=tmp_path), "rows.jsonl:1", "2 labels for 1 steps")
-    source.write_text(json.dumps({**row, "steps": [], "first_error": None, "labels": []}) + "\n")
     refused(stepkto(*run, cwd=tmp_path), "rows.jsonl:1")
-    refused(
-        stepkto("import", "procesbench", source, "--tokenizer", tokenizer, "--output", tmp_path / "out", cwd=tmp_path),
-        "processbench",
-    )
 
 
 def test_solutions_of_which_none_is_right_do_not_train(repository: Path, tmp_path: Path) -> None:

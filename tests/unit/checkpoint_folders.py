@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,15 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) ->
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def shard(folder: Path, files: dict[str, str], twice: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Write the weights to the files named, those of ``twice`` to all of them, and the index; returns the weights."""
+    weights = load_file(folder / "model.safetensors")
+    for file in set(files.values()):
+        save_file({n: t for n, t in weights.items() if files[n] == file or n in twice}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return weights
 
 
 def change_config(folder: Path, **keys: Any) -> Path:

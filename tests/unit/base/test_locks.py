@@ -351,42 +351,27 @@ def test_a_damaged_lock_is_named(tmp_path: Path) -> None:
     assert str(caught.value) == f"{held}: expected the owner of a lock, got something else; remove {held.parent}"
 
 
-def test_a_contender_that_slept_does_not_get_a_number_that_is_past(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("now", "then"), [(".held.000007", ".free.000003"), (".free.000007", ".free.000006")], ids=["past", "freed"]
+)
+def test_a_contender_that_slept_does_not_get_a_number_that_is_past_or_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: str, then: str
 ) -> None:
     """It listed the folder, slept while others took and freed the lock, and then makes the number it planned."""
     folder = tmp_path / "lock"
     foreign(folder, number=7)
+    (folder / ".held.000007").rename(folder / now)
     real, slept = locks._newest, []
 
     def asleep(path: Path) -> Path | None:
         if not slept:
             slept.append(True)
-            return folder / ".free.000003"
+            return folder / then
         return real(path)
 
     monkeypatch.setattr(locks, "_newest", asleep)
     assert try_lock(folder, Watch()) is None
-    assert [path.name for path in folder.iterdir()] == [".held.000007"]
-
-
-def test_a_contender_that_slept_while_its_number_was_held_and_freed_steps_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "lock"
-    folder.mkdir()
-    (folder / ".free.000007").write_text("{}")
-    real, slept = locks._newest, []
-
-    def asleep(path: Path) -> Path | None:
-        if not slept:
-            slept.append(True)
-            return folder / ".free.000006"
-        return real(path)
-
-    monkeypatch.setattr(locks, "_newest", asleep)
-    assert try_lock(folder, Watch()) is None
-    assert [path.name for path in folder.iterdir()] == [".free.000007"]
+    assert [path.name for path in folder.iterdir()] == [now]
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -16,7 +16,7 @@ import pytest
 from megatron_stepkto.base import processes
 from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.processes import Child, run_children
-from megatron_stepkto.base.progress import read_progress
+from megatron_stepkto.base.progress import Report, read_progress
 
 WAIT_S = 120.0  # on a busy machine
 
@@ -153,12 +153,12 @@ def test_exception_in_the_parent_stops_a_child_that_ignores_sigterm(
         f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     )
 
-    def poll() -> None:
+    def progress() -> None:
         if pid_file.exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_children([python(script, tmp_path / "a.log")], title="test", unit="units", poll=poll)
+        run_children([python(script, tmp_path / "a.log")], title="test", unit="units", progress=progress)
     assert_ends(int(pid_file.read_text()))
 
 
@@ -265,12 +265,13 @@ def test_a_phase_that_counts_other_things_has_a_bar_of_its_own(
         "file.report(1, 9, 'loss 1', last=True)"
     )
 
-    def see() -> None:
+    def see() -> Report | None:
         if (report := read_progress(file)) and report.unit:
             assert str(report) == "3/9 tokens"
             seen.touch()
+        return report
 
-    run_children([python(script, tmp_path / "a.log")], title="train", unit="updates", progress=[file], poll=see)
+    run_children([python(script, tmp_path / "a.log")], title="train", unit="updates", progress=see)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(",")[0] for line in lines] == ["train: 3/9 tokens", "train: 1/9 updates"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_stepkto.architectures.llama import read_config
@@ -22,7 +22,7 @@ from megatron_stepkto.checkpoints.convert import COMPANIONS, hf_to_megatron, meg
 from megatron_stepkto.checkpoints.metadata import read_metadata
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from tests.model_folders import read_tensor
-from tests.unit.checkpoint_folders import LLAMA3, Chunk, assert_same_bits, copy, write_chunks
+from tests.unit.checkpoint_folders import LLAMA3, Chunk, assert_same_bits, copy, shard, write_chunks
 
 # --- there and back ------------------------------------------------------------------------------------------
 
@@ -59,13 +59,9 @@ def test_there_and_back_is_bitwise(models: dict[str, Path], tmp_path: Path, name
 
 def test_a_sharded_source(models: dict[str, Path], tmp_path: Path) -> None:
     source = copy(models["untied"], tmp_path / "hf")
-    weights = load_file(source / "model.safetensors")
-    names = sorted(weights)
-    files = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(names)}
-    for file in set(files.values()):
-        save_file({name: weights[name] for name in names if files[name] == file}, source / file)
+    names = sorted(load_file(source / "model.safetensors"))
+    weights = shard(source, {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(names)})
     (source / "model.safetensors").unlink()
-    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     hf_to_megatron(source, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert_same_bits(load_file(tmp_path / "back" / "model.safetensors"), weights)

@@ -36,6 +36,7 @@ from tests.unit.checkpoint_folders import (
     copy,
     forward_refusal,
     refusal,
+    shard,
     write_chunks,
 )
 
@@ -129,11 +130,9 @@ def test_a_head_that_is_no_copy_in_a_tied_model(models: dict[str, Path], tmp_pat
 
 def test_weights_that_stand_twice(models: dict[str, Path], tmp_path: Path) -> None:
     folder = copy(models["tied"], tmp_path / "hf")
-    weights = load_file(folder / "model.safetensors")
-    files = {name: "a.safetensors" if name < "model.norm" else "b.safetensors" for name in weights}
-    for file in set(files.values()):
-        save_file({n: t for n, t in weights.items() if files[n] == file or n in (GATE, UP)}, folder / file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+    names = load_file(folder / "model.safetensors")
+    files = {name: "a.safetensors" if name < "model.norm" else "b.safetensors" for name in names}
+    weights = shard(folder, files, twice=(GATE, UP))
     assert "holds model.safetensors and model.safetensors.index.json, which names other files" in forward_refusal(
         folder
     )
@@ -388,11 +387,8 @@ def test_a_chunk_that_would_run_code_is_refused(models: dict[str, Path], tmp_pat
 
 def test_faults_of_many_files_are_all_named(models: dict[str, Path], tmp_path: Path) -> None:
     folder = copy(models["tied"], tmp_path / "hf")
-    weights = load_file(folder / "model.safetensors")
-    names = sorted(weights)
-    files = {name: f"model-{n % 4}.safetensors" for n, name in enumerate(names)}
-    for file in set(files.values()):
-        save_file({name: weights[name] for name in names if files[name] == file}, folder / file)
+    names = sorted(load_file(folder / "model.safetensors"))
+    shard(folder, {name: f"model-{n % 4}.safetensors" for n, name in enumerate(names)})
     (folder / "model.safetensors").unlink()
     (folder / "model-0.safetensors").unlink()
     (folder / "model-1.safetensors").write_bytes((folder / "model-1.safetensors").read_bytes()[:-7])
@@ -400,7 +396,6 @@ def test_faults_of_many_files_are_all_named(models: dict[str, Path], tmp_path: P
     lost = sorted(held)[0]
     held["stray.weight"] = held.pop(lost)
     save_file(held, folder / "model-2.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     said = forward_refusal(folder)
     for part in (
         "names files that are missing: model-0.safetensors",

@@ -160,7 +160,6 @@ def test_every_loader_of_pickles_is_one_of_these(repository: Path) -> None:
     assert {(Path(file).name, call) for file, call in found} == {
         ("unpickling.py", "pickle._Unpickler"),
         ("unpickling.py", "torch.load"),
-        ("tensor_file.py", "pickle._Unpickler"),  # builds descriptions of tensors only
         ("state.py", "dist_checkpointing.load"),
         ("patches.py", "torch.load"),  # looks at its code, to see that it takes the restriction
     }

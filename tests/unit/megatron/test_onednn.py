@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_stepkto.base import dtypes
 from megatron_stepkto.megatron import onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -99,11 +100,12 @@ def test_restored() -> None:
 
 def test_which_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(dtypes, "CPUINFO", cpuinfo)
+    assert onednn.processor() == ("", 0)
     cpuinfo.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\n\nprocessor\t: 1\n")
-    assert onednn.processor(cpuinfo) == ("GenuineIntel", 6)
+    assert onednn.processor() == ("GenuineIntel", 6)
     cpuinfo.write_text("processor\t: 0\nCPU architecture: 8\n")
-    assert onednn.processor(cpuinfo) == ("", 0)
-    assert onednn.processor(tmp_path / "none") == ("", 0)
+    assert onednn.processor() == ("", 0)
     for kind, capability, wanted in (
         (("AuthenticAMD", 26), "AVX512", True), (("AuthenticAMD", 25), "AVX512", False),
         (("GenuineIntel", 6), "AVX512", False), (("AuthenticAMD", 26), "AVX2", False),

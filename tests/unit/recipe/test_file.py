@@ -253,8 +253,8 @@ def test_an_override_can_begin_a_section(tmp_path: Path) -> None:
         ("seed=2024-02-30", "seed: Input should be a valid integer, got '2024-02-30'"),
         ("sample.num_sampels=4", "unknown key sample.num_sampels; did you mean num_samples?"),
         ("sample.num_samples=0", "sample.num_samples: Input should be greater than or equal to 1, got 0"),
+        ("trian.optimizer.lr=1", "unknown key trian; did you mean train?"),
         ("train.loss.beta_step=.inf", "train.loss.beta_step: Input should be a finite number, got inf"),
-        ("train.parallel.ranks=3", "ranks (3) must be a multiple of tensor x pipeline x context (2 x 1 x 1)"),
     ],
 )
 def test_overrides_that_cannot_be(tmp_path: Path, assignment: str, said: str) -> None:
@@ -262,22 +262,8 @@ def test_overrides_that_cannot_be(tmp_path: Path, assignment: str, said: str) ->
     message = refusal(path, [assignment])
     assert said in message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize(
-    "assignment",
-    [
-        "sample.num_samples=0",
-        "sample.num_sampels=4",
-        "seed=x",
-        "trian.optimizer.lr=1",
-        "train.opt.lr=1",
-        "evaluate.z=1",
-    ],
-)
-def test_the_place_of_a_bad_override_is_the_override(tmp_path: Path, assignment: str) -> None:
-    """The recipe's line is right; whoever looks there finds another value."""
-    assert refusal(write(tmp_path), [assignment]).startswith(f"--set {assignment}: ")
+    # the recipe's line is right: whoever looks there finds another value
+    assert message.startswith(f"--set {assignment}: ")
 
 
 # --- environment and paths -----------------------------------------------------------------------------------
