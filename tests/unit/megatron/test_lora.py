@@ -31,7 +31,7 @@ from megatron_stepkto.checkpoints.huggingface import copy_companions
 from megatron_stepkto.checkpoints.torch_dist import CheckpointReader
 from megatron_stepkto.megatron.batch import MicroBatch, pack_units, solution_document
 from megatron_stepkto.megatron.engine import Engine
-from megatron_stepkto.megatron.lora import _class_with_adapter, adapters_of, initial_factors
+from megatron_stepkto.megatron.lora import _class_with, _WithAdapter, adapters_of, initial_factors
 from megatron_stepkto.megatron.main_weights import optimizer_parts
 from megatron_stepkto.megatron.ranks import one_rank
 from megatron_stepkto.recipe import keys as recipe
@@ -192,7 +192,7 @@ def test_a_layer_with_its_norm_inside_gives_the_adapter_what_the_product_sees(hf
         def forward(self, x: Tensor) -> Any:
             return super().forward(rms_norm(x, (64,), self.layer_norm_weight, self.eps))
 
-    linear.__class__ = _class_with_adapter(WithNorm)
+    linear.__class__ = _class_with(_WithAdapter, WithNorm)
     linear.layer_norm_weight, linear.eps = nn.Parameter(norm), 1e-5
     torch.testing.assert_close(linear(x)[0], expected, rtol=1e-5, atol=1e-5)
 
