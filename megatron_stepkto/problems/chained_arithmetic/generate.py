@@ -24,6 +24,7 @@ MIN_VALUE, MAX_VALUE = 1, 99
 
 Operator = Literal["+", "-", "*"]
 Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 
 def apply(op: Operator, left: int, operand: int) -> int:
@@ -126,7 +127,12 @@ def generate(split: Split, count: int, seed: int) -> list[Problem]:
 
     A problem's split is a function of its text alone (``split_of``), so train, dev and test share no problem
     whatever the seeds. Ids include split and seed, so calls with different ones never share an id.
+
+    Raises:
+        UserError: the split is not one of train, dev, test.
     """
+    if split not in SPLITS:
+        raise UserError(f"chained_arithmetic: expected a split of {', '.join(SPLITS)}, got {split!r}")
     rng = random.Random(f"chained_arithmetic {split} {seed}")
     problems: list[Problem] = []
     seen: set[str] = set()
