@@ -113,4 +113,4 @@ def test_a_hostile_text_takes_linear_time() -> None:
         "1," * 4500,
     ):
         normalise(text)
-    assert time.process_time() - begun < 3
+    assert time.process_time() - begun < 60  # a second or two; what grows with the square takes many minutes
