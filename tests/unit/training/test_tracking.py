@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.megatron.expert_load import load_metrics
 from megatron_stepkto.methods.metrics import held_out_metrics_of, metrics_of
 from megatron_stepkto.methods.registry import METHODS
 from megatron_stepkto.recipe import keys as recipe
@@ -54,7 +56,8 @@ def test_what_is_read_again_is_written() -> None:
     """A metric that is renamed where it is made must be renamed where the report reads it."""
     made = metrics_of(SUMS, KL, METHODS["step_kto"], (0.5, 2.0))
     of_the_loop = {"update", "z_outcome", "z_step", "grad_norm"}
-    assert set(UpdateRow.model_fields) - of_the_loop <= set(made)
+    of_experts = set(load_metrics(torch.ones(1, 2, dtype=torch.int64)))
+    assert set(UpdateRow.model_fields) - of_the_loop <= set(made) | of_experts
     assert UpdateRow.model_validate({"update": 1, **made}).model_dump(exclude_unset=True) == {"update": 1, **made}
     held_out = held_out_metrics_of(SUMS)
     assert set(HeldOut.model_fields) <= set(held_out)
