@@ -96,7 +96,7 @@ class _Quarantine:
 
 
 class _Split:
-    """The samples of a file as solutions, read anew at each iteration; the bad ones, once found, are left out.
+    """The good samples of a file as solutions. Each iteration reads the file again and skips the bad ones.
 
     The steps of a solution come from the cache, where ``check`` leaves them.
     """

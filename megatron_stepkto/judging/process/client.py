@@ -16,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import itertools
 import json
 import os
 import random
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -32,6 +33,7 @@ from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.progress import say, warn
 
 T = TypeVar("T")
+Q = TypeVar("Q")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 120.0
 SAY_AFTER_S, SAY_EVERY_S = 10.0, 30.0  # of an outage
@@ -456,3 +458,32 @@ def run_async(work: Coroutine[Any, Any, None]) -> None:
         while isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
         raise cause from None
+
+
+def from_first(questions: Iterator[Q | None]) -> Iterator[Q | None] | None:
+    """The questions from the first that is to be asked; None where there is none, so that no server is needed."""
+    first = next((question for question in questions if question is not None), None)
+    return None if first is None else itertools.chain([first], questions)
+
+
+async def ask_each(
+    questions: Iterator[Q | None], at_once: int, ask: Callable[[Q], Awaitable[None]], show: Callable[[], None]
+) -> None:
+    """Ask the questions, ``at_once`` at a time, and read them only as they are asked.
+
+    Args:
+        questions: None stands for one that needs no answer.
+        show: shows the progress, after each.
+    """
+
+    async def worker() -> None:
+        for question in questions:
+            if question is None:
+                await asyncio.sleep(0)  # answers on their way are not kept waiting
+            else:
+                await ask(question)
+            show()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(at_once):
+            group.create_task(worker())

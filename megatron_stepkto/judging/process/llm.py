@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import tempfile
 from collections import Counter
@@ -30,7 +28,9 @@ from megatron_stepkto.judging.process.client import (
     Service,
     TooLong,
     Unavailable,
+    ask_each,
     check_servers,
+    from_first,
     run_async,
     split_urls,
 )
@@ -330,13 +330,11 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
     def _ask_all(self, solutions: Solutions, cache: AnswerCache, asked: IO[str]) -> None:
         self._begun, self._finished = set(), 0
         self._counts["cached"] = 0
-        questions = self._questions(solutions, cache, asked)
-        first = next((question for question in questions if question is not None), None)
-        if first is not None:
-            run_async(self._work(first, questions, len(solutions) * self.settings.votes, cache))
+        questions = from_first(self._questions(solutions, cache, asked))
+        if questions is not None:
+            run_async(self._work(questions, len(solutions) * self.settings.votes, cache))
 
-    async def _work(self, first: _Question, others: Iterator[_Question | None], total: int, cache: AnswerCache) -> None:
-        queue = itertools.chain([first], others)
+    async def _work(self, questions: Iterator[_Question | None], total: int, cache: AnswerCache) -> None:
         async with Client(self._service, self._counts) as client:
             await client.check_model()
             with ProgressBar("judging steps", total, "votes") as bar:
@@ -344,24 +342,15 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
                 def show() -> None:
                     bar.update(self._finished, self._note(), self._counts["cached"])
 
+                async def ask(question: _Question) -> None:
+                    found = await self._ask(client, question.bodies, question.num_steps)
+                    if found is not None:
+                        cache.put(question.key, found)
+                        self._begun.discard(question.key)  # the ones without an answer stay: not asked again
+                    self._finished += 1
+
                 show()
-
-                async def worker() -> None:
-                    for question in queue:
-                        if question is None:
-                            show()
-                            await asyncio.sleep(0)  # answers on their way are not kept waiting
-                            continue
-                        found = await self._ask(client, question.bodies, question.num_steps)
-                        if found is not None:
-                            cache.put(question.key, found)
-                            self._begun.discard(question.key)  # the ones without an answer stay: not asked again
-                        self._finished += 1
-                        show()
-
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self.settings.concurrency, total)):
-                        group.create_task(worker())
+                await ask_each(questions, min(self.settings.concurrency, total), ask, show)
         if failed := self._counts["failed"] + self._counts["too_long"]:
             warn(f"{failed} of {total} votes have no verdict and count for neither label; the last: {self._useless}")
 

@@ -10,7 +10,6 @@ step ends with " ки", and the language model's logits of "+" and "-" on that t
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import hashlib
 import inspect
@@ -41,7 +40,9 @@ from megatron_stepkto.judging.process.client import (
     NoAnswer,
     Service,
     TooLong,
+    ask_each,
     check_servers,
+    from_first,
     run_async,
     split_urls,
 )
@@ -398,12 +399,11 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
 
     def _ask_all(self, solutions: Solutions, settled: dict[int, Verdicts], cache: AnswerCache, asked: IO[str]) -> None:
         self._counts["cached"] = self._finished = 0
-        questions = self._questions(solutions, settled, cache, asked)
-        first = next((question for question in questions if question is not None), None)
-        if first is not None:
-            run_async(self._work(itertools.chain([first], questions), len(solutions), cache))
+        questions = from_first(self._questions(solutions, settled, cache, asked))
+        if questions is not None:
+            run_async(self._work(questions, len(solutions), cache))
 
-    async def _work(self, queue: Iterator[tuple[int, str, PRMRow] | None], total: int, cache: AnswerCache) -> None:
+    async def _work(self, questions: Iterator[tuple[int, str, PRMRow] | None], total: int, cache: AnswerCache) -> None:
         async with Client(self._service(), self._counts) as client:
             await client.check_model()
             with ProgressBar("judging steps", total, "solutions") as bar:
@@ -411,21 +411,12 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
                 def show() -> None:
                     bar.update(self._finished, kept=self._counts["cached"])
 
+                async def ask(question: tuple[int, str, PRMRow]) -> None:
+                    await self._ask_one(client, cache, *question)
+                    self._finished += 1
+
                 show()
-
-                async def worker() -> None:
-                    for question in queue:
-                        if question is None:
-                            show()
-                            await asyncio.sleep(0)  # answers on their way are not kept waiting
-                            continue
-                        await self._ask_one(client, cache, *question)
-                        self._finished += 1
-                        show()
-
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self.settings.concurrency, total)):
-                        group.create_task(worker())
+                await ask_each(questions, min(self.settings.concurrency, total), ask, show)
 
     async def _ask_one(self, client: Client, cache: AnswerCache, number: int, key: str, row: PRMRow) -> None:
         body = {"model": self._served_name, "input": row.token_ids, "task": "token_classify"}
