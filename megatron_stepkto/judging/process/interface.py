@@ -234,7 +234,7 @@ class ProcessJudge(ABC, Generic[Keys]):
     def judge(self, solutions: Solutions) -> Judged:
         """One verdict per step, or the reason why a solution has none, in order; shows its progress.
 
-        What it holds must not grow with the number of solutions.
+        What it holds should not grow with the number of solutions; rollouts alone hold all of them.
 
         Raises:
             UserError: nothing can be judged (a server is down, a model is missing).
