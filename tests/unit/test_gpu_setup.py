@@ -313,8 +313,11 @@ def test_which_files_fit(file: str, python: tuple[int, int], expected: bool) -> 
 
 
 def test_the_make_targets() -> None:
+    # ``make test`` passes its own options on to a make below it, among them --print-directory.
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+
     def commands(*arguments: str) -> str:
-        done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
         return " ".join(done.stdout.split())
 
     assert commands("gpu", "PYTHON=py", "WHEELS=w", "APEX=a", "GPU_ARGS=--check") == (
