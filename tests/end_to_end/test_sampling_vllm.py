@@ -133,7 +133,9 @@ def without_speed(result: DrawResult) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("reproducible", [True, False], ids=["reproducible", "fed"])
+@pytest.mark.parametrize(
+    "reproducible", [pytest.param(True, marks=pytest.mark.long), False], ids=["reproducible", "fed"]
+)
 def test_killed_with_two_workers_and_resumed_equals_one_worker(
     undisturbed: DrawResult, model: Path, tmp_path: Path, reproducible: bool
 ) -> None:

@@ -108,6 +108,7 @@ def mean_loss(folder: Path, examples: list[TrainExample]) -> float:
     return total / sum(len(example.token_ids) for example in examples)
 
 
+@pytest.mark.long
 def test_real_text_with_labels_by_people(repository: Path, data_dir: Path, tmp_path: Path) -> None:
     """ProcessBench through import, byte-level BPE, warm-up, dataset, Step-KTO and export, in few updates."""
     source = data_dir / "steps" / "processbench_gsm8k.jsonl"
