@@ -56,6 +56,8 @@ $r = \sqrt{64} = 9$
 # Nothing to say: assumed, open in its notation, or not read
 OPEN = r"""
 $x^2 = 4$
+$|x - 5| = 5 - x$
+$\arcsin(\sin x) = x$
 $x + y = 7$
 $f(2) + f(3) = f(5)$
 $f(x) = 2x + 1$
