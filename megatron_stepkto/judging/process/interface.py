@@ -135,7 +135,8 @@ class Work:
 class Verdict:
     """A step's label, and what it was decided from.
 
-    ``votes``: single opinions (answers of a model, rollouts). ``score``: the share or probability of "right".
+    ``votes``: single opinions (answers of a model, rollouts). ``score``: the share of "right" in the votes that say
+    right or wrong, or its probability.
     ``members``: the verdicts of a combined judge's members, by name.
     """
 
@@ -248,14 +249,16 @@ class ProcessJudge(ABC, Generic[Keys]):
 def majority(votes: Sequence[Label], threshold: float) -> Verdict:
     """The label that more than ``threshold`` of all votes give (all of them at 1.0); None where neither does.
 
-    A vote of None counts as a vote for neither, so a tie, or too much doubt, is not judged.
+    A vote of None counts as a vote for neither, so a tie, or too much doubt, is not judged. The score leaves such votes
+    out: they do not say how right the step is.
     """
     counted = tuple(votes)
-    for label in (1, 0):
-        share = counted.count(label) / len(counted) if counted else 0.0
-        if share > threshold or share == 1.0:
-            return Verdict(1 if label else 0, counted, counted.count(1) / len(counted))
-    return Verdict(None, counted, counted.count(1) / len(counted) if counted else None)
+    right, wrong = counted.count(1), counted.count(0)
+    score = right / (right + wrong) if right + wrong else None
+    for given, label in ((right, 1), (wrong, 0)):
+        if given and (given / len(counted) > threshold or given == len(counted)):
+            return Verdict(1 if label else 0, counted, score)
+    return Verdict(None, counted, score)
 
 
 def cut_after_first_error(verdicts: Sequence[Verdict]) -> list[Verdict]:

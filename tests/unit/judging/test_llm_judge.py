@@ -107,18 +107,21 @@ def test_votes_that_differ(tmp_path: Path) -> None:
         with ScriptedServer(lambda body, n, w=words, c=code: chat({"step_1": {"verdict": c[next(w)]}})) as server:  # type: ignore[misc]
             verdicts = list(judge(server.url, tmp_path / given, votes=4, concurrency=1).judge(one))
         assert labels(verdicts) == [[expected]], given
-        assert verdicts[0][0].score == given.count("R") / 4  # type: ignore[index]
+        assert verdicts[0][0].score == given.count("R") / (4 - given.count("U"))  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
-    ("votes", "threshold", "label"),
+    ("votes", "threshold", "label", "score"),
     [
-        ([1, 1, 0], 0.5, 1), ([1, 1, 0], 0.7, None), ([0, 0, 0], 0.9, 0), ([0, 0, 0], 1.0, 0), ([1, 1, 0], 1.0, None),
-        ([None, None, 1], 0.5, None), ([None], 0.5, None), ([1, 1, None, None], 0.5, None), ([], 0.5, None),
+        ([1, 1, 0], 0.5, 1, 2 / 3), ([1, 1, 0], 0.7, None, 2 / 3), ([1, 1, 0], 1.0, None, 2 / 3),
+        ([0, 0, 0], 0.9, 0, 0.0), ([0, 0, 0], 1.0, 0, 0.0), ([0, 0, 1, None, 0], 0.5, 0, 0.25),
+        ([None, None, 1], 0.5, None, 1.0), ([1, 1, None, None], 0.5, None, 1.0),
+        ([None, None], 0.5, None, None), ([], 0.5, None, None),
     ],
 )  # fmt: skip
-def test_majority(votes: list[Label], threshold: float, label: Label) -> None:
-    assert majority(votes, threshold).label == label
+def test_majority(votes: list[Label], threshold: float, label: Label, score: float | None) -> None:
+    verdict = majority(votes, threshold)
+    assert (verdict.label, verdict.score) == (label, score)
 
 
 def test_labels_after_the_first_error_may_be_dropped() -> None:
