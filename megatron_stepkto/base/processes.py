@@ -73,6 +73,11 @@ class _Running:
     restarts: int = 0
 
 
+def usable_cores() -> int:
+    """Processor cores that this process may run on: a job's or a container's, not the host's."""
+    return len(os.sched_getaffinity(0))
+
+
 def gpus_of(worker: int, count: int) -> str:
     """CUDA_VISIBLE_DEVICES of a child that has ``count`` GPUs of its own, out of those that this process may use.
 

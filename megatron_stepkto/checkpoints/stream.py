@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_stepkto.base.processes import usable_cores
 from megatron_stepkto.base.progress import ProgressBar
 
 # Small enough to stay in a core's cache between reading, checking and writing.
@@ -193,7 +194,7 @@ def move(
     The threads run side by side: reading, writing, checksums and checks release Python's lock.
     The first exception stops all workers and is raised; so does Ctrl-C.
     """
-    workers = workers or min(8, len(os.sched_getaffinity(0)))
+    workers = workers or min(8, usable_cores())
     queue, lock, stop = iter(pieces), threading.Lock(), threading.Event()
     moved: list[Moved] = []
     num_bytes = 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_stepkto.architectures.model_config import Entry, ModelConfig
 from megatron_stepkto.architectures.sharding import model_parameters
+from megatron_stepkto.base.processes import usable_cores
 from megatron_stepkto.first_recipe.judge import Judge
 from megatron_stepkto.first_recipe.machine import (
     Layout,
@@ -228,7 +228,7 @@ def _global_batch(examples: int) -> int:
 
 
 def _cpu_workers() -> int:
-    return min(2, os.cpu_count() or 1)
+    return min(2, usable_cores())
 
 
 # --- sections --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from megatron_stepkto.architectures.model_config import Entry, ModelConfig
 from megatron_stepkto.architectures.sharding import model_parameters
 from megatron_stepkto.base.dtypes import gpu_count
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.processes import usable_cores
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
 from megatron_stepkto.planning.memory import rank_capacity, stage_memory
 from megatron_stepkto.planning.search import Plan, nothing_fits, propose
@@ -75,7 +75,7 @@ def cpu_layout(config: ModelConfig, entries: list[Entry], longest: int) -> Layou
     """
     two = [Parallel(ranks=CPU_RANKS, tensor=2)] if 2 in tensor_choices(config) else [Parallel(ranks=CPU_RANKS)]
     least = 0.0
-    for parallel in [*(two if (os.cpu_count() or 1) >= CPU_RANKS else []), Parallel()]:
+    for parallel in [*(two if usable_cores() >= CPU_RANKS else []), Parallel()]:
         capacity, _ = rank_capacity(torch.device("cpu"), parallel.ranks)
         for multiple in (4, 2, 1):
             settings = _training(16).model_copy(

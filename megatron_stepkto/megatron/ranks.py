@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroupGloo, distributed_c10d
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.processes import usable_cores
 from megatron_stepkto.megatron import onednn, patches
 from megatron_stepkto.recipe import keys as recipe
 
@@ -53,8 +53,7 @@ def join_ranks(parallel: recipe.Parallel, device: torch.device, timeout_s: float
     on_cpu = device.type == "cpu"
     if on_cpu:
         patches.install()
-        cores = len(os.sched_getaffinity(0))  # a container's, not the host's
-        torch.set_num_threads(max(1, cores // parallel.ranks))
+        torch.set_num_threads(max(1, usable_cores() // parallel.ranks))
     else:
         patches.install_everywhere()
         torch.cuda.set_device(device)

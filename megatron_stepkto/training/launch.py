@@ -11,7 +11,7 @@ import torch
 
 from megatron_stepkto.base.files import read_json, stable_hash, write_json
 from megatron_stepkto.base.nodes import Nodes, tell_others, this_node, wait_for_word
-from megatron_stepkto.base.processes import Child, run_children
+from megatron_stepkto.base.processes import Child, run_children, usable_cores
 from megatron_stepkto.base.progress import say, warn
 from megatron_stepkto.base.stage import Result, Stage
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
@@ -99,7 +99,7 @@ def _ranks(directory: Path, settings: recipe.Training, nodes: Nodes) -> list[Chi
     """This node's ranks, each with its own log."""
     ranks = settings.parallel.ranks
     here = nodes.ranks_here(ranks)
-    threads = max(1, len(os.sched_getaffinity(0)) // here)
+    threads = max(1, usable_cores() // here)
     env = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     if settings.parallel.tensor * settings.parallel.context > 1:
         # One queue to the GPU: a message that was issued before a product begins before it, and hides behind it

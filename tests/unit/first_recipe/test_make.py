@@ -87,7 +87,7 @@ def pilot(lengths: tuple[int, ...], ended: int) -> Callable[..., Pilot]:
 def test_samples_decide_limits_steps_and_sizes(wish: Wish, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make, "sampler_here", lambda *_: Sampler(sampling_keys("vllm", 64), ""))
     monkeypatch.setattr(make, "sample_some", pilot((40, 30, 20, 30), 4))
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     recipe, lines = made(changed(wish, samples=4))
     assert recipe.sample is not None
     assert recipe.judge is not None
