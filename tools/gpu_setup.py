@@ -523,6 +523,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="say what is missing; install nothing")
     parser.add_argument("--complete", action="store_true", help="in vLLM's image: add what sampling needs besides")
     arguments = parser.parse_args()
+    if arguments.download and (arguments.check or arguments.wheels):
+        parser.error("--download goes neither with --check nor with --wheels")
     kinds = [arguments.only] if arguments.only else list(KINDS)
     options = Options(arguments.wheels and arguments.wheels.resolve(), arguments.transformer_engine,
                       not arguments.without_gpu, arguments.apex and arguments.apex.resolve())  # fmt: skip

@@ -16,8 +16,9 @@ from megatron_stepkto.base.files import parse_json, read_json, read_json_object
 LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*LINES, ".parquet", ".csv")
 _SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # what save_to_disk writes beside the data
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 BATCH = 1000  # rows in memory at a time
+_NOT_UTF8 = "expected text in UTF-8, found other bytes; save the file as UTF-8"
 
 
 def is_table(path: Path) -> bool:
@@ -32,10 +33,20 @@ def table_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     read in the order of their names. A ``.json`` file whose text is one object, as MATH has them, is one row.
 
     Raises:
-        UserError: the folder holds no data or several splits, or a file is damaged. See ``read_json`` for a JSON array.
+        UserError: the folder holds no data or several splits, a file is damaged, or its text is not UTF-8. See
+            ``read_json`` for a JSON array.
     """
     for number, row in enumerate(_rows(path), 1):
-        yield number, row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=True, default=str).encode()
+        try:
+            line = row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=True, default=_plain).encode()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: row {number}: {_NOT_UTF8}") from None
+        yield number, line
+
+
+def _plain(value: Any) -> str:
+    """Bytes are text: some programs write the texts of a parquet file so."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -57,8 +68,8 @@ def _rows(path: Path) -> Iterator[Any]:
 def splits_of(path: Path) -> dict[str, list[Path]]:
     """The files or ``save_to_disk`` folders of each split below a folder, sorted; "" where no name tells one.
 
-    A file belongs to the split that its name begins with, else to that of the nearest folder so named. Of a file, or a
-    folder of one data set, it is that path alone.
+    A file belongs to the split that its name holds (``gsm8k_train.jsonl``), else to that of the nearest folder so
+    named. Of a file, or a folder of one data set, it is that path alone.
 
     Raises:
         UserError: the folder holds no data.
@@ -77,7 +88,9 @@ def splits_of(path: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for part in parts:
         names = reversed(part.relative_to(path).parts)
-        found.setdefault(next((match[1] for name in names if (match := _SPLIT.match(name))), ""), []).append(part)
+        found.setdefault(next((match[1] for name in names if (match := _SPLIT.search(name.lower()))), ""), []).append(
+            part
+        )
     return found
 
 
@@ -105,7 +118,6 @@ def _saved(folder: Path) -> Iterator[Any]:
 
 def _table(path: Path) -> Iterator[Any]:
     import pyarrow as pa
-    import pyarrow.csv as pc
     import pyarrow.parquet as pq
 
     try:
@@ -113,11 +125,35 @@ def _table(path: Path) -> Iterator[Any]:
             with pq.ParquetFile(path) as file:
                 yield from _python(file.iter_batches(BATCH))
         else:
-            multiline, nulls = pc.ParseOptions(newlines_in_values=True), pc.ConvertOptions(strings_can_be_null=True)
-            table = pc.read_csv(path, parse_options=multiline, convert_options=nulls)
-            yield from _python(table.to_batches(BATCH))
+            yield from _python(_csv(path).to_batches(BATCH))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: expected a {path.suffix[1:]} file, it does not read: {_clause(error)}") from None
+        why = (
+            _NOT_UTF8
+            if "UTF8" in str(error)
+            else f"expected a {path.suffix[1:]} file, it does not read: {_clause(error)}"
+        )
+        raise UserError(f"{path}: {why}") from None
+
+
+def _csv(path: Path) -> Any:
+    """The file's table. A column is whole numbers or true and false where that loses nothing, else the text as written.
+
+    Types that are guessed change answers: 7 becomes 7.0 beside a number of more than 64 bits, 10:30 a time of day.
+    """
+    import pyarrow as pa
+    import pyarrow.csv as pc
+
+    def read(types: dict[str, pa.DataType]) -> Any:
+        convert = pc.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types)
+        return pc.read_csv(path, parse_options=pc.ParseOptions(newlines_in_values=True), convert_options=convert)
+
+    guessed = read({})
+    table = read(dict.fromkeys(guessed.column_names, pa.string()))
+    for place, column in enumerate(guessed.columns):
+        exact = pa.types.is_integer(column.type) and column.cast(pa.string()).equals(table.column(place))
+        if exact or pa.types.is_boolean(column.type):
+            table = table.set_column(place, guessed.field(place), column)
+    return table
 
 
 def _python(batches: Iterable[Any]) -> Iterator[Any]:

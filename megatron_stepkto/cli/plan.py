@@ -87,11 +87,13 @@ def run(arguments: argparse.Namespace) -> None:
     from megatron_stepkto.planning.search import nothing_fits, propose, propose_otherwise
     from megatron_stepkto.planning.table import report
 
-    recipe = load_recipe(arguments.model) if arguments.model.suffix in (".yaml", ".yml") else None
+    given: Path = arguments.model
+    is_recipe = given.suffix in (".yaml", ".yml") or (given.is_file() and given.suffix != ".json")
+    recipe = load_recipe(given) if is_recipe else None
     case, base, longest = _scenario(arguments, recipe)
     why = ""
     if arguments.layout is not None:
-        plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster), None)]
+        plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster, longest), None)]
     else:
         if recipe is not None:
             _warn_about_recipe(case, recipe)
@@ -205,7 +207,7 @@ def _judges(arguments: argparse.Namespace, case: Scenario, recipe: Recipe | None
     return judge_costs(recipe.judge, case, recipe.sample.num_samples, sampler, arguments.judge_model)
 
 
-def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
+def _given_layout(text: str, base: Training, cluster: Cluster, longest: int) -> Training:
     from megatron_stepkto.planning.search import OPTIMIZER_KEYS
 
     keys: dict[str, Any] = {}
@@ -225,7 +227,7 @@ def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
         outside["lora"] = {"rank": keys.pop("lora")}
     try:
         tree: dict[str, Any] = {**base.model_dump(), **outside, "parallel": {"ranks": cluster.gpus, **keys}}
-        return Training.model_validate(tree)
+        settings = Training.model_validate(tree)
     except ValidationError as error:
         faults = [
             f"--layout: {'.'.join(str(part) for part in ('train', *item['loc']))}: "
@@ -234,6 +236,16 @@ def _given_layout(text: str, base: Training, cluster: Cluster) -> Training:
             for item in error.errors()
         ]
         raise UserError("\n".join(faults)) from None
+    if settings.parallel.ranks != cluster.gpus:
+        raise UserError(
+            f"--layout: ranks is {settings.parallel.ranks}, but the plan is for {cluster.gpus} GPUs (--gpus)"
+        )
+    if settings.micro_batch_tokens < longest:
+        raise UserError(
+            f"--layout: micro_batch_tokens is {settings.micro_batch_tokens}, the longest document has {longest} tokens "
+            f"(--longest); add micro_batch_tokens={longest}"
+        )
+    return settings
 
 
 def _judge(case: Scenario, settings: Training, recipe: Recipe | None) -> Plan:

@@ -6,6 +6,7 @@ be compared on the same solutions afterwards.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,9 @@ def judge_eval(
     other = None if against is None else _read_other(against)
     # one file at a time: two files may hold the same solution
     sources = {str(file.path): _solutions(file, limit, quarantine) for file in files}
+    for path, count in Counter(str(file.path) for file in files).items():
+        if count > 1:
+            raise UserError(f"judge-eval: expected each file once, got {path} twice; name it once")
     flat = [(name, solution) for name, solutions in sources.items() for solution in solutions]
     made = _as_seen_by_judge([solution for _, solution in flat], tokenizer)
     with exclusive_lock(output / ".lock", str(output)):

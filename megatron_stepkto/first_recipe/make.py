@@ -23,13 +23,13 @@ from megatron_stepkto.first_recipe.machine import Sampler, find_target, sampler_
 from megatron_stepkto.first_recipe.pilot import Pilot, sample_some
 from megatron_stepkto.methods.registry import load_recipe
 from megatron_stepkto.problems.published import Published, hold_out, read_published, without
-from megatron_stepkto.recipe.keys import Prompt
+from megatron_stepkto.recipe.keys import RUN_NAME, Prompt
 from megatron_stepkto.recipe.prompts import BadText, Prompts, load_tokenizer
 from megatron_stepkto.recipe.templates import TEMPLATES
 
 HELD_OUT_SHARE, HELD_OUT = 0.1, 500
 PILOT_TOKENS = {True: 2048, False: 512}  # of a response, on a GPU or not
-LONGEST = 200  # problems, the longest by characters, whose prompts are measured in tokens
+LONGEST = 200  # problems, the longest in UTF-8, whose prompts are measured in tokens
 SHOWN = 3
 STEPS = "Solve the problem step by step, a blank line between steps. Put the final answer in \\boxed{}.\n\n{problem}"
 DEFAULT_POSITIONS = 4096  # where config.json does not say
@@ -60,7 +60,8 @@ def make_recipe(wish: Wish) -> list[str]:
     name = _name(wish)
     path = wish.output or Path(f"{name}.yaml")
     folder = path.with_name(f"{path.stem}_problems")
-    _check_free(path, folder, wish.force)
+    _check_name(path)
+    _check_free(path, folder, wish)
     target = find_target(wish.gpus, wish.cluster)
     model, origin = _model(wish.model, path.parent)
     config, entries = read_model_config(model)
@@ -80,7 +81,7 @@ def make_recipe(wish: Wish) -> list[str]:
         judge=reachable_judge(target.gpus),
     )  # fmt: skip
     made = draft(found)
-    _check_free(path, folder, wish.force)
+    _check_free(path, folder, wish)
     _write(path, folder, made.text, train, test, published.rejected)
     return summary(made, found, path, _rejected_lines(published, folder / "quarantine.jsonl"))
 
@@ -92,9 +93,20 @@ def _name(wish: Wish) -> str:
     return re.sub(r"[^a-z0-9._-]+", "_", text).strip("._-") or "recipe"
 
 
-def _check_free(path: Path, folder: Path, force: bool) -> None:
+def _check_name(path: Path) -> None:
+    if path.suffix not in (".yaml", ".yml") or not re.fullmatch(RUN_NAME, path.stem):
+        raise UserError(
+            f"--output {path}: expected a name of letters, digits, dots, hyphens and underscores that ends in .yaml; "
+            "name another"
+        )
+
+
+def _check_free(path: Path, folder: Path, wish: Wish) -> None:
+    for given in (wish.problems, wish.test):
+        if given is not None and any(given.resolve().is_relative_to(place.resolve()) for place in (path, folder)):
+            raise UserError(f"{given}: would be overwritten by {path.name} or {folder.name}; name another --output")
     for existing in (path, folder):
-        if existing.exists() and not force:
+        if existing.exists() and not wish.force:
             raise UserError(
                 f"{existing}: already exists; name another recipe with --output, or pass --force to replace "
                 f"{path.name} and {folder.name}"
@@ -131,6 +143,8 @@ def _problems(
         raise UserError(f"{wish.problems}: expected a file or folder of problems, found none")
     splits = splits_of(wish.problems)
     train_files = splits.get("train") or splits.get("") or []
+    if "train" in splits and (unnamed := splits.get("")):
+        warn(f"left out, as their names tell no split: {', '.join(map(str, unnamed))}; name each with --problems")
     held_out = _held_out(splits)
     if not train_files:
         raise UserError(f"{wish.problems}: holds {' and '.join(sorted(splits))} problems alone; name those that train")
@@ -203,7 +217,7 @@ def _checker(prompts: Prompts, positions: int) -> Any:
 
 def _longest(prompts: Prompts, problems: Sequence[Problem]) -> int:
     """Tokens of the longest prompt."""
-    longest = sorted(problems, key=lambda problem: -len(problem.problem))[:LONGEST]
+    longest = sorted(problems, key=lambda problem: -len(problem.problem.encode()))[:LONGEST]
     return max(len(prompts.token_ids(problem.problem)) for problem in longest)
 
 

@@ -48,7 +48,7 @@ def read_imports(
         prompts: what the solutions will be tokenised with; a row that holds its special tokens is a bad one.
 
     Raises:
-        UserError: unknown format, a bad row (file:line), or one solution id with two texts.
+        UserError: unknown format, or a bad row (file:line); one solution id with two texts is one.
     """
     if quarantine is not None:
         quarantine.parent.mkdir(parents=True, exist_ok=True)
@@ -56,22 +56,29 @@ def read_imports(
     kept: dict[str, ImportedSolution] = {}
     sources: dict[str, dict[str, Any]] = {}
     duplicates = 0
+
+    def seen(solution: ImportedSolution) -> bool:
+        """Raises ValueError for one that is there with different content."""
+        shown = first.get(solution.problem_id, solution)
+        known = kept.get(solution.solution_id)
+        if known is not None and known != solution.model_copy(update={"problem": shown.problem}):
+            raise ValueError(
+                f"solution {solution.solution_id} is duplicated with different content; give each solution its own id, "
+                "or import the files separately"
+            )
+        return known is not None
+
     for item in imports:
         counts = sources.setdefault(str(item.path), _no_counts(item.format))
         ignored: set[str] = set()
-        for row in read_rows(item.path, _parser(item.format, prompts, ignored), quarantine=quarantine):
+        for row in read_rows(item.path, _parser(item.format, prompts, ignored, seen), quarantine=quarantine):
             counts["rows"] += 1
             if row.skipped:
                 counts["skipped"][row.skipped] = counts["skipped"].get(row.skipped, 0) + 1
             for solution in row.solutions:
                 shown = first.setdefault(solution.problem_id, solution)
                 solution = solution.model_copy(update={"problem": shown.problem})
-                if (known := kept.get(solution.solution_id)) is not None:
-                    if known != solution:
-                        raise UserError(
-                            f"{item.path}: solution {solution.solution_id} is duplicated with different "
-                            "content; give each solution its own id, or import the files separately"
-                        )
+                if seen(solution):
                     duplicates += 1
                     continue
                 kept[solution.solution_id] = solution
@@ -94,8 +101,11 @@ def read_imports(
     )
 
 
-def _parser(name: str, prompts: Prompts | None, ignored: set[str]) -> Callable[[dict[str, Any]], ImportedRow]:
-    """``ignored`` collects the columns that the format does not use, where it says which it does."""
+def _parser(
+    name: str, prompts: Prompts | None, ignored: set[str], seen: Callable[[ImportedSolution], bool]
+) -> Callable[[dict[str, Any]], ImportedRow]:
+    """``ignored`` collects the columns that the format does not use, where it says which it does. ``seen`` refuses a
+    solution that contradicts one before it."""
     importer = importer_of(name)
     used = COLUMNS.get(importer.__name__.removeprefix("parse_"))
 
@@ -108,6 +118,11 @@ def _parser(name: str, prompts: Prompts | None, ignored: set[str]) -> Callable[[
             else:
                 prompts.check_problem(solution.problem)
             prompts.check_response(solution.text)
+        of_row: dict[str, ImportedSolution] = {}
+        for solution in parsed.solutions:
+            seen(solution)
+            if of_row.setdefault(solution.solution_id, solution) != solution:
+                raise ValueError(f"holds solution {solution.solution_id} twice, with different content")
         if used is not None:
             ignored.update(row.keys() - used)
         return parsed

@@ -49,7 +49,7 @@ OUTCOME_CHUNK = 2048  # samples whose answers are compared together
 
 
 class _Labelled(NamedTuple):
-    """A sample with its labelled steps. ``score``: a reward model's, where the problem has no answer."""
+    """A sample with its labelled steps. ``score``: a reward model's, if the problem has no answer."""
 
     sample: Sample
     problem: Problem
@@ -327,14 +327,14 @@ def _judge_answers(
 
 
 def _scored(row: _Labelled, reward: OutcomeRewardModel | None) -> Outcome:
-    assert reward is not None and row.score is not None
-    label: Label = 1 if row.score > reward.settings.threshold else 0
+    assert reward is not None
+    label: Label = None if row.score is None else 1 if row.score > reward.settings.threshold else 0
     return Outcome(label, extract_answer(row.sample.text), reward.name, row.score)
 
 
 def _judged(row: _Labelled, outcome: Outcome, process: str, reward: OutcomeRewardModel | None) -> JudgedSample:
     judge = Judge(outcome="answer", process=process)
-    if outcome.score is not None and reward is not None:
+    if row.problem.answer is None and reward is not None:
         judge = Judge(outcome=reward.name, process=process, score=outcome.score, threshold=reward.settings.threshold)
     return JudgedSample(
         **dict(row.sample), steps=row.steps, outcome=outcome.label, extracted_answer=outcome.extracted, judge=judge

@@ -90,10 +90,13 @@ def _model(work: Work, sampler: Path, served: Path | None) -> tuple[ModelConfig,
     Raises:
         UserError: there is none, or it is of an unknown architecture.
     """
-    beside = sampler.parent / work.model.name
-    folder = served if served is not None and not work.gpus else work.model if work.model.is_dir() else beside
+    name = work.model.name
+    folder = work.model if work.model.is_dir() else sampler.parent / name
+    if served is not None and (not work.gpus or (served.name == name and not work.model.is_dir())):
+        folder = served
     if not (folder / CONFIG).is_file():
-        raise UserError(f"found no {CONFIG} of {work.model.name} at {folder}: give its folder by --judge-model")
+        named = f", which must be called {name}" if work.gpus else ""
+        raise UserError(f"found no {CONFIG} of {name} at {folder}: give its folder{named} by --judge-model")
     raw = read_config(folder)
     names = [DECODERS.get(name, name) for name in raw.get("architectures") or []]
     architecture = find_architecture({**raw, "architectures": names}, str(folder / CONFIG))

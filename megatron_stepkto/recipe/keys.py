@@ -27,11 +27,42 @@ from megatron_stepkto.recipe.templates import TEMPLATES
 from megatron_stepkto.recipe.train_keys import FP8, Log, LoRA, Loss, Method, Optimizer, Parallel, Recompute, Training
 
 __all__ = [
-    "FP8", "CombinedJudge", "Dataset", "Dtype", "Evaluation", "Import", "Judging", "LLMJudge", "LoRA", "Log", "Loss",
-    "Measure", "Method", "MonteCarloJudge", "Optimizer", "PRMJudge", "Parallel", "Problems", "ProcessJudge", "Prompt",
-    "Recipe", "Recompute", "RewardModel", "RuleJudge", "Sampling", "Section", "Training", "WarmUp", "deciding",
-    "nearest_place", "unkeyed",
+    "FP8",
+    "RUN_NAME",
+    "CombinedJudge",
+    "Dataset",
+    "Dtype",
+    "Evaluation",
+    "Import",
+    "Judging",
+    "LLMJudge",
+    "LoRA",
+    "Log",
+    "Loss",
+    "Measure",
+    "Method",
+    "MonteCarloJudge",
+    "Optimizer",
+    "PRMJudge",
+    "Parallel",
+    "Problems",
+    "ProcessJudge",
+    "Prompt",
+    "Recipe",
+    "Recompute",
+    "RewardModel",
+    "RuleJudge",
+    "Sampling",
+    "Section",
+    "Training",
+    "WarmUp",
+    "deciding",
+    "nearest_place",
+    "unkeyed",
 ]  # fmt: skip
+
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Import(Section):
@@ -64,6 +95,10 @@ class Problems(Section):
             raise ValueError("source: imports needs the key imports (a list of {format, path})")
         if self.source == "chained_arithmetic" and self.per_iteration is None:
             raise ValueError("source: chained_arithmetic needs the key per_iteration: the generator never ends")
+        if self.imports and self.source != "imports":
+            raise ValueError(f"imports is read with source: imports alone, and source is {self.source}")
+        if self.source == "chained_arithmetic" and (self.train or self.dev or self.test):
+            raise ValueError("train, dev and test are read with source: files; the generator makes its own problems")
         return self
 
 
@@ -159,7 +194,7 @@ class WarmUp(Section):
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run's folder")
+    name: str = Field(pattern=RUN_NAME, description="name of the run's folder")
     seed: int = Field(0, description="of sampling, training, and the choice and order of problems")
     iterations: int = Field(1, ge=1, description="T: M_1 to M_T are trained")
     output: TextPath = Field(Path("runs"), description="folder of runs, relative to the working directory")

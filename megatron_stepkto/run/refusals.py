@@ -216,8 +216,8 @@ def _of_what_is_prepared(item: Pending) -> Iterator[Check]:
         yield partial(_check_lengths, run, t)
     if item.kind in ("judge", "evaluate"):
         assert judging is not None
-        stage = _STAGE_OF[item.kind](run, t)
-        yield partial(check_answers_known, stage.inputs["problems"], judging, model, stage.directory)
+        problems = run.folder.evaluation_problems if item.kind == "evaluate" else run.folder.problems(t)
+        yield partial(check_answers_known, problems, judging, model, _directory(run, item.kind, t))
 
 
 def _check_lengths(run: Run, t: int) -> None:

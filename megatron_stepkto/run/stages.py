@@ -116,7 +116,8 @@ def sample_stage(run: Run, t: int) -> None:
         result = drawing().finish()
         return Result(list(result.paths.values()), result.counts)
 
-    run.run(stage, work, together=lambda: drawing().draw(), check=lambda: drawing().check())
+    # --force drops what an earlier attempt chose, after the check: the work needs a drawing of its own
+    run.run(stage, work, together=lambda: drawing().draw(), check=lambda: _trainable_drawing(run, t).check())
 
 
 def _trainable_drawing(run: Run, t: int) -> Drawing:
@@ -130,11 +131,10 @@ def _trainable_drawing(run: Run, t: int) -> Drawing:
 def begin_sampling(run: Run, t: int) -> list[Drawing]:
     """Begin the sample stage of iteration t, for another stage's engine to sample; [] if it is finished."""
     stage, begun = sampling_of(run, t), list[Any]()
-    drawing = functools.cache(lambda: _trainable_drawing(run, t))
     if not stage.is_finished(force=run.force):
         run_stage(
-            stage, lambda: None, force=run.force, together=lambda: begun.append(drawing()),
-            check=lambda: drawing().check(),
+            stage, lambda: None, force=run.force, together=lambda: begun.append(_trainable_drawing(run, t)),
+            check=lambda: _trainable_drawing(run, t).check(),
         )  # fmt: skip
     return begun
 
@@ -338,16 +338,19 @@ def evaluation_of(run: Run, t: int) -> Stage:
 
 
 def evaluation_drawing_of(run: Run, t: int, model: Path) -> Drawing:
-    """The sampling job of the evaluation of M_t, from the model in the folder ``model``."""
+    """The sampling job of the evaluation of M_t, from the model in the folder ``model``; M_t need not be there yet."""
     from megatron_stepkto.evaluation.stage import evaluation_drawing
 
-    stage = evaluation_of(run, t)
-    return evaluation_drawing(model, model_name(t), stage.inputs["problems"], run.recipe, stage.directory)
+    folder = run.folder
+    return evaluation_drawing(model, model_name(t), folder.evaluation_problems, run.recipe, folder.evaluation(t))
 
 
 def sample_for_evaluation(run: Run, t: int) -> None:
     """The part of ``evaluate_stage`` that needs the sampler's GPUs; ``evaluate_stage`` then judges the samples."""
-    drawing = functools.cache(lambda: evaluation_drawing_of(run, t, run.model(t)))
+
+    def drawing() -> Drawing:
+        return evaluation_drawing_of(run, t, run.model(t))
+
     run_stage(
         evaluation_of(run, t), lambda: None, force=run.force, together=lambda: drawing().draw(),
         check=lambda: drawing().check(),
@@ -362,7 +365,9 @@ def evaluate_stage(run: Run, t: int, *, sample_next: bool = False) -> dict[str, 
 
     stage, model = evaluation_of(run, t), run.model(t)
     problems = stage.inputs["problems"]
-    drawing = functools.cache(lambda: evaluation_drawing_of(run, t, model))
+
+    def drawing() -> Drawing:
+        return evaluation_drawing_of(run, t, model)
 
     def check() -> None:
         assert run.recipe.judge is not None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_stepkto.base.dtypes import gpu_count
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.keys import Sampling
 from megatron_stepkto.sampling.interface import Completion, Engine
@@ -44,6 +45,11 @@ def check_engines(settings: Sampling, model: Path) -> None:
         from megatron_stepkto.sampling.transformers_engine import check_transformers
 
         check_transformers(settings)
+        if 0 < (found := gpu_count()) < settings.workers:
+            raise UserError(
+                f"sample.workers: expected a GPU for each of {settings.workers} workers, {found} are visible; "
+                f"the others would sample on the CPU; set sample.workers: {found}"
+            )
 
 
 def check_completion(completion: Completion, vocab_size: int | None, where: str) -> None:

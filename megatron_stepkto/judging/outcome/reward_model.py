@@ -8,12 +8,14 @@ the head reads the last token. The score is the raw logit; above the recipe's th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron_stepkto.base.dtypes import choose_dtype, gpu_count
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.model_folder import read_config
+from megatron_stepkto.base.progress import warn
 from megatron_stepkto.judging.process.interface import Resources, Workplace
 from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, score_job
 from megatron_stepkto.recipe import keys as recipe
@@ -63,20 +65,37 @@ class OutcomeRewardModel:
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.settings.reward_model)
 
-    def scores(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float]:
-        """The logit of each (problem, solution), in order. The model works when the first is asked for."""
+    def scores(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float | None]:
+        """The logit of each (problem, solution), in order; None for one with more tokens than the model has positions.
+
+        The model works when the first is asked for.
+        """
         settings, title = self.settings, "scoring solutions"
+        limit = read_config(settings.reward_model).get("max_position_embeddings") or math.inf
+        fits: list[bool] = []
+
+        def rows() -> Iterator[PRMRow]:
+            for problem, text in pairs:
+                row = self._row(problem, text)
+                fits.append(len(row.token_ids) <= limit)
+                if fits[-1]:
+                    yield row
+
         chosen = choose_dtype(settings.dtype, settings.reward_model, on_cpu=not gpu_count())
         chosen.announce(title)
         self.dtype = chosen.dtype
         job = PRMJob.of(
-            (self._row(problem, text) for problem, text in pairs),
-            self._place.hash_of(settings.reward_model), self._place.cache,
+            rows(), self._place.hash_of(settings.reward_model), self._place.cache,
             model=settings.reward_model, candidates=None, whole_solutions=True, dtype=chosen.dtype,
             batch_tokens=settings.batch_tokens, workers=settings.workers,
         )  # fmt: skip
-        for (score,) in score_job(job, self._place.logs, title):
-            yield score
+        if too_long := fits.count(False):
+            warn(
+                f"{too_long} of {len(fits)} solutions are longer than the reward model's {limit} positions: not judged"
+            )
+        found = iter(score_job(job, self._place.logs, title))
+        for fit in fits:
+            yield next(found)[0] if fit else None
 
     def _row(self, problem: str, text: str) -> PRMRow:
         turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": text}]

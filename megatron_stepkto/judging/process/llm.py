@@ -304,8 +304,9 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
             }
         }  # fmt: skip
 
-    def _key(self, bodies: list[dict[str, Any]]) -> str:
-        reading = READING if self._format is None else (type(self._format).reading(),)
+    def _key(self, bodies: list[dict[str, Any]], num_steps: int) -> str:
+        # a format's request need not say how many steps it is about; a schema does
+        reading = READING if self._format is None else (type(self._format).reading(), num_steps)
         return content_key(*bodies, self.settings.reported_model, *reading)
 
     def _questions(self, solutions: Solutions, cache: AnswerCache, asked: IO[str]) -> Iterator[_Question | None]:
@@ -317,7 +318,7 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
             keys = []
             for vote in range(self.settings.votes):
                 bodies = self._bodies(solution, vote)
-                keys.append(key := self._key(bodies))
+                keys.append(key := self._key(bodies, len(solution.steps)))
                 if key in cache or key in self._begun:
                     self._counts["cached"] += cache.was_kept(key)
                     self._finished += 1
@@ -415,9 +416,11 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
             self._counts["failed"] += 1
             self._useless = str(error)
         useless = self._counts["failed"] + self._counts["too_long"]
-        if useless >= FEW and useless > self._counts["answered"]:
+        answered = self._counts["answered"] + self._counts["cached"]
+        # too long a request is refused at once: it must not count while the ones beside it are being answered
+        if useless >= max(FEW, self.settings.concurrency) and useless > answered:
             raise UserError(
-                f"{useless} of the first {useless + self._counts['answered']} votes have no verdict; the last: "
+                f"{useless} of the first {useless + answered} votes have no verdict; the last: "
                 f"{self._useless}; check the model, judge.process.max_tokens and judge.process.prompt"
             )
         return None

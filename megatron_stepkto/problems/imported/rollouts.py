@@ -70,7 +70,7 @@ def parse_math_shepherd(row: dict[str, Any]) -> ImportedRow:
     stated = re.search(r"The answer is:(.*)$", pieces[-1].strip())
     answer = stated.group(1).strip() if stated and labels[-1] == 1 else None
     steps = joined([piece.strip() for piece in pieces], "\n")
-    return one_solution("math_shepherd", digest(raw.input), problem, answer, steps, labels, labels[-1])
+    return one_solution("math_shepherd", digest(raw.input + raw.label), problem, answer, steps, labels, labels[-1])
 
 
 def _signs(pieces: Sequence[str], tail: str, label: str) -> list[str]:

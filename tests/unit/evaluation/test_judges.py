@@ -145,6 +145,12 @@ def test_members_and_another_judge(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "run it for the other judge" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_a_file_named_twice(tmp_path: Path) -> None:
+    given = Import(path=solutions(tmp_path / "made.jsonl"), format="processbench")
+    with pytest.raises(UserError, match=r"expected each file once, got .*made\.jsonl twice"):
+        judge_eval(EQUATIONS, [given, given], tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("judge", "file", "said"),
     [

@@ -183,3 +183,16 @@ def test_the_prompt_belongs_to_the_format() -> None:
     for wrong, said in (({"format": "r_prm"}, "needs prompt"), ({"format": "genprm", "prompt": "x"}, "remove prompt")):
         with pytest.raises(ValueError, match=said):
             Settings.model_validate({**model, **wrong})
+
+
+def test_kept_votes_are_of_as_many_steps(tmp_path: Path) -> None:
+    """ThinkPRM's message about two steps, and about the same text as one step, is the same."""
+    text = ["Step 1: 2 + 2 = 4.\n", "Step 2: So the answer is 4."]
+    with ScriptedServer(lambda body, number: chat(f"Step 1: {ALL}\nStep 2: {ALL}\n")) as server:
+        for steps in (text, ["".join(text)]):
+            settings = {"kind": "llm", "base_url": server.url, "model": "judge", "format": "thinkprm"}
+            judge = LLMJudge(Settings.model_validate(settings), Workplace(tmp_path))
+            (verdicts,) = judge.judge([solution(0, steps)])
+            assert not isinstance(verdicts, UserError)
+            assert [verdict.label for verdict in verdicts] == [1] * len(steps)
+    assert len(server.requests) == 2

@@ -230,6 +230,40 @@ def test_a_solution_that_does_not_fit_loses_its_votes_alone(tmp_path: Path) -> N
     assert asked.counts()["judge"]["too_long"] == 1 and len(server.requests) == 12
 
 
+def test_many_that_do_not_fit_stop_neither_the_work_nor_its_second_run(tmp_path: Path) -> None:
+    """A refusal comes at once: before the answers that are under way, and on a second run before anything else."""
+    many = [solution(n, ["good"]) for n in range(120)]
+
+    def script(body: dict[str, Any], number: int) -> Reply:
+        place = int(re.findall(r"Problem (\d+)\?", body["messages"][0]["content"])[0])
+        return Reply("This model's maximum context length is 10 tokens", 400) if place % 4 == 0 else honest(body)
+
+    expected = [[None] if n % 4 == 0 else [1] for n in range(120)]
+    with ScriptedServer(script) as server:
+        for asked_now, kept in ((120, 0), (30, 90)):
+            before = len(server.requests)
+            asked = judge(server.url, tmp_path, concurrency=8)
+            assert labels(list(asked.judge(many))) == expected
+            counts = asked.counts()["judge"]
+            assert (counts["too_long"], counts["cached"]) == (30, kept)
+            assert len(server.requests) - before == asked_now
+
+
+def test_as_many_votes_as_are_under_way_are_waited_for(tmp_path: Path) -> None:
+    many = [solution(n, ["good"]) for n in range(60)]
+
+    def script(body: dict[str, Any], number: int) -> Reply:
+        place = int(re.findall(r"Problem (\d+)\?", body["messages"][0]["content"])[0])
+        if place < 25:
+            return Reply("This model's maximum context length is 10 tokens", 400)
+        time.sleep(0.3)
+        return honest(body)
+
+    with ScriptedServer(script) as server:
+        found = labels(list(judge(server.url, tmp_path, concurrency=60).judge(many)))
+    assert found == [[None]] * 25 + [[1]] * 35
+
+
 def test_a_judge_of_useless_answers_is_stopped(tmp_path: Path) -> None:
     many = [solution(n, ["good"]) for n in range(200)]
     with (

@@ -87,6 +87,25 @@ def test_scores_are_transformers_own_and_labels_say_so(tmp_path: Path) -> None:
     assert counts["samples"] == 5
 
 
+def test_a_solution_longer_than_the_models_positions_is_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Folder(tmp_path)
+    path = write_reward_model(folder)
+    open_problem = PROBLEM.model_copy(update={"answer": None})
+    write_records(folder.problems, [open_problem])
+    write_records(folder.samples, [folder.sample(0, RIGHT), folder.sample(1, RIGHT * 30), folder.sample(2, WRONG)])
+    judge_file(folder.problems, folder.samples, folder.output, tmp_path / "model", settings(path, 0.0))
+    first, long, last = folder.judged()
+    assert [first.judge.score, last.judge.score] == pytest.approx(
+        [own_forward(path, t) for t in (RIGHT, WRONG)], abs=1e-5
+    )
+    assert (long.outcome, long.judge.score, long.judge.outcome) == (None, None, "reward_model:reward-1")
+    assert "1 of 3 solutions are longer than the reward model's 512 positions" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_workers_and_batches_change_no_score(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     path = write_reward_model(folder)

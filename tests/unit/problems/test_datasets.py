@@ -12,6 +12,7 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.tables import table_rows
 from megatron_stepkto.problems.chained_arithmetic.generate import generate
 from megatron_stepkto.problems.datasets import load_problems, to_problem
 from megatron_stepkto.recipe.keys import Prompt
@@ -91,6 +92,28 @@ def test_parquet_csv_and_json(tmp_path: Path) -> None:
             ("1 + 1?", "2"),
             ("2 + 1?", "3"),
         ]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ("7", "123456789012345678901"), ("0.5", "9007199254740993"), ("10:30", "09:45"), ("2024-01-05", "2024-02-06"),
+        ("1e3", "1.50"), ("007", "8"), ("7", "-12"),
+    ],
+)  # fmt: skip
+def test_answers_of_a_csv_file_stay_as_written(tmp_path: Path, answers: tuple[str, str]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("problem,answer\n" + "".join(f"{n} + 1?,{answer}\n" for n, answer in enumerate(answers)))
+    assert tuple(problem.answer for problem in load_problems(str(path))) == answers
+
+
+def test_columns_of_a_csv_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("label,rating,number,empty\nTrue,-1,1.0,\nFalse,1,2.5,\n")
+    assert [json.loads(row) for _, row in table_rows(path)] == [
+        {"label": True, "rating": -1, "number": "1.0", "empty": None},
+        {"label": False, "rating": 1, "number": "2.5", "empty": None},
+    ]
 
 
 def test_a_csv_file_may_hold_line_breaks_and_empty_cells(tmp_path: Path) -> None:

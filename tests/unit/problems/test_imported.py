@@ -401,8 +401,26 @@ def test_one_id_with_two_texts_is_refused_and_a_repeated_row_dropped(tmp_path: P
     imported = read_imports([recipe.Import(format="processbench", path=path)])
     assert (len(imported.solutions), imported.counts["duplicates_dropped"]) == (1, 1)
     path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "steps": ["b"]}) + "\n")
-    with pytest.raises(UserError, match="processbench/x is duplicated with different content"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: .*processbench/x is duplicated with different content"):
         read_imports([recipe.Import(format="processbench", path=path)])
+    aside = tmp_path / "aside.jsonl"
+    assert read_imports([recipe.Import(format="processbench", path=path)], quarantine=aside).solutions == (
+        imported.solutions
+    )
+    assert json.loads(aside.read_text())["line"] == 2
+
+
+def test_a_solution_that_math_shepherd_labels_twice_is_two(tmp_path: Path) -> None:
+    """Its rows have no ids."""
+    text = "Q? Step 1: 1 + 1 = 2 {0}\nStep 2: The answer is: 2 {1}"
+    rows = [
+        {"input": text.format("ки", "ки"), "label": text.format("+", sign), "task": "GSM8K"} for sign in ("+", "-", "+")
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    imported = read_imports([recipe.Import(format="math_shepherd", path=path)])
+    assert [solution.outcome for solution in imported.solutions] == [1, 0]
+    assert imported.counts["duplicates_dropped"] == 1
 
 
 def import_one(format_: str, path: Path, tokenizer: Path, out: Path, quarantine: Path | None = None) -> dict[str, Any]:

@@ -1,20 +1,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from megatron_stepkto.base import dtypes
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
 from megatron_stepkto.run.folder import Run, RunFolder
 from megatron_stepkto.run.pipeline import compared_rows
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
-from megatron_stepkto.run.stages import check_fits, merge_stage, training_of
+from megatron_stepkto.run.stages import check_fits, merge_stage, problems_stage, sample_stage, training_of
+from megatron_stepkto.sampling import draw
 from tests.builders import evaluation_row, write_adapter, write_llama
 
 
@@ -103,3 +108,32 @@ def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_pat
         check_fits(model, with_layout(4, 4, 1))
     with pytest.raises(UserError, match=r"train\.parallel\.pipeline = 3 does not divide the model's layers \(4\)"):
         check_fits(model, with_layout(3, 1, 3))
+
+
+def test_force_with_another_model_chooses_the_dtype_anew(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dtypes, "cpu_flags", lambda: {"avx512_bf16"})
+    halves = tmp_path / "halves"
+    shutil.copytree(repository / "recipes" / "mini_cpu_m0", halves)
+    weights = {name: weight.bfloat16() for name, weight in load_file(halves / "model.safetensors").items()}
+    save_file(weights, halves / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((halves / "config.json").read_text())
+    (halves / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+
+    class Stop(Exception):
+        pass
+
+    def stop(drawing: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(draw, "_draw_missing", stop)
+    for model, force, dtype in ((None, False, "float32"), (halves, False, None), (halves, True, "bfloat16")):
+        sets = [f"output={tmp_path}", "sample.dtype=auto", "problems.per_iteration=4"]
+        more = [] if model is None else [f"initial_model={model}"]
+        run = Run(read_recipe(repository / "recipes" / "mini_cpu.yaml", sets + more), force=force)
+        problems_stage(run, 1)
+        with pytest.raises(UserError if dtype is None else Stop):
+            sample_stage(run, 1)
+        if dtype is not None:
+            assert json.loads((run.folder.stage("sample", 1) / "dtype.json").read_text())["dtype"] == dtype

