@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--judge-model", type=Path, metavar="FOLDER",
-        help="of the model behind the judge's server (default: the folder of its name beside initial_model)",
+        help="of the model behind the judge's server, or of a local reward model with this folder's name "
+        "(default: the folder of its name beside initial_model)",
     )  # fmt: skip
     parser.add_argument("--top", type=positive, default=6, help="proposals to show (default 6)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")

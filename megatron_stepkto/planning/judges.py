@@ -95,8 +95,8 @@ def _model(work: Work, sampler: Path, served: Path | None) -> tuple[ModelConfig,
     if served is not None and (not work.gpus or (served.name == name and not work.model.is_dir())):
         folder = served
     if not (folder / CONFIG).is_file():
-        named = f", which must be called {name}" if work.gpus else ""
-        raise UserError(f"found no {CONFIG} of {name} at {folder}: give its folder{named} by --judge-model")
+        named = f" (it must be called {name})" if work.gpus else ""
+        raise UserError(f"found no {CONFIG} of {name} at {folder}: give its folder by --judge-model{named}")
     raw = read_config(folder)
     names = [DECODERS.get(name, name) for name in raw.get("architectures") or []]
     architecture = find_architecture({**raw, "architectures": names}, str(folder / CONFIG))

@@ -352,3 +352,12 @@ def test_constraints_come_from_the_locks_of_the_cpu() -> None:
         "python_version < '3.12'",
         "python_version >= '3.12'",
     ]
+
+
+@pytest.mark.parametrize("other", [["--check"], ["--wheels", "w"]])
+def test_a_download_goes_with_nothing_else(
+    other: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert setup(monkeypatch, "--download", str(tmp_path / "w"), *other) == 2
+    assert "--download goes neither with --check nor with --wheels" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

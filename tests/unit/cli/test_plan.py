@@ -249,6 +249,11 @@ def test_refusals_name_the_key(configs: Path, capsys: pytest.CaptureFixture[str]
     assert "pipeline stage 0 needs" in message
     assert "each of these alone makes it fit: train.recompute: true;" in message
     assert "train.parallel.distributed_optimizer: true" in message
+    assert "--layout: ranks is 4, but the plan is for 8 GPUs" in refusal(
+        capsys, eight, "--gpus", 8, "--layout", "ranks=4,tensor=4"
+    )
+    for short in (("tensor=4,micro_batch_tokens=10",), ("tensor=4", "--longest", 30000)):
+        assert "(--longest); add micro_batch_tokens=" in refusal(capsys, eight, "--gpus", 8, "--layout", *short)
     assert "expected --response-tokens <= --tokens <= --longest, got 900, 800, 4096" in refusal(
         capsys, eight, "--gpus", 8, "--tokens", 800, "--response-tokens", 900
     )
@@ -543,6 +548,17 @@ def test_judges_of_a_plan_as_text(
         "model: other", "--judge-model", str(models / "Llama-3.3-70B-Instruct")
     )
     assert "the length of its answers in format thinkprm is not known" in plan("model: other\n    format: thinkprm")
+
+
+def test_the_folder_of_a_reward_model_may_be_given(
+    repository: Path, capsys: pytest.CaptureFixture[str], models: Path, tmp_path: Path
+) -> None:
+    recipe, reward = repository / "recipes" / "llama3.1_8b_8xh100.yaml", tmp_path / "Qwen2.5-Math-PRM-7B"
+    shutil.move(models / reward.name, reward)
+    main(["plan", str(recipe)])
+    assert "give its folder by --judge-model (it must be called Qwen2.5-Math-PRM-7B)" in capsys.readouterr().out
+    main(["plan", str(recipe), "--judge-model", str(reward)])
+    assert "found no config.json" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,37 @@ def test_solutions_that_do_not_end_are_said(wish: Wish, monkeypatch: pytest.Monk
     assert any("3 of 4 sampled solutions did not end within" in line for line in lines)
 
 
+def test_problems_are_never_overwritten(wish: Wish, tmp_path: Path) -> None:
+    inside = tmp_path / "math_problems" / "train.jsonl"
+    inside.parent.mkdir()
+    inside.write_bytes(wish.problems.read_bytes())
+    for problems, output in ((inside, "math.yaml"), (inside.parent, "math.yaml"), (Path("x.yaml"), "x.yaml")):
+        with pytest.raises(UserError, match=r"would be overwritten by .*; name another --output"):
+            make_recipe(changed(wish, problems=problems, output=Path(output), force=True))
+    assert inside.read_bytes() == wish.problems.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["réseau.yaml", "two words.yaml", "recipe", "recipe.txt"])
+def test_the_name_of_a_recipe_is_checked_first(wish: Wish, name: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"--output {name}: expected a name of letters, digits, .* that ends in \.yaml"
+    ):
+        make_recipe(changed(wish, model="/nowhere", output=Path(name)))
+
+
+def test_files_without_a_split_in_their_name_are_named(
+    wish: Wish, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    lines = wish.problems.read_text().splitlines(keepends=True)
+    (folder / "chains_train.jsonl").write_text("".join(lines[:20]))
+    (folder / "further.jsonl").write_text("".join(lines[20:40]))
+    made(changed(wish, problems=folder, output=Path("mixed.yaml")))
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"left out, as their names tell no split: {folder}/further.jsonl" in said
+
+
 def test_an_existing_recipe_is_kept(wish: Wish) -> None:
     path = Path("mini_cpu_m0_chains.yaml")
     path.write_text("mine")

@@ -98,13 +98,32 @@ def test_parquet_csv_and_json(tmp_path: Path) -> None:
     "answers",
     [
         ("7", "123456789012345678901"), ("0.5", "9007199254740993"), ("10:30", "09:45"), ("2024-01-05", "2024-02-06"),
-        ("1e3", "1.50"), ("007", "8"), ("7", "-12"),
+        ("1e3", "1.50"), ("007", "8"), ("7", "-12"), ("NA", "null"),
     ],
 )  # fmt: skip
 def test_answers_of_a_csv_file_stay_as_written(tmp_path: Path, answers: tuple[str, str]) -> None:
     path = tmp_path / "a.csv"
     path.write_text("problem,answer\n" + "".join(f"{n} + 1?,{answer}\n" for n, answer in enumerate(answers)))
     assert tuple(problem.answer for problem in load_problems(str(path))) == answers
+
+
+def test_bytes_are_text_in_utf_8_or_refused(tmp_path: Path) -> None:
+    """Excel saves a CSV file in the code page of its country; some programs write a parquet file's texts as bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    good, bad, csv = tmp_path / "good.parquet", tmp_path / "bad.parquet", tmp_path / "excel.csv"
+    for path, text in ((good, "27 € für dich?".encode()), (bad, "27 € für dich?".encode("cp1252"))):
+        pq.write_table(
+            pa.table({"problem": pa.array([text], pa.binary()), "answer": pa.array([b"2"], pa.binary())}), path
+        )
+    csv.write_bytes("problem,answer\n27 € für dich?,2\n".encode("cp1252"))
+    assert [(p.problem, p.answer) for p in load_problems(str(good))] == [("27 € für dich?", "2")]
+    for path in (bad, csv):
+        with pytest.raises(
+            UserError, match=rf"{path.name}: .*expected text in UTF-8, found other bytes; save the file"
+        ):
+            load_problems(str(path))
 
 
 def test_columns_of_a_csv_file(tmp_path: Path) -> None:

@@ -55,6 +55,17 @@ def test_one_file_per_problem_and_splits_as_in_the_archive_of_math(tmp_path: Pat
     assert [problem.problem for problem in read(*splits["train"]).problems] == ["$1$?", "$2$?"]
 
 
+def test_a_split_stands_anywhere_in_a_name(tmp_path: Path) -> None:
+    names = {
+        "gsm8k_train.jsonl": "train", "GSM8K-Test.jsonl": "test", "math.dev.jsonl": "dev", "pretrained.jsonl": "",
+        "contests.jsonl": "", "validation_1.jsonl": "validation",
+    }  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_text("{}\n")
+    found = {path.name: split for split, paths in splits_of(tmp_path).items() for path in paths}
+    assert found == names
+
+
 def test_splits_of_a_folder_of_the_hub_and_of_save_to_disk(tmp_path: Path) -> None:
     for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
         (tmp_path / "hub" / "main").mkdir(parents=True, exist_ok=True)

@@ -190,6 +190,16 @@ def test_a_layout_that_cannot_be(tmp_path: Path, layout: str, said: str) -> None
     [
         ("{source: files}", "", "source: files needs the key train"),
         ("{source: imports}", "", "source: imports needs the key imports"),
+        (
+            "{source: files, train: a.jsonl, imports: [{format: trl_kto, path: b}]}",
+            "",
+            "imports is read with source: im",
+        ),
+        (
+            "{source: chained_arithmetic, per_iteration: 4, test: a.jsonl}",
+            "",
+            "train, dev and test are read with source",
+        ),
         ("{source: files, train: a.jsonl}", "evaluate: {num_problems: 5}\n", "problems.test must name a file"),
         ("{source: imports, imports: [{format: a, path: b}]}", "iterations: 2\n", "takes one iteration"),
     ],
