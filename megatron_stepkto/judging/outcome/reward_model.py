@@ -8,7 +8,6 @@ the head reads the last token. The score is the raw logit; above the recipe's th
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.model_folder import read_config
 from megatron_stepkto.base.progress import warn
 from megatron_stepkto.judging.process.interface import Resources, Workplace
-from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, score_job
+from megatron_stepkto.judging.process.prm import PRMJob, PRMRow, positions_of, score_job
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
 
@@ -71,7 +70,7 @@ class OutcomeRewardModel:
         The model works when the first is asked for.
         """
         settings, title = self.settings, "scoring solutions"
-        limit = read_config(settings.reward_model).get("max_position_embeddings") or math.inf
+        limit = positions_of(settings.reward_model)
         fits: list[bool] = []
 
         def rows() -> Iterator[PRMRow]:
@@ -93,7 +92,7 @@ class OutcomeRewardModel:
             warn(
                 f"{too_long} of {len(fits)} solutions are longer than the reward model's {limit} positions: not judged"
             )
-        found = iter(score_job(job, self._place.logs, title))
+        found = score_job(job, self._place.logs, title)
         for fit in fits:
             yield next(found)[0] if fit else None
 

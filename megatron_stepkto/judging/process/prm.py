@@ -195,6 +195,11 @@ def candidate_tokens(convention: str, tokenizer: Any) -> tuple[int, int] | None:
     return int(plus), int(minus)
 
 
+def positions_of(model: Path) -> float:
+    """The longest row, in tokens, that a model was made for; infinite where its config.json does not say."""
+    return read_config(model).get("max_position_embeddings") or math.inf
+
+
 def score_job(job: PRMJob, logs: Path, title: str) -> Iterator[list[float]]:
     """The scores of every row, from worker processes; what an earlier attempt scored is read."""
     if gpus := gpu_count():
@@ -319,7 +324,8 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
 
     def _rows(self, solutions: Solutions, settled: dict[int, Verdicts]) -> Iterator[PRMRow | None]:
         """A row for each solution; None for one that no model is asked about: what it gets goes into ``settled``."""
-        make, limit = ROWS[self.settings.convention], self._positions()
+        make = ROWS[self.settings.convention]
+        limit = math.inf if self.settings.base_url else positions_of(self.settings.model)  # a server refuses by itself
         for number, solution in enumerate(solutions):
             try:
                 row = make(solution, self._tokenizer)
@@ -334,11 +340,6 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
                 yield None
             else:
                 yield row
-
-    def _positions(self) -> float:
-        """The longest row that the local model was made for; a server refuses longer ones itself."""
-        given = None if self.settings.base_url else read_config(self.settings.model).get("max_position_embeddings")
-        return given or math.inf
 
     def _verdicts(self, scores: Scores) -> list[Verdict]:
         return [Verdict(self._label(score), None, score) for score in scores]

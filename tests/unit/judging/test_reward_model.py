@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,9 @@ def test_scores_are_kept_for_all_that_decides_them(tmp_path: Path, monkeypatch: 
     path = write_reward_model(folder)
     jobs: list[PRMJob] = []
 
-    def score_job(job: PRMJob, logs: Path, title: str) -> list[list[float]]:
+    def score_job(job: PRMJob, logs: Path, title: str) -> Iterator[list[float]]:
         jobs.append(job)
-        return [[0.0]] * job.num_rows
+        return iter([[0.0]] * job.num_rows)
 
     monkeypatch.setattr(reward_model, "score_job", score_job)
 
