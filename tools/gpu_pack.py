@@ -8,7 +8,7 @@ DIR holds the wheels for that machine's Python (docs/gpu.md). FILE lists the pac
 as ``pip list --format=freeze`` prints them: they are not sent, and neither are torch and NVIDIA's libraries. The first
 folders hold what is needed without Transformer Engine. It follows in the last, as its largest file is cut into pieces;
 its torch part is a source package that ``install`` compiles there, unless DIR holds a wheel of it.
-Only the standard library is imported here.
+Only the standard library and this folder's gpu_setup.py are imported here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import gpu_setup
+
 # The machine's own: they fit its driver.
 NEVER = re.compile(r"torch|torchvision|torchaudio|triton|nvidia-.*|cuda-.*")
 ENGINE = "transformer-engine"
 PIECE = ".piece"
-DEFAULT_CUDA = Path("/usr/local/cuda")
 
 
 def package_of(file: Path) -> str:
@@ -131,18 +132,13 @@ def install(arguments: argparse.Namespace) -> None:
            "--no-compile", "--upgrade", "--target", str(site)]  # fmt: skip
     if wheels:
         subprocess.run([*pip, *wheels], check=True)
-    nvcc = shutil.which("nvcc") or DEFAULT_CUDA / "bin" / "nvcc"
-    env = {"CUDA_HOME": str(Path(nvcc).resolve().parents[1]), "MAX_JOBS": str(os.cpu_count()), **os.environ}
-    for variable, values in (("CPATH", headers()), ("PYTHONPATH", [str(site)])):
-        env[variable] = os.pathsep.join([*values, *filter(None, [os.environ.get(variable)])])
+    if not sources:
+        return
+    settings = gpu_setup.compiler_settings(Path(sys.executable), gpu_setup.compile_jobs())
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     for source in sources:
-        subprocess.run([*pip, "--no-build-isolation", source], check=True, env=env)
-
-
-def headers() -> list[str]:
-    """Folders of those that came with torch: a CUDA toolkit brings none of cuDNN and NCCL."""
-    code = "import nvidia, pathlib as p; print(*(d for r in nvidia.__path__ for d in p.Path(r).glob('*/include')))"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
+        command = [*pip, "--no-build-isolation", source]
+        subprocess.run(command, check=True, env={**os.environ, **settings, "PYTHONPATH": path})
 
 
 def main() -> None:
@@ -168,6 +164,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)
+    except gpu_setup.SetupError as error:
+        raise SystemExit(f"error: {error}") from None
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"error: pip ended with exit code {error.returncode}; its message is above") from None
 

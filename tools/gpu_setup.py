@@ -36,6 +36,7 @@ KINDS = ("train", "sample")
 CUDA_MAJOR, DRIVER = 13, 580  # of the locks, and the first driver branch that runs it
 VENV = [sys.executable, "-m", "venv"]
 CUDA_DEFAULT = Path("/usr/local/cuda")  # where CUDA's own installer puts it
+CUDA_HEADERS = ("include", "targets/x86_64-linux/include")  # conda's toolkit has the second alone
 INSTALLED_GB = {"train": 8, "sample": 12}  # what an environment takes on the disk
 ENGINE = ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")
 ENGINE_TORCH = ENGINE[2]  # a source package: compiled against the torch that is installed
@@ -127,16 +128,10 @@ def driver_fault() -> str | None:
 def compiler_faults() -> Iterator[str]:
     """What the compilation of Transformer Engine's torch part lacks."""
     or_without = f"or add GPU_ARGS='--transformer-engine off' to go without {LACKS}"
-    nvcc = find_nvcc()
-    if nvcc is None:
-        places = f"in CUDA_HOME, on PATH and in {CUDA_DEFAULT}"
-        yield f"expected nvcc of CUDA {CUDA_MAJOR}, found none {places}; install it, {or_without}"
-    else:
-        done = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, timeout=60, check=False)
-        release = re.search(r"release (\d+)\.\d+", done.stdout)
-        if not release or int(release[1]) != CUDA_MAJOR:
-            found = release[0] if release else "no release"
-            yield f"expected nvcc of CUDA {CUDA_MAJOR}, found {found} ({nvcc}); set CUDA_HOME, {or_without}"
+    try:
+        cuda_home()
+    except SetupError as error:
+        yield f"{error}, {or_without}"
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         yield f"expected a C++ compiler, found no {os.environ.get('CXX', 'c++')}; install g++, {or_without}"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -144,10 +139,33 @@ def compiler_faults() -> Iterator[str]:
         yield f"expected Python.h in {sysconfig.get_path('include')}; install python{version}-dev, {or_without}"
 
 
-def find_nvcc() -> Path | None:
+def cuda_home() -> Path:
+    """The folder of the CUDA toolkit: that of nvcc in CUDA_HOME, on PATH, or where CUDA's installer puts it.
+
+    Raises:
+        SetupError: there is none, or it is of another version or has no headers.
+    """
     places = [f"{os.environ['CUDA_HOME']}/bin/nvcc" if os.environ.get("CUDA_HOME") else None, shutil.which("nvcc"),
               CUDA_DEFAULT / "bin" / "nvcc"]  # fmt: skip
-    return next((Path(place) for place in places if place and Path(place).is_file()), None)
+    nvcc = next((Path(place).resolve() for place in places if place and Path(place).is_file()), None)
+    if nvcc is None:
+        where = f"in CUDA_HOME, on PATH and in {CUDA_DEFAULT}"
+        raise SetupError(f"expected nvcc of CUDA {CUDA_MAJOR}, found none {where}; install it")
+    release = re.search(r"release (\d+)\.\d+", output_of(nvcc, "--version"))
+    if not release or int(release[1]) != CUDA_MAJOR:
+        found = release[0] if release else "no release"
+        raise SetupError(f"expected nvcc of CUDA {CUDA_MAJOR}, found {found} ({nvcc}); set CUDA_HOME")
+    # On PATH may be a script that starts the real nvcc, which alone knows where it is.
+    real = re.search(r"^#\$ _HERE_=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE)
+    home = Path(real[1] if real else nvcc.parent).parent
+    if not any((home / folder / "cuda_runtime_api.h").is_file() for folder in CUDA_HEADERS):
+        raise SetupError(f"expected CUDA's headers in {home}/include, found no cuda_runtime_api.h; set CUDA_HOME")
+    return home
+
+
+def output_of(*command: str | Path) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout + done.stderr
 
 
 def disk_fault(needed_gb: int) -> str | None:
@@ -250,6 +268,8 @@ def complaint(text: str) -> str:
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
         package = next((line for line in lines if "from " in line and "==" in line and line.endswith(":")), "a package")
         return f"the hash of {package.rstrip(':')} is not the lock's"
+    if compilers := [line for line in lines if re.search(r":\d+: (fatal )?error: ", line)]:
+        return re.sub(r"^\S*/", "", compilers[0])[:200]
     errors = [line for line in lines if re.match(r"(ERROR|error|\w*Error)(:|$)", line)]
     causes = [line for line in errors if not re.search(r"-failed$|-error$|: Failed building", line)]  # pip's headings
     return (causes or errors or lines or ["no output"])[-1][:200]
@@ -337,7 +357,7 @@ class Environment:
             minutes = max(1, round(ENGINE_CORE_MINUTES / jobs))
             print(f"  compiling {ENGINE_TORCH}: about {minutes} minutes with {jobs} compilers", flush=True)
             torch_part = [pin for pin in self.pins if pin.name == ENGINE_TORCH]
-            self.install("transformer engine torch", torch_part, **self.compiler_settings(jobs))
+            self.install("transformer engine torch", torch_part, **compiler_settings(self.python, jobs))
             loads = [str(self.python), "-c", "import transformer_engine.pytorch"]
             run("transformer engine", loads, self.logs / "te.log")
         except SetupError as error:
@@ -350,29 +370,11 @@ class Environment:
             return str(error)
         return ""
 
-    def compiler_settings(self, jobs: int) -> dict[str, str]:
-        """Environment variables for compilations against the installed torch."""
-        nvcc = find_nvcc()
-        assert nvcc is not None, "compiler_faults()"
-        # A CUDA toolkit brings no headers of cuDNN and NCCL: those that came with torch.
-        where = "import nvidia, pathlib as p; print(*(d for r in nvidia.__path__ for d in p.Path(r).glob('*/include')))"
-        headers = run("headers", [str(self.python), "-c", where], self.logs / "headers.log").split()
-        return {
-            "CUDA_HOME": str(nvcc.parents[1]),
-            "CPATH": os.pathsep.join([*headers, os.environ.get("CPATH", "")]).strip(os.pathsep),
-            "PATH": os.pathsep.join([str(self.python.parent), str(nvcc.parent), os.environ["PATH"]]),
-            "MAX_JOBS": str(jobs),
-            # Otherwise its setup.py fetches a compiled wheel from a release page, past the lock's hashes.
-            "NVTE_PYTORCH_FORCE_BUILD": "TRUE",
-            # pip's cache does not know which torch a wheel was compiled against.
-            "PIP_NO_CACHE_DIR": "1",
-        }
-
     def add_apex(self, source: Path) -> None:
         """From a checkout of its source: on the package index the name belongs to another project."""
         print(f"  compiling Apex from {source}", flush=True)
         self.pip("apex", ["--no-deps", "--no-build-isolation", "--no-index", str(source)], APEX_CPP_EXT="1",
-                 APEX_CUDA_EXT="1", **self.compiler_settings(compile_jobs()))  # fmt: skip
+                 APEX_CUDA_EXT="1", **compiler_settings(self.python, compile_jobs()))  # fmt: skip
 
     def probe(self) -> str:
         """Imports what matters; returns the versions."""
@@ -390,6 +392,25 @@ if {self.options.gpu!r} and not torch.cuda.is_available():
     raise SystemExit(f"error: torch {{torch.__version__}} sees no GPU")
 """
         return run("check", [str(self.python), "-W", "ignore", "-c", script], self.logs / "probe.log").splitlines()[-1]
+
+
+def compiler_settings(python: Path, jobs: int) -> dict[str, str]:
+    """Environment variables for compilations against the torch that ``python`` imports."""
+    home = cuda_home()
+    # A CUDA toolkit brings no headers of cuDNN and NCCL: those that came with torch.
+    where = "import nvidia, pathlib as p; print(*(d for r in nvidia.__path__ for d in p.Path(r).glob('*/include')))"
+    found = subprocess.run([str(python), "-c", where], capture_output=True, text=True, check=False).stdout.split()
+    headers = [*(str(home / folder) for folder in CUDA_HEADERS), *found]
+    return {
+        "CUDA_HOME": str(home),
+        "CPATH": os.pathsep.join([*headers, os.environ.get("CPATH", "")]).strip(os.pathsep),
+        "PATH": os.pathsep.join([str(python.parent), str(home / "bin"), os.environ["PATH"]]),
+        "MAX_JOBS": str(jobs),
+        # Otherwise its setup.py fetches a compiled wheel from a release page, past the lock's hashes.
+        "NVTE_PYTORCH_FORCE_BUILD": "TRUE",
+        # pip's cache does not know which torch a wheel was compiled against.
+        "PIP_NO_CACHE_DIR": "1",
+    }
 
 
 def compile_jobs() -> int:

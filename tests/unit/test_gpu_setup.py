@@ -41,7 +41,8 @@ PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-p
 COMPILES = (
     'import torch; assert os.environ["NVTE_PYTORCH_FORCE_BUILD"] == "TRUE"; assert os.environ["MAX_JOBS"] == "3"; '
     'assert os.path.isfile(os.environ["CUDA_HOME"] + "/bin/nvcc"); '
-    'assert os.path.isfile(os.environ["CPATH"].split(":")[0] + "/cudnn.h")'
+    'folders = os.environ["CPATH"].split(":"); assert os.path.isfile(folders[0] + "/cuda_runtime_api.h"); '
+    'assert any(os.path.isfile(folder + "/cudnn.h") for folder in folders)'
 )
 
 
@@ -99,9 +100,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wheels, programs = tmp_path / "wheels", tmp_path / "cuda" / "bin"
     for folder in (wheels, programs, tmp_path / "requirements"):
         folder.mkdir(parents=True)
-    for name, said in (("nvidia-smi", "590.44.01"), ("nvcc", "Cuda compilation tools, release 13.0, V13"), ("c++", "")):
+    # nvcc says where the nvcc that runs it lies, also when a script or a link elsewhere on PATH is called
+    nvcc = "Cuda compilation tools, release 13.0, V13\n#$ _HERE_=" + str(programs)
+    for name, said in (("nvidia-smi", "590.44.01"), ("nvcc", nvcc), ("c++", "")):
         (programs / name).write_text(f"#!/bin/sh\necho '{said}'\n")
         (programs / name).chmod(0o755)
+    (tmp_path / "cuda" / "include").mkdir()
+    (tmp_path / "cuda" / "include" / "cuda_runtime_api.h").touch()
     engine = write_wheel(tmp_path, "transformer-engine-torch", "2.0", {"transformer_engine/pytorch.py": ""})
     backend = BACKEND.format(check=COMPILES, wheel=engine.name).encode()
     headers = {"torch/__init__.py": PROBE_TORCH, "nvidia/cudnn/include/cudnn.h": ""}
@@ -218,6 +223,7 @@ def another_python(machine: Path) -> None:
         (program("nvidia-smi", "echo no devices; exit 6"), f"{DRIVER}, but nvidia-smi fails: no devices; run"),
         (without("cuda/bin/nvcc"), "expected nvcc of CUDA 13, found none in CUDA_HOME, on PATH and in "),
         (program("nvcc", "echo release 12.8, V12"), "expected nvcc of CUDA 13, found release 12.8 ("),
+        (without("cuda/include/cuda_runtime_api.h"), "cuda/include, found no cuda_runtime_api.h; set"),
         (without("wheels/megatron_core-1.0-py3-none-any.whl"), "of megatron-core==1.0; run make gpu-wheels WHEELS="),
         (without("wheels/transformer_engine_torch-2.0.tar.gz"), "of transformer-engine-torch==2.0; run make gpu-"),
         (another_python, f"no file for Python {HERE[0]}.{HERE[1]} of torch==1.0; run make gpu-wheels WHEELS="),
@@ -235,6 +241,34 @@ def test_one_line_for_what_is_missing_and_nothing_is_begun(
     assert output.err.count("\n") == 1
     assert said in output.err
     assert not (machine / ".venv-gpu-train").exists()
+
+
+def test_a_compilation_that_fails_says_what_the_compiler_said() -> None:
+    log = """
+      In file included from /site/torch/include/ATen/cuda/CUDAContext.h:4,
+      /site/nvidia/cu13/include/cuda_runtime_api.h:148:10: fatal error: crt/host_defines.h: No such file or directory
+      compilation terminated.
+      RuntimeError: Error compiling objects for extension
+    ERROR: Failed building wheel for transformer-engine-torch
+    ERROR: Could not build wheels for transformer-engine-torch, which is required to install
+    """
+    said = "cuda_runtime_api.h:148:10: fatal error: crt/host_defines.h: No such file or directory"
+    assert gpu_setup.complaint(log) == said
+
+
+@pytest.mark.parametrize("how", ["script", "link"])
+def test_the_toolkit_is_found_behind_an_nvcc_elsewhere_on_path(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    real, elsewhere = machine / "cuda" / "bin" / "nvcc", machine / "local" / "bin" / "nvcc"
+    elsewhere.parent.mkdir(parents=True)
+    if how == "script":
+        elsewhere.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+        elsewhere.chmod(0o755)
+    else:
+        elsewhere.symlink_to(real)
+    monkeypatch.setenv("PATH", f"{elsewhere.parent}:/usr/bin:/bin")
+    assert gpu_setup.cuda_home() == machine / "cuda"
 
 
 def test_every_fault_has_its_line(
