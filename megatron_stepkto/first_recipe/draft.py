@@ -34,10 +34,14 @@ SMALL = 1e9
 DEFAULT_TOKENS, ROUND = 2048, 64
 GPU_ITERATIONS, CPU_ITERATIONS = 3, 1
 CPU_SAMPLING_S = 1200  # of an iteration
+CPU_EVALUATION_S = 900  # of a model
 CPU_PROBLEMS = (16, 256)
 UNMEASURED_PROBLEMS = 32  # per iteration on processors whose speed was not measured
 UPDATES = 16  # fewest per iteration, where there are problems enough
-EVALUATED = {True: 500, False: 100}  # problems; on GPUs or not
+EVALUATED = 500  # problems
+EVALUATED_CPU = (32, 200)
+EVALUATED_UNMEASURED = 100
+K_CPU = 4  # of an evaluation on processors
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ def draft(found: Found) -> Draft:
     cut = found.pilot.cut() if found.pilot else None
     gpu = found.target.cluster is not None
     per_iteration, problems_why = _per_iteration(found, notes)
+    evaluated, evaluated_why = _evaluated(found)
+    evaluated_k = K if gpu else K_CPU
     examples = per_iteration * K
     batch = _global_batch(examples)
     updates = math.ceil(examples / batch)
@@ -114,8 +120,8 @@ def draft(found: Found) -> Draft:
         Key("train", _train(found, layout, batch, updates, notes)),
         Key("evaluate", [
             Key("split", "test"),
-            Key("num_problems", min(EVALUATED[gpu], found.num_test)),
-            Key("k", K, "maj@8 and pass@8 beside greedy pass@1"),
+            Key("num_problems", evaluated, evaluated_why),
+            Key("k", evaluated_k, f"maj@{evaluated_k} and pass@{evaluated_k} beside greedy pass@1"),
             Key("temperature", 0.7),
         ]),
     ]  # fmt: skip
@@ -207,19 +213,39 @@ def _per_iteration(found: Found, notes: Draft) -> tuple[int, str]:
             return found.num_train, "all of them"
         return MATH_TRAIN, "MATH's training set; another iteration takes others"
     pilot = found.pilot
-    if pilot is None or not pilot.speed:
-        count, why = UNMEASURED_PROBLEMS, "few: the speed of sampling here was not measured"
-    else:
-        least, most = CPU_PROBLEMS
-        count = int(CPU_SAMPLING_S * pilot.speed * _cpu_workers() / (K * pilot.mean_tokens))
-        count = min(max(count // 16 * 16, least), most)
-        minutes = max(1, round(count * K * pilot.mean_tokens / (pilot.speed * _cpu_workers()) / 60))
+    if pilot and pilot.speed:
+        count, minutes = _problems_in(CPU_SAMPLING_S, pilot, K, CPU_PROBLEMS, found.num_train)
         why = f"about {minutes} min of sampling at the {pilot.speed} tokens/s that one engine made"
+    else:
+        count, why = UNMEASURED_PROBLEMS, "few: the speed of sampling here was not measured"
     notes.undecided.append(
         "problems.per_iteration and iterations suit a first run on processors; the speed of training here was not "
         "measured, the run shows an estimate when it begins"
     )
     return min(count, found.num_train), why
+
+
+def _evaluated(found: Found) -> tuple[int, str]:
+    """Problems of an evaluation, one greedy solution and k others each."""
+    if found.target.cluster:
+        return min(EVALUATED, found.num_test), ""
+    pilot, count, time = found.pilot, EVALUATED_UNMEASURED, ""
+    if pilot and pilot.speed:
+        count, minutes = _problems_in(CPU_EVALUATION_S, pilot, 1 + K_CPU, EVALUATED_CPU, found.num_test)
+        time = f"about {minutes} min for each model; "
+    count = min(count, found.num_test)
+    points = round(100 / math.sqrt(count))  # 1.96 standard deviations where half are right
+    return count, f"{time}pass@1 to within {points} points"
+
+
+def _problems_in(
+    seconds: float, pilot: Pilot, solutions: int, bounds: tuple[int, int], available: int
+) -> tuple[int, int]:
+    """How many problems, of ``solutions`` each, fit into ``seconds``, within ``bounds``; and the minutes they take."""
+    speed = pilot.speed * _cpu_workers() / pilot.mean_tokens  # solutions per second
+    count = int(seconds * speed / solutions) // 16 * 16
+    count = min(max(count, bounds[0]), bounds[1], available)
+    return count, max(1, round(count * solutions / speed / 60))
 
 
 def _global_batch(examples: int) -> int:

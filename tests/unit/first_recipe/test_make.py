@@ -12,8 +12,8 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, read_records
+from megatron_stepkto.first_recipe import draft, make
 from megatron_stepkto.first_recipe import judge as judges
-from megatron_stepkto.first_recipe import make
 from megatron_stepkto.first_recipe.judge import reachable_judge
 from megatron_stepkto.first_recipe.machine import Sampler, sampling_keys
 from megatron_stepkto.first_recipe.make import Wish, make_recipe
@@ -95,6 +95,23 @@ def test_samples_decide_limits_steps_and_sizes(wish: Wish, monkeypatch: pytest.M
     assert recipe.problems.per_iteration == 36  # 1,200 s at 100 tokens/s would be 500 problems: all there are
     assert any("it labelled 8 of 12 sampled steps, 0 of them wrong" in line for line in lines)
     assert "  1 of 4 sampled answers are right" in lines
+
+
+@pytest.mark.parametrize(
+    ("tokens", "available", "expected"),
+    [
+        ((250, 250), 500, (64, 13)),  # 0.4 solutions/s: 900 s are 72 problems of 5
+        ((250, 250), 40, (40, 8)),
+        ((2500, 2500), 500, (32, 67)),  # the fewest, whatever they take
+        ((10, 10), 500, (200, 2)),
+    ],
+)
+def test_an_evaluation_on_processors_is_sized_by_the_measured_speed(
+    monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...], available: int, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    measured = Pilot(problems=(), texts=("", ""), tokens=tokens, finished=tokens, right=0, limit=4096, speed=100)
+    assert draft._problems_in(900, measured, 5, (32, 200), available) == expected
 
 
 def test_solutions_that_do_not_end_are_said(wish: Wish, monkeypatch: pytest.MonkeyPatch) -> None:
