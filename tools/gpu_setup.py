@@ -268,6 +268,10 @@ def complaint(text: str) -> str:
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
         package = next((line for line in lines if "from " in line and "==" in line and line.endswith(":")), "a package")
         return f"the hash of {package.rstrip(':')} is not the lock's"
+    unreached = [line for line in lines if "connection broken by" in line]
+    if unreached and "(from versions: none)" in text:  # pip then says that no such package exists
+        cause = re.sub(r".*connection broken by '(.*)': /.*", r"\1", unreached[-1])
+        return f"the package index cannot be reached: {cause[-150:]}"
     if compilers := [line for line in lines if re.search(r":\d+: (fatal )?error: ", line)]:
         return re.sub(r"^\S*/", "", compilers[0])[:200]
     errors = [line for line in lines if re.match(r"(ERROR|error|\w*Error)(:|$)", line)]

@@ -243,16 +243,30 @@ def test_one_line_for_what_is_missing_and_nothing_is_begun(
     assert not (machine / ".venv-gpu-train").exists()
 
 
-def test_a_compilation_that_fails_says_what_the_compiler_said() -> None:
-    log = """
+COMPILATION = """
       In file included from /site/torch/include/ATen/cuda/CUDAContext.h:4,
       /site/nvidia/cu13/include/cuda_runtime_api.h:148:10: fatal error: crt/host_defines.h: No such file or directory
       compilation terminated.
       RuntimeError: Error compiling objects for extension
     ERROR: Failed building wheel for transformer-engine-torch
     ERROR: Could not build wheels for transformer-engine-torch, which is required to install
-    """
-    said = "cuda_runtime_api.h:148:10: fatal error: crt/host_defines.h: No such file or directory"
+"""
+NO_NETWORK = """
+WARNING: Retrying after connection broken by 'NewConnectionError('<object at 0x7f2>: Failed to connect')': /simple/x/
+ERROR: Could not find a version that satisfies the requirement absl-py==2.5.1 (from versions: none)
+ERROR: No matching distribution found for absl-py==2.5.1
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (COMPILATION, "cuda_runtime_api.h:148:10: fatal error: crt/host_defines.h: No such file or directory"),
+        (NO_NETWORK, "the package index cannot be reached: NewConnectionError('<object at 0x7f2>: Failed to connect')"),
+    ],
+    ids=["compilation", "network"],
+)
+def test_the_cause_of_a_failure_is_said(log: str, said: str) -> None:
     assert gpu_setup.complaint(log) == said
 
 
