@@ -256,6 +256,8 @@ def run(what: str, command: Sequence[str], log: Path, total: int = 0, **env: str
 
 def progress(log: Path, total: int) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
+    if compiled := re.findall(r"^\s*\[(\d+)/(\d+)\] ", text, re.MULTILINE):  # ninja's lines
+        return f", {compiled[-1][0]} of {compiled[-1][1]} files compiled"
     if "Installing collected packages" in text:
         return ", unpacking"
     fetched = len(re.findall(r"^(?:Collecting|Processing) ", text, re.MULTILINE))
@@ -346,6 +348,8 @@ class Environment:
 
     def pip(self, what: str, arguments: Sequence[str], total: int = 0, **env: str) -> None:
         command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off"]
+        if "MAX_JOBS" in env:  # a compilation, of which pip otherwise shows nothing until it ends
+            command.append("--verbose")
         run(f"{self.kind}: {what}", [*command, *arguments], self.logs / f"{what.replace(' ', '_')}.log", total, **env)
 
     def add_transformer_engine(self) -> str:

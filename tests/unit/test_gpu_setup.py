@@ -270,6 +270,20 @@ def test_the_cause_of_a_failure_is_said(log: str, said: str) -> None:
     assert gpu_setup.complaint(log) == said
 
 
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("Collecting a\nCollecting b\n", ", 2 of 9 packages fetched"),
+        ("Collecting a\nInstalling collected packages: a\n", ", unpacking"),
+        ("Processing te.tar.gz\n  building\n  [1/28] c++ -o a.o\n  [2/28] c++ -o b.o\n", ", 2 of 28 files compiled"),
+        ("", ", 0 of 9 packages fetched"),
+    ],
+)
+def test_how_far_pip_is(tmp_path: Path, log: str, said: str) -> None:
+    (tmp_path / "log").write_text(log)
+    assert gpu_setup.progress(tmp_path / "log", 9) == said
+
+
 @pytest.mark.parametrize("how", ["script", "link"])
 def test_the_toolkit_is_found_behind_an_nvcc_elsewhere_on_path(
     machine: Path, monkeypatch: pytest.MonkeyPatch, how: str
