@@ -28,6 +28,8 @@ from megatron_stepkto.base.progress import say
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 CACHE = "cache"  # a folder of results keyed by content: valid under another stage key, too
+KEPT = (".lock", "logs", CACHE)  # none of it is the work of one key
+PROGRESS = "progress.json"
 PACKAGES = (
     "megatron-stepkto",
     "torch",
@@ -143,6 +145,9 @@ def input_hash(path: Path, hashes: Path | None = None) -> str:
     """Hash of an input; for (possibly huge) outputs of a finished stage, the hash in its manifest.
 
     A large folder is read once: ``hashes`` keeps its hash with the names, sizes and times of its files.
+
+    Raises:
+        UserError: an output of a finished stage is no longer what the stage left.
     """
     for folder in (path, path.parent):
         manifest = folder / MANIFEST
@@ -151,6 +156,7 @@ def input_hash(path: Path, hashes: Path | None = None) -> str:
             outputs = content.get("outputs") if isinstance(content, dict) else None
             output = outputs.get("." if folder == path else path.name) if isinstance(outputs, dict) else None
             if isinstance(output, dict) and isinstance(output.get("sha256"), str):  # else a file of another program
+                _check_unchanged(path, output, manifest)
                 return str(output["sha256"])
     if hashes is None or not path.is_dir():
         return sha256_of(path)
@@ -163,6 +169,19 @@ def input_hash(path: Path, hashes: Path | None = None) -> str:
         known[str(path)] = {"state": state, "sha256": sha256_of(path)}
         write_json(hashes, known)
     return str(known[str(path)]["sha256"])
+
+
+def _check_unchanged(path: Path, output: Mapping[str, Any], manifest: Path) -> None:
+    """By the content of a file of common size, by the number of bytes of others."""
+    size = _size(path)
+    same = size == output.get("bytes", size)
+    if same and path.is_file() and size < LARGE_BYTES:
+        same = sha256_of(path) == output["sha256"]
+    if not same:
+        raise UserError(
+            f"{path}: changed after its stage finished: expected what {manifest} names; put it back, or remove "
+            f"{manifest.parent} and run its stage again"
+        )
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -223,7 +242,10 @@ def _begin(stage: Stage, key: dict[str, Any], force: bool) -> dict[str, Any] | N
     """Return the manifest of a finished stage; else mark the directory as begun for ``key`` and return None."""
     directory = stage.directory
     manifest = read_json_if_there(stage.manifest_path, Manifest)
-    begun = manifest or read_json_if_there(directory / STARTED, Started)
+    begun = manifest
+    # Without any work there is nothing that a corrected input or setting would be mixed with.
+    if begun is None and _holds_work(directory):
+        begun = read_json_if_there(directory / STARTED, Started)
     different = _differences(begun["key"], key) if begun else []
     if different and not force:
         raise UserError(
@@ -278,6 +300,11 @@ def _size(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
+def _holds_work(directory: Path) -> bool:
+    idle = (*KEPT, STARTED, PROGRESS)
+    return any(path.name not in idle and path.suffix != ".lock" for path in directory.iterdir())
+
+
 def _clear(directory: Path) -> None:
     """Remove the work of an earlier key. The key goes last: otherwise leftovers would count as the new key's work.
 
@@ -289,7 +316,7 @@ def _clear(directory: Path) -> None:
             with exclusive_lock(Path(parent, claim), str(directory)):
                 pass
     for path in directory.iterdir():
-        if path.name in (".lock", "logs", CACHE, MANIFEST, STARTED):
+        if path.name in (*KEPT, MANIFEST, STARTED):
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in (MANIFEST, STARTED):

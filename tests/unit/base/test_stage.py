@@ -229,6 +229,26 @@ def test_unfinished_work_of_another_key_is_refused_or_forced(tmp_path: Path) -> 
     assert not (stage.directory / "part.txt").exists()
 
 
+def test_after_a_refusal_the_corrected_input_is_taken(tmp_path: Path) -> None:
+    """A stage that only began, and wrote a log and a kept answer of a server, holds no work of the wrong input."""
+    source = tmp_path / "in.txt"
+    source.write_text("broken")
+    stage = make(tmp_path, {"source": source})
+
+    def refuse() -> Result:
+        for name in ("logs", "cache"):
+            (stage.directory / name).mkdir()
+            (stage.directory / name / "kept").touch()
+        raise UserError("in.txt:1: broken; correct the row")
+
+    assert refusal(stage, refuse) == "in.txt:1: broken; correct the row"
+    source.write_text("good")
+    work = Work(stage)
+    assert run_stage(stage, work)["key"]["inputs"]["source"]["sha256"] == sha256("good")
+    assert work.calls == 1
+    assert (stage.directory / "cache" / "kept").exists()
+
+
 def test_work_that_fails_leaves_no_manifest(tmp_path: Path) -> None:
     stage = make(tmp_path)
     with pytest.raises(ValueError, match="broken"):
@@ -340,9 +360,10 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
 
 
 def test_a_finished_output_is_known_by_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recorded hash is used for a file that may be huge: it is not read again."""
+    """The recorded hash is used for a file that is huge: it is not read again."""
     stage = make(tmp_path)
     run_stage(stage, Work(stage))
+    monkeypatch.setattr(stages, "LARGE_BYTES", 4)
     foreign = stage.directory / "not_an_output.txt"
     foreign.write_text("foreign")
     read: list[Path] = []
@@ -356,6 +377,21 @@ def test_a_finished_output_is_known_by_its_manifest(tmp_path: Path, monkeypatch:
     assert read == []
     assert input_hash(foreign) == "hash"
     assert read == [foreign]
+
+
+@pytest.mark.parametrize(("text", "large"), [("MADE", 1 << 30), ("cut", 1 << 30), ("cut", 1)])
+def test_an_output_that_was_changed_afterwards_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, large: int
+) -> None:
+    """By its content; a large one, by its size."""
+    monkeypatch.setattr(stages, "LARGE_BYTES", large)
+    first = make(tmp_path)
+    run_stage(first, Work(first))
+    (first.directory / "out.txt").write_text(text)
+    second = Stage("judge", tmp_path / "second", {}, {"samples": first.directory / "out.txt"})
+    said = refusal(second, Work(second))
+    assert said.startswith(f"{first.directory / 'out.txt'}: changed after its stage finished: ")
+    assert not second.manifest_path.exists()
 
 
 def test_a_foreign_folder_is_hashed_by_names_and_contents(tmp_path: Path) -> None:
