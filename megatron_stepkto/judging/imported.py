@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -230,10 +231,14 @@ def _steps(solution: ImportedSolution, offsets: Sequence[tuple[int, int]], num_t
     starts = _starts(offsets)
     steps = []
     begin = token_begin = 0
-    for number, (text, label) in enumerate(zip(solution.steps, solution.labels, strict=True)):
-        end = begin + len(text)
-        last = number + 1 == len(solution.steps)
-        token_end = num_tokens if last else bisect.bisect_left(starts, end)
+    # The end token belongs to the last step in which a token starts: a step that shares all of its text's tokens with
+    # the one before has none, and must not train the end token under its label.
+    ends = list(itertools.accumulate(map(len, solution.steps)))
+    final = next(
+        (number for number, end in enumerate(ends) if bisect.bisect_left(starts, end) == len(starts)), len(ends) - 1
+    )
+    for number, (end, label) in enumerate(zip(ends, solution.labels, strict=True)):
+        token_end = num_tokens if number >= final else bisect.bisect_left(starts, end)
         steps.append(
             Step(
                 start=begin,

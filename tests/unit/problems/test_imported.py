@@ -365,9 +365,9 @@ def test_token_over_a_boundary_belongs_where_it_starts() -> None:
     )  # fmt: skip
     (sample,) = judged_samples([solution], prompts_of(sewn_tokenizer("b\nc")))
     assert [(s.token_start, s.token_end, s.label) for s in sample.steps] == [(0, 2, 1), (2, 4, 0)]
-    # the second step has no token of its own: nothing to learn from its label, and the end token is its token
+    # the second step has no token of its own: nothing to learn from its label, and the end token is not its token
     (sample,) = judged_samples([solution], prompts_of(sewn_tokenizer("b\ncd")))
-    assert [(s.token_start, s.token_end, s.label) for s in sample.steps] == [(0, 2, 1), (2, 3, 0)]
+    assert [(s.token_start, s.token_end, s.label) for s in sample.steps] == [(0, 3, 1), (3, 3, None)]
     beginning = solution.model_copy(update={"finished": False})
     (sample,) = judged_samples([beginning], prompts_of(sewn_tokenizer("b\ncd")))
     assert [(s.token_start, s.token_end, s.label) for s in sample.steps] == [(0, 2, 1), (2, 2, None)]
