@@ -169,10 +169,19 @@ def _training_samples(run: RunFolder) -> tuple[dict[str, dict[str, list[Solution
     problems: dict[str, Problem] = {}
     for t in run.iterations():
         if _has_content(run.judged(t)):
-            ratios = run.stage("train", t) / LOG_RATIOS
+            ratios = run.stage("train", t) / LOG_RATIOS if _are_trained_on(run, t) else None
             samples[f"samples {t}"] = read_solutions(run.judged(t), ratios, MAX_TRAINING_SAMPLES)
             problems |= _problems(run.problems(t)) | _problems(run.imported_problems)
     return samples, problems
+
+
+def _are_trained_on(run: RunFolder, t: int) -> bool:
+    """Whether training has seen the judged samples that are there now: they may have been judged again since."""
+    judge, dataset = (read_json_if_there(run.stage(name, t) / MANIFEST, Manifest) for name in ("judge", "dataset"))
+    if judge is None or dataset is None:
+        return True
+    judged, used = judge["outputs"].get(run.judged(t).name), dataset["key"]["inputs"].get("judged")
+    return judged is None or used is None or judged["sha256"] == used["sha256"]
 
 
 def _problems(path: Path) -> dict[str, Problem]:

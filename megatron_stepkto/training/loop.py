@@ -69,8 +69,9 @@ from megatron_stepkto.training.watch import WINDOW, falling_below_zero
 
 LAGGED = ("batch", "running")  # estimators that read the log-ratios of earlier updates
 MAX_BLAMED = 20  # records named when a number is not finite
-# Examples whose log-ratios are written at the end: what a page can show, one or two percent of an iteration's work.
-MAX_LOG_RATIOS = 1000
+# Examples whose log-ratios are written at the end, for the page: an eighth of those trained on, a few percent of the
+# training, but no fewer and no more than these.
+LOG_RATIOS = (100, 1000)
 
 
 @dataclass(frozen=True)
@@ -549,7 +550,8 @@ class Trainer:
         if not self.method.uses_reference:
             return
         assert self.references is not None
-        indices = self.trained[:MAX_LOG_RATIOS]
+        least, most = LOG_RATIOS
+        indices = self.trained[: min(max(len(self.trained) // 8, least), most)]
         first = int(self.solution_place[indices[0]])
         scored = self._score_steps("the log-ratios for the report", Part(self.examples, indices), len(self.updates))
         ratios = scored - self.references.of(first, first + len(indices))

@@ -425,6 +425,15 @@ def test_training_samples_bring_votes_and_log_ratios(run_dir: Path) -> None:
         ("one wrong step", 1, 1.0),
     ]
     assert "one wrong step" in write_report(run_dir).read_text()
+    # judged again since: the log-ratios are of other steps
+    for stage, manifest in (
+        ("judge", {"key": {}, "outputs": {"judged.jsonl": {"sha256": "new"}}, "counts": {}, "seconds": 0.0}),
+        ("dataset", {"key": {"inputs": {"judged": {"sha256": "old"}}}, "outputs": {}, "counts": {}, "seconds": 0.0}),
+    ):
+        (folder / stage).mkdir(exist_ok=True)
+        (folder / stage / "manifest.json").write_text(json.dumps(manifest))
+    [shown, _] = collect(run_dir).browser.problems[-1].payload()["solutions"]["samples 1"]
+    assert shown["steps"] == [[1, "1 + 1 = 2"], [0, "2 + 2 = 5", 1, 4]]
 
 
 def test_imported_solutions_are_shown_with_their_problems(run_dir: Path) -> None:
