@@ -76,11 +76,19 @@ def build_dataset(
         examples = chosen.select(training, settings, seed)
         if not examples:
             outcomes = Counter(sample.outcome for samples in training.values() for sample in samples)
+            others = f"; {too_long} more have over dataset.max_tokens tokens" if too_long else ""
+            if kept_apart := sum(map(len, held.values())):
+                others += f"; {kept_apart} more are held out (problems.held_out_share)"
             raise UserError(
                 f"{judged}: no example that {method} can train on: it needs {chosen.needs}; got {len(training)} "
-                f"problems with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided samples; "
-                "sample more solutions of each problem (sample.num_samples), or problems nearer to what the model can "
-                "do"
+                f"problems with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided "
+                f"samples{others}; "
+                + (
+                    "raise dataset.max_tokens"
+                    if too_long > outcomes.total()
+                    else "sample more solutions of each problem (sample.num_samples), or problems nearer to what the "
+                    "model can do"
+                )
             )
         counts: dict[str, Any] = {
             "samples": len(seen),

@@ -66,6 +66,17 @@ def check_suits(loaded: recipe.Recipe, name: str, place: str) -> None:
             f"{loaded.place('dataset.kl_pair_share')}: dataset.kl_pair_share is 0, but {name} with "
             "train.loss.reference_point: mismatched needs KL pairs; raise it"
         )
+    if method.paired and loaded.sample is not None and loaded.sample.num_samples < 2:
+        raise UserError(
+            f"{loaded.place('sample.num_samples')}: sample.num_samples is {loaded.sample.num_samples}, but {name} "
+            "compares two solutions of a problem; raise it"
+        )
+    judged = loaded.judge is None or loaded.judge.process.kind != "none"
+    if method.reads_steps and not judged and loaded.train.loss.outcome_weight == 0:
+        raise UserError(
+            f"{loaded.place('judge.process')}: judge.process labels no step and train.loss.outcome_weight is 0: "
+            "nothing would be learned; choose a judge, or raise outcome_weight"
+        )
 
 
 def _check_settings(training: recipe.Training, name: str, place: str) -> Method:

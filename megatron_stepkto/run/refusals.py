@@ -226,9 +226,15 @@ def _check_lengths(run: Run, t: int) -> None:
     recipe, stage = run.recipe, sampling_of(run, t)
     assert recipe.sample is not None
     settings = recipe.train.model_copy(update={"method": run.method})
-    longest = max(len(prompt.token_ids) for prompt in drawing_of(run, t, run.model(0)).job.prompts)
+    lengths = [len(prompt.token_ids) for prompt in drawing_of(run, t, run.model(0)).job.prompts]
     where = str(stage.inputs["problems"])
-    check_longest(longest, recipe.sample.max_tokens, recipe.dataset.max_tokens, settings, where)
+    limit = recipe.dataset.max_tokens
+    if limit is not None and limit <= min(lengths):
+        raise UserError(
+            f"{recipe.place('dataset.max_tokens')}: dataset.max_tokens is {limit}, and the shortest prompt of {where} "
+            f"alone has {min(lengths)} tokens: every example would be dropped; raise it"
+        )
+    check_longest(max(lengths), recipe.sample.max_tokens, recipe.dataset.max_tokens, settings, where)
 
 
 # --- disk space ------------------------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ def test_every_method_is_accepted(method: str, repository: Path) -> None:
          "loss.outcome_weight = 0 has no term left, so nothing would train"),
         (["dataset.kl_pair_share=0"], "--set dataset.kl_pair_share=0: dataset.kl_pair_share is 0, but step_kto with "
          "train.loss.reference_point: mismatched needs KL pairs; raise it"),
+        (["train.method=dpo", "sample.num_samples=1"], "--set sample.num_samples=1: sample.num_samples is 1, but dpo "
+         "compares two solutions of a problem; raise it"),
+        (["judge.process=none", "train.loss.outcome_weight=0"], "--set judge.process=none: judge.process labels no "
+         "step and train.loss.outcome_weight is 0: nothing would be learned; choose a judge, or raise outcome_weight"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
