@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_stepkto.recipe.sample_keys import Sampling
 from megatron_stepkto.recipe.section import Added, Dtype, RecipePath, Section, Unkeyed
+
+
+def server_urls(base_url: str) -> tuple[str, ...]:
+    """The servers that a ``base_url`` names, without slashes at the end. Raises ValueError: one is not a URL."""
+    urls = tuple(url.strip().rstrip("/") for url in base_url.split(",") if url.strip())
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        except ValueError:  # of a host or a port that cannot be
+            good = False
+        if not good:
+            raise ValueError(f"{url!r} is not a URL; expected http://host:port/v1")
+    if not urls:
+        raise ValueError("expected http://host:port/v1")
+    return urls
+
+
+def _servers(base_url: str) -> str:
+    server_urls(base_url)
+    return base_url
+
+
+ServerURLs = Annotated[str, AfterValidator(_servers)]
 
 
 class RuleJudge(Section):
@@ -22,7 +47,7 @@ class LLMJudge(Section):
     """A language model behind an OpenAI-compatible server gives a verdict on every step (docs/judges.md)."""
 
     kind: Literal["llm"] = Field(description="a language model behind a server gives a verdict on every step")
-    base_url: Unkeyed[str] = Field(min_length=1, description="http://host:8000/v1; several servers: commas between")
+    base_url: Unkeyed[ServerURLs] = Field(description="http://host:8000/v1; several servers: commas between")
     model: str = Field(min_length=1, description="the model's name at the server")
     api_key_env: Unkeyed[str | None] = Field(None, description="environment variable that holds the API key")
     format: Added[Literal["schema", "genprm", "thinkprm", "r_prm"]] = Field(
@@ -78,7 +103,7 @@ class PRMJudge(Section):
         le=1,
         description="probability below which a step is wrong, unjudged up to threshold; null: threshold",
     )
-    base_url: Unkeyed[str | None] = Field(
+    base_url: Unkeyed[ServerURLs | None] = Field(
         None, description="vLLM servers with --runner pooling; null: transformers, in this process"
     )
     served_name: Unkeyed[str | None] = Field(

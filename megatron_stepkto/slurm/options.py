@@ -54,9 +54,20 @@ VARIABLES = {
 
 def check_options(words: Sequence[str], environment: Mapping[str, str]) -> None:
     """Raises UserError for the first word of SBATCH_EXTRA, or variable of the shell, that would break a chain."""
+    takes_value = False  # whether the word before may have this one as its value
     for word in words:
         if word in (":", "--"):
             raise UserError(f"SBATCH_EXTRA: {word}: expected flags of one job; remove it from the site file")
+        if not word.startswith("-") and not takes_value:
+            raise UserError(
+                f"SBATCH_EXTRA: {word}: expected flags, such as (--qos=long --mem=0); sbatch would take this word for "
+                "the job's script"
+            )
+        if word.startswith("-") and " -" in word:
+            raise UserError(
+                f"SBATCH_EXTRA: {word}: expected one flag a word; write an array: ({' '.join(word.split())})"
+            )
+        takes_value = word.startswith("-") and "=" not in word
         for name in _options_in(word):
             if name in REFUSED:
                 raise UserError(

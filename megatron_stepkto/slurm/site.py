@@ -45,11 +45,16 @@ class Site:
 
 
 _NAMES = {"extra": "SBATCH_EXTRA"}
+# What sbatch takes; GPUS_PER_NODE may be 0.
+_LEAST = {"CPUS_PER_NODE": 1, "TRAIN_NODES": 1, "SAMPLE_ELEMENTS": 1, "CPU_TASK_CPUS": 1}
+_MOST = {"STOP_LEAD": 65535}
 # first the names of all variables in one word, and what kind of thing `environment` is; then, for each name that is
 # asked for, it prints NAME, NUL, number of words, NUL, words, each with a NUL; an unset variable prints -1
 # No -u, as in *.sbatch: modules use unset variables, and an empty array counts as unset.
 _PRINT = """
-source "$1" >&2; shift  # a module may greet
+source "$1" >&2 || { echo "its last command ended with exit code $?" >&2; exit 1; }  # a module may greet
+shift
+set +u
 printf '%s\\0%s\\0' "$(compgen -v | tr '\\n' ' ')" "$(type -t environment)"
 for name in "$@"; do
     if ! declare -p "$name" >/dev/null 2>&1; then printf '%s\\0-1\\0' "$name"; continue; fi
@@ -76,7 +81,10 @@ def read_site(path: Path) -> Site:
         capture_output=True, text=True, check=False, env=dict(os.environ),
     )  # fmt: skip
     if done.returncode:
-        raise UserError(f"{path}: bash cannot read it: {done.stderr.strip()}")
+        said = done.stderr.strip() or f"it ended bash with exit code {done.returncode}"
+        raise UserError(f"{path}: bash cannot read it: {said}; correct the site file")
+    if not done.stdout:
+        raise UserError(f"{path}: it ended bash before its end (exit 0); remove the exit")
     variables, environment, *words = done.stdout.split("\0")
     found: dict[str, list[str]] = {}
     while len(words) > 1:
@@ -118,4 +126,8 @@ def _value(path: Path, name: str, kind: str, given: list[str]) -> object:
         return None
     if not text.isdecimal():
         raise UserError(f"{path}: {name}={text}: expected a whole number")
+    least, most = _LEAST.get(name, 0), _MOST.get(name)
+    if int(text) < least or (most is not None and int(text) > most):
+        bound = f"of at least {least}" if int(text) < least else f"of at most {most}"
+        raise UserError(f"{path}: {name}={text}: expected a whole number {bound}")
     return int(text)

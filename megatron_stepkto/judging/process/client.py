@@ -21,7 +21,6 @@ import json
 import os
 import random
 import time
-import urllib.parse
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ import aiohttp
 
 from megatron_stepkto.base.errors import StageFailed, UserError
 from megatron_stepkto.base.progress import say, warn
+from megatron_stepkto.recipe.judge_keys import server_urls
 
 T = TypeVar("T")
 Q = TypeVar("Q")
@@ -83,11 +83,6 @@ class _Server:
     said_at: float | None = None  # of this outage
 
 
-def split_urls(base_url: str) -> tuple[str, ...]:
-    """The servers that a recipe's ``base_url`` names, without slashes at the end."""
-    return tuple(url.strip().rstrip("/") for url in base_url.split(",") if url.strip())
-
-
 @dataclass(frozen=True)
 class Service:
     """``base_url`` may name several servers of one model, separated by commas.
@@ -106,11 +101,10 @@ class Service:
 
     def urls(self) -> tuple[str, ...]:
         """Raises UserError where one is not a URL."""
-        urls = split_urls(self.base_url)
-        for url in urls:
-            if not url.startswith(("http://", "https://")) or not urllib.parse.urlsplit(url).hostname:
-                raise UserError(f"{self.key}.base_url: {url!r} is not a URL; expected http://host:port/v1")
-        return urls
+        try:
+            return server_urls(self.base_url)
+        except ValueError as error:
+            raise UserError(f"{self.key}.base_url: {error}") from None
 
     def headers(self) -> dict[str, str]:
         if self.api_key_env is None:

@@ -32,7 +32,6 @@ from megatron_stepkto.judging.process.client import (
     check_servers,
     from_first,
     run_async,
-    split_urls,
 )
 from megatron_stepkto.judging.process.formats import RPRM, Format, GenPRM, ThinkPRM
 from megatron_stepkto.judging.process.interface import (
@@ -47,6 +46,7 @@ from megatron_stepkto.judging.process.interface import (
     majority,
 )
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.judge_keys import server_urls
 from megatron_stepkto.recipe.prompts import TEMPLATE_FAULTS
 
 WORDS: dict[str, Label] = {"right": 1, "wrong": 0, "unsure": None}
@@ -220,7 +220,7 @@ class LLMJudge(ProcessJudge[recipe.LLMJudge]):
         return hashlib.sha256(template_text(path).encode()).hexdigest()  # of the text, whatever its line ends
 
     def resources(self) -> Resources:
-        return Resources(servers=split_urls(self.settings.base_url), served=self.settings.model)
+        return Resources(servers=server_urls(self.settings.base_url), served=self.settings.model)
 
     def work(self, typical: Typical) -> Work:
         if self.settings.format != "schema":

@@ -44,7 +44,6 @@ from megatron_stepkto.judging.process.client import (
     check_servers,
     from_first,
     run_async,
-    split_urls,
 )
 from megatron_stepkto.judging.process.interface import (
     Judged,
@@ -59,6 +58,7 @@ from megatron_stepkto.judging.process.interface import (
     Workplace,
 )
 from megatron_stepkto.recipe import keys as recipe
+from megatron_stepkto.recipe.judge_keys import server_urls
 from megatron_stepkto.recipe.prompts import load_tokenizer, render_chat
 
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -273,7 +273,7 @@ class PRMJudge(ProcessJudge[recipe.PRMJudge]):
 
     def resources(self) -> Resources:
         if self.settings.base_url is not None:
-            return Resources(servers=split_urls(self.settings.base_url), served=self._served_name)
+            return Resources(servers=server_urls(self.settings.base_url), served=self._served_name)
         return Resources(self.settings.workers, ("judge.process.workers",), takes_fewer=True)
 
     def work(self, typical: Typical) -> Work:

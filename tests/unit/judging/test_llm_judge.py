@@ -202,9 +202,10 @@ def test_no_request_is_made_to_a_wrong_server(tmp_path: Path, monkeypatch: pytes
     with ScriptedServer(honest, models=Reply("no", 401)) as locked, pytest.raises(UserError, match="status 401"):
         list(judge(locked.url, tmp_path).judge(SOLUTIONS))
     assert not server.requests and not locked.requests
-    for address in ("localhost", "http://", "http:///v1", "ftp://host/v1"):
-        with pytest.raises(UserError, match=r"judge\.process\.base_url: .* is not a URL; expected http://host:port/v1"):
-            list(judge(address, tmp_path).judge(SOLUTIONS))
+    for address in ("localhost", "localhost:8000/v1", "http://", "http:///v1", "ftp://host/v1", "http://[::1/v1",
+                    "http://host:port/v1", "http://host/v1,host"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"is not a URL; expected http://host:port/v1"):
+            judge(address, tmp_path)
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(UserError, match="JUDGE_KEY, which is not set"):
         list(judge(server.url, tmp_path, api_key_env="JUDGE_KEY").judge(SOLUTIONS))

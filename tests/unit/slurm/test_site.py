@@ -52,6 +52,15 @@ def test_site_file(site: Path) -> None:
         ("CONTAINER=apptainer", "CONTAINER=apptainer needs IMAGE_TRAIN"),
         ("STEPKTO_HOME=/nowhere", "STEPKTO_HOME=/nowhere: expected this project's checkout"),
         ("if", "bash cannot read it"),
+        ("SAMPLE_ELEMENTS=0", "SAMPLE_ELEMENTS=0: expected a whole number of at least 1"),
+        ("CPU_TASK_CPUS=0", "CPU_TASK_CPUS=0: expected a whole number of at least 1"),
+        ("STOP_LEAD=100000", "STOP_LEAD=100000: expected a whole number of at most 65535"),
+        (
+            "[[ -f /nowhere ]] && source /nowhere",
+            "bash cannot read it: its last command ended with exit code 1",
+        ),
+        ("exit 3", "bash cannot read it: it ended bash with exit code 3; correct the site file"),
+        ("exit 0", "it ended bash before its end (exit 0); remove the exit"),
     ],
 )
 def test_faults_of_a_site_file_are_named(site: Path, added: str, said: str) -> None:
@@ -180,6 +189,8 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: float | N
             "SBATCH_EXTRA: --time=9: expected no flag that limits a job's time: set TIME_SAMPLE",
         ),
         ("SBATCH_EXTRA=(-M other)", "SBATCH_EXTRA: -M: expected no flag that sends jobs to another cluster"),
+        ("SBATCH_EXTRA=(script.sh)", "SBATCH_EXTRA: script.sh: expected flags, such as (--qos=long --mem=0); sbatch"),
+        ("SBATCH_EXTRA='--qos=long --mem=0'", "expected one flag a word; write an array: (--qos=long --mem=0)"),
         ("SBATCH_EXTRA=(--qos=a : --qos=b)", "SBATCH_EXTRA: :: expected flags of one job"),
         ("SBATCH_EXTRA=(--exclusive --export=NONE --oversubscribe --exclude=n3 --nice=-o -A me)", ""),
         (
