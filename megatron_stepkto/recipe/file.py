@@ -1,7 +1,8 @@
 """Reading a recipe: one YAML file that is one complete run.
 
 An unknown key, a wrong type or a value out of range is an error that names file and line, and for a misspelt key the
-nearest one. ``--set section.key=value`` overrides a key. ``${NAME}`` and ``${NAME:-default}`` read the environment.
+nearest one. ``--set section.key=value`` overrides a key. ``${NAME}`` and ``${NAME:-default}`` read the environment;
+as in a shell, an empty variable takes the default. ``$${`` is the text ``${``.
 Types are strict: neither ``true`` nor ``"3"`` is a whole number.
 """
 
@@ -20,21 +21,38 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.command_keys import check_overrides
 from megatron_stepkto.recipe.keys import Judging, ProcessJudge, Recipe, nearest_place
 from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
+from megatron_stepkto.recipe.section import without_tags
 from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 M = TypeVar("M", bound=BaseModel)
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"(\$\$\{)|\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def _expand(text: str, path: Path, line: int) -> str:
     def replace(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        found = os.environ.get(name, default)
+        escaped, name, default = match.groups()
+        if escaped:
+            return "${"
+        found = os.environ.get(name) or default
         if found is None:
-            raise UserError(f"{path}:{line}: environment variable {name} is not set and has no default; set it")
+            state = "is empty" if name in os.environ else "is not set"
+            raise UserError(f"{path}:{line}: environment variable {name} {state} and has no default; set it")
         return found
 
     return _VARIABLE.sub(replace, text)
+
+
+def recipe_content(recipe: Recipe) -> dict[str, Any]:
+    """All values of a recipe, as a file holds them that is read back to the same."""
+    return {key: _escaped(value) for key, value in recipe.model_dump(mode="json").items()}
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value
 
 
 def _models(annotation: Any) -> list[Any]:
@@ -61,7 +79,7 @@ def _section_keys(location: tuple[str | int, ...]) -> list[str]:
     return sorted(model.model_fields)
 
 
-def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+def _without_kinds(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """pydantic names the kind of a section that has several: judge.process.llm.model."""
     kinds = {
         kind
@@ -78,11 +96,12 @@ def _without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
 def _explain(error: ValidationError, places: dict[tuple[str | int, ...], str]) -> str:
     messages = []
     for item in error.errors():
-        location = _without_tags(item["loc"])
+        named = without_tags(item["loc"])
+        location = _without_kinds(named)
         place = nearest_place(location, places)
         dotted = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
-            allowed = _section_keys(item["loc"])
+            allowed = _section_keys(named)
             near = difflib.get_close_matches(str(location[-1]), allowed, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(allowed)}"
             messages.append(f"{place}: unknown key {dotted}; {hint}")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, ValidationInfo
 
 
 class Section(BaseModel):
@@ -28,6 +28,18 @@ def _path(value: object) -> object:
 TextPath = Annotated[Path, BeforeValidator(_path)]
 RecipePath = Annotated[TextPath, AfterValidator(_resolve)]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+def of_type(kind: type, then: str, otherwise: str) -> Discriminator:
+    """Which of two members of a union a value is checked against: with one of them tried, one fault is one message.
+
+    Their tags begin with "#", by which they are told from keys (``without_tags``).
+    """
+    return Discriminator(lambda value: then if isinstance(value, kind | BaseModel) else otherwise)
+
+
+def without_tags(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    return tuple(part for part in location if not str(part).startswith("#"))
 
 
 class _Mark:

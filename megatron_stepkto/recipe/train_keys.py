@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
-from megatron_stepkto.recipe.section import Added, RecipePath, Section, Unkeyed
+from megatron_stepkto.recipe.section import Added, RecipePath, Section, Unkeyed, of_type
 
 Method = str  # a name of methods/registry.py, which checks it, and the keys beside it, right after loading
 
@@ -154,7 +154,9 @@ class LoRA(Section):
 
     rank: int = Field(16, ge=1, description="rows of A and columns of B")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    targets: Literal["all"] | list[str] = Field(
+    targets: Annotated[
+        Annotated[Literal["all"], Tag("#all")] | Annotated[list[str], Tag("#list")], of_type(list, "#list", "#all")
+    ] = Field(
         "all", description="linear layers by the last part of their Hugging Face name (q_proj, down_proj), or all"
     )
     start: RecipePath | None = Field(
@@ -202,9 +204,9 @@ class Training(Section):
     checkpoint_every: Unkeyed[int] = Field(50, ge=1, description="updates between checkpoints")
     keep_checkpoints: Unkeyed[int] = Field(2, ge=1, description="the newest ones; older ones are removed")
     async_checkpoints: Unkeyed[bool] = Field(False, description="write checkpoints in processes beside the training")
-    recompute: Unkeyed[bool | Recompute] = Field(
-        False, description="recompute activations in the backward pass: true: all, or those named below"
-    )
+    recompute: Unkeyed[
+        Annotated[Annotated[bool, Tag("#whole")] | Annotated[Recompute, Tag("#part")], of_type(dict, "#part", "#whole")]
+    ] = Field(False, description="recompute activations in the backward pass: true: all, or those named below")
     offload_layers: Unkeyed[int] = Field(
         0, ge=0, description="first layers whose activations wait for the backward pass in the host's memory"
     )

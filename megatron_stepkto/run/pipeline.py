@@ -12,6 +12,7 @@ from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.stage import input_hash
 from megatron_stepkto.evaluation.table import METRICS, Row
 from megatron_stepkto.recipe import keys as recipes
+from megatron_stepkto.recipe.file import recipe_content
 from megatron_stepkto.recipe.yaml_text import write_yaml
 from megatron_stepkto.run import refusals, warm_up
 from megatron_stepkto.run.folder import Run, RunFolder
@@ -97,7 +98,7 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
         for method in compare:
             run_iterations(replace(run, compared=method))
         with atomic_writer(run.folder.recipe) as file:
-            write_yaml(run.recipe.model_dump(mode="json"), file)
+            write_yaml(recipe_content(run.recipe), file)
         stages = dict(run.finished)
         summary: dict[str, Any] = {
             "recipe": run.recipe.name,

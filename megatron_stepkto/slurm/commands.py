@@ -16,6 +16,7 @@ from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import read_progress, say
 from megatron_stepkto.base.stage import MANIFEST, STARTED
 from megatron_stepkto.methods.registry import load_recipe
+from megatron_stepkto.recipe.file import recipe_content
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.recipe.yaml_text import read_yaml, write_yaml
 from megatron_stepkto.run.folder import Run
@@ -70,7 +71,7 @@ def _check_m0(run: Run) -> None:
 def _write_recipe(recipe: Recipe, run: Path, queued: list[Queued]) -> None:
     """Jobs read a copy: an edit of the recipe must not change a chain that is under way."""
     path = folder(run) / "recipe.yaml"
-    content = recipe.model_dump(mode="json")
+    content = recipe_content(recipe)
     if path.is_file() and queued:
         old, _ = read_yaml(path.read_text())
         changed = sorted(key for key in content if content[key] != old.get(key) and key != "iterations")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.recipe.file import read_recipe
+from megatron_stepkto.recipe.file import read_recipe, recipe_content
 from megatron_stepkto.recipe.keys import Recipe
+from megatron_stepkto.recipe.yaml_text import write_yaml
 from tests.conftest import REPOSITORY
 
 # The line numbers in the tests below count from this text: `name` is line 1.
@@ -311,7 +312,40 @@ def test_a_variable_that_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("STEPKTO_TEST_ABSENT", raising=False)
     path = changed(tmp_path, "models/m0", "${STEPKTO_TEST_ABSENT}/m0")
     assert refusal(path).startswith(f"{path}:2: environment variable STEPKTO_TEST_ABSENT is not set")
+    monkeypatch.setenv("STEPKTO_TEST_ABSENT", "")  # for a shell, an empty variable is one that is not there
+    assert refusal(path).startswith(f"{path}:2: environment variable STEPKTO_TEST_ABSENT is empty")
+    path = changed(tmp_path, "models/m0", "${STEPKTO_TEST_ABSENT:-models/m0}")
+    assert read_recipe(path).initial_model == tmp_path / "models/m0"
     assert read_recipe(changed(tmp_path, "models/m0", "${STEPKTO_TEST_ABSENT:-}m0")).initial_model == tmp_path / "m0"
+
+
+def test_a_recipe_that_is_written_out_is_read_back_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A formula may look like a variable: $${ is the text ${ in a file, and so it is written."""
+    monkeypatch.setenv("x", "expanded")
+    template = 'prompt.template="{problem} ${x}$ and $${x}$"'  # --set is not expanded
+    recipe = read_recipe(write(tmp_path), [template])
+    assert recipe.prompt.template == "{problem} ${x}$ and $${x}$"
+    copy = tmp_path / "copy.yaml"
+    with copy.open("w") as file:
+        write_yaml(recipe_content(recipe), file)
+    assert read_recipe(copy).model_dump() == recipe.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("recompute={module: [mlp]}", "unknown key train.recompute.module; did you mean modules?"),
+        ("recompute={modules: [foo]}", "train.recompute.modules.0: Input should be 'core_attn', 'layernorm', 'mlp' or"),
+        ("recompute=3", "train.recompute: Input should be a valid boolean, got 3"),
+        ("recompute={}", "train.recompute: expected one of modules, layers and every, got none"),
+        ("lora={targets: 3}", "train.lora.targets: Input should be 'all', got 3"),
+        ("lora={targets: [3]}", "train.lora.targets.0: Input should be a valid string, got 3"),
+    ],
+)
+def test_a_value_of_several_forms_has_one_fault_and_no_name_of_a_form(tmp_path: Path, value: str, said: str) -> None:
+    message = refusal(write(tmp_path), [f"train.{value}"])
+    assert message.startswith(f"--set train.{value}: {said}")
+    assert "\n" not in message
 
 
 def test_paths_are_taken_from_the_recipe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
