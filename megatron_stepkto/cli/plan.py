@@ -18,6 +18,7 @@ from megatron_stepkto.cli.arguments import positive, positive_number
 from megatron_stepkto.methods.registry import METHODS, load_recipe, method_of
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
 from megatron_stepkto.recipe.keys import Parallel, Recipe, Training
+from megatron_stepkto.recipe.section import without_tags
 from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 if TYPE_CHECKING:
@@ -91,17 +92,17 @@ def run(arguments: argparse.Namespace) -> None:
     given: Path = arguments.model
     is_recipe = given.suffix in (".yaml", ".yml") or (given.is_file() and given.suffix != ".json")
     recipe = load_recipe(given) if is_recipe else None
-    case, base, longest = _scenario(arguments, recipe)
+    case, base, room = _scenario(arguments, recipe)
     why = ""
     if arguments.layout is not None:
-        plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster, longest), None)]
+        plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster, room), None)]
     else:
         if recipe is not None:
             _warn_about_recipe(case, recipe)
-        plans = propose(case, base, longest)[: arguments.top]
+        plans = propose(case, base, room)[: arguments.top]
         if not plans:
-            why = nothing_fits(case, base, longest, "lower --longest")
-            plans = propose_otherwise(case, base, longest)
+            why = nothing_fits(case, base, room, "lower --longest")
+            plans = propose_otherwise(case, base, room)
         if not plans:
             raise UserError(why + "; neither LoRA nor the optimizer's state on the host or in lower precision fits")
     checks = _check(case, plans[0]) if arguments.check else None
@@ -127,6 +128,7 @@ def _otherwise(why: str) -> str:
 
 
 def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Scenario, Training, int]:
+    """What is planned, the section train, and the tokens that a micro-batch must have room for."""
     from megatron_stepkto.checkpoints.convert import read_model_config
     from megatron_stepkto.planning.times import Assumptions, Scenario, Workload
 
@@ -155,10 +157,11 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
             "method": arguments.method or base.method,
         }
     )
-    longest = arguments.longest or (train.micro_batch_tokens if train else LONGEST)
+    method = method_of(base.method)
+    sides = 2 if method.paired else 1  # of a preference pair: both lie in one micro-batch
+    longest = arguments.longest or (train.micro_batch_tokens // sides if train else LONGEST)
     tokens = arguments.tokens or max(1, int(longest * MEAN_SHARE))
     samples = _samples(recipe)
-    method = method_of(base.method)
     uses_kl = method.estimator(base.loss) == "mismatched"
     work = Workload(
         examples=arguments.examples or samples or EXAMPLES,
@@ -177,7 +180,7 @@ def _scenario(arguments: argparse.Namespace, recipe: Recipe | None) -> tuple[Sce
     assumed = Assumptions() if arguments.mfu is None else Assumptions(mfu=arguments.mfu)
     if not 0 < assumed.mfu <= 1:
         raise UserError(f"--mfu {assumed.mfu}: expected a share between 0 and 1")
-    return Scenario(config, entries, cluster, work, assumed), base, longest
+    return Scenario(config, entries, cluster, work, assumed), base, longest * sides
 
 
 def _model_folder(model: Path, recipe: Recipe | None) -> Path:
@@ -208,7 +211,7 @@ def _judges(arguments: argparse.Namespace, case: Scenario, recipe: Recipe | None
     return judge_costs(recipe.judge, case, recipe.sample.num_samples, sampler, arguments.judge_model)
 
 
-def _given_layout(text: str, base: Training, cluster: Cluster, longest: int) -> Training:
+def _given_layout(text: str, base: Training, cluster: Cluster, room: int) -> Training:
     from megatron_stepkto.planning.search import OPTIMIZER_KEYS
 
     keys: dict[str, Any] = {}
@@ -231,7 +234,7 @@ def _given_layout(text: str, base: Training, cluster: Cluster, longest: int) -> 
         settings = Training.model_validate(tree)
     except ValidationError as error:
         faults = [
-            f"--layout: {'.'.join(str(part) for part in ('train', *item['loc']))}: "
+            f"--layout: {'.'.join(str(part) for part in ('train', *without_tags(item['loc'])))}: "
             f"{item['msg'].removeprefix('Value error, ')}"
             + (f"; keys: {', '.join(Parallel.model_fields)}" if item["type"] == "extra_forbidden" else "")
             for item in error.errors()
@@ -241,10 +244,10 @@ def _given_layout(text: str, base: Training, cluster: Cluster, longest: int) -> 
         raise UserError(
             f"--layout: ranks is {settings.parallel.ranks}, but the plan is for {cluster.gpus} GPUs (--gpus)"
         )
-    if settings.micro_batch_tokens < longest:
+    if settings.micro_batch_tokens < room:
         raise UserError(
-            f"--layout: micro_batch_tokens is {settings.micro_batch_tokens}, the longest document has {longest} tokens "
-            f"(--longest); add micro_batch_tokens={longest}"
+            f"--layout: micro_batch_tokens is {settings.micro_batch_tokens}, the longest document (of DPO and IRPO: "
+            f"the longest pair) has {room} tokens (--longest); add micro_batch_tokens={room}"
         )
     return settings
 

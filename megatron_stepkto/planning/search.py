@@ -132,15 +132,15 @@ def possible_layouts(config: ModelConfig, cluster: Cluster) -> Iterator[Parallel
                 yield parallel
 
 
-def propose(case: Scenario, base: Training, longest: int) -> list[Plan]:
+def propose(case: Scenario, base: Training, room: int) -> list[Plan]:
     """Plans that fit, the fastest iteration first, the best one of each (tensor, pipeline, expert).
 
     Args:
         base: everything of the section train that a plan does not decide.
-        longest: tokens of the longest document; a micro-batch holds 1, 2, 4 or 8 of it.
+        room: tokens of the longest document or pair; a micro-batch holds 1, 2, 4 or 8 of it.
     """
     best: dict[tuple[int, ...], Plan] = {}
-    for settings in _layouts(case, base, longest):
+    for settings in _layouts(case, base, room):
         plan = _least_recompute(case, settings)
         if plan is None:
             continue
@@ -151,7 +151,7 @@ def propose(case: Scenario, base: Training, longest: int) -> list[Plan]:
     return sorted(best.values(), key=_rank)
 
 
-def propose_otherwise(case: Scenario, base: Training, longest: int) -> list[Plan]:
+def propose_otherwise(case: Scenario, base: Training, room: int) -> list[Plan]:
     """Where ``propose`` finds nothing: what fits by other means, the fastest iteration first, the best one of each.
 
     The means: the optimizer's state in lower precision, on the host (the smallest share that fits), both gradients and
@@ -168,25 +168,25 @@ def propose_otherwise(case: Scenario, base: Training, longest: int) -> list[Plan
     ]
     for changes in tries:
         for change in changes:
-            if plans := propose(case, base.model_copy(update=change), longest):
+            if plans := propose(case, base.model_copy(update=change), room):
                 found.append(plans[0])
                 break
     return sorted(found, key=_rank)
 
 
-def smallest(case: Scenario, base: Training, longest: int) -> Plan | None:
+def smallest(case: Scenario, base: Training, room: int) -> Plan | None:
     """The plan with the lowest peak, whether it fits or not; None: no layout is possible at all."""
     plans = (
         make_plan(case, settings.model_copy(update={"recompute": recompute}))
-        for settings in _layouts(case, base, longest)
+        for settings in _layouts(case, base, room)
         for recompute in (False, True)
     )
     return min(plans, key=lambda plan: (plan.peak, plan.settings.recompute is False), default=None)
 
 
-def nothing_fits(case: Scenario, base: Training, longest: int, otherwise: str) -> str:
+def nothing_fits(case: Scenario, base: Training, room: int, otherwise: str) -> str:
     """Why ``propose`` found nothing. otherwise: what else than the GPUs can be changed."""
-    least = smallest(case, base, longest)
+    least = smallest(case, base, room)
     cluster = case.cluster
     if least is None:
         return (
@@ -204,12 +204,12 @@ def _rank(plan: Plan) -> tuple[float, float]:
     return plan.times.iteration, plan.peak
 
 
-def _layouts(case: Scenario, base: Training, longest: int) -> Iterator[Training]:
+def _layouts(case: Scenario, base: Training, room: int) -> Iterator[Training]:
     for parallel in possible_layouts(case.config, case.cluster):
         if base.optimizer.offload or base.optimizer.moment_dtype == "bfloat16":  # part of that code path
             parallel = parallel.model_copy(update={"distributed_optimizer": True})
         for multiple in (1, 2, 4, 8):
-            yield base.model_copy(update={"parallel": parallel, "micro_batch_tokens": longest * multiple})
+            yield base.model_copy(update={"parallel": parallel, "micro_batch_tokens": room * multiple})
 
 
 def _least_recompute(case: Scenario, settings: Training) -> Plan | None:

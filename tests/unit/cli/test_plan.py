@@ -254,6 +254,12 @@ def test_refusals_name_the_key(configs: Path, capsys: pytest.CaptureFixture[str]
     )
     for short in (("tensor=4,micro_batch_tokens=10",), ("tensor=4", "--longest", 30000)):
         assert "(--longest); add micro_batch_tokens=" in refusal(capsys, eight, "--gpus", 8, "--layout", *short)
+    # both sides of a pair lie in one micro-batch, as training demands
+    plans = plan_json(capsys, eight, "--gpus", 8, "--method", "dpo", "--longest", 4096)["plans"]
+    assert {plan["train"]["micro_batch_tokens"] % 8192 for plan in plans} == {0}
+    assert "add micro_batch_tokens=8192" in refusal(
+        capsys, eight, "--gpus", 8, "--method", "dpo", "--longest", 4096, "--layout", "tensor=4,micro_batch_tokens=4096"
+    )
     assert "expected --response-tokens <= --tokens <= --longest, got 900, 800, 4096" in refusal(
         capsys, eight, "--gpus", 8, "--tokens", 800, "--response-tokens", 900
     )
