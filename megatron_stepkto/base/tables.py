@@ -126,10 +126,10 @@ def _table(path: Path) -> Iterator[Any]:
                 yield from _python(file.iter_batches(BATCH))
         else:
             yield from _python(_csv(path).to_batches(BATCH))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
         why = (
             _NOT_UTF8
-            if "UTF8" in str(error)
+            if "UTF8" in str(error) or isinstance(error, UnicodeDecodeError)
             else f"expected a {path.suffix[1:]} file, it does not read: {_clause(error)}"
         )
         raise UserError(f"{path}: {why}") from None

@@ -114,13 +114,15 @@ def test_bytes_are_text_in_utf_8_or_refused(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     good, bad, csv = tmp_path / "good.parquet", tmp_path / "bad.parquet", tmp_path / "excel.csv"
+    header = tmp_path / "header.csv"
     for path, text in ((good, "27 € für dich?".encode()), (bad, "27 € für dich?".encode("cp1252"))):
         pq.write_table(
             pa.table({"problem": pa.array([text], pa.binary()), "answer": pa.array([b"2"], pa.binary())}), path
         )
     csv.write_bytes("problem,answer\n27 € für dich?,2\n".encode("cp1252"))
+    header.write_bytes("problem,answer,für\n27?,2,3\n".encode("cp1252"))
     assert [(p.problem, p.answer) for p in load_problems(str(good))] == [("27 € für dich?", "2")]
-    for path in (bad, csv):
+    for path in (bad, csv, header):
         with pytest.raises(
             UserError, match=rf"{path.name}: .*expected text in UTF-8, found other bytes; save the file"
         ):
