@@ -17,6 +17,8 @@ _OR = re.compile(r"\)?\s*(?:or|nor|and|,)\s*\(?", re.IGNORECASE)
 _WITH_VALUE = re.compile(
     r"(?:\((?P<letter>[A-J])\)|(?P<plain>[A-J])[.:)]) *(?:\\[ ,;:!~])*[:=]?\s*(?P<value>\S.*)", re.DOTALL
 )
+# after a first letter, others: ", (C)", "and C", "(C)"
+_MORE_LETTERS = re.compile(r"(?:\s*(?:(?:,|;|&|and\b|or\b)\s*)+\(?[A-J]\)?|\s*\([A-J]\))+")
 MAX_CHARS = 1000
 
 
@@ -27,11 +29,14 @@ def bare_choice(form: str) -> str | None:
 
 
 def choice_and_value(answer: str) -> tuple[str, str] | None:
-    r"""Letter and value of an answer with both: of ``\textbf{(D)}\ 12``, ``(D) 12``, ``D. 12``; else None."""
+    r"""Letter and value of an answer with both: of ``\textbf{(D)}\ 12``, ``(D) 12``, ``D. 12``; else None, also of
+    several letters, ``(A), (C)``."""
     if len(answer) > MAX_CHARS:
         return None
     match = _WITH_VALUE.fullmatch(plain_text(answer).strip())
-    return (match["letter"] or match["plain"], match["value"].strip()) if match else None
+    if match is None or _MORE_LETTERS.fullmatch(match["value"].strip()):
+        return None
+    return match["letter"] or match["plain"], match["value"].strip()
 
 
 def without_choice(gold: str, answer: str) -> tuple[str, str]:

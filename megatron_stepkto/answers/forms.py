@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
@@ -39,7 +40,8 @@ def equal(gold: Form, answer: Form) -> Verdict:
     if isinstance(gold, Assigned) or isinstance(answer, Assigned):
         return _equal_assigned(gold, answer)
     if isinstance(gold, Scalar) and isinstance(answer, Scalar):
-        return algebra.equal(gold.text, answer.text)
+        verdict = algebra.equal(gold.text, answer.text)
+        return None if verdict and _may_be_codes(gold.text, answer.text) else verdict
     if is_equation(gold) or is_equation(answer):
         return _equal_equations(gold, answer)
     if _is_region(gold) or _is_region(answer):
@@ -54,6 +56,8 @@ def equal(gold: Form, answer: Form) -> Verdict:
         return _vector_and_tuple(gold, answer)
     many, single = (gold, answer) if isinstance(gold, Many) else (answer, gold)
     assert isinstance(many, Many)
+    if _may_be_letters_of(many, single):
+        return None
     return None if any(equal(item, single) is not False for item in many.items) and _maybe_one(many) else False
 
 
@@ -67,6 +71,32 @@ def _computed(form: Form) -> Form:
     if not isinstance(form, Scalar) or "\\begin" not in form.text:
         return form
     return Cells(tuple(tuple(Scalar(sympy.latex(cell)) for cell in row) for row in algebra.matrix(form.text)))
+
+
+_CODE = re.compile(r"(?=.*[A-Z])[A-Z0-9]{2,}")
+_LETTER = re.compile(r"[A-Z]")
+
+
+def _code(text: str) -> str | None:
+    """ABC, HHT or A12, which may be an order, a sequence or a code as well as a product; else None.
+
+    Only upper-case letters: xy and yx are hardly ever anything but products.
+    """
+    text = re.sub(r"\s+", "", re.sub(r"\(([A-Z])\)", r"\1", text))
+    return text if _CODE.fullmatch(text) else None
+
+
+def _may_be_codes(gold: str, answer: str) -> bool:
+    """Would two texts be equal only as products? The segments AB and BA are one, the orders BCA and ABC are not."""
+    one, other = _code(gold), _code(answer)
+    return one is not None and other is not None and one != other
+
+
+def _may_be_letters_of(many: Many, single: Form) -> bool:
+    """Does a text without commas name the letters of a list, as the choices A, C are often written AC?"""
+    letters = [item.text for item in many.items if isinstance(item, Scalar) and _LETTER.fullmatch(item.text)]
+    code = _code(single.text) if isinstance(single, Scalar) else None
+    return code is not None and len(letters) == len(many.items) and sorted(letters) == sorted(code)
 
 
 def _maybe_one(many: Many) -> bool:

@@ -126,34 +126,40 @@ def _table(path: Path) -> Iterator[Any]:
                 yield from _python(file.iter_batches(BATCH))
         else:
             yield from _python(_csv(path).to_batches(BATCH))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
         why = (
             _NOT_UTF8
-            if "UTF8" in str(error)
+            if "UTF8" in str(error) or isinstance(error, UnicodeDecodeError)
             else f"expected a {path.suffix[1:]} file, it does not read: {_clause(error)}"
         )
         raise UserError(f"{path}: {why}") from None
 
 
 def _csv(path: Path) -> Any:
-    """The file's table. A column is whole numbers or true and false where that loses nothing, else the text as written.
+    """The file's table: every cell is the text as written, an empty one is null. ``as_flag`` reads what must not be.
 
-    Types that are guessed change answers: 7 becomes 7.0 beside a number of more than 64 bits, 10:30 a time of day.
+    Types that are guessed change answers: 7 becomes 7.0 beside a number of more than 64 bits, 10:30 a time of day, and
+    True, where all answers are True or False, no text at all. Quotes do not tell: a guess ignores them.
     """
     import pyarrow as pa
     import pyarrow.csv as pc
 
-    def read(types: dict[str, pa.DataType]) -> Any:
-        convert = pc.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types)
-        return pc.read_csv(path, parse_options=pc.ParseOptions(newlines_in_values=True), convert_options=convert)
+    parse = pc.ParseOptions(newlines_in_values=True)
+    with pc.open_csv(path, parse_options=parse) as start:
+        texts = dict.fromkeys(start.schema.names, pa.string())
+    convert = pc.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=texts)
+    return pc.read_csv(path, parse_options=parse, convert_options=convert)
 
-    guessed = read({})
-    table = read(dict.fromkeys(guessed.column_names, pa.string()))
-    for place, column in enumerate(guessed.columns):
-        exact = pa.types.is_integer(column.type) and column.cast(pa.string()).equals(table.column(place))
-        if exact or pa.types.is_boolean(column.type):
-            table = table.set_column(place, guessed.field(place), column)
-    return table
+
+_FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def as_flag(value: Any) -> Any:
+    """The boolean that a cell of CSV means, for a field that holds one; anything else unchanged, to be refused there.
+
+    1.0 and 0.0 are what pandas makes of flags with gaps.
+    """
+    return _FLAGS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 def _python(batches: Iterable[Any]) -> Iterator[Any]:

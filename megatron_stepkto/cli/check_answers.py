@@ -37,13 +37,15 @@ def check_answers(source: str, workers: int, cpu_seconds: float, out: TextIO) ->
         whether every line could be read.
 
     Raises:
-        UserError: the file is missing or holds no line.
+        UserError: the file is missing or holds no line, or standard input is closed.
     """
     counts: Counter[str] = Counter()
     hows: Counter[str] = Counter()
     begun = time.monotonic()
     with EquivalenceChecker(workers, cpu_seconds) as checker, ExitStack() as stack:
         if source == "-":
+            if sys.stdin is None:  # closed before Python began
+                raise UserError("-: expected JSON lines with gold and pred on standard input, it is closed")
             handle = sys.stdin.fileno()
         else:
             if not Path(source).is_file():

@@ -91,9 +91,17 @@ def bootstrap_interval(statistic: Callable[[np.ndarray[Any, Any]], float | None]
 
 
 def bootstrap_mean(values: Sequence[float]) -> Share:
+    """The mean of one value in [0, 1] per problem.
+
+    Where all values are equal every resample has the same mean, and the bootstrap's interval would be a point, however
+    few the problems. As in ``clustered_share`` the problems count there, one trial each, in Wilson's interval.
+    """
     if not values:
         return Share(None, None)
     array = np.asarray(values, dtype=np.float64)
+    if (array == array[0]).all():
+        share = float(array[0])
+        return Share(share, wilson_interval(share * len(array), len(array)))
     return Share(float(array.mean()), bootstrap_interval(lambda drawn: float(array[drawn].mean()), len(array)))
 
 

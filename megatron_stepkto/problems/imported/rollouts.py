@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.records import Label
+from megatron_stepkto.base.tables import as_flag
 from megatron_stepkto.problems.imported.solution import (
     ImportedRow,
     ImportedSolution,
@@ -33,7 +34,7 @@ class _Gsm8k(Layout):
     answer: str
     model: str
     response: str
-    correct: bool
+    correct: Annotated[bool, BeforeValidator(as_flag)]
 
 
 def parse_gsm8k_solutions(row: dict[str, Any]) -> ImportedRow:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_stepkto.answers.final_answer import extract_answer
 from megatron_stepkto.base.records import Label
+from megatron_stepkto.base.tables import as_flag
 from megatron_stepkto.problems.imported.solution import (
     ImportedRow,
     ImportedSolution,
@@ -139,7 +140,8 @@ def _shared(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def _label(value: Any, name: str) -> Label:
-    """true or 1, false or 0, null; 1.0 and 0.0 are what pandas makes of labels with gaps."""
+    """true or 1, false or 0, null; 1.0 and 0.0 are what pandas makes of labels with gaps; in CSV, texts of these."""
+    value = as_flag(value)
     if value is None or (isinstance(value, int | float) and value in (0, 1)):
         return None if value is None else 1 if value else 0
     raise ValueError(f"{name}: expected true, false or null, got {_shown(value)}")

@@ -71,6 +71,16 @@ def test_no_file_and_no_line(tmp_path: Path) -> None:
     assert "found none" in said
 
 
+def test_closed_standard_input() -> None:
+    """As ``stepkto check-answers - <&-`` and some job schedulers start it."""
+    done = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *COMMAND, "-"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected JSON lines with gold and pred on standard input, it is closed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 HOSTILE = [
     "9^{9^{9^9}}",
     "10^9!",

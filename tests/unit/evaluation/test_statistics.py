@@ -15,7 +15,7 @@ from megatron_stepkto.base.files import write_json
 from megatron_stepkto.base.records import Problem, write_records
 from megatron_stepkto.evaluation.compare import compare_evaluations, comparison_table
 from megatron_stepkto.evaluation.metrics import ProblemResult, evaluation_row, problem_results
-from megatron_stepkto.evaluation.statistics import bootstrap_mean, mcnemar_exact, pass_at_k
+from megatron_stepkto.evaluation.statistics import Z_95, bootstrap_mean, mcnemar_exact, pass_at_k
 from megatron_stepkto.evaluation.table import Row
 from tests.builders import evaluation_row as table_row
 from tests.unit.evaluation.test_measuring import judged, never
@@ -53,6 +53,23 @@ def test_bootstrap_interval_is_the_normal_one_for_many_problems() -> None:
     assert share.interval == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
     assert bootstrap_mean(values).interval == share.interval
     assert bootstrap_mean([]).interval is None
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        ([1.0] * 6, 6 / (6 + Z_95**2), 1.0),  # Wilson's at n of n: n / (n + z^2)
+        ([0.0] * 6, 0.0, Z_95**2 / (6 + Z_95**2)),
+        ([1.0], 1 / (1 + Z_95**2), 1.0),
+        ([0.5] * 4, 0.5 - Z_95 / (2 * math.sqrt(4 + Z_95**2)), 0.5 + Z_95 / (2 * math.sqrt(4 + Z_95**2))),
+    ],
+)
+def test_equal_values_do_not_make_a_certain_mean(values: list[float], low: float, high: float) -> None:
+    """All of six problems solved is no proof that every problem is."""
+    share = bootstrap_mean(values)
+    assert share.value == values[0]
+    assert share.interval == pytest.approx((low, high), abs=1e-12)
+    assert bootstrap_mean([*values, 0.75]).interval != share.interval
 
 
 def asked(count: int) -> list[Problem]:

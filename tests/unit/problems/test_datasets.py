@@ -99,6 +99,7 @@ def test_parquet_csv_and_json(tmp_path: Path) -> None:
     [
         ("7", "123456789012345678901"), ("0.5", "9007199254740993"), ("10:30", "09:45"), ("2024-01-05", "2024-02-06"),
         ("1e3", "1.50"), ("007", "8"), ("7", "-12"), ("NA", "null"),
+        ("True", "False"), ("true", "true"), ("1", "0"),
     ],
 )  # fmt: skip
 def test_answers_of_a_csv_file_stay_as_written(tmp_path: Path, answers: tuple[str, str]) -> None:
@@ -113,25 +114,40 @@ def test_bytes_are_text_in_utf_8_or_refused(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     good, bad, csv = tmp_path / "good.parquet", tmp_path / "bad.parquet", tmp_path / "excel.csv"
+    header = tmp_path / "header.csv"
     for path, text in ((good, "27 € für dich?".encode()), (bad, "27 € für dich?".encode("cp1252"))):
         pq.write_table(
             pa.table({"problem": pa.array([text], pa.binary()), "answer": pa.array([b"2"], pa.binary())}), path
         )
     csv.write_bytes("problem,answer\n27 € für dich?,2\n".encode("cp1252"))
+    header.write_bytes("problem,answer,für\n27?,2,3\n".encode("cp1252"))
     assert [(p.problem, p.answer) for p in load_problems(str(good))] == [("27 € für dich?", "2")]
-    for path in (bad, csv):
+    for path in (bad, csv, header):
         with pytest.raises(
             UserError, match=rf"{path.name}: .*expected text in UTF-8, found other bytes; save the file"
         ):
             load_problems(str(path))
 
 
-def test_columns_of_a_csv_file(tmp_path: Path) -> None:
+def test_cells_of_a_csv_file_are_texts(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("label,rating,number,empty\nTrue,-1,1.0,\nFalse,1,2.5,\n")
+    path.write_text('label,rating,number,empty\n"True",-1,1.0,\n"False",1,2.5,""\n')
     assert [json.loads(row) for _, row in table_rows(path)] == [
-        {"label": True, "rating": -1, "number": "1.0", "empty": None},
-        {"label": False, "rating": 1, "number": "2.5", "empty": None},
+        {"label": "True", "rating": "-1", "number": "1.0", "empty": None},
+        {"label": "False", "rating": "1", "number": "2.5", "empty": None},
+    ]
+    path.write_text("problem,answer\n")
+    assert list(table_rows(path)) == []
+
+
+def test_a_csv_file_of_answers_that_are_true_or_false(tmp_path: Path) -> None:
+    """Unlike in JSON, where true is not text."""
+    path = tmp_path / "a.csv"
+    path.write_text('"problem","answer","id"\n"Is 2 even?","True",1\n"Is 3 even?","False",2\n')
+    found = load_problems(str(path))
+    assert [(p.problem_id, p.problem, p.answer) for p in found] == [
+        ("1", "Is 2 even?", "True"),
+        ("2", "Is 3 even?", "False"),
     ]
 
 

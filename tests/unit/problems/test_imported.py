@@ -153,6 +153,13 @@ def test_gsm8k_solution_is_lines_without_step_labels(data_dir: Path) -> None:
     assert found == {1: 1384, 0: 2309}
 
 
+def test_gsm8k_solutions_in_csv(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("id,problem,answer,model,response,correct\n0,20 + 3?,23,m,23,True\n1,20 + 3?,23,m,24,False\n")
+    found = read_imports([recipe.Import(format="gsm8k_solutions", path=path)])
+    assert [(s.answer, s.text, s.outcome) for s in found.solutions] == [("23", "23", 1), ("23", "24", 0)]
+
+
 def test_math_shepherd(data_dir: Path) -> None:
     path = data_dir / "steps/raw_format_math-shepherd_sample.jsonl"
     solutions = solutions_of(path, "math_shepherd")

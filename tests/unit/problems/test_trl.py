@@ -84,6 +84,22 @@ def test_every_kind_of_file_gives_the_same(kind: str, tmp_path: Path) -> None:
     assert found.counts["sources"][str(item.path)]["ignored_columns"] == ["source"]
 
 
+@pytest.mark.parametrize("labels", [("True", "False"), ("true", '"false"'), ("1", "0"), ("1.0", "0.0"), ("1", "")])
+def test_a_csv_file_holds_texts_and_labels(labels: tuple[str, str], tmp_path: Path) -> None:
+    """Completions that look like numbers are texts; labels are flags in any of the spellings that programs write."""
+    path = tmp_path / "n.csv"
+    path.write_text(f'prompt,completion,label\n1 + 1?,2,{labels[0]}\n2 + 1?,"4",{labels[1]}\n')
+    found = read_imports([recipe.Import(format="trl-kto", path=path)])
+    wrong = 0 if labels[1] else None
+    assert [(s.problem, s.steps, s.outcome) for s in found.solutions] == [
+        ("1 + 1?", ("2",), 1),
+        ("2 + 1?", ("4",), wrong),
+    ]
+    path.write_text("prompt,completion,label\n1 + 1?,2,2\n")
+    with pytest.raises(UserError, match=r'n\.csv:1: label: expected true, false or null, got "2"'):
+        read_imports([recipe.Import(format="trl-kto", path=path)])
+
+
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "saved", "hub"])
 def test_a_bad_row_is_named_and_loses_no_other(kind: str, tmp_path: Path) -> None:
     rows = [{"prompt": "P", "completions": ["a", "b"], "labels": [True, False]} for _ in range(3)]
