@@ -79,18 +79,19 @@ def _listed(names: set[str]) -> str:
 class Side(ABC):
     """One side of a conversion: a model whose weights are those of its config.
 
-    dtypes: of every tensor, by its Hugging Face name.
+    companions: the folder with its config and tokenizer. dtypes: of every tensor, by its Hugging Face name.
     """
 
     directory: Path
+    companions: Path
     config: ModelConfig
     entries: list[Entry]
     slices: list[Slice]
     dtypes: dict[str, torch.dtype]
 
-    @abstractmethod
     def companion_files(self) -> dict[str, bytes]:
         """Config, tokenizer and chat template files."""
+        return read_companions(self.companions)
 
     @abstractmethod
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
@@ -126,7 +127,7 @@ class HFSide(Side):
     """
 
     def __init__(self, directory: Path, *, one_dtype: bool = True) -> None:
-        self.directory, self.checkpoint = directory, HFCheckpoint(directory)
+        self.directory, self.companions, self.checkpoint = directory, directory, HFCheckpoint(directory)
         self.config, self.entries = read_model_config(directory)
         self.slices = slices(self.entries)
         faults = [*self._name_faults(), *self._tensor_faults(one_dtype), *self._tied_faults()]
@@ -135,9 +136,6 @@ class HFSide(Side):
         if "auto_map" in read_config(directory):
             warn(f"{directory / 'config.json'}: auto_map names the author's own code, which is neither run nor copied")
         self.dtypes = {name: DTYPES[self.checkpoint.weights[name].dtype] for name, _ in self.tensors()}
-
-    def companion_files(self) -> dict[str, bytes]:
-        return read_companions(self.directory)
 
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
         self.checkpoint.read_rows(files, piece.name, piece.row, out)
@@ -210,13 +208,14 @@ class MegatronSide(Side):
                 "base (convert/model) and writes them for PEFT (convert/adapter)"
             )
         self.reader = CheckpointReader(weights)
-        self.companions = next((f / COMPANIONS for f in (weights, directory) if (f / COMPANIONS).is_dir()), None)
-        if self.companions is None:
+        companions = next((f / COMPANIONS for f in (weights, directory) if (f / COMPANIONS).is_dir()), None)
+        if companions is None:
             raise UserError(
                 f"{directory}: expected a folder {COMPANIONS}/ with config.json and tokenizer files beside the "
                 "weights; copy them there from the model that the training started from"
             )
-        self.config, self.entries = read_model_config(self.companions)
+        self.companions = companions
+        self.config, self.entries = read_model_config(companions)
         self.slices = slices(self.entries)
         self._layout = find_layout(self.slices, self.reader.shapes())
         if faults := [*self._layout.faults, *self._dtype_faults()]:
@@ -230,10 +229,6 @@ class MegatronSide(Side):
             for slice_ in self.slices
             for name in slice_.names
         }
-
-    def companion_files(self) -> dict[str, bytes]:
-        assert self.companions is not None
-        return read_companions(self.companions)
 
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
         row_bytes = len(out) // piece.count

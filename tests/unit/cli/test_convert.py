@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,71 @@ def test_a_finished_target_is_left_alone_and_any_other_is_refused(
     (foreign / "thesis.txt").write_text("mine")
     assert stepkto("convert", source, foreign) == 2
     assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+def _other_end(folder: Path) -> None:
+    change_config(folder, eos_token_id=7)
+
+
+def _no_generation_settings(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+
+
+def _more_generation_settings(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"temperature": 0.1}')
+
+
+def _reversed_vocabulary(folder: Path) -> None:
+    """Of the same size: only the bytes tell."""
+    path = folder / "tokenizer.json"
+    words = json.loads(path.read_text())
+    path.write_text(json.dumps({**words, "vocab": dict(zip(words["vocab"], (1, 0), strict=True))}))
+
+
+def _new_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+@pytest.mark.parametrize("way", ["from Hugging Face", "from Megatron"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_other_end, "config.json differ: eos_token_id: "),
+        (_no_generation_settings, "generation_config.json: has no counterpart in "),
+        (_more_generation_settings, "generation_config.json differ"),
+        (_reversed_vocabulary, "tokenizer.json differ"),
+        (_new_template, "chat_template.jinja: has no counterpart in "),
+    ],
+)
+def test_config_and_tokenizer_are_part_of_the_model(
+    models: dict[str, Path],
+    tmp_path: Path,
+    way: str,
+    change: Callable[[Path], None],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the same weights, another end token or tokenizer makes another model."""
+    hf, out = change_config(copy(models["tied"], tmp_path / "hf"), eos_token_id=2, dtype="float16"), tmp_path / "out"
+    (hf / "generation_config.json").write_text('{"temperature": 0.7}')
+    (hf / "tokenizer.json").write_text('{"vocab": {"a": 0, "b": 1}}')
+    source = hf
+    if way == "from Megatron":
+        source = tmp_path / "megatron"
+        assert stepkto("convert", hf, source) == 0
+        (source / "conversion.json").unlink()
+    assert stepkto("convert", source, out) == 0
+    assert stepkto("convert", source, out, "--verify") == 0
+    assert stepkto("convert", source, out) == 0, "the dtype in config.json is not that of the weights"
+    change(source if source == hf else source / convert.COMPANIONS)
+    capsys.readouterr()
+    assert stepkto("convert", source, out) == 2
+    assert f"{out}: already there, and not the result of {source}" in " ".join(capsys.readouterr().err.split())
+    assert stepkto("convert", source, out, "--verify") == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+    (difference,) = verify(*((source, out) if source == hf else (out, source)))
+    assert said in difference
+    assert stepkto("convert", source, out, "--force", "--verify") == 0
 
 
 def test_a_target_that_comes_while_the_source_is_looked_at_is_not_replaced(
