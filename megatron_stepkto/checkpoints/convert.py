@@ -23,7 +23,7 @@ from megatron_stepkto.base.whole_folder import whole_folder
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.huggingface import DTYPES, HFCheckpoint, HFWriter, read_companions
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
-from megatron_stepkto.checkpoints.manifest import FileSum, Manifest, read_manifest
+from megatron_stepkto.checkpoints.manifest import FileSum, Manifest, missing_or_resized, read_manifest
 from megatron_stepkto.checkpoints.slices import Slice, extra_state_keys, slices
 from megatron_stepkto.checkpoints.stored_names import find_layout, find_weights
 from megatron_stepkto.checkpoints.stream import (
@@ -79,10 +79,12 @@ def _listed(names: set[str]) -> str:
 class Side(ABC):
     """One side of a conversion: a model whose weights are those of its config.
 
-    companions: the folder with its config and tokenizer. dtypes: of every tensor, by its Hugging Face name.
+    weights: the folder with its weights and manifest, ``directory`` or an iteration in it. companions: the one with its
+    config and tokenizer. dtypes: of every tensor, by its Hugging Face name.
     """
 
     directory: Path
+    weights: Path
     companions: Path
     config: ModelConfig
     entries: list[Entry]
@@ -127,7 +129,8 @@ class HFSide(Side):
     """
 
     def __init__(self, directory: Path, *, one_dtype: bool = True) -> None:
-        self.directory, self.companions, self.checkpoint = directory, directory, HFCheckpoint(directory)
+        self.directory = self.weights = self.companions = directory
+        self.checkpoint = HFCheckpoint(directory)
         self.config, self.entries = read_model_config(directory)
         self.slices = slices(self.entries)
         faults = [*self._name_faults(), *self._tensor_faults(one_dtype), *self._tied_faults()]
@@ -201,7 +204,8 @@ class MegatronSide(Side):
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory, weights = directory, find_weights(directory)
+        self.directory = directory
+        self.weights = weights = find_weights(directory)
         if (weights / LORA_SETTINGS).is_file():
             raise UserError(
                 f"{directory}: holds adapters alone ({LORA_SETTINGS}); the run's convert stage merges them into their "
@@ -312,7 +316,7 @@ def transfer(
 
     moved = move(pieces, work, workers=workers, title=title, total_bytes=side.num_bytes)
     check_finite(not_finite, side.directory)
-    check_manifest(side.directory, checksums_by_tensor(moved))
+    check_manifest(side.weights, checksums_by_tensor(moved))
     return moved
 
 
@@ -334,6 +338,7 @@ def hf_to_megatron(
             (all named).
     """
     side = HFSide(source, one_dtype=dtype is None)
+    check_sizes(side.weights)
     companions = side.companion_files()
     dtypes = {name: dtype or kept for name, kept in side.dtypes.items()}
     chunks = [
@@ -395,6 +400,7 @@ def write_hf(
 
     See ``transfer`` for the arguments; direction: for the manifest.
     """
+    check_sizes(side.weights)
     companions = side.companion_files()
     tensors = [(name, dtypes[name], shape) for name, shape in side.tensors()]
     weight_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in tensors)
@@ -420,6 +426,17 @@ def check_finite(not_finite: set[str], source: Path) -> None:
         raise UserError(
             f"{source}: {', '.join(sorted(not_finite))} {verb} NaN or infinite values (or values that overflow the "
             "dtype asked for); the checkpoint is broken"
+        )
+
+
+def check_sizes(source: Path) -> None:
+    """Refuse a source that lost files, or parts of them, after a conversion wrote it. Where no weight is touched, as
+    behind the last one, only the manifest tells."""
+    manifest = read_manifest(source)
+    if manifest is not None and (faults := missing_or_resized(source, manifest)):
+        raise UserError(
+            f"{'; '.join(faults)}; the folder is damaged, write it again (if you changed these files on purpose, "
+            f"remove {source / MANIFEST})"
         )
 
 

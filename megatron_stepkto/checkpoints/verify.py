@@ -21,6 +21,7 @@ from megatron_stepkto.checkpoints.convert import (
 )
 from megatron_stepkto.checkpoints.huggingface import read_companions
 from megatron_stepkto.checkpoints.manifest import NAME, damaged_files, missing_or_resized, read_manifest
+from megatron_stepkto.checkpoints.stored_names import find_weights
 from megatron_stepkto.checkpoints.stream import Buffers, Files, Moved, Piece, move
 
 
@@ -42,7 +43,7 @@ def verify(hf: Path, megatron: Path, workers: int | None = None) -> list[str]:
     """
     faults = [
         fault
-        for folder in (hf, megatron)
+        for folder in (hf, find_weights(megatron))
         if (manifest := read_manifest(folder)) is not None
         for fault in damaged_files(folder, manifest)
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_stepkto.checkpoints import convert
 from megatron_stepkto.checkpoints.manifest import damaged_files, read_manifest
@@ -308,19 +308,54 @@ def test_damage_after_a_conversion_is_found_by_the_next(
     source, name = tmp_path / "source", "model.layers.3.mlp.down_proj.weight"
     if direction == "from Hugging Face":
         assert stepkto("convert", models["megatron"], source) == 0
-        weights = load_file(source / "model.safetensors")
-        weights[name][1, 2] += 1e-6
-        save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+        damaged = source / "model.safetensors"
     else:
-        copy(models["megatron"], source)
-        row = load_file(models["tied"] / "model.safetensors")[name][1].numpy().tobytes()
-        content = (source / DATA_FILE).read_bytes()
-        assert content.count(row) == 1
-        (source / DATA_FILE).write_bytes(content.replace(row, row[:8] + b"\1" + row[9:]))
+        damaged = copy(models["megatron"], source) / DATA_FILE
+    row = load_file(models["tied"] / "model.safetensors")[name][1].numpy().tobytes()
+    content = damaged.read_bytes()
+    assert content.count(row) == 1
+    damaged.write_bytes(content.replace(row, row[:8] + b"\1" + row[9:]))
     assert stepkto("convert", source, tmp_path / "target") == 2
     said = capsys.readouterr().err
     assert f"{name}: the bytes differ from the checksums in conversion.json" in said
     assert not (tmp_path / "target").exists()
+    (source / "conversion.json").unlink()
+    assert stepkto("convert", source, tmp_path / "target") == 0
+
+
+@pytest.mark.parametrize("name", [DATA_FILE, "common.pt", "metadata.json", "huggingface/merges.txt"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_file_that_was_lost_after_a_conversion_is_found_by_the_next(
+    models: dict[str, Path], tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where every weight can be read: the cut is behind the last one, or in a file without any."""
+    hf, source = copy(models["tied"], tmp_path / "hf"), tmp_path / "source"
+    (hf / "merges.txt").write_text("a b\nc d\n")
+    assert stepkto("convert", hf, source) == 0
+    path = source / name
+    content, said = path.read_bytes(), "missing"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-4])
+        said = f"has {len(content) - 4} bytes, conversion.json says {len(content)}"
+    capsys.readouterr()
+    assert stepkto("convert", source, tmp_path / "target") == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"{path}: " in printed
+    assert (said in printed) or (name == DATA_FILE and "the file is missing or damaged" in printed)
+    assert not (tmp_path / "target").exists()
+
+
+def test_files_that_were_changed_on_purpose_are_taken_without_the_manifest(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    assert stepkto("convert", models["megatron"], source) == 0
+    (source / "merges.txt").write_text("")
+    change_config(source, eos_token_id=1234)
+    assert stepkto("convert", source, tmp_path / "target") == 2
+    assert f"{source / 'config.json'}: has " in " ".join(capsys.readouterr().err.split())
     (source / "conversion.json").unlink()
     assert stepkto("convert", source, tmp_path / "target") == 0
 
