@@ -38,6 +38,32 @@ def test_the_direction_is_that_of_the_folder(models: dict[str, Path], tmp_path: 
     )
 
 
+@pytest.mark.parametrize("place", ["iter_0000010", "."])
+def test_a_trainers_folder(
+    models: dict[str, Path], tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Megatron-LM's: the tracker names the iteration. The companions are there, or beside the tracker."""
+    trained = tmp_path / "trained"
+    iteration = copy(models["megatron"], trained / "iter_0000010")
+    (trained / "latest_checkpointed_iteration.txt").write_text("10\n")
+    if place == ".":
+        (iteration / "conversion.json").unlink()
+        (iteration / convert.COMPANIONS).rename(trained / convert.COMPANIONS)
+    assert stepkto("convert", trained, tmp_path / "back", "--verify") == 0
+    assert stepkto("convert", trained, tmp_path / "back") == 0
+    assert_same_bits(
+        load_file(tmp_path / "back" / "model.safetensors"), load_file(models["tied"] / "model.safetensors")
+    )
+    (iteration / DATA_FILE).write_bytes((iteration / DATA_FILE).read_bytes()[:-1000])
+    cut = stepkto("convert", trained, tmp_path / "again")
+    assert cut == (0 if place == "." else 2), "the manifest, if there is one, is the iteration's"
+    capsys.readouterr()
+    assert stepkto("convert", tmp_path, tmp_path / "none") == 2
+    assert "a trainer's folder of them (with latest_checkpointed_iteration.txt)" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_the_tools_are_the_same_code(models: dict[str, Path], tmp_path: Path, repository: Path) -> None:
     for tool, source, target in (
         ("hf_to_megatron.py", models["bf16"], tmp_path / "megatron"),
