@@ -38,6 +38,7 @@ HEARTBEAT_S = 10.0
 SILENCE_S = 90.0  # nine heartbeats: a stalled file server must not pass for a dead owner
 SHORT_SILENCE_S = 25.0
 POLL_S = 0.5
+MAKE_TRIES = 40  # two seconds: what another process removes is gone, and can be made again, in far less
 # Errors of a file system without hard links; FUSE returns EPERM, or ENOSYS in some kernels.
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # A file that another process removed or renamed; over NFS also one that it removed while it was read.
@@ -220,26 +221,37 @@ class Lock:
                 self.path.rename(self.path.with_name(self.path.name.replace(_HELD, _FREE)))
 
 
-def _make(folder: Path) -> bool:
-    """Create the folder of a lock; False where it is being removed at this moment, with what it guards.
+def _make(folder: Path) -> None:
+    """Create the folder of a lock.
+
+    Another process may remove it at this moment, with what it guards: pathlib then raises as it does where no folder
+    can ever be made, such as in /proc. Only trying again tells them apart.
 
     Raises:
         UserError: it cannot be created there. MachineFault, OSError: the file system refuses.
     """
-    try:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, FileNotFoundError):
-        check_working_directory()
-        if folder.is_file():
-            raise
-        if link := next((path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()), None):
-            raise UserError(
-                f"{link}: expected a folder, got a link to {link.readlink()}, which does not exist; make that folder, "
-                "or remove the link"
-            ) from None
-        return False
-    return True
+    for left in reversed(range(MAKE_TRIES)):
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            return
+        except (FileExistsError, FileNotFoundError) as error:
+            check_working_directory()
+            if folder.exists() and not folder.is_dir():
+                raise
+            if link := next(
+                (each for each in (folder, *folder.parents) if each.is_symlink() and not each.exists()), None
+            ):
+                raise UserError(
+                    f"{link}: expected a folder, got a link to {link.readlink()}, which does not exist; make that "
+                    "folder, or remove the link"
+                ) from None
+            if not left:
+                raise UserError(
+                    f"{folder}: this folder cannot be made ({os.strerror(error.errno or errno.ENOENT)}); choose a "
+                    "place where folders can be made"
+                ) from None
+        time.sleep(POLL_S / 10)
 
 
 def _write_draft(draft: Path, owner: Owner) -> None:
@@ -271,10 +283,9 @@ def try_lock(folder: Path, watch: Watch) -> Lock | Held | None:
     """Acquire the lock, or return the holder that is not known to be dead (None: it is changing hands, try again).
 
     Raises:
-        UserError: the file system does not support hard links, or the lock is damaged.
+        UserError: the file system does not support hard links, the folder cannot be made, or the lock is damaged.
     """
-    if not _make(folder):
-        return None
+    _make(folder)
     newest = _newest(folder)
     if newest is not None and newest.name.startswith(_HELD):
         held = _look(newest)

@@ -31,13 +31,13 @@ def direction_of(source: Path) -> str:
     Raises:
         UserError: the folder is neither a Hugging Face model nor a Megatron checkpoint.
     """
-    if (source / ".metadata").is_file():
+    if (source / ".metadata").is_file() or (source / TRACKER).is_file():
         return MEGATRON_TO_HF
     if (source / "config.json").is_file() or (source / ADAPTER).is_file():
         return HF_TO_MEGATRON
     raise UserError(
-        f"{source}: expected a Hugging Face folder (with config.json) or a Megatron torch_dist checkpoint (with "
-        ".metadata), found neither"
+        f"{source}: expected a Hugging Face folder (with config.json), a Megatron torch_dist checkpoint (with "
+        f".metadata) or a trainer's folder of them (with {TRACKER}), found none of these"
     )
 
 

@@ -23,7 +23,7 @@ from megatron_stepkto.base.whole_folder import whole_folder
 from megatron_stepkto.checkpoints.checksums import checksum, crc32_of_parts
 from megatron_stepkto.checkpoints.huggingface import DTYPES, HFCheckpoint, HFWriter, read_companions
 from megatron_stepkto.checkpoints.manifest import NAME as MANIFEST
-from megatron_stepkto.checkpoints.manifest import FileSum, Manifest, read_manifest
+from megatron_stepkto.checkpoints.manifest import FileSum, Manifest, missing_or_resized, read_manifest
 from megatron_stepkto.checkpoints.slices import Slice, extra_state_keys, slices
 from megatron_stepkto.checkpoints.stored_names import find_layout, find_weights
 from megatron_stepkto.checkpoints.stream import (
@@ -79,18 +79,21 @@ def _listed(names: set[str]) -> str:
 class Side(ABC):
     """One side of a conversion: a model whose weights are those of its config.
 
-    dtypes: of every tensor, by its Hugging Face name.
+    weights: the folder with its weights and manifest, ``directory`` or an iteration in it. companions: the one with its
+    config and tokenizer. dtypes: of every tensor, by its Hugging Face name.
     """
 
     directory: Path
+    weights: Path
+    companions: Path
     config: ModelConfig
     entries: list[Entry]
     slices: list[Slice]
     dtypes: dict[str, torch.dtype]
 
-    @abstractmethod
     def companion_files(self) -> dict[str, bytes]:
         """Config, tokenizer and chat template files."""
+        return read_companions(self.companions)
 
     @abstractmethod
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
@@ -126,7 +129,8 @@ class HFSide(Side):
     """
 
     def __init__(self, directory: Path, *, one_dtype: bool = True) -> None:
-        self.directory, self.checkpoint = directory, HFCheckpoint(directory)
+        self.directory = self.weights = self.companions = directory
+        self.checkpoint = HFCheckpoint(directory)
         self.config, self.entries = read_model_config(directory)
         self.slices = slices(self.entries)
         faults = [*self._name_faults(), *self._tensor_faults(one_dtype), *self._tied_faults()]
@@ -135,9 +139,6 @@ class HFSide(Side):
         if "auto_map" in read_config(directory):
             warn(f"{directory / 'config.json'}: auto_map names the author's own code, which is neither run nor copied")
         self.dtypes = {name: DTYPES[self.checkpoint.weights[name].dtype] for name, _ in self.tensors()}
-
-    def companion_files(self) -> dict[str, bytes]:
-        return read_companions(self.directory)
 
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
         self.checkpoint.read_rows(files, piece.name, piece.row, out)
@@ -203,20 +204,22 @@ class MegatronSide(Side):
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory, weights = directory, find_weights(directory)
+        self.directory = directory
+        self.weights = weights = find_weights(directory)
         if (weights / LORA_SETTINGS).is_file():
             raise UserError(
                 f"{directory}: holds adapters alone ({LORA_SETTINGS}); the run's convert stage merges them into their "
                 "base (convert/model) and writes them for PEFT (convert/adapter)"
             )
         self.reader = CheckpointReader(weights)
-        self.companions = next((f / COMPANIONS for f in (weights, directory) if (f / COMPANIONS).is_dir()), None)
-        if self.companions is None:
+        companions = next((f / COMPANIONS for f in (weights, directory) if (f / COMPANIONS).is_dir()), None)
+        if companions is None:
             raise UserError(
                 f"{directory}: expected a folder {COMPANIONS}/ with config.json and tokenizer files beside the "
                 "weights; copy them there from the model that the training started from"
             )
-        self.config, self.entries = read_model_config(self.companions)
+        self.companions = companions
+        self.config, self.entries = read_model_config(companions)
         self.slices = slices(self.entries)
         self._layout = find_layout(self.slices, self.reader.shapes())
         if faults := [*self._layout.faults, *self._dtype_faults()]:
@@ -230,10 +233,6 @@ class MegatronSide(Side):
             for slice_ in self.slices
             for name in slice_.names
         }
-
-    def companion_files(self) -> dict[str, bytes]:
-        assert self.companions is not None
-        return read_companions(self.companions)
 
     def read(self, files: Files, piece: Piece, out: Bytes) -> None:
         row_bytes = len(out) // piece.count
@@ -317,7 +316,7 @@ def transfer(
 
     moved = move(pieces, work, workers=workers, title=title, total_bytes=side.num_bytes)
     check_finite(not_finite, side.directory)
-    check_manifest(side.directory, checksums_by_tensor(moved))
+    check_manifest(side.weights, checksums_by_tensor(moved))
     return moved
 
 
@@ -339,6 +338,7 @@ def hf_to_megatron(
             (all named).
     """
     side = HFSide(source, one_dtype=dtype is None)
+    check_sizes(side.weights)
     companions = side.companion_files()
     dtypes = {name: dtype or kept for name, kept in side.dtypes.items()}
     chunks = [
@@ -400,6 +400,7 @@ def write_hf(
 
     See ``transfer`` for the arguments; direction: for the manifest.
     """
+    check_sizes(side.weights)
     companions = side.companion_files()
     tensors = [(name, dtypes[name], shape) for name, shape in side.tensors()]
     weight_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in tensors)
@@ -425,6 +426,17 @@ def check_finite(not_finite: set[str], source: Path) -> None:
         raise UserError(
             f"{source}: {', '.join(sorted(not_finite))} {verb} NaN or infinite values (or values that overflow the "
             "dtype asked for); the checkpoint is broken"
+        )
+
+
+def check_sizes(source: Path) -> None:
+    """Refuse a source that lost files, or parts of them, after a conversion wrote it. Where no weight is touched, as
+    behind the last one, only the manifest tells."""
+    manifest = read_manifest(source)
+    if manifest is not None and (faults := missing_or_resized(source, manifest)):
+        raise UserError(
+            f"{'; '.join(faults)}; the folder is damaged, write it again (if you changed these files on purpose, "
+            f"remove {source / MANIFEST})"
         )
 
 

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from megatron_stepkto.base.errors import UserError
-from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.files import read_json, read_json_if_there
 from megatron_stepkto.base.records import read_records
+from megatron_stepkto.base.stage import MANIFEST
 from megatron_stepkto.evaluation.metrics import ProblemResult
 from megatron_stepkto.evaluation.statistics import Interval, bootstrap_interval, mcnemar_exact
 from megatron_stepkto.evaluation.table import METRICS, Row, table_text
+from megatron_stepkto.recipe.keys import Sampling
+from megatron_stepkto.recipe.section import training_only, unkeyed
 
 Pairs = Sequence[tuple[ProblemResult, ProblemResult]]
+
+# Settings that say which model and which problems were measured (the latter are compared one by one), and what only
+# `stepkto measure` records: the seed, which is always the same, and keys that no evaluation follows.
+_NOT_COMPARED = {"name", "evaluate.num_problems", "evaluate.split", "seed"} | {
+    f"sample.{name}" for name in training_only(Sampling) | unkeyed(Sampling)
+}
+_ITSELF = {"sha256": "the measured model"}
+
+
+class _Key(BaseModel):
+    settings: dict[str, Any]
+    inputs: dict[str, dict[str, Any]]
+
+
+class _Manifest(BaseModel):
+    """The part of an evaluation's manifest.json that is read."""
+
+    key: _Key
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,8 @@ class Difference:
 
 def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
     """Compare two evaluation folders: a run's (``runs/NAME/evaluate/M1``), or the output of ``stepkto measure``.
+
+    ``settings``: those that differ between the two evaluations; None where one has no manifest.
 
     Raises:
         UserError: a folder is not a finished evaluation, or the two are of different problems.
@@ -78,6 +103,7 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
         "first": {"folder": str(first), "name": rows[0]["name"]},
         "second": {"folder": str(second), "name": rows[1]["name"]},
         "num_problems": len(pairs),
+        "settings": _other_settings(first, second),
         "differences": [vars(difference) for difference in differences],
     }
 
@@ -90,6 +116,36 @@ def _row(folder: Path) -> dict[str, Any]:
                 "run's model) or `stepkto measure` (any other)"
             )
     return dict(read_json(folder / METRICS, Row))
+
+
+def _other_settings(first: Path, second: Path) -> list[dict[str, Any]] | None:
+    one, other = _settings(first), _settings(second)
+    if one is None or other is None:
+        return None
+    return [
+        {"setting": name, "first": one.get(name), "second": other.get(name)}
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)  # keys at their default may be absent
+    ]
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    manifest = read_json_if_there(folder / MANIFEST, _Manifest)
+    if manifest is None:
+        return None
+    key = manifest["key"]
+    found = dict(_flat(key["settings"], key["inputs"].get("model", {}).get("sha256")))
+    return {name: value for name, value in found.items() if name not in _NOT_COMPARED}
+
+
+def _flat(settings: dict[str, Any], model: str | None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value). A judge that works with the measured model, which differs, is the same setting for both."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            inner = _ITSELF if model is not None and value == {"sha256": model} else value
+            yield from _flat(inner, model, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _yes_or_no(metric: str, pairs: Pairs, solved: Callable[[ProblemResult], bool]) -> Difference:
@@ -123,7 +179,7 @@ def _ratio(metric: str, pairs: Pairs, counts: Callable[[ProblemResult], tuple[in
 
 def comparison_table(comparison: dict[str, Any]) -> str:
     table = Table(box=SIMPLE_HEAD, caption="second - first, [95% bootstrap over problems]; p: McNemar, exact")
-    first, second = comparison["first"]["name"], comparison["second"]["name"]
+    first, second = _headings(comparison["first"], comparison["second"])
     for heading in (f"{comparison['num_problems']:,} problems", first, second, "difference", "only one solves", "p"):
         table.add_column(heading, justify="left" if heading.endswith("problems") else "right")
     for row in comparison["differences"]:
@@ -135,4 +191,28 @@ def comparison_table(comparison: dict[str, Any]) -> str:
         paired = row["p_value"] is not None
         solved = f"{row['only_first']} | {row['only_second']}" if paired else ""
         table.add_row(row["metric"], *shares, change, solved, f"{row['p_value']:.3g}" if paired else "")
-    return table_text(table)
+    return "\n".join([table_text(table), *_notes(comparison)])
+
+
+def _headings(first: dict[str, str], second: dict[str, str]) -> tuple[str, str]:
+    """The models' names; of models with one name their folders, from where these differ."""
+    if first["name"] != second["name"]:
+        return first["name"], second["name"]
+    one, other = (Path(os.path.abspath(side["folder"])) for side in (first, second))
+    if one == other:
+        return first["name"], second["name"]
+    if one.name == other.name == "results":
+        one, other = one.parent, other.parent
+    common = Path(os.path.commonpath([one, other]))
+    heading, other_heading = (str(each.relative_to(common)) if each != common else each.name for each in (one, other))
+    return heading, other_heading
+
+
+def _notes(comparison: dict[str, Any]) -> Iterator[str]:
+    settings = comparison["settings"]
+    if settings is None:
+        yield f"whether both were made with the same settings is not known: one has no {MANIFEST}"
+    elif settings:
+        yield "the evaluations were made with different settings, which may be why they differ:"
+        for row in settings:
+            yield f"  {row['setting']}: {row['first']!r:.80} | {row['second']!r:.80}"

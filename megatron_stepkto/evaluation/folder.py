@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import read_json
+from megatron_stepkto.base.locks import exclusive_lock
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.records import Problem, read_records, write_records
 from megatron_stepkto.base.stage import Result, Stage, run_stage
@@ -44,18 +46,19 @@ def evaluate_folder(
     problems = _problems(data, quarantine, settings.evaluate.num_problems, prompts.check)
     if chat and settings.prompt.chat:
         say("prompts use the model's chat template; --set prompt.chat=false turns it off")
-    asked = output / "asked" / "problems.jsonl"
-    if asked.is_file() and not force:
-        if problems != list(read_records(asked, Problem)):
-            raise UserError(f"{output} holds an evaluation of other problems; name another folder, or pass --force")
-    else:
+    asked, results = output / "asked" / "problems.jsonl", output / "results"
+    known = list(read_records(asked, Problem)) if asked.is_file() else None
+    others = known not in (None, problems) and results.exists()  # a command that is refused leaves no results
+    if others and not force:
+        raise UserError(f"{output} holds an evaluation of other problems; name another folder, or pass --force")
+    if known != problems and not others:
         write_records(asked, problems)
 
     hashes = output / ".hashes.json"
 
     def work() -> Result:
-        row = evaluate_model(model, settings.name, asked, settings, output / "results", hashes)
-        return Result([output / "results" / name for name in OUTPUTS], {"dtype": row.get("dtype")})
+        row = evaluate_model(model, settings.name, asked, settings, results, hashes)
+        return Result([results / name for name in OUTPUTS], {"dtype": row.get("dtype")})
 
     key = deciding(settings)
     # not a setting that determines the result, but the keys of finished evaluations hold its default
@@ -63,16 +66,32 @@ def evaluate_folder(
     key["evaluate"]["num_problems"] = len(problems)
     key["judge"] = judging_key(settings.judge, model, hashes)
     stage = Stage(
-        f"evaluate {settings.name}", output / "results", {**key, "seed": SEED}, {"model": model, "problems": asked},
+        f"evaluate {settings.name}", results, {**key, "seed": SEED}, {"model": model, "problems": asked},
         hashes,
     )  # fmt: skip
 
-    def check() -> None:
-        evaluation_drawing(model, settings.name, asked, settings, stage.directory).check()
-        check_judge(settings.judge, model, stage.directory, asked)
+    def check(file: Path = asked) -> None:
+        evaluation_drawing(model, settings.name, file, settings, results).check()
+        check_judge(settings.judge, model, results, file)
 
+    if others:
+        _replace_problems(asked, problems, check, results)
     run_stage(stage, work, force=force, check=check)
-    return dict(read_json(output / "results" / METRICS, Row))
+    return dict(read_json(results / METRICS, Row))
+
+
+def _replace_problems(asked: Path, problems: list[Problem], check: Callable[[Path], None], results: Path) -> None:
+    """Replace the problems of an evaluation, which is lost with them: only once nothing refuses the new ones, and while
+    no other process works with the old ones.
+    """
+    draft = asked.with_name(f".{asked.name}.{os.getpid()}")
+    try:
+        write_records(draft, problems)
+        check(draft)
+        with exclusive_lock(results / ".lock", str(results), note=say):
+            draft.replace(asked)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _problems(data: Sequence[str], quarantine: Path | None, limit: int | None, check: ProblemCheck) -> list[Problem]:

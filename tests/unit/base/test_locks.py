@@ -283,17 +283,36 @@ def test_a_lock_removed_with_what_it_guards_stops_no_process(tmp_path: Path, mon
     got.release()
 
 
-def test_a_folder_that_goes_while_its_lock_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+def test_a_folder_that_goes_while_its_lock_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, error: type[OSError]
+) -> None:
     """What pathlib says then: of the folder that it found it raises FileExistsError, of a lost parent the other."""
-    for error in (FileExistsError, FileNotFoundError):
+    mkdir, failures = Path.mkdir, [error, error]
 
-        def gone(self: Path, error: type[OSError] = error, **_: object) -> None:
-            raise error(str(self))
+    def gone(self: Path, **options: bool) -> None:
+        if failures:
+            raise failures.pop()(str(self))
+        mkdir(self, **options)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "mkdir", gone)
-            assert try_lock(tmp_path / "lock", Watch()) is None
-    (tmp_path / "lock").write_text("a file")
+    monkeypatch.setattr(Path, "mkdir", gone)
+    lock = try_lock(tmp_path / "lock", Watch())
+    assert isinstance(lock, Lock)
+    lock.release()
+
+
+@pytest.mark.parametrize("place", ["/proc/nothing/.lock", "/proc/.lock"])
+def test_a_place_where_no_folder_can_be_made_is_refused(place: str, clock: Clock) -> None:
+    """/proc answers ENOENT, as for a folder that another process has just removed."""
+    said = rf"{place}: this folder cannot be made \(No such file or directory\)"
+    with pytest.raises(UserError, match=said), exclusive_lock(Path(place), "it", wait=True):
+        pass
+    assert clock.now < 5
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo])
+def test_another_thing_in_place_of_the_folder_is_an_error(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "lock")
     with pytest.raises(FileExistsError):
         try_lock(tmp_path / "lock", Watch())
 

@@ -6,11 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_stepkto.checkpoints import convert
 from megatron_stepkto.checkpoints.manifest import damaged_files, read_manifest
@@ -34,6 +35,32 @@ def test_the_direction_is_that_of_the_folder(models: dict[str, Path], tmp_path: 
     assert stepkto("convert", tmp_path / "megatron", tmp_path / "back", "--verify", "--workers", 3) == 0
     assert_same_bits(
         load_file(tmp_path / "back" / "model.safetensors"), load_file(models["untied"] / "model.safetensors")
+    )
+
+
+@pytest.mark.parametrize("place", ["iter_0000010", "."])
+def test_a_trainers_folder(
+    models: dict[str, Path], tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Megatron-LM's: the tracker names the iteration. The companions are there, or beside the tracker."""
+    trained = tmp_path / "trained"
+    iteration = copy(models["megatron"], trained / "iter_0000010")
+    (trained / "latest_checkpointed_iteration.txt").write_text("10\n")
+    if place == ".":
+        (iteration / "conversion.json").unlink()
+        (iteration / convert.COMPANIONS).rename(trained / convert.COMPANIONS)
+    assert stepkto("convert", trained, tmp_path / "back", "--verify") == 0
+    assert stepkto("convert", trained, tmp_path / "back") == 0
+    assert_same_bits(
+        load_file(tmp_path / "back" / "model.safetensors"), load_file(models["tied"] / "model.safetensors")
+    )
+    (iteration / DATA_FILE).write_bytes((iteration / DATA_FILE).read_bytes()[:-1000])
+    cut = stepkto("convert", trained, tmp_path / "again")
+    assert cut == (0 if place == "." else 2), "the manifest, if there is one, is the iteration's"
+    capsys.readouterr()
+    assert stepkto("convert", tmp_path, tmp_path / "none") == 2
+    assert "a trainer's folder of them (with latest_checkpointed_iteration.txt)" in " ".join(
+        capsys.readouterr().err.split()
     )
 
 
@@ -80,6 +107,71 @@ def test_a_finished_target_is_left_alone_and_any_other_is_refused(
     (foreign / "thesis.txt").write_text("mine")
     assert stepkto("convert", source, foreign) == 2
     assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+def _other_end(folder: Path) -> None:
+    change_config(folder, eos_token_id=7)
+
+
+def _no_generation_settings(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+
+
+def _more_generation_settings(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"temperature": 0.1}')
+
+
+def _reversed_vocabulary(folder: Path) -> None:
+    """Of the same size: only the bytes tell."""
+    path = folder / "tokenizer.json"
+    words = json.loads(path.read_text())
+    path.write_text(json.dumps({**words, "vocab": dict(zip(words["vocab"], (1, 0), strict=True))}))
+
+
+def _new_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+@pytest.mark.parametrize("way", ["from Hugging Face", "from Megatron"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_other_end, "config.json differ: eos_token_id: "),
+        (_no_generation_settings, "generation_config.json: has no counterpart in "),
+        (_more_generation_settings, "generation_config.json differ"),
+        (_reversed_vocabulary, "tokenizer.json differ"),
+        (_new_template, "chat_template.jinja: has no counterpart in "),
+    ],
+)
+def test_config_and_tokenizer_are_part_of_the_model(
+    models: dict[str, Path],
+    tmp_path: Path,
+    way: str,
+    change: Callable[[Path], None],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the same weights, another end token or tokenizer makes another model."""
+    hf, out = change_config(copy(models["tied"], tmp_path / "hf"), eos_token_id=2, dtype="float16"), tmp_path / "out"
+    (hf / "generation_config.json").write_text('{"temperature": 0.7}')
+    (hf / "tokenizer.json").write_text('{"vocab": {"a": 0, "b": 1}}')
+    source = hf
+    if way == "from Megatron":
+        source = tmp_path / "megatron"
+        assert stepkto("convert", hf, source) == 0
+        (source / "conversion.json").unlink()
+    assert stepkto("convert", source, out) == 0
+    assert stepkto("convert", source, out, "--verify") == 0
+    assert stepkto("convert", source, out) == 0, "the dtype in config.json is not that of the weights"
+    change(source if source == hf else source / convert.COMPANIONS)
+    capsys.readouterr()
+    assert stepkto("convert", source, out) == 2
+    assert f"{out}: already there, and not the result of {source}" in " ".join(capsys.readouterr().err.split())
+    assert stepkto("convert", source, out, "--verify") == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+    (difference,) = verify(*((source, out) if source == hf else (out, source)))
+    assert said in difference
+    assert stepkto("convert", source, out, "--force", "--verify") == 0
 
 
 def test_a_target_that_comes_while_the_source_is_looked_at_is_not_replaced(
@@ -242,19 +334,54 @@ def test_damage_after_a_conversion_is_found_by_the_next(
     source, name = tmp_path / "source", "model.layers.3.mlp.down_proj.weight"
     if direction == "from Hugging Face":
         assert stepkto("convert", models["megatron"], source) == 0
-        weights = load_file(source / "model.safetensors")
-        weights[name][1, 2] += 1e-6
-        save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+        damaged = source / "model.safetensors"
     else:
-        copy(models["megatron"], source)
-        row = load_file(models["tied"] / "model.safetensors")[name][1].numpy().tobytes()
-        content = (source / DATA_FILE).read_bytes()
-        assert content.count(row) == 1
-        (source / DATA_FILE).write_bytes(content.replace(row, row[:8] + b"\1" + row[9:]))
+        damaged = copy(models["megatron"], source) / DATA_FILE
+    row = load_file(models["tied"] / "model.safetensors")[name][1].numpy().tobytes()
+    content = damaged.read_bytes()
+    assert content.count(row) == 1
+    damaged.write_bytes(content.replace(row, row[:8] + b"\1" + row[9:]))
     assert stepkto("convert", source, tmp_path / "target") == 2
     said = capsys.readouterr().err
     assert f"{name}: the bytes differ from the checksums in conversion.json" in said
     assert not (tmp_path / "target").exists()
+    (source / "conversion.json").unlink()
+    assert stepkto("convert", source, tmp_path / "target") == 0
+
+
+@pytest.mark.parametrize("name", [DATA_FILE, "common.pt", "metadata.json", "huggingface/merges.txt"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_file_that_was_lost_after_a_conversion_is_found_by_the_next(
+    models: dict[str, Path], tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where every weight can be read: the cut is behind the last one, or in a file without any."""
+    hf, source = copy(models["tied"], tmp_path / "hf"), tmp_path / "source"
+    (hf / "merges.txt").write_text("a b\nc d\n")
+    assert stepkto("convert", hf, source) == 0
+    path = source / name
+    content, said = path.read_bytes(), "missing"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-4])
+        said = f"has {len(content) - 4} bytes, conversion.json says {len(content)}"
+    capsys.readouterr()
+    assert stepkto("convert", source, tmp_path / "target") == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"{path}: " in printed
+    assert (said in printed) or (name == DATA_FILE and "the file is missing or damaged" in printed)
+    assert not (tmp_path / "target").exists()
+
+
+def test_files_that_were_changed_on_purpose_are_taken_without_the_manifest(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    assert stepkto("convert", models["megatron"], source) == 0
+    (source / "merges.txt").write_text("")
+    change_config(source, eos_token_id=1234)
+    assert stepkto("convert", source, tmp_path / "target") == 2
+    assert f"{source / 'config.json'}: has " in " ".join(capsys.readouterr().err.split())
     (source / "conversion.json").unlink()
     assert stepkto("convert", source, tmp_path / "target") == 0
 

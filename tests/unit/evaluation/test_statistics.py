@@ -148,6 +148,58 @@ def test_comparison_by_hand(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def manifest(path: Path, model: str, **changes: Any) -> None:
+    """As of an evaluation whose judge completes solutions with the measured model itself."""
+    settings = {
+        "evaluate": {"k": 4, "temperature": 0.7, "num_problems": None},
+        "sample": {"max_tokens": 64},
+        "judge": {"process": {"kind": "monte_carlo", "model": {"sha256": model}}},
+        "prompt": {"template": "{problem}\n"},
+    }
+    inputs = {"model": {"path": f"/models/{model}", "sha256": model}}
+    write_json(path / "manifest.json", {"key": {"settings": {**settings, **changes}, "inputs": inputs}})
+
+
+def test_other_settings_are_named(tmp_path: Path) -> None:
+    rows = [result(n, n % 2) for n in range(20)]
+    one, other = folder(tmp_path / "ms2" / "results", "m0", rows), folder(tmp_path / "ms3" / "results", "m0", rows)
+    found = compare_evaluations(tmp_path / "ms2", tmp_path / "ms3")
+    assert found["settings"] is None
+    assert "one has no manifest.json" in comparison_table(found)
+    manifest(one, "a")
+    measured = {"num_samples": 8, "temperature": 1.0, "top_p": 1.0, "gap_problems": 0, "stall_timeout_s": 600.0}
+    manifest(other, "b", name="b", seed=0, evaluate={"k": 4, "temperature": 0.7, "num_problems": 20},
+             sample={"max_tokens": 64, **measured})  # fmt: skip
+    found = compare_evaluations(tmp_path / "ms2", tmp_path / "ms3")
+    assert found["settings"] == [], "another model, judge of itself, and the same problems"
+    assert "settings" not in comparison_table(found)
+    manifest(other, "b", sample={"max_tokens": 20}, evaluate={"k": 4, "temperature": 1.0})
+    found = compare_evaluations(one, tmp_path / "ms3")
+    assert found["settings"] == [
+        {"setting": "evaluate.temperature", "first": 0.7, "second": 1.0},
+        {"setting": "sample.max_tokens", "first": 64, "second": 20},
+    ]
+    assert "  evaluate.temperature: 0.7 | 1.0\n  sample.max_tokens: 64 | 20" in comparison_table(found)
+    manifest(other, "a", judge={"process": {"kind": "monte_carlo", "model": {"sha256": "c"}}})
+    [row] = compare_evaluations(one, other)["settings"]
+    assert row == {"setting": "judge.process.model.sha256", "first": "the measured model", "second": "c"}
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    def headings(first: Path, second: Path) -> list[str]:
+        text = comparison_table(compare_evaluations(first, second))
+        return text.splitlines()[1].split("problems")[1].split("difference")[0].split()
+
+    rows = [result(n, n % 2) for n in range(20)]
+    base, kto = (folder(tmp_path / run / "evaluate" / "M3", "M3", rows) for run in ("base-0", "kto-0"))
+    assert headings(base, kto) == ["base-0/evaluate/M3", "kto-0/evaluate/M3"]
+    for name in ("ms2", "ms3"):
+        folder(tmp_path / name / "results", "m0", rows)
+    assert headings(tmp_path / "ms2", tmp_path / "ms3" / "results") == ["ms2", "ms3"]
+    assert headings(tmp_path / "ms2", base) == ["m0", "M3"]
+    assert headings(base, base) == ["M3", "M3"]
+
+
 def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
     rows = [result(n, n % 2, n % 4) for n in range(20)]
     found = compare_evaluations(folder(tmp_path / "a", "A", rows), folder(tmp_path / "b", "B", rows))
