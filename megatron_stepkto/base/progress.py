@@ -122,10 +122,10 @@ class ProgressFile:
         self.path, self._last = path, 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def report(self, done: int, total: int, note: str = "", unit: str = "", *, last: bool = False) -> None:
-        """unit: what is counted, where it differs from the stage's usual unit."""
+    def report(self, done: int, total: int, note: str = "", unit: str = "", *, at_once: bool = False) -> None:
+        """unit: what is counted, where it differs from the stage's usual unit. The end is written at once, too."""
         now = time.monotonic()
-        if last or now - self._last >= REPORT_EVERY_S:
+        if at_once or done == total or now - self._last >= REPORT_EVERY_S:
             self._last = now
             # a unique name: processes on several hosts may report on the same work
             temporary = self.path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")

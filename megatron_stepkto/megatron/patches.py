@@ -155,6 +155,7 @@ def install() -> None:
     _patch_experts()
     _patch_uneven_splits()
     _patch_rope()
+    _patch_optimizer()
     install_everywhere()
     _installed = True
 
@@ -223,6 +224,28 @@ def _patch_rope() -> None:
 
     rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
     _replace(rope, "fused_apply_rotary_pos_emb_thd", rotate_packed)
+
+
+def _patch_optimizer() -> None:
+    """Megatron takes the optimizer and the kernels over many tensors of Transformer Engine or Apex wherever they are
+    installed, but they run on GPUs only: take those of torch.
+    """
+    utils = importlib.import_module("megatron.core.utils")
+    optimizer, distributed, one, clip = (
+        importlib.import_module(f"megatron.core.optimizer{name}")
+        for name in ("", ".distrib_optimizer", ".optimizer", ".clip_grads")
+    )
+    _replace(optimizer, "Adam", torch.optim.AdamW)
+    _replace(optimizer, "USING_PYTORCH_OPTIMIZER", True)
+    _replace(distributed, "Adam", torch.optim.Adam)
+    for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        _replace(distributed, name, False)
+    for module in (one, clip):
+        _replace(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
+        _replace(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
+    _replace(clip, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+    if hasattr(clip, "multi_tensor_scale_tensor_impl"):  # since Megatron-Core 0.17
+        clip.multi_tensor_scale_tensor_impl = None
 
 
 def _called_from_megatron() -> bool:

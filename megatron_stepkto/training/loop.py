@@ -156,6 +156,7 @@ class Trainer:
         if done == 0:
             self._show_gradients()
         self._log_held_out(done)
+        self._report(done, len(self.updates), at_once=True)  # the first update may take minutes
         with OneAhead(self._global_batch, self.updates[done:]) as prepared:
             for update in range(done, len(self.updates)):
                 self._update(update, prepared)
@@ -213,9 +214,9 @@ class Trainer:
         self._stop = bool(both[0].item())
         return float(both[1].item())
 
-    def _report(self, done: int, total: int, note: str = "", unit: str = "") -> None:
+    def _report(self, done: int, total: int, note: str = "", unit: str = "", *, at_once: bool = False) -> None:
         if self.is_writer:
-            self.progress.report(done, total, note, unit=unit, last=done == total)
+            self.progress.report(done, total, note, unit=unit, at_once=at_once)
 
     def _score(
         self,

@@ -245,7 +245,7 @@ def test_progress_of_several_children_is_summed(tmp_path: Path, capsys: pytest.C
     files = [tmp_path / "0.json", tmp_path / "1.json"]
     scripts = [
         "from pathlib import Path; from megatron_stepkto.base.progress import ProgressFile\n"
-        f"ProgressFile(Path({str(path)!r})).report({done}, 10, {note!r}, last=True)"
+        f"ProgressFile(Path({str(path)!r})).report({done}, 10, {note!r}, at_once=True)"
         for path, done, note in zip(files, (10, 7), ("fast", ""), strict=True)
     ]
     children = [python(script, tmp_path / f"{n}.log") for n, script in enumerate(scripts)]
@@ -260,9 +260,9 @@ def test_a_phase_that_counts_other_things_has_a_bar_of_its_own(
     script = (
         "import time; from pathlib import Path; from megatron_stepkto.base.progress import ProgressFile\n"
         f"file, seen = ProgressFile(Path({str(file)!r})), Path({str(seen)!r})\n"
-        "file.report(3, 9, unit='tokens', last=True)\n"
+        "file.report(3, 9, unit='tokens', at_once=True)\n"
         "while not seen.exists(): time.sleep(0.01)\n"
-        "file.report(1, 9, 'loss 1', last=True)"
+        "file.report(1, 9, 'loss 1', at_once=True)"
     )
 
     def see() -> Report | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.megatron import patches
 from megatron_stepkto.megatron.version import SUPPORTED_MEGATRON, check_megatron_version
+from tests.builders import write_llama
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="for machines without a GPU: what install() does lasts as long as the process"
@@ -218,3 +220,56 @@ def test_nothing_else_of_torch_is_touched() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", SNAPSHOT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["['torch.Tensor.cuda', 'torch.Tensor.type']", "cpu cpu torch.float32"]
+
+
+UPDATES = """
+import hashlib
+import sys
+from pathlib import Path
+
+import megatron.core.optimizer as optimizer
+
+from megatron_stepkto.megatron.ranks import one_rank
+from tests.unit.megatron.test_lora import CPU, make_engine, update
+
+hf = Path(sys.argv[1])
+print(optimizer.USING_PYTORCH_OPTIMIZER)
+for changes in ({}, {"dtype": "bfloat16"}, {"parallel": {"distributed_optimizer": True}}):
+    with one_rank(CPU):
+        engine = make_engine(hf, **changes)
+        update(engine, 2)
+        weights = b"".join(weight.float().detach().numpy().tobytes() for weight in engine.policies[0].parameters())
+        print(hashlib.sha256(weights).hexdigest())
+"""
+GPU_ONLY = """
+class FusedAdam:
+    def __init__(self, *args, **kwargs):
+        raise RuntimeError("no GPU")
+
+FusedSGD = FusedAdam
+
+def multi_tensor_applier(*args):
+    raise RuntimeError("no GPU")
+
+multi_tensor_l2norm = multi_tensor_scale = multi_tensor_applier
+"""
+
+
+def test_on_a_cpu_updates_are_torchs_where_a_package_for_gpus_is_installed(repository: Path, tmp_path: Path) -> None:
+    """As Transformer Engine's environment on a login node: Megatron would take its AdamW, which needs a GPU."""
+    fake = tmp_path / "packages"
+    for file in ("apex/__init__.py", "apex/optimizers.py", "apex/multi_tensor_apply.py", "amp_C.py"):
+        (fake / file).parent.mkdir(parents=True, exist_ok=True)
+        (fake / file).write_text(GPU_ONLY)
+    hf = write_llama(tmp_path / "hf", num_hidden_layers=2)
+    found = []
+    for path in (f"{repository}", f"{repository}:{fake}"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", UPDATES, str(hf)],
+            env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(done.stdout.split())
+    plain, beside = found
+    assert (plain[0], beside[0]) == ("True", "False")
+    assert len(plain) == 4 and plain[1:] == beside[1:]
