@@ -21,6 +21,7 @@ from megatron_stepkto.base.storage import writing
 
 # Quiet in a program that imports the package: only the command line shows messages and bars.
 console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=True)
+PROGRESS = "progress.json"  # the name of a ``ProgressFile``
 LINE_EVERY_S = 10.0
 REPORT_EVERY_S = 0.3
 

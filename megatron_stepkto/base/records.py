@@ -265,8 +265,10 @@ def count_rows(path: Path) -> int:
     return sum(1 for _ in _raw_rows(path))
 
 
-def bad_row(path: Path, number: int, reason: object) -> UserError:
-    return UserError(f"{path}:{number}: {reason}; correct the row, or pass --quarantine FILE to set bad rows aside")
+def bad_row(path: Path, number: int, reason: object, *, may_set_aside: bool = True) -> UserError:
+    """may_set_aside: whether the command takes a quarantine; else the file is one that a command writes."""
+    other = "pass --quarantine FILE to set bad rows aside" if may_set_aside else "make the file again"
+    return UserError(f"{path}:{number}: {reason}; correct the row, or {other}")
 
 
 def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, bytes, T | ValueError]]:
@@ -303,11 +305,16 @@ def rejected(path: Path, number: int, raw: bytes, reason: object) -> dict[str, A
     return {"file": str(path), "line": number, "error": str(reason), "row": row}
 
 
-def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | None = None) -> Iterator[R]:
+def read_rows(
+    path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: Path | Literal[False] | None = False
+) -> Iterator[R]:
     """Parse a JSON-lines file row by row with ``parse``.
 
     Blank lines are skipped. Without ``quarantine`` the first bad row is an error; with it bad rows are written there
     as ``{"file", "line", "error", "row"}``, and the good ones are returned.
+
+    Args:
+        quarantine: what the user chose, None for nothing; False where the command does not offer the choice.
 
     Raises:
         UserError: the file is missing or empty, a row is bad, or no row is good. Names file:line.
@@ -318,11 +325,11 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], R], *, quarantine: P
         if not isinstance(found, ValueError):
             good += 1
             yield found
-        elif quarantine is None:
-            raise bad_row(path, number, found)
+        elif not quarantine:
+            raise bad_row(path, number, found, may_set_aside=quarantine is None)
         else:
             bad.append(rejected(path, number, raw, found))
-    if bad and quarantine is not None:
+    if bad and quarantine:
         set_aside(quarantine, path, bad)
     if not good:
         raise UserError(
@@ -355,7 +362,7 @@ def set_aside(quarantine: Path, source: Path, bad: Sequence[dict[str, Any]]) -> 
             out.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in bad)
 
 
-def read_records(path: Path, model: type[R], *, quarantine: Path | None = None) -> Iterator[R]:
+def read_records(path: Path, model: type[R], *, quarantine: Path | Literal[False] | None = False) -> Iterator[R]:
     """``read_rows`` for rows in a record format of this package."""
     return read_rows(path, model.model_validate, quarantine=quarantine)
 

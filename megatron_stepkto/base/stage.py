@@ -23,13 +23,12 @@ from pydantic import BaseModel, RootModel
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import flush_tree, read_json, read_json_if_there, sha256_of, stable_hash, write_json
 from megatron_stepkto.base.locks import Lock, exclusive_lock
-from megatron_stepkto.base.progress import say
+from megatron_stepkto.base.progress import PROGRESS, say
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 CACHE = "cache"  # a folder of results keyed by content: valid under another stage key, too
 KEPT = (".lock", "logs", CACHE)  # none of it is the work of one key
-PROGRESS = "progress.json"
 PACKAGES = (
     "megatron-stepkto",
     "torch",

@@ -231,10 +231,10 @@ def _patch_optimizer() -> None:
     installed, but they run on GPUs only: take those of torch.
     """
     utils = importlib.import_module("megatron.core.utils")
-    optimizer, distributed, one, clip = (
-        importlib.import_module(f"megatron.core.optimizer{name}")
-        for name in ("", ".distrib_optimizer", ".optimizer", ".clip_grads")
+    optimizer, distributed, one = (
+        importlib.import_module(f"megatron.core.optimizer{name}") for name in ("", ".distrib_optimizer", ".optimizer")
     )
+    clip: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
     _replace(optimizer, "Adam", torch.optim.AdamW)
     _replace(optimizer, "USING_PYTORCH_OPTIMIZER", True)
     _replace(distributed, "Adam", torch.optim.Adam)

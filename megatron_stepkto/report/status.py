@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import find_files, read_json_if_there
-from megatron_stepkto.base.progress import read_progress
+from megatron_stepkto.base.progress import PROGRESS, read_progress
 from megatron_stepkto.base.stage import MANIFEST, STARTED, Manifest
 from megatron_stepkto.evaluation.table import METRICS, Row, results_table
 from megatron_stepkto.run.folder import RunFolder
@@ -36,7 +36,7 @@ def _line(run: Path, directory: Path) -> str:
     if (manifest := read_json_if_there(directory / MANIFEST, Manifest)) is not None:
         took = datetime.timedelta(seconds=round(manifest["seconds"]))
         return f"done     {name:<28} {took}  {_counts(manifest['counts'])}"
-    found = sorted(find_files(directory, "progress.json"))
+    found = sorted(find_files(directory, PROGRESS))
     reports = [report for path in found if (report := read_progress(path))]
     shown = ", ".join(map(str, reports))
     logs = find_files(directory / "logs", "*.log")

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_stepkto.base.files import read_json_if_there, stable_hash
+from megatron_stepkto.base.progress import PROGRESS
 from megatron_stepkto.recipe import keys as recipe
 
 
@@ -143,7 +144,7 @@ class Job(_Frozen):
     @property
     def progress_path(self) -> Path:
         """How far all processes together are."""
-        return self.chunk_dir / "progress.json"
+        return self.chunk_dir / PROGRESS
 
     def pulse_path(self, worker: str) -> Path:
         """What a worker is at: a ``Pulse``."""

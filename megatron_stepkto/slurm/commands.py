@@ -13,7 +13,7 @@ from pydantic import BaseModel, RootModel
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import atomic_writer, find_files, read_json_if_there, write_json
 from megatron_stepkto.base.locks import exclusive_lock
-from megatron_stepkto.base.progress import read_progress, say
+from megatron_stepkto.base.progress import PROGRESS, read_progress, say
 from megatron_stepkto.base.stage import MANIFEST, STARTED
 from megatron_stepkto.methods.registry import load_recipe
 from megatron_stepkto.recipe.file import recipe_content
@@ -238,7 +238,7 @@ def _progress(step: Step) -> str:
     directory = next((d for d in step.directories if (d / STARTED).is_file() and not (d / MANIFEST).is_file()), None)
     if directory is None:
         return ""
-    reports = [report for path in find_files(directory, "progress.json") if (report := read_progress(path))]
+    reports = [report for path in find_files(directory, PROGRESS) if (report := read_progress(path))]
     return str(reports[-1])[:40] if reports else "begun"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from megatron_stepkto.base.files import numbered, stable_hash
+from megatron_stepkto.base.progress import PROGRESS
 from megatron_stepkto.recipe import keys as recipe
 
 # In the folder of a training, for those who read it without a job: rows per update; log-ratios per example; notes.
@@ -83,7 +84,7 @@ class Job(BaseModel):
 
     @property
     def progress(self) -> Path:
-        return self.directory / "progress.json"
+        return self.directory / PROGRESS
 
     def references(self, documents: int) -> Path:
         """Reference log-probs found so far, of these ``documents`` (their digest) of the job's data and model."""

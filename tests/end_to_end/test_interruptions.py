@@ -146,6 +146,7 @@ def test_killed_in_every_stage_ends_as_undisturbed(repository: Path, tmp_path: P
     assert [name for name in truth if name.startswith("iteration_1/train/reference-")]
     rows = [json.loads(line) for line in (first / "train" / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == list(range(1, 9)), "64 examples in batches of 8, each update logged once"
+    assert len((first / "train" / "log_ratios.jsonl").read_text().splitlines()) == 64, "of all, as they are under 100"
 
     gap = json.loads((first / "train" / "manifest.json").read_text())["counts"]["gap"]
     assert gap["tokens"] > 500

@@ -141,6 +141,6 @@ def test_json_that_cannot_be_read_is_one_line(tmp_path: Path, text: str, said: s
     path.write_text(text.replace("\n", " "))
     with pytest.raises(UserError, match=re.escape(f"{path}:1: ")) as caught:
         list(read_records(path, Problem))
-    assert text.startswith("[") or "correct the row, or pass --quarantine FILE" in str(caught.value)
+    assert text.startswith("[") or "; correct the row, or make the file again" in str(caught.value)
     with pytest.raises(UserError, match=r"file\.json"):
         load_problems(str(path))

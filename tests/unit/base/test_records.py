@@ -100,6 +100,9 @@ def test_broken_json_names_line_and_column(tmp_path: Path, line: str, column: in
     told = refusal(path)
     assert told.startswith(f"{path}:2: broken JSON at column {column}: {message}")
     assert told.endswith("; correct the row, or pass --quarantine FILE to set bad rows aside")
+    with pytest.raises(UserError) as caught:  # a command without that option
+        list(read_records(path, Problem))
+    assert str(caught.value) == told.replace("pass --quarantine FILE to set bad rows aside", "make the file again")
 
 
 @pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ('"text"', "str"), ("3", "int"), ("null", "NoneType")])
