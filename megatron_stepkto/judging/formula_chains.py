@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_stepkto.judging.formula_parser import Formula, Token, Unreadable, parse, tokenize
+from megatron_stepkto.judging.formula_parser import Formula, parse
+from megatron_stepkto.judging.formula_tokens import Token, tokenize
+from megatron_stepkto.judging.formula_values import Unreadable
 
 MAX_CHARS = 30_000  # of a solution; a longer one is not read
 MAX_FORMULA = 3000  # characters between two delimiters

@@ -1,48 +1,39 @@
 r"""Formulas in LaTeX or plain text as functions of their names: ``\frac{x^2}{3} + \sqrt{2}``.
 
-A formula is split into tokens, parsed by recursive descent, and evaluated on numbers; text is never evaluated. Work
-grows with the length of the formula alone: numbers, depth and length are bounded. Values are exact fractions as far as
-the operations allow, else floating-point numbers.
+A formula is split into tokens (formula_tokens.py), parsed by recursive descent, and evaluated on numbers
+(formula_values.py); text is never evaluated. Work grows with the length of the formula alone: numbers, depth and length
+are bounded.
 """
 
 from __future__ import annotations
 
 import cmath
 import math
-import re
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import cast
 
-Value = Fraction | float | complex
+from megatron_stepkto.judging.formula_tokens import Token
+from megatron_stepkto.judging.formula_values import (
+    Compiled,
+    Scope,
+    Unreadable,
+    Value,
+    binomial,
+    constant,
+    divided,
+    factorial_of,
+    multiplied,
+    negated,
+    real,
+    root_of,
+    to_power,
+)
+
 MAX_DEPTH = 30
 MAX_TOKENS = 200  # of one side
-MAX_BITS = 2000  # of an exact power
-MAX_FACTORIAL = 60
+MAX_DIGITS = 300  # of a number: a float holds no larger one
 
-_TOKEN = re.compile(
-    r"""\s+
-    |(?P<number>\d{1,3}(?:(?:,\\!|\{,\}(?:\\!)?|,)\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
-    |\\(?:text|mbox|textrm|mathrm|textbf|textit|operatorname)\s*\{(?P<words>[^{}]*)\}
-    |\\(?P<command>[a-zA-Z]+)
-    |\\(?P<spacing>[,;:! ])
-    |\\(?P<escaped>.)
-    |(?P<letter>[a-zA-Z])
-    |(?P<other>.)""",
-    re.VERBOSE | re.DOTALL,
-)
-_DROPPED = frozenset((
-    "left", "right", "displaystyle", "textstyle", "limits", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl",
-    "Bigr", "boxed",
-))  # fmt: skip
-_SIGNS = {
-    "×": "*", "·": "*", "⋅": "*", "∙": "*", "−": "-", "–": "-", "÷": "/", r"\times": "*", r"\cdot": "*", r"\div": "/",
-    r"\%": "%", r"\{": "(", r"\}": ")", r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\dfrac": r"\frac",
-    r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom", "π": r"\pi", r"\ast": "*",
-    r"\degree": "°", r"\lbrack": "[", r"\rbrack": "]",
-}  # fmt: skip
 _GREEK = frozenset((
     r"\alpha", r"\beta", r"\gamma", r"\delta", r"\epsilon", r"\varepsilon", r"\theta", r"\phi", r"\varphi",
     r"\lambda", r"\mu", r"\sigma", r"\omega", r"\rho", r"\tau", r"\zeta", r"\eta", r"\kappa", r"\nu", r"\xi", r"\psi",
@@ -61,63 +52,6 @@ _NO_NAME = frozenset((*"+-*/^!%°()|", r"\frac", r"\sqrt", *_TRIGONOMETRIC, *_IN
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 
 
-def size_of(value: Value) -> float:
-    return cast(float, abs(value))
-
-
-class Unreadable(Exception):
-    """Not a formula that this module reads, or one without a value here."""
-
-
-@dataclass(frozen=True)
-class Token:
-    text: str  # "\frac", "12", "x", "+"; "\text" with ``words``
-    start: int
-    words: str = ""
-    number: bool = False
-
-
-MAX_CALLS = 200  # of functions that the solution defined, to find one value
-MAX_DIGITS = 300  # of a number: a float holds no larger one
-
-
-@dataclass
-class Scope:
-    """The values of names, and how open notation is read; ``scale`` is the largest number met in between."""
-
-    values: dict[str, Value] = field(default_factory=dict)
-    seed: int | None = None  # names without a value get a random one; None: they have none
-    mixed: bool = True  # 1\frac{1}{2} is 3/2, not 1/2
-    by_rest: bool = False  # 1/2x is 1/(2x)
-    percent: Fraction = Fraction(1, 100)
-    scale: float = 1.0
-    functions: dict[str, tuple[str, Compiled]] = field(default_factory=dict)
-    depth: int = 0
-    calls: list[int] = field(default_factory=lambda: [MAX_CALLS])  # that are left, of a formula and all it calls
-
-    def note(self, value: Value) -> Value:
-        if (size := size_of(value)) > self.scale:
-            self.scale = float(size)
-        return value
-
-    def of_name(self, name: str) -> Value:
-        if (value := self.values.get(name)) is not None:
-            return value
-        if self.seed is None:
-            raise Unreadable(name)
-        return self.random(name)
-
-    def random(self, name: str) -> float:
-        """A number that depends on the name and the seed alone: 1 to 3 with seed 0, 2.5 to 7.5 with seed 1, and so on.
-
-        Of one size, they would all lie on one side of what a formula turns at: |x - 5| is 5 - x from 1 to 3.
-        """
-        return 2.5 ** (self.seed or 0) * (1 + zlib.crc32(f"{self.seed} {name}".encode()) / 2**31)
-
-
-Compiled = Callable[[Scope], Value]
-
-
 @dataclass(frozen=True)
 class Formula:
     """One side of an equation."""
@@ -130,22 +64,6 @@ class Formula:
     rich: bool  # holds a root, a power, a factorial, a binomial or a fraction of expressions
     open: bool  # in a notation that has other readings (units, degrees, names of functions)
     called: tuple[str, str] | None = None  # f(x): a function and its only argument, a name
-
-
-def tokenize(text: str, start: int = 0) -> list[Token]:
-    """Tokens of a text; ``start`` is added to their positions. Spacing is dropped."""
-    tokens = []
-    for match in _TOKEN.finditer(text):
-        kind, position = match.lastgroup, start + match.start()
-        if kind is None or kind == "spacing" or match["other"] in ("~", "$", "&"):
-            continue
-        if kind == "words":
-            tokens.append(Token(r"\text", position, match["words"].strip()))
-        elif kind == "number":
-            tokens.append(Token(re.sub(r"[^\d.]", "", match[0]), position, number=True))
-        elif match[0] != r"\$" and match["command"] not in _DROPPED:
-            tokens.append(Token(_SIGNS.get(match[0], match[0]), position))
-    return tokens
 
 
 class _Parser:
@@ -206,10 +124,10 @@ class _Parser:
                     self.take()
                 following = self.factor()
                 if negative:
-                    following = _negative(following)
-                value = _product(value, following) if sign == "*" else self.quotient(value, following)
+                    following = negated(following)
+                value = multiplied(value, following) if sign == "*" else self.quotient(value, following)
             elif self.begins_factor():
-                value = _product(value, self.factor())
+                value = multiplied(value, self.factor())
             else:
                 return value
 
@@ -219,15 +137,15 @@ class _Parser:
         while self.begins_factor():
             rest.append(self.factor())
         if not rest:
-            return lambda scope: _divided(top(scope), bottom(scope))
+            return lambda scope: divided(top(scope), bottom(scope))
         self.open = True
         product = rest[0]
         for following in rest[1:]:
-            product = _product(product, following)
+            product = multiplied(product, following)
         return lambda scope: (
-            _divided(top(scope), bottom(scope) * product(scope))
+            divided(top(scope), bottom(scope) * product(scope))
             if scope.by_rest
-            else _divided(top(scope), bottom(scope)) * product(scope)
+            else divided(top(scope), bottom(scope)) * product(scope)
         )
 
     def begins_factor(self) -> bool:
@@ -254,7 +172,7 @@ class _Parser:
             self.rich = True
             if self.peek() == "!":
                 raise Unreadable("a double factorial")
-            return lambda scope: _factorial(value(scope))
+            return lambda scope: factorial_of(value(scope))
         if mark.text == "%":
             self.open = True
             return lambda scope: value(scope) * scope.percent
@@ -277,13 +195,13 @@ class _Parser:
         power = self.exponent()
         if self.peek() == "^":
             raise Unreadable("a power of a power")
-        return lambda scope: _power(value(scope), power(scope), scope)
+        return lambda scope: to_power(value(scope), power(scope), scope)
 
     def exponent(self) -> Compiled:
         if self.peek() in ("-", "+") and self.plain:
             negative = self.take().text == "-"
             power = self.base()
-            return _negative(power) if negative else power
+            return negated(power) if negative else power
         token = self.tokens[self.position] if self.peek() else None
         if token and token.number and len(token.text) > 1 and not self.plain:
             raise Unreadable("x^10 is x^1 0")
@@ -301,7 +219,7 @@ class _Parser:
                 rest = Token(token.text[1:], token.start + 1, number=True)
                 self.position -= 1
                 self.tokens = [*self.tokens[: self.position], rest, *self.tokens[self.position + 1 :]]
-            return _constant(Fraction(token.text[0]))
+            return constant(Fraction(token.text[0]))
         self.position -= 1
         return self.base()
 
@@ -313,7 +231,7 @@ class _Parser:
             self.take()
             self.rich = True
             top, bottom = value, self.expression()
-            value = _binomial_of(top, bottom)
+            value = binomial(top, bottom)
         self.bars = bars
         self.expect(_OPEN[opening])
         if opening == "[":
@@ -383,7 +301,7 @@ class _Parser:
                 return lambda scope: number * following(scope)
             self.open = True
             return lambda scope: number + following(scope) if scope.mixed else number * following(scope)
-        return _constant(number)
+        return constant(number)
 
     def name(self, name: str) -> Compiled:
         self.names.add(name)
@@ -463,17 +381,17 @@ class _Parser:
             start = self.position
             top, bottom = self.group(), self.group()
             self.rich = self.rich or self.position - start > 6
-            return lambda scope: _divided(top(scope), bottom(scope))
+            return lambda scope: divided(top(scope), bottom(scope))
         if text == r"\sqrt":
             self.rich = True
-            degree: Compiled = _constant(Fraction(2))
+            degree: Compiled = constant(Fraction(2))
             if self.peek() == "[":
                 degree = self.bracketed()
             value = self.group()
-            return lambda scope: _root(value(scope), degree(scope))
+            return lambda scope: root_of(value(scope), degree(scope))
         if text == r"\binom":
             self.rich = True
-            return _binomial_of(self.group(), self.group())
+            return binomial(self.group(), self.group())
         if text in _TRIGONOMETRIC or text in _INVERSE or text in (r"\ln", r"\log", r"\exp"):
             return self.function(text)
         if text in (r"\lfloor", r"\lceil"):
@@ -520,18 +438,18 @@ class _Parser:
             at = argument(scope)
             found: Value
             if text in _TRIGONOMETRIC:
-                found = _real(_TRIGONOMETRIC[text](complex(at) * (math.pi / 180 if in_degrees else 1)))
+                found = real(_TRIGONOMETRIC[text](complex(at) * (math.pi / 180 if in_degrees else 1)))
             elif text in _INVERSE:
-                found = _real(_INVERSE[text](complex(at)))
+                found = real(_INVERSE[text](complex(at)))
             elif text == r"\exp":
-                found = _real(cmath.exp(complex(at)))
+                found = real(cmath.exp(complex(at)))
             else:
                 if not at:
                     raise Unreadable("log of 0")
-                found = _real(cmath.log(complex(at)))
+                found = real(cmath.log(complex(at)))
                 if text == r"\log":
-                    found = _divided(found, _real(cmath.log(complex(log_base(scope)))) if log_base else math.log(10))
-            return _power(found, power(scope), scope) if power else found
+                    found = divided(found, real(cmath.log(complex(log_base(scope)))) if log_base else math.log(10))
+            return to_power(found, power(scope), scope) if power else found
 
         return value
 
@@ -541,7 +459,7 @@ class _Parser:
             return self.factor()
         if self.peek() == "-":
             self.take()
-            return _negative(self.argument())
+            return negated(self.argument())
         value = self.factor()
         while True:
             if self.peek() == "/" and self.plain:
@@ -550,107 +468,7 @@ class _Parser:
             text = self.peek()
             if text in _TRIGONOMETRIC or text in _INVERSE or text in (r"\ln", r"\log", "(") or not self.begins_factor():
                 return value
-            value = _product(value, self.factor())
-
-
-def _constant(number: Fraction) -> Compiled:
-    return lambda scope: number
-
-
-def _negative(value: Compiled) -> Compiled:
-    return lambda scope: -value(scope)
-
-
-def _product(left: Compiled, right: Compiled) -> Compiled:
-    return lambda scope: scope.note(left(scope) * right(scope))
-
-
-def _divided(top: Value, bottom: Value) -> Value:
-    if size_of(bottom) < 1e-300:
-        raise Unreadable("a division by zero")
-    return top / bottom
-
-
-def _real(value: complex) -> Value:
-    """Without an imaginary part that is rounding."""
-    return value.real if abs(value.imag) <= 1e-13 * max(1.0, abs(value)) else value
-
-
-def _power(base: Value, exponent: Value, scope: Scope) -> Value:
-    if isinstance(exponent, Fraction) and exponent.denominator == 1:
-        power = int(exponent)
-        if not base and power <= 0:
-            raise Unreadable("a power of 0")
-        if isinstance(base, Fraction):
-            bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-            if bits * abs(power) <= MAX_BITS:
-                return scope.note(base**power)
-    elif not isinstance(base, complex) and base < 0:
-        raise Unreadable("a broken power of a negative number")
-    if not base:
-        return Fraction(0)
-    size = abs(math.log(size_of(base))) * size_of(exponent)
-    if size > 600:
-        raise Unreadable("too large")
-    if isinstance(base, complex) or isinstance(exponent, complex):
-        return scope.note(_real(complex(base) ** complex(exponent)))
-    return scope.note(float(base) ** float(exponent))
-
-
-def _root(value: Value, degree: Value) -> Value:
-    if not isinstance(degree, Fraction) or degree.denominator != 1 or not 2 <= degree <= 100:
-        raise Unreadable("a root of an open degree")
-    if isinstance(value, Fraction):
-        if value < 0 and degree % 2:
-            return -_root(-value, degree)
-        if value >= 0:
-            parts = [_exact_root(part, int(degree)) for part in (value.numerator, value.denominator)]
-            if parts[0] is not None and parts[1] is not None:
-                return Fraction(parts[0], parts[1])
-    if isinstance(value, complex) or value < 0:
-        if degree != 2:
-            raise Unreadable("a root of a complex number")
-        return _real(cmath.sqrt(complex(value)))
-    return float(value) ** (1 / int(degree))
-
-
-def _exact_root(value: int, degree: int) -> int | None:
-    if value.bit_length() > MAX_BITS:
-        return None
-    if degree == 2:
-        root = math.isqrt(value)
-    else:
-        if value.bit_length() > 900:
-            return None
-        root = round(value ** (1 / degree))
-    return root if root**degree == value else None
-
-
-def _factorial(value: Value) -> Value:
-    if isinstance(value, complex) or not 0 <= value <= MAX_FACTORIAL:
-        raise Unreadable("a factorial")
-    if isinstance(value, Fraction):
-        if value.denominator != 1:
-            raise Unreadable("a factorial")
-        return Fraction(math.factorial(int(value)))
-    return math.gamma(value + 1)
-
-
-def _binomial_of(top: Compiled, bottom: Compiled) -> Compiled:
-    def value(scope: Scope) -> Value:
-        n, k = top(scope), bottom(scope)
-        if isinstance(n, complex) or isinstance(k, complex) or not (0 <= n <= 1000 and 0 <= k <= 1000):
-            raise Unreadable("a binomial")
-        if isinstance(n, Fraction) and isinstance(k, Fraction):
-            if n.denominator != 1 or k.denominator != 1:
-                raise Unreadable("a binomial")
-            return Fraction(math.comb(int(n), int(k)))
-        try:
-            return math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1))
-        except ValueError:
-            raise Unreadable("a binomial") from None
-
-    return value
+            value = multiplied(value, self.factor())
 
 
 def parse(tokens: Sequence[Token], plain: bool) -> Formula:

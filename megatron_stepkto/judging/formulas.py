@@ -19,7 +19,9 @@ from megatron_stepkto.judging.equation_context import Subject, asserted, noun_af
 from megatron_stepkto.judging.equation_readings import StepWords, in_other_units
 from megatron_stepkto.judging.equations import MAX_CONTEXT, plain_text
 from megatron_stepkto.judging.formula_chains import EQUALS, Chain, chains
-from megatron_stepkto.judging.formula_parser import Formula, Scope, Token, Unreadable, Value, size_of
+from megatron_stepkto.judging.formula_parser import Formula
+from megatron_stepkto.judging.formula_tokens import Token
+from megatron_stepkto.judging.formula_values import Scope, Unreadable, Value, size_of
 
 POINTS = 4  # at which equations with unknowns are compared
 REMEMBERED = 8  # equations before this one that it may follow from
