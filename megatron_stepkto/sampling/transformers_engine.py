@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_stepkto.base.errors import UserError
@@ -62,13 +61,13 @@ class TransformersEngine:
     def step(self, report: Report) -> dict[str, Completion]:
         """Finish the next ``MAX_SEQUENCES`` requests, in the order in which they were added."""
         batch = {key: self._waiting.pop(key) for key in list(self._waiting)[:MAX_SEQUENCES]}
-        completions = self._batch(list(batch.values()), partial(report, len(batch)))
+        completions = self._batch(list(batch.values()), report)
         return dict(zip(batch, completions, strict=True))
 
     def reset(self) -> None:
         pass  # each call of generate begins with an empty cache
 
-    def _batch(self, requests: Sequence[Request], tick: Callable[[], None]) -> list[Completion]:
+    def _batch(self, requests: Sequence[Request], report: Report) -> list[Completion]:
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -76,7 +75,7 @@ class TransformersEngine:
         pad = self._end_ids[0]
         rows = [[pad] * (width - len(request.token_ids)) + request.token_ids for request in requests]
         mask = [[0] * (width - len(r.token_ids)) + [1] * len(r.token_ids) for r in requests]
-        draw = _SeededDraw(requests, self._device, tick)
+        draw = _SeededDraw(requests, self._end_ids, self._device, report)
         with torch.inference_mode():
             output = self._model.generate(
                 torch.tensor(rows, device=self._device),
@@ -110,11 +109,12 @@ class _SeededDraw:
     softmax(log p / T). Records the raw log-prob of what it chooses.
     """
 
-    def __init__(self, requests: Sequence[Request], device: str, tick: Callable[[], None]) -> None:
+    def __init__(self, requests: Sequence[Request], end_ids: Sequence[int], device: str, report: Report) -> None:
         import torch
 
-        self._tick = tick
+        self._report = report
         self._requests = requests
+        self._end_ids = torch.tensor(end_ids, device=device)
         self._generators = [torch.Generator(device).manual_seed(request.seed) for request in requests]
         self.log_probs: list[Any] = []  # per position: [rows]
 
@@ -123,8 +123,9 @@ class _SeededDraw:
 
         raw = torch.log_softmax(scores.float(), dim=-1)
         drawn = torch.stack([self._perturb(*row) for row in zip(raw, self._requests, self._generators, strict=True)])
+        ended = int(torch.isin(input_ids[:, -1], self._end_ids).sum()) if self.log_probs else 0  # they get padding
         self.log_probs.append(raw.gather(1, drawn.argmax(dim=-1, keepdim=True)).squeeze(1))
-        self._tick()
+        self._report(len(self._requests) - ended)
         return drawn
 
     @staticmethod

@@ -49,7 +49,8 @@ class Job(BaseModel):
     initial: torch_dist checkpoint whose weights are trained (the model that sampled). reference: the checkpoint of
     the reference model; None: the initial one. With ``settings.lora``, initial is the base, whose weights stay, and
     adapter the PEFT folder whose adapter is trained further; None: a new one, which changes nothing at first.
-    base: hash of the model that initial was converted from.
+    base: hash of the model that initial was converted from. fingerprint: of the data and the model. identity: the same
+    for every attempt at this training, and no other's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +65,7 @@ class Job(BaseModel):
     held_out_examples: Path | None
     directory: Path
     fingerprint: str
+    identity: str = ""
 
     @property
     def checkpoints(self) -> Path:

@@ -46,6 +46,7 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
         held_out_examples=stage.inputs.get("held_out"),
         directory=directory,
         fingerprint=fingerprint,
+        identity=f"{stable_hash(stage.key(), str(directory.resolve())):016x}",
     )
     if not job.final.is_dir():  # it appears whole, by rename, when the training is done
         prepare_weights(stage, settings)

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_stepkto.base.ahead import OneAhead
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.examples import Examples, Indices
-from megatron_stepkto.base.files import flush_tree, read_json, stable_hash, write_json
+from megatron_stepkto.base.files import flush_tree, read_json, write_json
 from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import STOPPED
 from megatron_stepkto.base.progress import ProgressFile
@@ -149,9 +149,8 @@ class Trainer:
         self._find_references()
         done = self._resume()
         if self.is_writer:
-            name = f"{stable_hash(self.job.fingerprint, str(self.job.directory)):016x}"
             self.tracker = Tracker(
-                self.job.directory, self.settings.log, done, name, self.settings.model_dump(mode="json")
+                self.job.directory, self.settings.log, done, self.job.identity, self.settings.model_dump(mode="json")
             )
         if done == 0:
             self._show_gradients()
@@ -296,6 +295,12 @@ class Trainer:
                 raise UserError(
                     f"{self.job.train_examples}: no example that trains has a KL pair, but train.loss.reference_point "
                     "is mismatched; raise dataset.kl_pair_share or set reference_point to none"
+                )
+            without = sum(not with_partner(self.examples, self.units[update].ravel()).size for update in self.updates)
+            if without:
+                self._warn(
+                    f"{without} of {len(self.updates)} updates have no KL pair: their reference point is 0, not a "
+                    "mean; raise dataset.kl_pair_share or train.global_batch_size"
                 )
             self.pair_place[indices] = _places(parts, indices)
             parts.append(Part(self.examples, indices, kl=True))

@@ -65,7 +65,7 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             # what an attempt wrote after its last checkpoint is hidden
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else 0)
         if log.wandb:
             import wandb
 

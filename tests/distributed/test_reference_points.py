@@ -105,3 +105,23 @@ def test_pooled_over_ranks_and_clamped_after(estimator: str, z_outcome: float, z
     assert row["num_kl_pairs"] == {"mismatched": 3, "none": 0, "batch": 4}[estimator]
     if estimator == "mismatched":
         assert row["kl_outcome"] == pytest.approx(2.0, abs=1e-4)
+
+
+def test_an_update_without_a_pair_is_told(tmp_path: Path) -> None:
+    """One example an update, of which e3 has no pair. Trackers tell trainings of other settings apart."""
+    inputs = {"model": write_llama(tmp_path / "model"), "train": write_examples(tmp_path / "t", examples())}
+    identities = set()
+    for lr in (1e-3, 2e-3):
+        stage = Stage("train", tmp_path / f"{lr}", {"lr": lr}, inputs)
+        settings = recipe.Training.model_validate({
+            "optimizer": {"lr": lr}, "global_batch_size": 1, "micro_batch_tokens": 24, "device": "cpu", "timeout_s": 300,
+        })  # fmt: skip
+        train(stage, settings, seed=3)
+        [warning] = json.loads((stage.directory / "notes.json").read_text())["warnings"]
+        assert warning.startswith(
+            "1 of 4 updates have no KL pair: their reference point is 0, not a mean; raise dataset"
+        )
+        rows = [json.loads(line) for line in (stage.directory / "metrics.jsonl").read_text().splitlines()]
+        assert sorted(row["num_kl_pairs"] for row in rows) == [0, 1, 1, 1]
+        identities.add(json.loads((stage.directory / "job.json").read_text())["identity"])
+    assert len(identities) == 2

@@ -85,6 +85,7 @@ def test_a_resumed_run_has_each_row_once(tmp_path: Path) -> None:
             with (tmp_path / "metrics.jsonl").open("a") as file:
                 file.write('{"update": 3, "lo')
 
+    attempt(0, {1: 7.0, 2: 8.0})  # killed before its first checkpoint
     attempt(0, {1: 0.5, 2: 0.25, 3: 9.0}, torn=True)
     attempt(2, {3: 0.125})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
