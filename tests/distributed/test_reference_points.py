@@ -114,7 +114,8 @@ def test_an_update_without_a_pair_is_told(tmp_path: Path) -> None:
     for lr in (1e-3, 2e-3):
         stage = Stage("train", tmp_path / f"{lr}", {"lr": lr}, inputs)
         settings = recipe.Training.model_validate({
-            "optimizer": {"lr": lr}, "global_batch_size": 1, "micro_batch_tokens": 24, "device": "cpu", "timeout_s": 300,
+            "optimizer": {"lr": lr}, "global_batch_size": 1, "micro_batch_tokens": 24, "device": "cpu",
+            "timeout_s": 300,
         })  # fmt: skip
         train(stage, settings, seed=3)
         [warning] = json.loads((stage.directory / "notes.json").read_text())["warnings"]

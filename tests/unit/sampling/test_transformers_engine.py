@@ -20,7 +20,7 @@ def test_padding_after_the_end_token_counts_as_no_token(tmp_path: Path) -> None:
     # the last prompt ends with an end token: what it generates counts from the first token on
     prompts = [[1, 9], [1, 8, 7], [1, 6], [1, 10, ends[0]]]
     engine.add({
-        f"{number}/{seed}": Request(token_ids=prompt, temperature=1.0, top_p=1.0, seed=7 * number + seed, log_probs=False)
+        f"{number}/{seed}": Request(prompt, seed=7 * number + seed, temperature=1.0, top_p=1.0, log_probs=False)
         for number, prompt in enumerate(prompts) for seed in range(4)
     })  # fmt: skip
     reported: list[int] = []
