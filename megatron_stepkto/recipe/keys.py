@@ -242,7 +242,8 @@ class Recipe(Section):
 
     def place(self, key: str) -> str:
         """file:line (or --set) of a dotted key, or of the nearest section around it: for errors found later."""
-        return nearest_place(tuple(key.split(".")), self._places or {(): "recipe"})
+        parts = tuple(int(part) if part.isdecimal() else part for part in key.split("."))  # imports.0 is in a list
+        return nearest_place(parts, self._places or {(): "recipe"})
 
 
 def nearest_place(location: tuple[str | int, ...], places: dict[tuple[str | int, ...], str]) -> str:
