@@ -81,6 +81,9 @@ def test_answers_come_as_lines_come_in() -> None:
 
 
 def test_no_file_and_no_line(tmp_path: Path) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"gold": "5", "pred": "5"}\n')
+    assert re.match(r"1 pair in \d+\.\d s: 1 right, 0 wrong, 0 undecided", check(one)[1])
     _, said = check(tmp_path / "none.jsonl", code=2)
     assert "expected a file of JSON lines" in said
     (tmp_path / "empty.jsonl").touch()
