@@ -191,7 +191,11 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
                 continue  # a moved input with the same content is the same input
             found += _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
         return found
-    return [] if old == new else [f"{prefix}: was {old!r:.80}, is {new!r:.80}"]
+    return [] if old == new else [f"{prefix}: was {_shown(old)}, is {_shown(new)}"]
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else f"{value!r:.80}"
 
 
 def run_stage(

@@ -16,6 +16,7 @@ from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import parse_json
 from megatron_stepkto.base.progress import say
+from megatron_stepkto.base.words import counted
 from megatron_stepkto.judging.outcome.answer import Outcome, judge_outcomes
 
 BATCH = 256  # lines decided together: output lags by this many at most
@@ -124,7 +125,7 @@ def _fill(row: dict[str, Any], outcome: Outcome) -> None:
 def _summarise(counts: Counter[str], hows: Counter[str], seconds: float) -> None:
     checked = counts["right"] + counts["wrong"] + counts["undecided"]
     say(
-        f"{checked:,} pairs in {seconds:.1f} s: {counts['right']:,} right, {counts['wrong']:,} wrong, "
+        f"{counted(checked, 'pair')} in {seconds:.1f} s: {counts['right']:,} right, {counts['wrong']:,} wrong, "
         f"{counts['undecided']:,} undecided ({', '.join(f'{how} {n:,}' for how, n in hows.most_common())})"
     )
     if counts["expected"]:

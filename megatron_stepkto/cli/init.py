@@ -21,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--test", type=Path, metavar="FILE",
         help="problems to measure on (default: the test split of a folder, or a tenth of FILE, 500 at most)",
     )  # fmt: skip
-    parser.add_argument("--gpus", type=not_negative, metavar="N", help="of the run; 0: none (default: those here)")
     parser.add_argument(
-        "--cluster", choices=sorted(PRESETS), default="h100", help="kind of GPUs elsewhere (default h100)"
+        "--gpus", type=not_negative, metavar="N", help="number of GPUs; 0: CPU only (default: this machine's)"
+    )
+    parser.add_argument(
+        "--cluster", choices=sorted(PRESETS), default="h100", help="GPU type to plan for with --gpus (default h100)"
     )
     parser.add_argument("--output", type=Path, metavar="RECIPE", help="a new YAML file (default: MODEL_FILE.yaml)")
     parser.add_argument(

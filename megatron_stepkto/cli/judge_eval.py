@@ -1,4 +1,4 @@
-"""``stepkto judge-eval``: a process judge against labels of people."""
+"""``stepkto judge-eval``: a process judge against human labels."""
 
 from __future__ import annotations
 

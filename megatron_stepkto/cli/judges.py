@@ -27,7 +27,7 @@ def add_commands(commands: Commands) -> None:
         "--cpu-seconds", type=positive_number, default=3.0, help="limit of one pair; past it: undecided (default 3)"
     )
     judges = commands.add(
-        "judge-eval", judge_eval.run, "compare a process judge with labels of people",
+        "judge-eval", judge_eval.run, "compare a process judge with human labels",
         "stepkto judge-eval equations processbench=gsm8k.jsonl --output judged/equations",
     )  # fmt: skip
     judge_eval.add_arguments(judges)

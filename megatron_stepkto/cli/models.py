@@ -62,7 +62,7 @@ def _add_measure_options(measure: argparse.ArgumentParser) -> None:
     measure.add_argument("--output", type=Path, required=True, metavar="DIR", help="for solutions and metrics")
     measure.add_argument("--limit", type=positive, metavar="N", help="take the first N problems of each SET")
     add_set(measure, "override a key of prompt, sample, judge or evaluate; repeatable")
-    measure.add_argument("--force", action="store_true", help="replace an evaluation with other settings")
+    measure.add_argument("--force", action="store_true", help="replace an evaluation made with other settings")
     add_quarantine(measure)
 
 

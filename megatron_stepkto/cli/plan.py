@@ -1,4 +1,4 @@
-"""``stepkto plan`` and ``tools/plan.py``: propose layouts for a model on a cluster, or check a given one."""
+"""``stepkto plan`` and ``tools/plan.py``: a recipe's own layout, layouts to propose for a cluster, or a given one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.words import counted
 from megatron_stepkto.cli.arguments import positive, positive_number
 from megatron_stepkto.methods.registry import METHODS, load_recipe, method_of
 from megatron_stepkto.planning.cluster import PRESETS, Cluster
@@ -22,6 +23,8 @@ from megatron_stepkto.recipe.section import without_tags
 from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from megatron_stepkto.planning.judges import JudgeCost
     from megatron_stepkto.planning.search import Plan
     from megatron_stepkto.planning.times import Scenario
@@ -73,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="build the first layout's true shards on the meta device and compare the parameter counts",
+        help="build the true shards of the layout shown first on the meta device and compare the parameter counts",
     )
     parser.add_argument(
         "--judge-model", type=Path, metavar="FOLDER",
@@ -93,19 +96,21 @@ def run(arguments: argparse.Namespace) -> None:
     is_recipe = given.suffix in (".yaml", ".yml") or (given.is_file() and given.suffix != ".json")
     recipe = load_recipe(given) if is_recipe else None
     case, base, room = _scenario(arguments, recipe)
-    why = ""
+    own: Plan | None = None
+    of_own = why = ""
     if arguments.layout is not None:
-        plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster, room), None)]
+        plans = [_judge(case, _given_layout(arguments.layout, base, case.cluster, room))]
     else:
         if recipe is not None:
-            _warn_about_recipe(case, recipe)
+            own, of_own = _own_plan(case, base, room, recipe)
         plans = propose(case, base, room)[: arguments.top]
         if not plans:
             why = nothing_fits(case, base, room, "lower --longest")
             plans = propose_otherwise(case, base, room)
-        if not plans:
-            raise UserError(why + "; neither LoRA nor the optimizer's state on the host or in lower precision fits")
-    checks = _check(case, plans[0]) if arguments.check else None
+        if not plans and (own is None or not own.fits(case.cluster)):
+            why += "; neither LoRA nor the optimizer's state on the host or in lower precision fits"
+            raise UserError("\n".join(line for line in (of_own, why) if line))
+    checks = _check(case, own or plans[0]) if arguments.check else None
     judges = _judges(arguments, case, recipe)
     if arguments.json:
         answer = {
@@ -114,16 +119,24 @@ def run(arguments: argparse.Namespace) -> None:
             "work": asdict(case.work),
             "assumptions": asdict(case.assumed),
             "why": why,
+            "recipe": {
+                "said": of_own,
+                "fits": own.fits(case.cluster) if own else None,
+                "plan": own.as_dict() if own else None,
+            },
             "plans": [plan.as_dict() for plan in plans],
             "judges": [cost.as_dict() for cost in judges],
             **({"check": [asdict(check) for check in checks]} if checks is not None else {}),
         }
         sys.stdout.write(json.dumps(answer) + "\n")
     else:
-        sys.stdout.write(report(arguments.model, case, plans, checks, judges, why and _otherwise(why)) + "\n")
+        because = why and _otherwise(why, plans)
+        sys.stdout.write(report(arguments.model, case, plans, checks, judges, because, own, of_own) + "\n")
 
 
-def _otherwise(why: str) -> str:
+def _otherwise(why: str, plans: Sequence[Plan]) -> str:
+    if not plans:
+        return f"There is no proposal: {why}."
     return f"Full training does not fit: {why}.\nWhat fits instead, and what it costs:"
 
 
@@ -242,7 +255,7 @@ def _given_layout(text: str, base: Training, cluster: Cluster, room: int) -> Tra
         raise UserError("\n".join(faults)) from None
     if settings.parallel.ranks != cluster.gpus:
         raise UserError(
-            f"--layout: ranks is {settings.parallel.ranks}, but the plan is for {cluster.gpus} GPUs (--gpus)"
+            f"--layout: ranks is {settings.parallel.ranks}, but the plan is for {counted(cluster.gpus, 'GPU')} (--gpus)"
         )
     if settings.micro_batch_tokens < room:
         raise UserError(
@@ -252,36 +265,65 @@ def _given_layout(text: str, base: Training, cluster: Cluster, room: int) -> Tra
     return settings
 
 
-def _judge(case: Scenario, settings: Training, recipe: Recipe | None) -> Plan:
-    """The plan of a given layout. Raises UserError when it is impossible."""
+def _judge(case: Scenario, settings: Training) -> Plan:
+    """The plan of a given layout. Raises UserError when it is impossible or does not fit."""
     from megatron_stepkto.architectures.layout import check_layout
-    from megatron_stepkto.planning.search import make_plan, ways_out
+    from megatron_stepkto.planning.search import make_plan
 
-    place = recipe.place if recipe else None
-    check_layout(case.config, settings, place)
+    check_layout(case.config, settings, None)
     plan = make_plan(case, settings)
     if not plan.fits(case.cluster):
-        fullest = max(plan.stages, key=lambda stage: stage.peak)
-        prefix = f"{place('train.parallel')}: " if place else ""
-        raise UserError(
-            f"{prefix}pipeline stage {fullest.stage} needs {fullest.peak / 1e9:.1f} GB, a GPU has "
-            f"{case.cluster.memory_gb:g} GB (state {fullest.state / 1e9:.1f}, activations "
-            f"{fullest.activations / 1e9:.1f}, head {fullest.head / 1e9:.1f}, overhead {fullest.overhead / 1e9:.1f}); "
-            f"{ways_out(case, plan)}"
-        )
+        raise UserError(_too_large(case, plan))
     return plan
 
 
-def _warn_about_recipe(case: Scenario, recipe: Recipe) -> None:
-    """Also checks the recipe's own layout, when it is for the same number of GPUs and bf16."""
-    from megatron_stepkto.base.progress import warn
+def _too_large(case: Scenario, plan: Plan) -> str:
+    from megatron_stepkto.planning.search import ways_out
 
-    if recipe.train.dtype != "bfloat16" or recipe.train.parallel.ranks != case.cluster.gpus:
-        return
+    fullest = max(plan.stages, key=lambda stage: stage.peak)
+    return (
+        f"pipeline stage {fullest.stage} needs {fullest.peak / 1e9:.1f} GB, a GPU has "
+        f"{case.cluster.memory_gb:g} GB (state {fullest.state / 1e9:.1f}, activations "
+        f"{fullest.activations / 1e9:.1f}, head {fullest.head / 1e9:.1f}, overhead {fullest.overhead / 1e9:.1f}); "
+        f"{ways_out(case, plan)}"
+    )
+
+
+def _own_plan(case: Scenario, base: Training, room: int, recipe: Recipe) -> tuple[Plan | None, str]:
+    """The plan of the recipe's own layout, recompute and offload as written, and whether it fits; or why there is none.
+
+    Args:
+        base: the recipe's section train with the command's own values.
+    """
+    from megatron_stepkto.architectures.layout import check_layout
+    from megatron_stepkto.planning.search import make_plan
+
+    ranks, dtype = recipe.train.parallel.ranks, recipe.train.dtype
+    if dtype != "bfloat16":
+        return None, f"The recipe's own layout is not planned: it trains in {dtype}, and plans are for bfloat16."
+    if ranks != case.cluster.gpus:
+        planned = counted(case.cluster.gpus, "GPU")
+        return (
+            None,
+            f"The recipe's own layout is not planned: it is for {counted(ranks, 'GPU')}, the plan for {planned}.",
+        )
     try:
-        _judge(case, recipe.train, recipe)
+        check_layout(case.config, base, recipe.place)
     except UserError as error:
-        warn(f"the recipe's own layout is impossible: {error}")
+        return None, f"The recipe's own layout is impossible: {error}"
+    if base.micro_batch_tokens < room:
+        return None, (
+            f"The recipe's own layout is impossible: {recipe.place('train.micro_batch_tokens')}: "
+            f"train.micro_batch_tokens is {base.micro_batch_tokens:,}, the longest example has {room:,} tokens "
+            "(--longest)"
+        )
+    plan = make_plan(case, base)
+    memory = f"{case.cluster.memory_gb:g} GB"
+    if plan.fits(case.cluster):
+        said = f"The recipe's own layout fits: its fullest GPU needs {plan.peak / 1e9:.1f} of {memory}."
+    else:
+        said = f"The recipe's own layout does not fit: {recipe.place('train.parallel')}: {_too_large(case, plan)}."
+    return plan, said + (" Planned in bf16, without what train.fp8 changes." if base.fp8 else "")
 
 
 def _check(case: Scenario, plan: Plan) -> list[Any]:

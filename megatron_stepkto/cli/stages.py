@@ -17,7 +17,7 @@ STAGES = {
     "sample": ("sample", "sample K solutions per problem"),
     "judge": ("judge", "label steps and answers"),
     "dataset": ("dataset", "choose examples and KL pairs"),
-    "train": ("train", "train on them with Megatron-Core"),
+    "train": ("train", "train on the data set with Megatron-Core"),
     "export": ("convert", "write the trained weights as a Hugging Face folder"),
 }
 

@@ -32,12 +32,12 @@ from megatron_stepkto.evaluation.statistics import (
 
 RESAMPLES = 2000
 NUM_BINS = 10  # of scores
-Steps = Sequence[Sequence[tuple[Label, Label]]]  # labels of people and judge on the steps that people judged
+Steps = Sequence[Sequence[tuple[Label, Label]]]  # human labels and the judge's, on the steps that people judged
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One solution: labels of people and of the judge, step by step.
+    """One solution: human labels and the judge's, step by step.
 
     ``scores``: the judge's, one per step; empty where it gave none. ``outcome``: whether the final answer is right.
     """
@@ -58,7 +58,7 @@ class Judged:
 
     @property
     def pairs(self) -> list[tuple[Label, Label]]:
-        """Labels of people and of the judge on the steps that people judged."""
+        """Human labels and the judge's on the steps that people judged."""
         return [pair for pair in zip(self.gold, self.given, strict=True) if pair[0] is not None]
 
 

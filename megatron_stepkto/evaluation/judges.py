@@ -1,4 +1,4 @@
-"""``stepkto judge-eval``: a process judge, its members and another judge against labels of people.
+"""``stepkto judge-eval``: a process judge, its members and another judge against human labels.
 
 The measures are in ``judge_measures.py``. Labels of every solution are kept beside the report, so that two judges can
 be compared on the same solutions afterwards.
@@ -38,7 +38,7 @@ class JudgeLabels(Record):
 
 
 class EvaluatedSolution(Record):
-    """Labels of people (``gold``), of the judge and, of a combined one, of its members by name.
+    """Human labels (``gold``), of the judge and, of a combined one, of its members by name.
 
     ``file``: sha256 of the file that it is from.
     """

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_stepkto.architectures.layout import expert_choices, layout_faults, tensor_choices
 from megatron_stepkto.architectures.model_config import ModelConfig
+from megatron_stepkto.base.words import counted
 from megatron_stepkto.planning.cluster import Cluster
 from megatron_stepkto.planning.memory import StageMemory, advice, stage_memory
 from megatron_stepkto.planning.times import Scenario, Times, estimate_times
@@ -76,7 +77,7 @@ def recompute_text(recompute: bool | Recompute) -> str:
         return "full" if recompute else "no"
     if recompute.modules:
         return "+".join(recompute.modules)
-    return f"{recompute.layers} layers" if recompute.layers else f"every {recompute.every}"
+    return counted(recompute.layers, "layer") if recompute.layers else f"every {recompute.every}"
 
 
 def means_text(settings: Training) -> str:
@@ -87,7 +88,7 @@ def means_text(settings: Training) -> str:
         f"offload {optimizer.offload:.0%}": optimizer.offload > 0,
         "bf16 moments": optimizer.moment_dtype == "bfloat16",
         "bf16 gradients": optimizer.gradient_dtype == "bfloat16",
-        f"offload of {settings.offload_layers} layers": settings.offload_layers > 0,
+        f"offload of {counted(settings.offload_layers, 'layer')}": settings.offload_layers > 0,
     }
     return ", ".join(text for text, used in found.items() if used) or "-"
 
@@ -158,8 +159,9 @@ def propose_otherwise(case: Scenario, base: Training, room: int) -> list[Plan]:
     offload, adapters alone.
     """
     optimizer, found = base.optimizer, []
-    lower = {"moment_dtype": "bfloat16", "gradient_dtype": "bfloat16"}
-    offloads = [{"offload": share} for share in OFFLOAD_SHARES]
+    # megatron-core ignores moments' dtype on the host: never both, whatever the recipe has
+    lower = {"moment_dtype": "bfloat16", "gradient_dtype": "bfloat16", "offload": 0.0}
+    offloads = [{"offload": share, "moment_dtype": "float32"} for share in OFFLOAD_SHARES]
     tries: list[list[dict[str, Any]]] = [
         [{"optimizer": optimizer.model_copy(update=lower)}],
         [{"optimizer": optimizer.model_copy(update=share)} for share in offloads],
@@ -187,17 +189,28 @@ def smallest(case: Scenario, base: Training, room: int) -> Plan | None:
 def nothing_fits(case: Scenario, base: Training, room: int, otherwise: str) -> str:
     """Why ``propose`` found nothing. otherwise: what else than the GPUs can be changed."""
     least = smallest(case, base, room)
-    cluster = case.cluster
+    cluster, gpus = case.cluster, counted(case.cluster.gpus, "GPU")
     if least is None:
         return (
-            f"no layout of {cluster.gpus} GPUs is possible: tensor x pipeline must divide it, tensor the model's heads "
+            f"no layout of {gpus} is possible: tensor x pipeline must divide it, tensor the model's heads "
             f"and pipeline its {case.config.num_layers} layers; change --gpus"
         )
     return (
-        f"no layout of {cluster.gpus} GPUs fits into {cluster.memory_gb:g} GB each (with 10% left free): the smallest "
-        f"needs {least.peak / 1e9:.1f} GB at {recipe_keys(least.settings)}; raise --gpus, take GPUs with more memory, "
+        f"no layout of {gpus} fits into {cluster.memory_gb:g} GB each (with 10% left free): the smallest needs "
+        f"{least.peak / 1e9:.1f} GB ({_layout_text(least.settings)}); raise --gpus, take GPUs with more memory, "
         f"or {otherwise}"
     )
+
+
+def _layout_text(settings: Training) -> str:
+    parallel = settings.parallel
+    sizes = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
+    sizes += [f"expert {parallel.expert}"] if parallel.expert > 1 else []
+    used = means_text(settings)
+    return ", ".join([
+        *sizes, f"micro-batches of {settings.micro_batch_tokens:,} tokens",
+        f"recompute {recompute_text(settings.recompute)}", *([used] if used != "-" else []),
+    ])  # fmt: skip
 
 
 def _rank(plan: Plan) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A plan as text: what was assumed, the proposals, the first one's memory per stage, and the YAML to paste."""
+"""A plan as text: assumptions, the recipe's own layout and the proposals, memory per stage, and the YAML to paste."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from megatron_stepkto.architectures.sharding import Check, data_parallel_size, model_parameters
+from megatron_stepkto.base.words import counted
 from megatron_stepkto.planning.judges import REFERENCE_TOKENS, STEP_TOKENS, JudgeCost
 from megatron_stepkto.planning.search import Plan, means_text, recipe_keys, recompute_text
 from megatron_stepkto.planning.times import Scenario, micro_batch_tokens, offloaded
@@ -20,18 +21,28 @@ def report(
     checks: Sequence[Check] | None,
     judges: Sequence[JudgeCost],
     why: str = "",
+    own: Plan | None = None,
+    of_own: str = "",
 ) -> str:
-    """why: where the plans are other means than a layout, the reason."""
-    parts = [_header(model, case), *([why] if why else []), _proposals(case, plans)]
-    shown = list(enumerate(plans if why else plans[:1], 1))
-    parts += [_memory(number, plan) for number, plan in shown]
-    parts.append("\n".join(_times(case, number, plan) for number, plan in shown))
+    """
+    Args:
+        plans: the proposals. why: where they are other means than a layout, the reason.
+        own: the recipe's own layout. of_own: whether it fits, or why it is not planned.
+    """
+    numbered = [(f"Layout {number}", plan) for number, plan in enumerate(plans, 1)]
+    shown = [*([("The recipe's layout", own)] if own else []), *(numbered if why else numbered[:1])]
+    parts = [text for text in (_header(model, case), of_own, why) if text]
+    parts.append(_proposals(case, plans, own))
+    parts += [_memory(name, plan) for name, plan in shown]
+    parts.append("\n".join(_times(case, name, plan) for name, plan in shown))
     if judges:
         parts.append(_judges(case, judges))
     if checks is not None:
-        parts.append(_checked(checks))
-    keys = yaml.safe_dump({"train": recipe_keys(plans[0].settings)}, sort_keys=False)
-    return "\n\n".join([*parts, "Layout 1, for a recipe:\n\n" + keys.rstrip()])
+        parts.append(_checked(shown[0][0], checks))
+    if plans:
+        keys = yaml.safe_dump({"train": recipe_keys(plans[0].settings)}, sort_keys=False)
+        parts.append("Layout 1, for a recipe:\n\n" + keys.rstrip())
+    return "\n\n".join(parts)
 
 
 def _header(model: Path, case: Scenario) -> str:
@@ -40,11 +51,11 @@ def _header(model: Path, case: Scenario) -> str:
         [
             f"{model}: {model_parameters(case.entries) / 1e9:.2f}B parameters, {c.num_layers} layers, hidden "
             f"{c.hidden_size:,}, {c.num_heads} heads ({c.num_kv_heads} key-value), vocabulary {c.vocab_size:,}",
-            f"{k.gpus} GPUs, {k.gpus_per_node} per node: {k.memory_gb:g} GB, {k.bf16_tflops:g} TFLOP/s bf16, "
-            f"{k.hbm_gbs:g} GB/s memory, {k.node_gbs:g} GB/s in the node, {k.network_gbs:g} GB/s between nodes",
+            f"{counted(k.gpus, 'GPU')}, {k.gpus_per_node} per node: {k.memory_gb:g} GB, {k.bf16_tflops:g} TFLOP/s "
+            f"bf16, {k.hbm_gbs:g} GB/s memory, {k.node_gbs:g} GB/s in the node, {k.network_gbs:g} GB/s between nodes",
             f"  {k.name}: {k.source}",
             f"an iteration: {w.examples:,} examples of {w.tokens:,} tokens on average ({w.response_tokens:,} of the "
-            f"response), {w.updates:,} updates of {w.global_batch}, {w.kl_share:g} KL pairs per example, "
+            f"response), {w.updates:,} updates of {w.global_batch}, {counted(w.kl_share, 'KL pair')} per example, "
             f"{w.samples:,} solutions sampled",
             f"assumed, not measured: arithmetic at {a.mfu:.0%} of the peak, links at {a.link:.0%} of the data sheet "
             f"with nothing overlapped, PCIe ({k.pcie_gbs:g} GB/s) at {a.pcie:.0%} and the host's memory "
@@ -61,25 +72,27 @@ def _rows(rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("  ".join(row) for row in zip(*aligned, strict=True))
 
 
-def _proposals(case: Scenario, plans: Sequence[Plan]) -> str:
-    any_means = any(means_text(plan.settings) != "-" for plan in plans)
+def _proposals(case: Scenario, plans: Sequence[Plan], own: Plan | None) -> str:
+    named = [*([("recipe", own)] if own else []), *((str(number), plan) for number, plan in enumerate(plans, 1))]
+    any_means = any(means_text(plan.settings) != "-" for _, plan in named)
     rows: list[list[object]] = [[
         "", "TP", "PP", "v", "DP", "EP", "SP", "recompute", "micro-batch", "peak GB", "s/update", "bubble", "MFU",
         "h/iteration", *(["by"] if any_means else []),
     ]]  # fmt: skip
-    for number, plan in enumerate(plans, 1):
+    for name, plan in named:
         p, t = plan.settings.parallel, plan.times
         rows.append([
-            number, p.tensor, p.pipeline, p.virtual_pipeline or 1, data_parallel_size(p), p.expert,
+            name, p.tensor, p.pipeline, p.virtual_pipeline or 1, data_parallel_size(p), p.expert,
             "yes" if p.sequence else "no", recompute_text(plan.settings.recompute),
             f"{plan.settings.micro_batch_tokens:,}", f"{plan.peak / 1e9:.1f}", f"{t.update:.2f}",
             f"{t.bubble / t.update:.0%}", f"{t.mfu:.0%}", f"{t.iteration / 3600:.2f}",
             *([means_text(plan.settings)] if any_means else []),
         ])  # fmt: skip
-    return f"Layouts, fastest first (peak of {case.cluster.memory_gb:g} GB; v: chunks per stage):\n\n" + _rows(rows)
+    title = "Layouts: the recipe's own, then proposals" if own else "Layouts"
+    return f"{title}, fastest first (peak of {case.cluster.memory_gb:g} GB; v: chunks per stage):\n\n" + _rows(rows)
 
 
-def _memory(number: int, plan: Plan) -> str:
+def _memory(name: str, plan: Plan) -> str:
     names = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", "head", "KL pass", "step"]
     on_host = any(stage.host for stage in plan.stages)
     rows = [[*names, "overhead", "peak", *(["host"] if on_host else [])]]
@@ -92,10 +105,10 @@ def _memory(number: int, plan: Plan) -> str:
         rows.append([str(s.stage), f"{s.parameters:,}", *(f"{size / 1e9:.1f}" for size in sizes), *host])
     text = "state + the largest of activations and head, KL pass, optimizer step, + 5% + overhead"
     text += "; host: of the host's memory, on top" if on_host else ""
-    return f"Layout {number}, GB per rank of a pipeline stage (peak: {text}):\n\n{_rows(rows)}"
+    return f"{name}, GB per rank of a pipeline stage (peak: {text}):\n\n{_rows(rows)}"
 
 
-def _times(case: Scenario, number: int, plan: Plan) -> str:
+def _times(case: Scenario, name: str, plan: Plan) -> str:
     t = plan.times
     parts = {
         "arithmetic": t.compute,
@@ -111,7 +124,8 @@ def _times(case: Scenario, number: int, plan: Plan) -> str:
     }
     update = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items() if seconds)
     return (
-        f"Layout {number}, seconds: update {t.update:.2f} = {update}; {t.micro_batches} micro-batches per replica.\n"
+        f"{name}, seconds: update {t.update:.2f} = {update}; "
+        f"{t.micro_batches} micro-batch{'es' if t.micro_batches != 1 else ''} per replica.\n"
         + "".join(f"  {line}\n" for line in _costs(case, plan))
         + f"Iteration {t.iteration:,.0f} = sampling {t.sampling:,.0f} + reference pass {t.reference_pass:,.0f} + "
         f"updates {t.iteration - t.sampling - t.reference_pass:,.0f}."
@@ -176,13 +190,13 @@ def _judges(case: Scenario, judges: Sequence[JudgeCost]) -> str:
     return "\n".join([assumed, "", *([_rows(rows)] if len(rows) > 1 else []), *notes])
 
 
-def _checked(checks: Sequence[Check]) -> str:
+def _checked(name: str, checks: Sequence[Check]) -> str:
     rows: list[list[object]] = [["rank", "tensor", "stage", "parameters", "optimizer shard"]]
     for check in checks:
         s = check.shard
         held = f"{s.optimizer:,}" if s.optimizer is not None else "whole"
         rows.append([s.rank, s.tensor_rank, s.stage, f"{s.parameters:,}", held])
     return (
-        "Shards built on the meta device, equal to the plan (data-parallel rank 0, first and last tensor rank):\n\n"
-        + _rows(rows)
+        f"{name}: shards built on the meta device, equal to the plan (data-parallel rank 0, first and last tensor "
+        "rank):\n\n" + _rows(rows)
     )

@@ -154,13 +154,14 @@ SingleJudge = Annotated[RuleJudge | LLMJudge | PRMJudge | MonteCarloJudge, Field
 class CombinedJudge(Section):
     """Several judges label every step; a rule makes one label of theirs, null where they disagree (docs/judges.md)."""
 
-    kind: Literal["combine"] = Field(description="several judges label every step; a rule makes one label of theirs")
+    kind: Literal["combine"] = Field(description="several judges label every step, and a rule combines their labels")
     judges: list[Annotated[SingleJudge, BeforeValidator(_short_form)]] = Field(
         min_length=2, description="the members; their order counts for first and confirm_wrong"
     )
     rule: Literal["all", "majority", "first", "confirm_wrong"] = Field(
-        description="all: the label that all give; majority: that more than half of all give; first: that of the first "
-        "that gives one; confirm_wrong: that of the first, its wrong only where another says so too"
+        description="all: the label on which all members agree; majority: the label of more than half; first: the "
+        "label of the first member that has one; confirm_wrong: the first member's label, but its 'wrong' counts only "
+        "if another member agrees"
     )
 
 
@@ -184,7 +185,7 @@ class Judging(Section):
     step_tag: str | None = Field(None, min_length=1, description="split: tag: the text that ends each step")
     process: Annotated[ProcessJudge, BeforeValidator(_short_form)] = Field(description="what labels the steps")
     outcome: RewardModel | None = Field(None, description="reward model for problems without an answer; null: none")
-    after_first_error: Literal["keep", "drop"] = Field("keep", description="labels behind the first wrong step")
+    after_first_error: Literal["keep", "drop"] = Field("keep", description="labels after the first wrong step")
     workers: Unkeyed[int] = Field(2, ge=1, description="processes that split, apply rules and compare answers")
     timeout_s: float = Field(3.0, gt=0, description="CPU seconds of one check; past it: undecided")
 

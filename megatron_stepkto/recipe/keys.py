@@ -40,7 +40,7 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 class Import(Section):
     """Solutions judged elsewhere: they replace the sample and judge stages."""
 
-    format: str = Field(description="format of the file (docs/data.md)")
+    format: str = Field(description="format of the file")
     path: RecipePath = Field(description="the file or folder to import")
 
 
@@ -55,9 +55,11 @@ class Problems(Section):
     test: RecipePath | None = Field(None, description="source: files: problems to report results on")
     imports: list[Import] = Field([], description="source: imports: files of judged solutions")
     per_iteration: int | None = Field(None, ge=1, description="train problems per iteration; null: all of them")
-    apart_from: list[RecipePath] = Field([], description="further evaluation sets whose problems must not train")
+    apart_from: list[RecipePath] = Field([], description="further evaluation sets that must be kept out of training")
     overlap: Literal["exact", "13gram"] = Field("exact", description="what counts as the same problem in apart_from")
-    held_out_share: float = Field(0.0, ge=0, lt=1, description="share of problems whose examples only measure")
+    held_out_share: float = Field(
+        0.0, ge=0, lt=1, description="share of problems kept out of training, for measuring only"
+    )
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -106,7 +108,7 @@ class Dataset(Section):
     )
     pairs_per_problem: int = Field(4, ge=1, description="preference pairs per problem (DPO, IRPO)")
     flip_step_labels: Added[float] = Field(
-        0.0, ge=0, le=1, description="share of step labels turned over for training: a simulated judge's error"
+        0.0, ge=0, le=1, description="share of step labels flipped for training: a simulated judge's error"
     )
 
 
@@ -167,7 +169,7 @@ class WarmUp(Section):
 
 class Recipe(Section):
     name: str = Field(pattern=RUN_NAME, description="name of the run's folder")
-    seed: int = Field(0, description="of sampling, training, and the choice and order of problems")
+    seed: int = Field(0, description="random seed of sampling, training, and the choice and order of problems")
     iterations: int = Field(1, ge=1, description="T: M_1 to M_T are trained")
     output: TextPath = Field(Path("runs"), description="folder of runs, relative to the working directory")
     initial_model: RecipePath | None = Field(
@@ -242,7 +244,8 @@ class Recipe(Section):
 
     def place(self, key: str) -> str:
         """file:line (or --set) of a dotted key, or of the nearest section around it: for errors found later."""
-        return nearest_place(tuple(key.split(".")), self._places or {(): "recipe"})
+        parts = tuple(int(part) if part.isdecimal() else part for part in key.split("."))  # imports.0 is in a list
+        return nearest_place(parts, self._places or {(): "recipe"})
 
 
 def nearest_place(location: tuple[str | int, ...], places: dict[tuple[str | int, ...], str]) -> str:

@@ -103,7 +103,9 @@ class Loss(Section):
     desirable_weight_step: float = Field(1.0, gt=0, description="lambda_D of steps")
     undesirable_weight_step: float = Field(1.0, gt=0, description="lambda_U of steps")
     balance: Literal["fixed", "auto"] = Field(
-        "fixed", description="auto raises one lambda per level until right over wrong pulls with 1 to 4/3 (KTO)"
+        "fixed",
+        description="auto raises one lambda per level until the total weight of right examples is 1 to 4/3 times that "
+        "of wrong ones",
     )
     outcome_weight: float = Field(1.0, ge=0, description="w_o, weight of the solution part of the loss")
     step_weight: float = Field(1.0, ge=0, description="w_s, weight of the step part of the loss; 0: KTO")
@@ -188,7 +190,7 @@ class Training(Section):
     method: Method = Field("step_kto", description="what is trained on, and with which loss")
     parallel: Unkeyed[Parallel] = Field(Parallel(), description="Megatron-Core's layout")
     optimizer: Optimizer = Field(description="AdamW and its schedule")
-    loss: Loss = Field(Loss(), description="weights of the loss (README, The loss)")
+    loss: Loss = Field(Loss(), description="weights of the loss")
     epochs: int = Field(1, ge=1, description="passes over the data set per iteration")
     max_updates: int | None = Field(
         None, ge=1, description="updates after which an iteration's training ends; null: all"
@@ -200,9 +202,11 @@ class Training(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations")
     device: Unkeyed[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: CUDA where there is a GPU")
-    reference: Literal["previous", "initial"] = Field("previous", description="the model the log-ratios are taken to")
+    reference: Literal["previous", "initial"] = Field(
+        "previous", description="the model that log-ratios are measured against"
+    )
     checkpoint_every: Unkeyed[int] = Field(50, ge=1, description="updates between checkpoints")
-    keep_checkpoints: Unkeyed[int] = Field(2, ge=1, description="the newest ones; older ones are removed")
+    keep_checkpoints: Unkeyed[int] = Field(2, ge=1, description="how many of the newest checkpoints to keep")
     async_checkpoints: Unkeyed[bool] = Field(False, description="write checkpoints in processes beside the training")
     recompute: Unkeyed[
         Annotated[Annotated[bool, Tag("#whole")] | Annotated[Recompute, Tag("#part")], of_type(dict, "#part", "#whole")]

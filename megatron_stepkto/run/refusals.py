@@ -16,7 +16,7 @@ from typing import Literal
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import find_files
 from megatron_stepkto.base.stage import MANIFEST, Stage
-from megatron_stepkto.recipe.keys import Method, Recipe
+from megatron_stepkto.recipe.keys import Import, Method, Recipe
 from megatron_stepkto.run.folder import Run
 from megatron_stepkto.run.stages import (
     check_fits,
@@ -91,7 +91,7 @@ def _directory(run: Run, kind: Kind, t: int) -> Path:
 def machine_refusals(
     run: Run, compare: Sequence[Method] = (), *, environment: Environment | None = None, elsewhere: bool = False
 ) -> list[str]:
-    """What this machine lacks for the unfinished stages: packages, devices, memory, servers, disk space.
+    """What this machine lacks for the unfinished stages: imports, packages, devices, memory, servers, disk space.
 
     Args:
         environment: only stages of that environment of a cluster (slurm/site.example.sh); None: of both.
@@ -99,7 +99,7 @@ def machine_refusals(
     """
     left = list(pending(run, compare))
     first = _first_of_each_kind(left)  # the later ones ask for the same
-    checks: list[tuple[str, Check]] = []
+    checks: list[tuple[str, Check]] = [("import", check) for check in _imports(run)]
     if environment != "sample":
         checks += [
             (item.title, check) for item in first if item.kind == "train" for check in _training(item, elsewhere)
@@ -151,6 +151,23 @@ def _collect(checks: Sequence[tuple[str, Check]]) -> list[str]:
 
 
 # --- checks of the stages --------------------------------------------------------------------------------------
+
+
+def _imports(run: Run) -> Iterator[Check]:
+    """One check for each file of judged solutions, until they are imported."""
+    if run.recipe.problems.source != "imports" or (run.folder.judged(1).parent / MANIFEST).is_file():
+        return
+    for number, each in enumerate(run.recipe.problems.imports):
+        yield partial(_check_import, run.recipe, number, each)
+
+
+def _check_import(recipe: Recipe, number: int, given: Import) -> None:
+    if not given.path.exists():
+        key = f"problems.imports.{number}.path"
+        raise UserError(
+            f"{recipe.place(key)}: {key}: expected a file of format {given.format}, found none at {given.path}; "
+            "download it (docs/data.md says from where), or correct the path"
+        )
 
 
 def _training(item: Pending, elsewhere: bool) -> Iterator[Check]:

@@ -24,6 +24,7 @@ from megatron_stepkto.base.nodes import Nodes, this_node
 from megatron_stepkto.base.processes import Child, child_main, run_children
 from megatron_stepkto.base.progress import say
 from megatron_stepkto.base.stage import package_versions
+from megatron_stepkto.base.words import counted
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.run.folder import Run
 from megatron_stepkto.run.refusals import Environment, machine_refusals
@@ -236,7 +237,7 @@ def _all_reduce(folder: Path, nodes: Nodes, devices: int, on_gpu: bool) -> list[
     if nodes.number == 0:
         result = read_json(folder / "all_reduce.json")
         say(
-            f"all-reduce of {result['bytes'] >> 20} MiB over {ranks} ranks on {nodes.count} node(s), "
+            f"all-reduce of {result['bytes'] >> 20} MiB over {ranks} ranks on {counted(nodes.count, 'node')}, "
             f"{result['backend']}: {result['gb_per_s']:.2f} GB/s bus bandwidth"
         )
     return []

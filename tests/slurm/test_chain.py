@@ -95,7 +95,7 @@ def test_two_iterations_on_two_nodes_equal_the_local_run(cluster: Cluster, tmp_p
     log = (run / "slurm" / "logs" / "train_1.log").read_text()
     assert "attempt 1, job" in log
     assert "n[1-2]" in log
-    assert "all-reduce of 8 MiB over 2 ranks on 2 node(s), gloo" in log
+    assert "all-reduce of 8 MiB over 2 ranks on 2 nodes, gloo" in log
     assert "no fault found" in log
     ranks = sorted(path.name for path in (run / "iteration_1" / "train" / "logs").glob("rank-*.log"))
     assert ranks == ["rank-0.log", "rank-1.log"]

@@ -33,5 +33,5 @@ def test_the_tree(readme: str, repository: Path) -> None:
 def test_recipe_keys_of_the_loss_page(repository: Path) -> None:
     page = (repository / "docs" / "loss.md").read_text()
     for key in ("step_reduction", "reference_point", "step_weight", "beta_outcome", "beta_step"):
-        assert f"`{key}" in page
+        assert f"`train.loss.{key}" in page
         assert key in Loss.model_fields

@@ -148,7 +148,7 @@ def test_changed_settings_are_refused_and_named(tmp_path: Path) -> None:
     other = make(tmp_path, seed=1, sample={"k": 8, "top_p": 1.0}, extra=True)
     work = Work(other)
     assert refusal(other, work) == (
-        f"{stage.directory} was finished with another configuration:\n  settings.extra: was None, is True\n"
+        f"{stage.directory} was finished with another configuration:\n  settings.extra: was not given, is True\n"
         "  settings.sample.k: was 4, is 8\n"
         "undo the change, choose another name, or pass --force to redo the stage and what follows"
     )

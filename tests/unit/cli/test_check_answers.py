@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,22 @@ def test_one_row_per_line_in_order(tmp_path: Path) -> None:
     assert "5 lines could not be read" in said
 
 
+def test_agreement_with_other_graders_tests(data_dir: Path, repository: Path) -> None:
+    """docs/answer_checking.md gives the count, and why the other rows differ."""
+    rows, said = check(data_dir / "equivalence/triples.jsonl")
+    assert "agreement with expected: 164 of 189 (86.8%)" in said
+    page = " ".join((repository / "docs/answer_checking.md").read_text().split())
+    assert "agrees with 164. Of the 25 others, seven are in the table" in page
+    others = [row for row in rows if not row["agrees"]]
+    assert len(others) == 25
+    assert sum(row["how"] == "no answer" for row in others) == 15
+    listed = {f"eq-{number}" for number in re.findall(r"\| eq-(\d{4}) \|", page)}
+    compared = {row["id"] for row in others if row["how"] != "no answer"}
+    assert len(compared & listed) == 7
+    assert compared - listed == {"eq-0058", "eq-0206", "eq-0207"}
+    assert {row["verdict"] for row in others if row["id"] not in listed and row["how"] != "no answer"} == {"undecided"}
+
+
 def test_answers_come_as_lines_come_in() -> None:
     process = subprocess.Popen([*COMMAND, "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
@@ -64,6 +81,9 @@ def test_answers_come_as_lines_come_in() -> None:
 
 
 def test_no_file_and_no_line(tmp_path: Path) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"gold": "5", "pred": "5"}\n')
+    assert re.match(r"1 pair in \d+\.\d s: 1 right, 0 wrong, 0 undecided", check(one)[1])
     _, said = check(tmp_path / "none.jsonl", code=2)
     assert "expected a file of JSON lines" in said
     (tmp_path / "empty.jsonl").touch()

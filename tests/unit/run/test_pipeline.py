@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_stepkto.base import dtypes
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.stage import Stage, run_stage
 from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.file import read_recipe
@@ -38,6 +39,39 @@ def test_what_does_not_decide_the_weights_makes_nothing_stale() -> None:
     dpo = training_key(training(method="dpo"))
     assert training_key(training(method="dpo", loss=Loss(beta_step=9.0))) == dpo
     assert training_key(training(method="dpo", loss=Loss(dpo_beta=9.0))) != dpo
+
+
+@pytest.mark.parametrize(
+    ("begun", "changed", "said"),
+    [
+        ({}, {"parallel": {"ranks": 2, "distributed_optimizer": True}}, "distributed_optimizer: was False, is True"),
+        ({}, {"optimizer": {"lr": 1e-3, "offload": 0.5}, "parallel": {"distributed_optimizer": True}},
+         "optimizer.offload: was not given, is 0.5"),
+        ({"optimizer": {"lr": 1e-3, "offload": 0.5}}, {}, "optimizer.offload: was 0.5, is not given"),
+        ({}, {"optimizer": {"lr": 1e-3, "moment_dtype": "bfloat16"}},
+         "optimizer.moment_dtype: was not given, is 'bfloat16'"),
+        ({}, {"optimizer": {"lr": 1e-3, "gradient_dtype": "bfloat16"}},
+         "optimizer.gradient_dtype: was not given, is 'bfloat16'"),
+    ],
+)  # fmt: skip
+def test_a_training_does_not_resume_with_another_form_of_the_optimizer(
+    tmp_path: Path, begun: dict[str, Any], changed: dict[str, Any], said: str
+) -> None:
+    shared = (
+        {"dtype": "bfloat16", "parallel": {"distributed_optimizer": True}} if begun or "optimizer" in changed else {}
+    )
+
+    def stage(changes: dict[str, Any]) -> Stage:
+        return Stage("train", tmp_path / "train", {"train": training_key(training(**{**shared, **changes}))}, {})
+
+    run_stage(stage(begun), lambda: None)
+    (tmp_path / "train" / "checkpoint").mkdir()  # of an attempt that was killed
+    with pytest.raises(UserError) as caught:
+        run_stage(stage(changed), lambda: pytest.fail("resumed"))
+    assert f"settings.train.{said}\n" in str(caught.value)
+    # another layout resumes
+    other = {**begun, "recompute": True, "offload_layers": 0, "micro_batch_tokens": 99}
+    assert run_stage(stage(other), lambda: None) == {}
 
 
 def test_dataset_key() -> None:

@@ -35,7 +35,7 @@ def test_a_healthy_machine_has_no_fault_and_its_ranks_add_up(
 ) -> None:
     assert doctor.doctor(Run(recipe)) == []
     said = capsys.readouterr().err
-    assert "all-reduce of 8 MiB over 2 ranks on 1 node(s), gloo:" in said
+    assert "all-reduce of 8 MiB over 2 ranks on 1 node, gloo:" in said
     assert list((recipe.run_dir / "doctor").iterdir()) == []
 
 
@@ -57,6 +57,34 @@ def test_what_a_stage_would_refuse_is_a_fault(repository: Path, tmp_path: Path) 
     assert sample.startswith(f"{name}: evaluate M0: sample.tensor_parallel is 2, but vLLM's CPU build is installed")
     assert doctor.doctor(run, "train") == [train]
     assert doctor.doctor(run, "sample") == [sample]
+
+
+def test_files_to_import_that_are_missing(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each file, with its line of the recipe; what is there, or imported already, is no fault."""
+    monkeypatch.setenv("STEPKTO_TEST_DATA", str(tmp_path))
+    path = repository / "recipes" / "gsm8k_offline_cpu.yaml"
+    run = Run(read_recipe(path, [f"output={tmp_path / 'runs'}", "iterations=1"]))
+    lines = path.read_text().splitlines()
+    named = [
+        ("processbench", "steps/processbench_gsm8k.jsonl"), ("processbench", "steps/processbench_math.jsonl"),
+        ("prm800k", "steps/raw_format_prm800k_sample.jsonl"),
+        ("math_shepherd", "steps/raw_format_math-shepherd_sample.jsonl"),
+        ("gsm8k_solutions", "samples/gsm8k_model_solutions.jsonl"),
+    ]  # fmt: skip
+    expected = [
+        f"{os.uname().nodename}: import: {path}:{1 + next(n for n, line in enumerate(lines) if file in line)}: "
+        f"problems.imports.{number}.path: expected a file of format {kind}, found none at {tmp_path / file}; "
+        "download it (docs/data.md says from where), or correct the path"
+        for number, (kind, file) in enumerate(named)
+    ]
+    assert doctor.doctor(run) == expected
+    (tmp_path / "steps").mkdir()
+    (tmp_path / named[0][1]).write_text("")
+    assert doctor.doctor(run, "sample") == expected[1:]
+    imported = run.folder.judged(1).parent
+    imported.mkdir(parents=True)
+    (imported / "manifest.json").write_text("{}")
+    assert doctor.doctor(run, "sample") == []
 
 
 def test_exit_code(recipe: Recipe, repository: Path, tmp_path: Path) -> None:
