@@ -48,7 +48,7 @@ class Part:
         gpu_s: seconds on an H100 beside what the processor does, by arithmetic: model FLOPs at 40% of 800 TFLOP/s, 10 s
             for CUDA and kernels of a part's processes, 1 ms per layer and decoded token of a batch, 60 ms per update of
             a small model.
-        host_bound: the processor does on a GPU machine what it does in the rehearsal; else only its programs start.
+        host_bound: the processor does on a GPU machine what it does in the rehearsal; else only its ``programs`` start.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Part:
     limit_s: int
     gpu_s: float
     host_bound: bool = False
+    programs: int = 1
 
 
 # The order is that of what is worth most: a GPU may be taken away at any time.
@@ -95,7 +96,7 @@ PARTS = (
          ("benchmarks.gpu_loop", "mini", "--device", "cpu", "--short"), 120, 45, host_bound=True),
     # 30 layers: 12 batches of 96 tokens; 72 updates; CUDA of seven programs
     Part("smollm2", "one iteration of SmolLM2-135M on word problems in bf16", ("benchmarks.gpu_loop", "smollm2"),
-         ("benchmarks.gpu_loop", "smollm2", "--device", "cpu", "--short"), 120, 60, host_bound=True),
+         ("benchmarks.gpu_loop", "smollm2", "--device", "cpu", "--short"), 120, 60, programs=7),
 )  # fmt: skip
 
 # Versions without importing anything: an import of torch alone takes seconds.
@@ -292,7 +293,7 @@ def run_parts(
 def estimate_s(part: Part, result: Result) -> float:
     """Seconds on an H100 with 16 free cores: what the processor does, as if those cores were no faster than the
     rehearsal's one, and what the GPU does."""
-    return (result.processor_s if part.host_bound else result.start_s) + part.gpu_s
+    return (result.processor_s if part.host_bound else part.programs * result.start_s) + part.gpu_s
 
 
 def table(parts: Sequence[Part], results: Sequence[Result]) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tools import gpu_parts
-from tools.gpu_parts import PARTS, Part, counts_of_tests, ended, run_parts
+from tools.gpu_parts import PARTS, Part, Result, counts_of_tests, ended, estimate_s, run_parts
 
 PROGRAMS = {
     "good": """print('{"a": 1}')\nprint('{"a": 2}')""",
@@ -125,3 +126,11 @@ def test_the_limits_fit_the_order_of_value() -> None:
     assert len(set(names)) == len(names)
     assert sum(part.gpu_s for part in PARTS) < gpu_parts.BUDGET_S
     assert all(part.gpu_s < part.limit_s for part in PARTS)
+
+
+def test_the_estimate_by_hand() -> None:
+    """What stays on the processor there, or the start of the programs, and the GPU's own time."""
+    loop = Part("loop", "", (), (), limit_s=120, gpu_s=60, programs=7)
+    result = Result("loop", "ok", 300.0, 264.0, limit_s=600, said="", figures=[], start_s=5.0)
+    assert estimate_s(loop, result) == 7 * 5 + 60
+    assert estimate_s(replace(loop, host_bound=True), result) == 264 + 60
