@@ -253,6 +253,17 @@ def test_an_override_can_begin_a_section(tmp_path: Path) -> None:
     assert (recipe.evaluate.num_problems, recipe.evaluate.k, recipe.evaluate.split) == (5, 2, "test")
 
 
+def test_an_override_can_begin_a_section_that_the_file_leaves_out_with_null(tmp_path: Path) -> None:
+    path = changed(tmp_path, "  optimizer: {lr: 1.0e-4}", "  optimizer: {lr: 1.0e-4}\n  lora: null\n  fp8: ~")
+    recipe = read_recipe(path, ["train.lora.rank=8"])
+    assert recipe.train.lora is not None
+    assert (recipe.train.lora.rank, recipe.train.fp8) == (8, None)
+    said = refusal(path, ["train.lora.dropout=0.1"])
+    assert said.startswith("--set train.lora.dropout=0.1: train.lora: dropout must be 0")
+    said = refusal(path, ["seed=null", "seed.x=1"])
+    assert said == "--set seed.x=1: seed: Input should be a valid integer"
+
+
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
