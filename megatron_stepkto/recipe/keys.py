@@ -199,11 +199,16 @@ class Recipe(Section):
             raise ValueError(f"problems.source: {self.problems.source} needs the sections sample and judge")
         if not sampled and (self.sample or self.evaluate or self.iterations > 1):
             raise ValueError("problems.source: imports takes one iteration and no section sample or evaluate")
-        if self.sample and self.sample.max_tokens >= self.train.micro_batch_tokens:
-            raise ValueError(
-                f"sample.max_tokens ({self.sample.max_tokens}) must be smaller than train.micro_batch_tokens "
-                f"({self.train.micro_batch_tokens}): a prompt and its response share a micro-batch"
-            )
+        room, limit = self.train.micro_batch_tokens, self.dataset.max_tokens
+        if self.sample and self.sample.max_tokens >= room:
+            share = f"train.micro_batch_tokens ({room}): a prompt and its response share a micro-batch"
+            if limit is None:
+                raise ValueError(
+                    f"sample.max_tokens ({self.sample.max_tokens}) must be smaller than {share}; change one of them, or "
+                    "set dataset.max_tokens, above which examples are dropped"
+                )
+            if limit > room:
+                raise ValueError(f"dataset.max_tokens ({limit}) must not be larger than {share}; change one of them")
         if self.sample and self.sample.is_rounded and self.sample.gap_problems == 0:
             raise ValueError(
                 "with sample.quantization or sample.kv_cache_dtype the sampler is not quite the model that trains; "

@@ -222,6 +222,18 @@ def test_a_loss_that_is_always_zero(tmp_path: Path) -> None:
     assert "nothing would train" in said
 
 
+def test_a_micro_batch_holds_the_longest_example_that_trains(tmp_path: Path) -> None:
+    """Longer ones than dataset.max_tokens are dropped, so a long response is no reason to refuse."""
+    path = write(tmp_path)
+    long = ["sample.max_tokens=8192", "train.micro_batch_tokens=4096"]
+    said = "sample.max_tokens (8192) must be smaller than train.micro_batch_tokens (4096): a prompt and its response"
+    assert said in refusal(path, long)
+    assert read_recipe(path, [*long, "dataset.max_tokens=4096"]).dataset.max_tokens == 4096
+    said = "dataset.max_tokens (4097) must not be larger than train.micro_batch_tokens (4096): a prompt and its"
+    assert said in refusal(path, [*long, "dataset.max_tokens=4097"])
+    assert read_recipe(path, ["dataset.max_tokens=8192"]), "no example is that long where responses have 32 tokens"
+
+
 # --- --set ---------------------------------------------------------------------------------------------------
 
 
