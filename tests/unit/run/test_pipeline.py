@@ -16,7 +16,8 @@ from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
 from megatron_stepkto.run.folder import Run, RunFolder
-from megatron_stepkto.run.pipeline import compared_rows
+from megatron_stepkto.run import refusals
+from megatron_stepkto.run.pipeline import choose_problems, compared_rows, prepare, run_all
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
 from megatron_stepkto.run.stages import check_fits, merge_stage, problems_stage, sample_stage, training_of
 from megatron_stepkto.sampling import draw
@@ -55,6 +56,26 @@ def test_compared_rows_are_found_on_disk(tmp_path: Path) -> None:
     for name in ("evaluate/M0", "methods/kto/evaluate/M1"):
         (tmp_path / name / "metrics.json").write_text(json.dumps(evaluation_row(name[-2:])))
     assert compared_rows(RunFolder(tmp_path)) == {"kto": [evaluation_row("M0"), evaluation_row("M1")]}
+
+
+def test_a_summary_stays_until_a_stage_works(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(size: int, force: bool = False) -> Run:
+        changes = [f"output={tmp_path}", "iterations=1", f"problems.per_iteration={size}", "evaluate.num_problems=4"]
+        return Run(read_recipe(repository / "recipes" / "mini_cpu.yaml", changes), force=force)
+
+    monkeypatch.setattr(refusals, "machine_refusals", lambda *_, **__: [])
+    prepare(run(4))
+    choose_problems(run(4))
+    summary = run(4).folder.summary
+    summary.write_text("{}")
+    prepare(run(4))
+    with pytest.raises(UserError, match="was finished with another configuration"):
+        run_all(run(5), [])
+    assert summary.is_file(), "a refusal changes nothing"
+    problems_stage(run(5, force=True), 1)
+    assert not summary.exists(), "it is of stages that are no longer there"
 
 
 def test_a_run_with_adapters_trains_one_of_m0_and_reads_no_other_model(tmp_path: Path, repository: Path) -> None:
