@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.judge_keys import (
@@ -121,6 +121,11 @@ class Evaluation(Measure):
     num_problems: int = Field(ge=1, description="the first problems of the split that are measured on")
 
 
+def _supervised(training: Any) -> Any:
+    """The section with the method that a warm-up has where it names none; methods/registry.py checks one that it names."""
+    return {"method": "rft", **training} if isinstance(training, dict) else training
+
+
 class WarmUp(Section):
     """Makes M0 by training on solutions with plain next-token loss: from random weights, or from initial_model.
 
@@ -139,7 +144,9 @@ class WarmUp(Section):
     )
     vocab_size: int = Field(512, ge=300, description="tokens of a byte_level_bpe tokenizer")
     corpus_size: int | None = Field(None, ge=1, description="solutions of the simulated student (chained_arithmetic)")
-    training: Training = Field(description="how M0 is trained: the keys of the section train")
+    training: Annotated[Training, BeforeValidator(_supervised)] = Field(
+        description="how M0 is trained: the keys of the section train; its method is rft"
+    )
 
     @model_validator(mode="after")
     def _check_corpus(self) -> Self:
