@@ -5,6 +5,7 @@ Paths of inputs are relative to the recipe's folder (``output`` to the working d
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -95,7 +96,16 @@ class Prompt(Section):
         return self
 
 
+def _iteration(number: str) -> str:
+    if not re.fullmatch("[1-9][0-9]*", number):
+        raise ValueError("expected the number of an iteration, from 1")
+    return number
+
+
 class Dataset(Section):
+    exclude: dict[Annotated[str, AfterValidator(_iteration)], RecipePath] = Field(
+        {}, description="by iteration, files of sample ids, one per line, that take no part"
+    )
     max_examples_per_problem: int | None = Field(None, ge=1, description="examples kept of one problem; null: all")
     max_tokens: int | None = Field(
         None, ge=2, description="prompt + response; longer examples are dropped and counted; null: none"
@@ -122,7 +132,7 @@ class Evaluation(Measure):
 
 
 def _supervised(training: Any) -> Any:
-    """The section with the method that a warm-up has where it names none; methods/registry.py checks one that it names."""
+    """The section with a warm-up's method where it names none; methods/registry.py checks one that it names."""
     return {"method": "rft", **training} if isinstance(training, dict) else training
 
 
@@ -211,8 +221,8 @@ class Recipe(Section):
             share = f"train.micro_batch_tokens ({room}): a prompt and its response share a micro-batch"
             if limit is None:
                 raise ValueError(
-                    f"sample.max_tokens ({self.sample.max_tokens}) must be smaller than {share}; change one of them, or "
-                    "set dataset.max_tokens, above which examples are dropped"
+                    f"sample.max_tokens ({self.sample.max_tokens}) must be smaller than {share}; change one of them, "
+                    "or set dataset.max_tokens, above which examples are dropped"
                 )
             if limit > room:
                 raise ValueError(f"dataset.max_tokens ({limit}) must not be larger than {share}; change one of them")

@@ -163,6 +163,11 @@ class Run:
         lora = self.recipe.train.lora
         return self.folder.m0("merge") / "model" if lora and lora.start else self.base_model
 
+    def excluded(self, t: int) -> dict[str, Path]:
+        """The file of samples that take no part in iteration t, as an input of the stage that makes its data set."""
+        files = self.recipe.dataset.exclude
+        return {"exclude": files[str(t)]} if str(t) in files else {}
+
     @property
     def blueprint(self) -> Path:
         """A folder with the architecture and the tokenizer of every M_t: M0, or the model that becomes it."""

@@ -43,6 +43,13 @@ class State(BaseModel):
     notes: dict[str, Any]
 
 
+class Advice(BaseModel):
+    """What to do where a number is not finite, in the terms of whoever runs the training."""
+
+    without_records: str = "leave these records out"
+    lower_rate: str = "lower optimizer.lr"
+
+
 class Job(BaseModel):
     """Paths and settings of one training run.
 
@@ -64,6 +71,7 @@ class Job(BaseModel):
     held_out_examples: Path | None
     directory: Path
     fingerprint: str
+    advice: Advice = Advice()
 
     @property
     def checkpoints(self) -> Path:
