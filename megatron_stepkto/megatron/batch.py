@@ -24,7 +24,8 @@ from megatron_stepkto.megatron.packed import PackedDocuments
 class Document:
     """A prompt with a response to score.
 
-    key: its name in logs. prompt, response: tokens. step_ends: [S], one past each step's last response token.
+    key: its name in logs, the sample's id; of a KL pair those of both samples, prompt <- response.
+    prompt, response: tokens. step_ends: [S], one past each step's last response token.
     step_labels: [S]; with outcome RIGHT, WRONG or UNJUDGED. reference: [S] float64 reference log-prob per step, once
     known.
     """
@@ -47,14 +48,13 @@ class Document:
 
 def solution_document(examples: Examples, index: int, reference: Tensor | None = None) -> Document:
     own = examples.solution(examples.sample[index])
-    key = examples.example_id(index)
-    return Document(key, own.prompt, own.response, own.step_ends, own.step_labels, own.outcome, reference)
+    return Document(own.sample_id, own.prompt, own.response, own.step_ends, own.step_labels, own.outcome, reference)
 
 
 def kl_document(examples: Examples, index: int, reference: Tensor | None = None) -> Document:
     """(x_i, y_j): this example's prompt with another problem's solution, its KL partner."""
     own, other = (examples.solution(rows[index]) for rows in (examples.sample, examples.partner))
-    key = f"{examples.example_id(index)} <- {other.sample_id}"
+    key = f"{own.sample_id} <- {other.sample_id}"
     return Document(key, own.prompt, other.response, other.step_ends, other.step_labels, UNJUDGED, reference)
 
 

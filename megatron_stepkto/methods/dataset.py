@@ -33,6 +33,7 @@ def build_dataset(
     seed: int,
     *,
     quarantine: Path | None = None,
+    excluded: Path | None = None,
 ) -> dict[str, Any]:
     """Write training (and held-out) examples; returns counts, and ``warnings`` of data that teach little.
 
@@ -41,10 +42,11 @@ def build_dataset(
 
     Args:
         train_out, held_out: folders of base/examples.py. Without an example that is held out there is no second one.
+        excluded: a file of sample ids, one per line, that take no part.
 
     Raises:
-        UserError: a bad row, or nothing that the method can train on (with what was there instead), or only right or
-            only wrong examples for a method that learns from the difference.
+        UserError: a bad row, an excluded sample that is not there, or nothing that the method can train on (with what
+            was there instead), or only right or only wrong examples for a method that learns from the difference.
     """
     chosen = method_of(method)
     flipped = settings.flip_step_labels if "flip_step_labels" in chosen.dataset_keys else 0.0
@@ -52,6 +54,7 @@ def build_dataset(
     held: dict[str, list[tuple[str, int]]] = {}
     seen: set[str] = set()
     too_long = 0
+    left_out = read_ids(excluded) if excluded is not None else set()
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(writing_examples(train_out))
         held_writer = stack.enter_context(writing_examples(held_out)) if held_out is not None else None
@@ -63,6 +66,8 @@ def build_dataset(
                     f"{judged}: sample_id {sample.sample_id} is duplicated; a sample trains once, remove one"
                 )
             seen.add(sample.sample_id)
+            if sample.sample_id in left_out:
+                continue
             if settings.max_tokens and len(sample.prompt_token_ids) + len(sample.token_ids) > settings.max_tokens:
                 too_long += 1
             elif stable_hash("held out", sample.problem_id) / 2**64 < held_out_share:
@@ -73,12 +78,19 @@ def build_dataset(
                 sample = with_flipped_labels(sample, flipped, seed)
                 training.setdefault(sample.problem_id, []).append(candidate_of(sample, store(out, sample)))
         bar.update(len(seen))
+        if unknown := sorted(left_out - seen):
+            raise UserError(
+                f"{excluded}: expected sample ids of {judged}, one per line, got {len(unknown)} that it does not have: "
+                f"{', '.join(unknown[:5]):.200}; remove these lines"
+            )
         examples = chosen.select(training, settings, seed)
         if not examples:
             outcomes = Counter(sample.outcome for samples in training.values() for sample in samples)
             others = f"; {too_long} more have over dataset.max_tokens tokens" if too_long else ""
             if kept_apart := sum(map(len, held.values())):
                 others += f"; {kept_apart} more are held out (problems.held_out_share)"
+            if left_out:
+                others += f"; {len(left_out)} more are excluded (dataset.exclude)"
             raise UserError(
                 f"{judged}: no example that {method} can train on: it needs {chosen.needs}; got {len(training)} "
                 f"problems with {outcomes[1]} right, {outcomes[0]} wrong and {outcomes[None]} undecided "
@@ -102,6 +114,8 @@ def build_dataset(
             "kl_pairs": sum(e.partner is not None for e in examples),
             "tokens": sum(e.sample.prompt_tokens + e.sample.response_tokens for e in examples),
         }
+        if left_out:
+            counts["excluded"] = len(left_out)
         if not chosen.contrasts:
             counts |= _sides(training, settings)
         if warnings := _warnings(judged, chosen, counts):
@@ -113,6 +127,12 @@ def build_dataset(
             counts["held_out_problems"] = len(held)
             counts["held_out_examples"] = held_writer.examples.count
     return counts
+
+
+def read_ids(path: Path) -> set[str]:
+    """The ids in a file, one per line; blank lines and spaces around them are ignored."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return {line.strip() for line in lines} - {""}
 
 
 def with_flipped_labels(sample: JudgedSample, share: float, seed: int) -> JudgedSample:

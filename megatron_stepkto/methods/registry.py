@@ -47,10 +47,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: list[str] | None = None
     loaded = read_recipe(path, overrides)
     check_suits(loaded, loaded.train.method, f"{loaded.place('train.method')}: train.method")
     if loaded.warm_up:
-        training = loaded.warm_up.training
-        _check_settings(
-            training, training.method, f"{loaded.place('warm_up.training.method')}: warm_up.training.method"
-        )
+        training, key = loaded.warm_up.training, "warm_up.training.method"
+        place = f"{loaded.place(key)}: {key}"
+        method = _check_settings(training, training.method, place)
+        if method.paired or method.contrasts:
+            raise UserError(
+                f"{place}: {method.name} learns from right against wrong solutions, and a warm-up has right ones "
+                "alone; set it to rft, or leave it out"
+            )
     return loaded
 
 

@@ -16,34 +16,32 @@ _RUN = ("name", "output")
 _HELD_OUT = ("problems.source", "problems.dev", "problems.test")
 _TRAIN_PROBLEMS = (*_HELD_OUT, "problems.apart_from", "problems.overlap")
 _DRAWING = tuple(f"sample.{key}" for key in Sampling.model_fields if key not in training_only(Sampling))
-_PREPARE = (
-    *_RUN, *_TRAIN_PROBLEMS, "problems.train", "problems.imports", "seed", "initial_model", "prompt", "warm_up",
-    "dataset", "problems.held_out_share",  # a warm-up on imports trains on their examples
-    "train.parallel", "evaluate.split", "evaluate.num_problems",
-)  # fmt: skip
+# The keys that choose the folders Run.base_model and Run.tokenizer_folder, and Run.model.
+_BASE = ("initial_model", "warm_up.solutions")
+_MODEL = (*_BASE, "train.lora.start")
 
 # Command -> keys, each with all below it. A command that is not listed reads the whole recipe. With --method,
 # train.method tells the folder of a compared method.
 READS: dict[str, tuple[str, ...]] = {
-    "problems": (
-        *_RUN, *_TRAIN_PROBLEMS, "problems.train", "problems.per_iteration", "seed", "initial_model", "prompt",
-    ),
-    "sample": (*_RUN, "sample", "prompt", "seed", "initial_model", "train.method"),
-    "judge": (
-        *_RUN, *_TRAIN_PROBLEMS, "problems.imports", "judge", "prompt", "seed", "initial_model", "train.method",
-    ),
+    "problems": (*_RUN, *_TRAIN_PROBLEMS, *_BASE, "problems.train", "problems.per_iteration", "seed", "prompt"),
+    "sample": (*_RUN, *_MODEL, "sample", "prompt", "seed", "train.method"),
+    "judge": (*_RUN, *_TRAIN_PROBLEMS, *_MODEL, "problems.imports", "judge", "prompt", "seed", "train.method"),
     "dataset": (*_RUN, "dataset", "problems.held_out_share", "seed", "train.method"),
-    "train": (*_RUN, "train", "seed", "initial_model"),
-    "export": (*_RUN, "train.method"),
-    "evaluate": (*_RUN, *_HELD_OUT, *_DRAWING, "evaluate", "judge", "prompt", "initial_model", "train.method"),
+    "train": (*_RUN, *_MODEL, "train", "seed"),
+    "export": (*_RUN, *_BASE, "train.lora", "train.dtype", "train.method"),
+    "evaluate": (*_RUN, *_HELD_OUT, *_DRAWING, *_MODEL, "evaluate", "judge", "prompt", "train.method"),
     "measure": (
         "name", *_DRAWING, "prompt", "judge", "evaluate.num_problems", "evaluate.k", "evaluate.temperature",
         "evaluate.top_p",
     ),
-    "prepare": (*_PREPARE, "problems.per_iteration", "iterations"),
-    "warm-up": _PREPARE,
+    "warm-up": (
+        *_RUN, *_TRAIN_PROBLEMS, *_BASE, "problems.train", "problems.imports", "seed", "prompt", "warm_up",
+        "dataset", "problems.held_out_share",  # a warm-up on imports trains on their examples
+        "train.lora", "train.dtype", "train.parallel", "train.recompute", "train.offload_layers",  # a merge into M0
+        "evaluate.split", "evaluate.num_problems",
+    ),
     "judge-eval": ("judge",),
-    "export-samples": (*_RUN, "prompt", "problems.source", "initial_model", "train.method"),
+    "export-samples": (*_RUN, *_BASE, "prompt", "problems.source", "train.method"),
 }  # fmt: skip
 
 # Option -> the commands on which it has an effect.

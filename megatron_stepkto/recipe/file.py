@@ -124,16 +124,19 @@ def _override(tree: dict[str, Any], assignment: str, places: dict[tuple[str | in
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise UserError(f"--set {assignment}: expected section.key=value")
-    *parents, last = key.split(".")
-    for part in parents:
-        if not isinstance(tree.setdefault(part, {}), dict):
+    path = tuple(key.split("."))
+    *parents, last = path
+    for end, part in enumerate(parents, 1):
+        if tree.get(part) is None:  # left out, or null: an optional section that is not there
+            tree[part] = {}
+            places.pop(path[:end], None)
+        if not isinstance(tree[part], dict):
             raise UserError(f"--set {assignment}: {part} is a value, not a section")
         tree = tree[part]
     try:
         tree[last] = read_yaml(text)[0]
     except BadYAML as error:
         raise UserError(f"--set {_shortened(assignment)}: {error}; quote the value") from None
-    path = tuple(key.split("."))
     for place in [place for place in places if place[: len(path)] == path]:  # a whole section may be replaced
         del places[place]
     for end in range(1, len(path) + 1):

@@ -5,10 +5,11 @@ Paths of inputs are relative to the recipe's folder (``output`` to the working d
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.judge_keys import (
@@ -97,7 +98,16 @@ class Prompt(Section):
         return self
 
 
+def _iteration(number: str) -> str:
+    if not re.fullmatch("[1-9][0-9]*", number):
+        raise ValueError("expected the number of an iteration, from 1")
+    return number
+
+
 class Dataset(Section):
+    exclude: dict[Annotated[str, AfterValidator(_iteration)], RecipePath] = Field(
+        {}, description="by iteration, files of sample ids, one per line, that take no part"
+    )
     max_examples_per_problem: int | None = Field(None, ge=1, description="examples kept of one problem; null: all")
     max_tokens: int | None = Field(
         None, ge=2, description="prompt + response; longer examples are dropped and counted; null: none"
@@ -123,6 +133,11 @@ class Evaluation(Measure):
     num_problems: int = Field(ge=1, description="the first problems of the split that are measured on")
 
 
+def _supervised(training: Any) -> Any:
+    """The section with a warm-up's method where it names none; methods/registry.py checks one that it names."""
+    return {"method": "rft", **training} if isinstance(training, dict) else training
+
+
 class WarmUp(Section):
     """Makes M0 by training on solutions with plain next-token loss: from random weights, or from initial_model.
 
@@ -141,7 +156,9 @@ class WarmUp(Section):
     )
     vocab_size: int = Field(512, ge=300, description="tokens of a byte_level_bpe tokenizer")
     corpus_size: int | None = Field(None, ge=1, description="solutions of the simulated student (chained_arithmetic)")
-    training: Training = Field(description="how M0 is trained: the keys of the section train")
+    training: Annotated[Training, BeforeValidator(_supervised)] = Field(
+        description="how M0 is trained: the keys of the section train; its method is rft"
+    )
 
     @model_validator(mode="after")
     def _check_corpus(self) -> Self:
@@ -201,11 +218,16 @@ class Recipe(Section):
             raise ValueError(f"problems.source: {self.problems.source} needs the sections sample and judge")
         if not sampled and (self.sample or self.evaluate or self.iterations > 1):
             raise ValueError("problems.source: imports takes one iteration and no section sample or evaluate")
-        if self.sample and self.sample.max_tokens >= self.train.micro_batch_tokens:
-            raise ValueError(
-                f"sample.max_tokens ({self.sample.max_tokens}) must be smaller than train.micro_batch_tokens "
-                f"({self.train.micro_batch_tokens}): a prompt and its response share a micro-batch"
-            )
+        room, limit = self.train.micro_batch_tokens, self.dataset.max_tokens
+        if self.sample and self.sample.max_tokens >= room:
+            share = f"train.micro_batch_tokens ({room}): a prompt and its response share a micro-batch"
+            if limit is None:
+                raise ValueError(
+                    f"sample.max_tokens ({self.sample.max_tokens}) must be smaller than {share}; change one of them, "
+                    "or set dataset.max_tokens, above which examples are dropped"
+                )
+            if limit > room:
+                raise ValueError(f"dataset.max_tokens ({limit}) must not be larger than {share}; change one of them")
         if self.sample and self.sample.is_rounded and self.sample.gap_problems == 0:
             raise ValueError(
                 "with sample.quantization or sample.kv_cache_dtype the sampler is not quite the model that trains; "

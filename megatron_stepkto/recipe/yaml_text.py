@@ -78,7 +78,7 @@ for _name, (_pattern, _first) in _PATTERNS.items():
 
 
 def read_yaml(text: str, expand: Callable[[str, int], str] | None = None) -> tuple[Any, dict[Path, int]]:
-    """One document, and the line of every key and item by its path.
+    """One document, and the line of every key and item by its path. What an alias stands for is a copy.
 
     Args:
         expand: called with every scalar and its line; what comes back of an unquoted one is read like any other text:
@@ -95,13 +95,20 @@ def read_yaml(text: str, expand: Callable[[str, int], str] | None = None) -> tup
         if node is None:
             return None, lines
         _Walk(loader, lines, expand).visit(node, (), 0)
-        return loader.construct_document(node), lines
+        return _copied(loader.construct_document(node)), lines
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise BadYAML(line, f"not YAML: character {error.character!r}: {error.reason}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise BadYAML(mark.line + 1 if mark else 1, f"not YAML: {_reason(error)}") from None
+
+
+def _copied(content: Any) -> Any:
+    """PyYAML makes one object of an anchor and all its aliases: a change of one would be a change of all."""
+    if isinstance(content, dict):
+        return {key: _copied(value) for key, value in content.items()}
+    return [_copied(item) for item in content] if isinstance(content, list) else content
 
 
 def write_yaml(content: Any, file: IO[str]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megatron_stepkto.base.files import numbered
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.recipe import keys as recipes
 
+R = TypeVar("R")
 StageName = Literal["problems", "sample", "judge", "dataset", "train", "convert"]
 
 
@@ -162,6 +163,11 @@ class Run:
         lora = self.recipe.train.lora
         return self.folder.m0("merge") / "model" if lora and lora.start else self.base_model
 
+    def excluded(self, t: int) -> dict[str, Path]:
+        """The file of samples that take no part in iteration t, as an input of the stage that makes its data set."""
+        files = self.recipe.dataset.exclude
+        return {"exclude": files[str(t)]} if str(t) in files else {}
+
     @property
     def blueprint(self) -> Path:
         """A folder with the architecture and the tokenizer of every M_t: M0, or the model that becomes it."""
@@ -186,6 +192,17 @@ class Run:
         together: Callable[[], None] | None = None,
         check: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        manifest = run_stage(self.known(stage), work, force=self.force, together=together, check=check)
+        """``run_stage`` for a stage of this run. Where it works, an old summary would contradict it, and is removed."""
+
+        def first(act: Callable[[], R]) -> Callable[[], R]:
+            def acting() -> R:
+                self.folder.summary.unlink(missing_ok=True)
+                return act()
+
+            return acting
+
+        manifest = run_stage(
+            self.known(stage), first(work), force=self.force, together=together and first(together), check=check
+        )
         self.finished.append((str(stage.directory.relative_to(self.base)), manifest))
         return manifest

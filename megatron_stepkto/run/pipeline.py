@@ -89,8 +89,6 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
     begun = time.time()
     refusals.refuse(refusals.machine_refusals(run, compare))
     with exclusive_lock(run.folder.lock, str(run.base)):
-        # An old summary would contradict the new stages: there is none until all of them are finished.
-        run.folder.summary.unlink(missing_ok=True)
         prepare(run)
         choose_problems(replace(run, finished=[]))  # `run_iterations` names them, each in its place
         refusals.check_prepared(run, compare)

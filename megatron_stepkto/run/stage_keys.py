@@ -23,5 +23,6 @@ def training_key(settings: recipes.Training) -> dict[str, Any]:
 def dataset_key(settings: recipes.Dataset, method: recipes.Method) -> dict[str, Any]:
     """The settings of the section dataset that determine the examples of a method."""
     key = recipes.deciding(settings)
+    del key["exclude"]  # an input of the stage: its content counts
     used = method_of(method).dataset_keys
     return {name: value for name, value in key.items() if name in used}

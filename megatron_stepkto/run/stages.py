@@ -24,6 +24,7 @@ from megatron_stepkto.run.stage_keys import dataset_key, training_key
 
 if TYPE_CHECKING:
     from megatron_stepkto.sampling.draw import Drawing
+    from megatron_stepkto.training.job import Advice
 
 
 # --- problems ------------------------------------------------------------------------------------------------
@@ -210,11 +211,12 @@ def dataset_stage(run: Run, t: int) -> None:
 
     def work() -> Result:
         counts = build_dataset(
-            judged, train, held_out, run.recipe.dataset, run.method, share, seed, quarantine=run.quarantine
-        )
+            judged, train, held_out, run.recipe.dataset, run.method, share, seed, quarantine=run.quarantine,
+            excluded=stage.inputs.get("exclude"),
+        )  # fmt: skip
         return Result([path for path in (train, held_out) if path.exists()], counts)
 
-    stage = Stage(run.title(t, "dataset"), directory, settings, {"judged": judged})
+    stage = Stage(run.title(t, "dataset"), directory, settings, {"judged": judged} | run.excluded(t))
     _show_warnings(stage, run.run(stage, work))
 
 
@@ -276,8 +278,23 @@ def train_stage(run: Run, t: int, *, weights_only: bool = False) -> None:
         help_train(directory, settings, nodes, stage.title)
         return
     here = Ranks(settings=settings, model=run.model(t - 1), ranks=nodes.ranks_here(settings.parallel.ranks))
-    run.run(stage, lambda: train(stage, settings, seed, nodes), check=lambda: check_training(here))
+    run.run(stage, lambda: train(stage, settings, seed, nodes, not_finite(run, t)), check=lambda: check_training(here))
     tell_others(directory, nodes, start=False)
+
+
+def not_finite(run: Run, t: int) -> Advice:
+    """The commands that go on where a number is not finite in the training of iteration t."""
+    from megatron_stepkto.training.job import Advice
+
+    stage = f"RECIPE --iteration {t}{f' --method {run.compared}' if run.compared else ''}"
+    exclude = f"--set dataset.exclude.{t}=FILE --force`"
+    return Advice(
+        without_records="leave these records out: write their ids to a file, one per line (of a KL pair both), and "
+        f"repeat `stepkto run RECIPE` with `{exclude}, or of its stages alone `stepkto dataset {stage} {exclude}, then "
+        f"`stepkto train {stage} --force`",
+        lower_rate="lower the learning rate, of all iterations: repeat `stepkto run RECIPE` with "
+        "`--set train.optimizer.lr=LR --force`",
+    )
 
 
 def convert_stage(run: Run, t: int) -> None:

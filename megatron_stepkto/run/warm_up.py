@@ -24,6 +24,7 @@ from megatron_stepkto.recipe.prompts import Prompts, load_tokenizer
 
 if TYPE_CHECKING:
     from megatron_stepkto.run.folder import Run
+    from megatron_stepkto.training.job import Advice
 
 
 def _settings(run: Run) -> recipes.WarmUp:
@@ -85,9 +86,30 @@ def make_m0(run: Run) -> None:
         run.folder.hashes,
     )
     here = Ranks(settings=settings, model=model, ranks=settings.parallel.ranks)
-    run.run(stage, lambda: train(stage, settings, seed), check=lambda: check_training(here))
+    run.run(stage, lambda: train(stage, settings, seed, advice=_not_finite(run)), check=lambda: check_training(here))
 
     convert(run, "M0 convert", training / "final", run.folder.m0("convert") / "model")
+
+
+def _not_finite(run: Run) -> Advice:
+    """How to go on where a number is not finite in the training of M0."""
+    from megatron_stepkto.training.job import Advice
+
+    if run.pretrained:  # ids of write_solutions
+        without = (
+            "take these rows out of warm_up.solutions (solutions-0/3 is the first file's fourth) and add `--force`"
+        )
+    elif run.recipe.problems.source == "imports":
+        without = (
+            "leave these records out: write their ids to a file, one per line, and add `--set dataset.exclude.1=FILE "
+            "--force`"
+        )
+    else:
+        without = "choose another seed and add `--force`"
+    return Advice(
+        without_records=without,
+        lower_rate="lower the learning rate: add `--set warm_up.training.optimizer.lr=LR --force`",
+    )
 
 
 def _corpus(run: Run) -> Path:
@@ -115,13 +137,16 @@ def _corpus_of_new_model(run: Run) -> None:
 
     def work() -> Result:
         if imported:
-            return Result([out], build_dataset(judged, out, None, recipe.dataset, "rft", share, seed))
+            counts = build_dataset(
+                judged, out, None, recipe.dataset, "rft", share, seed, excluded=inputs.get("exclude")
+            )
+            return Result([out], counts)
         assert size is not None
         return Result([out], {"examples": write_corpus(size, seed, tokenizer, recipe.prompt, out)})
 
     inputs = {"tokenizer": tokenizer}
     if imported:
-        inputs["judged"] = judged
+        inputs |= {"judged": judged} | run.excluded(1)
         settings = {"dataset": dataset_key(recipe.dataset, "rft"), "held_out_share": share, "seed": seed}
     else:
         settings = {"corpus_size": size, "prompt": recipe.prompt.model_dump(mode="json"), "seed": seed}

@@ -43,6 +43,13 @@ class State(BaseModel):
     notes: dict[str, Any]
 
 
+class Advice(BaseModel):
+    """What to do where a number is not finite, in the terms of whoever runs the training."""
+
+    without_records: str = "leave these records out"
+    lower_rate: str = "lower optimizer.lr"
+
+
 class Job(BaseModel):
     """Paths and settings of one training run.
 
@@ -66,6 +73,7 @@ class Job(BaseModel):
     directory: Path
     fingerprint: str
     identity: str = ""
+    advice: Advice = Advice()
 
     @property
     def checkpoints(self) -> Path:

@@ -17,10 +17,12 @@ from megatron_stepkto.base.stage import Result, Stage
 from megatron_stepkto.checkpoints.convert import hf_to_megatron
 from megatron_stepkto.methods.metrics import balance_text
 from megatron_stepkto.recipe import keys as recipe
-from megatron_stepkto.training.job import Job, Notes, finished_checkpoints
+from megatron_stepkto.training.job import Advice, Job, Notes, finished_checkpoints
 
 
-def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | None = None) -> Result:
+def train(
+    stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | None = None, advice: Advice | None = None
+) -> Result:
     """Train the input ``model`` on the input ``train``; leaves ``final/`` (torch_dist) and ``metrics.jsonl``.
 
     An attempt that was cut short resumes from its newest checkpoint. Ctrl-C, SIGTERM and SIGUSR1 save one first, at the
@@ -47,6 +49,7 @@ def train(stage: Stage, settings: recipe.Training, seed: int, nodes: Nodes | Non
         directory=directory,
         fingerprint=fingerprint,
         identity=f"{stable_hash(stage.key(), str(directory.resolve())):016x}",
+        advice=advice or Advice(),
     )
     if not job.final.is_dir():  # it appears whole, by rename, when the training is done
         prepare_weights(stage, settings)

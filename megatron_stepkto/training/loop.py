@@ -410,12 +410,13 @@ class Trainer:
         self.engine.checkpoints.finish_saving(wait=True)
         saved = finished_checkpoints(self.job.checkpoints)
         more = " and maybe more" if len(blamed) >= MAX_BLAMED else ""
-        names = f"{records} concerned: {', '.join(blamed[:MAX_BLAMED])}{more}"
+        names = f"{records} concerned: {', '.join(dict.fromkeys(blamed[:MAX_BLAMED]))}{more}"
+        advice = self.job.advice
         raise UserError(
             f"update {update + 1}: {what} is not finite; "
             f"{names if blamed else 'each record alone is finite: their sum overflows'}; last good "
-            f"checkpoint: {saved[-1][1] if saved else self.job.initial}. Remove these records from "
-            f"{self.job.train_examples}, or lower optimizer.lr"
+            f"checkpoint: {saved[-1][1] if saved else self.job.initial}; "
+            f"{f'{advice.without_records}; or ' if blamed else ''}{advice.lower_rate}"
         )
 
     # --- log -------------------------------------------------------------------------------------------------

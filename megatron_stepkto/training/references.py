@@ -196,10 +196,10 @@ def find_references(engine: Engine, job: Job, documents: Documents, score: Calla
         (np.flatnonzero(~found.are_finite()), found.checksum()) if found else (np.zeros(0, np.int64), 0)
     )
     if bad.size:
-        names = ", ".join(sorted(documents[index].key for index in bad)[:20])
+        names = ", ".join(sorted({documents[index].key for index in bad})[:20])
         raise UserError(
             f"the reference's log-probs of {bad.size} of {len(documents)} documents are not finite: {names}; "
-            f"remove these records, or check the weights of {job.reference or job.initial}"
+            f"check the weights of {job.reference or job.initial}, or {job.advice.without_records}"
         )
     return StepValues(documents.num_steps, read_references(path, check))
 

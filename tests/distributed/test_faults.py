@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_names_the_records(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith("update 1: the loss is not finite; records concerned: ")
     assert set(message.partition("concerned: ")[2].partition(";")[0].split(", ")) == {"e4", "e11"}
-    assert f"last good checkpoint: {tmp_path / 'run' / 'initial'}" in message
+    assert f"last good checkpoint: {tmp_path / 'run' / 'initial'}; leave these records out; or lower optim" in message
 
 
 def test_a_gradient_that_is_not_finite_names_the_record(tmp_path: Path) -> None:
@@ -106,5 +106,5 @@ def test_a_reference_point_that_is_not_finite_names_the_pair(tmp_path: Path) -> 
 def test_a_reference_that_is_not_finite_names_the_documents(tmp_path: Path) -> None:
     model = write_poisoned(tmp_path / "model")
     convert_poisoned(tmp_path / "run", model)
-    with pytest.raises(UserError, match="log-probs of 2 of 26 documents are not finite: e4, e4 <- e5; remove"):
+    with pytest.raises(UserError, match="log-probs of 2 of 26 documents are not finite: e4, e4 <- e5; check the"):
         run(tmp_path / "run", model, examples_with_poison(4), settings())

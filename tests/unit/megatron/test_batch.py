@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_stepkto.base.examples import Examples
-from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep
+from megatron_stepkto.base.records import KLPartner, TrainExample, TrainStep, write_records
 from megatron_stepkto.losses import UNJUDGED
 from megatron_stepkto.megatron import patches
 
@@ -30,8 +31,11 @@ from megatron_stepkto.megatron.batch import (
     pack_units,
     solution_document,
 )
+from megatron_stepkto.methods.dataset import build_dataset
 from megatron_stepkto.methods.objective import solutions_of
+from megatron_stepkto.recipe.keys import Dataset
 from tests.builders import random_examples
+from tests.unit.methods.test_select import sample
 
 DEVICE = torch.device("cpu")
 
@@ -196,6 +200,16 @@ def test_kl_document_is_this_prompt_with_the_other_solution() -> None:
     assert made.step_label.tolist() == [0, 1, 1]
     assert made.outcome.tolist() == [-1]
     assert made.reference.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_documents_are_named_by_their_samples(tmp_path: Path) -> None:
+    """An example of a pair has an id of its own, which is in no file that the user could look it up in."""
+    rows = [sample("p", 0, 1, [1]), sample("p", 1, 0, [0])]
+    write_records(tmp_path / "judged.jsonl", rows)
+    build_dataset(tmp_path / "judged.jsonl", tmp_path / "train", None, Dataset(), "dpo", 0.0, seed=0)
+    examples = Examples.open(tmp_path / "train")
+    assert [examples.example_id(n) for n in range(2)] == ["p/pair/0/chosen", "p/pair/0/rejected"]
+    assert [solution_document(examples, n).key for n in range(2)] == ["p/0", "p/1"]
 
 
 @pytest.mark.parametrize("kl", [False, True])

@@ -18,12 +18,14 @@ from tests.unit.methods.test_select import ids, many, sample
 
 
 def build(
-    folder: Path, rows: list[JudgedSample], method: Any = "step_kto", share: float = 0.0, **keys: Any
-) -> dict[str, Any]:
+    folder: Path, rows: list[JudgedSample], method: Any = "step_kto", share: float = 0.0,
+    excluded: Path | None = None, **keys: Any,
+) -> dict[str, Any]:  # fmt: skip
     judged = folder / "judged.jsonl"
     write_records(judged, rows)
     out = folder / method
-    return build_dataset(judged, out / "train", out / "held_out", Dataset(**keys), method, share, seed=0)
+    settings = Dataset(**keys)
+    return build_dataset(judged, out / "train", out / "held_out", settings, method, share, seed=0, excluded=excluded)
 
 
 def read(path: Path) -> list[TrainExample]:
@@ -52,6 +54,46 @@ def test_counts_by_hand(tmp_path: Path) -> None:
     }
     assert ids(read(tmp_path / "step_kto" / "train")) == ["p/0", "p/1", "q/0"]
     assert not (tmp_path / "step_kto" / "held_out").exists()
+
+
+EXCLUDED = ["p/M0/samples/1", "q/M0/samples/0", "r/M0/samples/0"]
+
+
+def four_each() -> list[JudgedSample]:
+    """Four solutions of each of eight problems, every second one right."""
+    return [
+        sample(p, n, n % 2, [n % 2, 1], [5 + n] * 3).model_copy(update={"sample_id": f"{p}/M0/samples/{n}"})
+        for p in "pqrstuvw"
+        for n in range(4)
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_excluded_samples_take_no_part(tmp_path: Path, method: str) -> None:
+    """Neither as an example nor as a side of a pair, a KL partner or a held-out example."""
+    file = tmp_path / "bad.txt"
+    file.write_text("\n".join(EXCLUDED[:2]) + f"\n\n  {EXCLUDED[2]}\r\n", encoding="utf-8")
+    before = build(tmp_path, four_each(), method, share=0.3)
+    counts = build(tmp_path, four_each(), method, share=0.3, excluded=file)
+    assert "excluded" not in before
+    assert counts["excluded"] == 3
+    for name in ("train", "held_out"):
+        examples = Examples.open(tmp_path / method / name)
+        rows = {*examples.sample.tolist(), *(row for row in examples.partner.tolist() if row >= 0)}
+        assert len(rows) > 3
+        assert not {examples.solution(row).sample_id for row in rows} & set(EXCLUDED)
+
+
+def test_an_excluded_sample_must_be_there(tmp_path: Path) -> None:
+    file = tmp_path / "bad.txt"
+    file.write_text(f"{EXCLUDED[0]}\np/M0/samples/9\n")
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, four_each(), excluded=file)
+    assert str(caught.value) == (
+        f"{file}: expected sample ids of {tmp_path / 'judged.jsonl'}, one per line, got 1 that it does not have: "
+        "p/M0/samples/9; remove these lines"
+    )
+    assert not (tmp_path / "step_kto" / "train").exists()
 
 
 def test_max_tokens_counts_prompt_and_response(tmp_path: Path) -> None:

@@ -51,6 +51,27 @@ def test_a_method_that_does_not_suit_is_refused_at_load(overrides: list[str], sa
         load(repository, *overrides)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "rft"])
+def test_a_warm_up_takes_no_method_that_learns_from_wrong_solutions(method: str, repository: Path) -> None:
+    key = "warm_up.training.method"
+    with pytest.raises(UserError) as caught:
+        load(repository, f"{key}={method}")
+    assert str(caught.value) == (
+        f"--set {key}={method}: {key}: {method} learns from right against wrong solutions, and a warm-up has right "
+        "ones alone; set it to rft, or leave it out"
+    )
+
+
+def test_a_warm_up_is_supervised_unless_told_otherwise(repository: Path, tmp_path: Path) -> None:
+    text = (repository / "recipes" / "mini_cpu.yaml").read_text()
+    assert text.count("    method: rft\n") == 1
+    path = tmp_path / "r.yaml"
+    path.write_text(text.replace("    method: rft\n", ""))
+    recipe = load_recipe(path)
+    assert recipe.warm_up is not None
+    assert (recipe.warm_up.training.method, recipe.train.method) == ("rft", "step_kto")
+
+
 def test_a_compared_method_must_suit_the_recipe_as_well(repository: Path) -> None:
     only_steps = load(repository, "train.loss.outcome_weight=0")
     with pytest.raises(UserError, match=r"^--compare kto: kto with loss\.outcome_weight = 0 has no term left"):

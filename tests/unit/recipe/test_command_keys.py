@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,17 +41,20 @@ def test_the_table_names_keys_that_exist_and_leaves_none_out() -> None:
     for command, keys in READS.items():
         for key in keys:
             assert key in KEYS or any(k.startswith(f"{key}.") for k in KEYS), f"{command} reads {key}, which is no key"
-    for key in KEYS:
-        assert any(is_read(command, key) for command in READS), f"no command reads {key}"
+    unread = [key for key in KEYS if not any(is_read(command, key) for command in READS)]
+    assert unread == ["iterations"], "only commands of a whole run read it, and they read every key"
 
 
 class _Asked(Exception):
     pass
 
 
-@pytest.mark.parametrize("command", ["problems", "sample", "judge", "dataset", "train", "export", "evaluate"])
-def test_what_decides_a_stage_is_read(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The settings by which a stage knows itself again are the keys that it reads."""
+STAGES = ["problems", "sample", "judge", "dataset", "train", "export", "evaluate"]
+
+
+@pytest.fixture
+def stage_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stage]:
+    """The stage of a command, iteration 1, that would run by the recipe with these overrides."""
     stages: list[Stage] = []
 
     def ask(run: object, stage: Stage, *_: object, **__: object) -> None:
@@ -59,11 +62,21 @@ def test_what_decides_a_stage_is_read(command: str, monkeypatch: pytest.MonkeyPa
         raise _Asked
 
     monkeypatch.setattr(run_stages.Run, "run", ask)
-    run = run_stages.Run(read_recipe(MINI, [f"output={tmp_path}"]))
-    with pytest.raises(_Asked):
-        commands = {"evaluate": run_stages.evaluate_stage, "export": run_stages.convert_stage}
-        (run_stages.STAGES | commands)[command](run, 1)
-    (stage,) = stages
+    commands = {"evaluate": run_stages.evaluate_stage, "export": run_stages.convert_stage}
+
+    def find(command: str, *overrides: str) -> Stage:
+        run = run_stages.Run(read_recipe(MINI, [f"output={tmp_path}", *overrides]))
+        with pytest.raises(_Asked):
+            (run_stages.STAGES | commands)[command](run, 1)
+        return stages[-1]
+
+    return find
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_what_decides_a_stage_is_read(command: str, stage_of: Callable[..., Stage]) -> None:
+    """The settings by which a stage knows itself again are the keys that it reads."""
+    stage = stage_of(command)
     of = {"per_iteration": "problems.per_iteration", "source": "problems.source", "method": "train.method",
           "held_out_share": "problems.held_out_share"}  # fmt: skip
     for section, value in stage.settings.items():
@@ -71,6 +84,23 @@ def test_what_decides_a_stage_is_read(command: str, monkeypatch: pytest.MonkeyPa
             continue
         for key in [f"{section}.{inner}" for inner in value] if isinstance(value, dict) else [section]:
             assert is_read(command, of.get(key, key)), f"{command} reads {key}"
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_what_decides_the_model_of_a_stage_is_read(
+    command: str, stage_of: Callable[..., Stage], tmp_path: Path
+) -> None:
+    """Where a key changes which folders a stage reads, the commands of that stage take it with --set."""
+    (tmp_path / "other").mkdir()
+    before = stage_of(command).inputs
+    for key, value in {
+        "initial_model": tmp_path / "other", "warm_up.solutions": "[a.jsonl]", "train.lora.start": "adapter",
+        "train.lora.rank": 8,
+    }.items():  # fmt: skip
+        new = ["warm_up.architecture=null", "warm_up.tokenizer=null", "warm_up.corpus_size=null"]
+        given = [f"{key}={value}", *(new if key == "warm_up.solutions" else [])]
+        if stage_of(command, *given).inputs != before:
+            assert is_read(command, key), f"{command} reads {key}"
 
 
 @pytest.mark.parametrize(
@@ -85,8 +115,20 @@ def test_what_decides_a_stage_is_read(command: str, monkeypatch: pytest.MonkeyPa
         ("measure", "evaluate.num_problems=9"),
         ("run", "warm_up.corpus_size=9"),
         ("slurm submit", "dataset.max_tokens=9"),
+        *((command, f"{key}=x") for command in ("sample", "judge", "train", "evaluate")
+          for key in ("initial_model", "warm_up.solutions", "train.lora.start")),
+        ("problems", "warm_up.solutions=[a.jsonl]"),
+        ("export", "initial_model=m"),
+        ("export", "warm_up.solutions=[a.jsonl]"),
+        ("export", "train.lora.rank=8"),
+        ("export", "train.dtype=bfloat16"),
+        ("export-samples", "warm_up.solutions=[a.jsonl]"),
+        ("warm-up", "train.lora.start=a"),
+        ("warm-up", "train.dtype=bfloat16"),
+        *(("prepare", key) for key in ("sample.max_tokens=9", "train.micro_batch_tokens=9", "train.method=dpo",
+                                       "train.lora.start=a", "train.dtype=bfloat16", "evaluate.k=2")),
     ],
-)
+)  # fmt: skip
 def test_keys_that_are_read(command: str, assignment: str) -> None:
     check_overrides(command, [assignment])
 
@@ -96,22 +138,10 @@ def test_keys_that_are_read(command: str, assignment: str) -> None:
     [
         ("sample", "train.optimizer.lr=1", "`stepkto train`, `stepkto run`"),
         ("train", "sample.num_samples=4", "`stepkto sample`, `stepkto run`"),
-        (
-            "problems",
-            "problems.held_out_share=0.1",
-            "`stepkto dataset`, `stepkto prepare`, `stepkto warm-up`, `stepkto run`",
-        ),
+        ("problems", "problems.held_out_share=0.1", "`stepkto dataset`, `stepkto warm-up`, `stepkto run`"),
         ("evaluate", "sample.temperature=0.5", "`stepkto sample`, `stepkto run`"),
-        (
-            "measure",
-            "evaluate.split=dev",
-            "`stepkto evaluate`, `stepkto prepare`, `stepkto warm-up`, `stepkto run`",
-        ),
-        (
-            "judge-eval",
-            "dataset.max_tokens=9",
-            "`stepkto dataset`, `stepkto prepare`, `stepkto warm-up`, `stepkto run`",
-        ),
+        ("measure", "evaluate.split=dev", "`stepkto evaluate`, `stepkto warm-up`, `stepkto run`"),
+        ("judge-eval", "dataset.max_tokens=9", "`stepkto dataset`, `stepkto warm-up`, `stepkto run`"),
     ],
 )
 def test_keys_that_are_not_read(command: str, assignment: str, readers: str) -> None:

@@ -222,6 +222,18 @@ def test_a_loss_that_is_always_zero(tmp_path: Path) -> None:
     assert "nothing would train" in said
 
 
+def test_a_micro_batch_holds_the_longest_example_that_trains(tmp_path: Path) -> None:
+    """Longer ones than dataset.max_tokens are dropped, so a long response is no reason to refuse."""
+    path = write(tmp_path)
+    long = ["sample.max_tokens=8192", "train.micro_batch_tokens=4096"]
+    said = "sample.max_tokens (8192) must be smaller than train.micro_batch_tokens (4096): a prompt and its response"
+    assert said in refusal(path, long)
+    assert read_recipe(path, [*long, "dataset.max_tokens=4096"]).dataset.max_tokens == 4096
+    said = "dataset.max_tokens (4097) must not be larger than train.micro_batch_tokens (4096): a prompt and its"
+    assert said in refusal(path, [*long, "dataset.max_tokens=4097"])
+    assert read_recipe(path, ["dataset.max_tokens=8192"]), "no example is that long where responses have 32 tokens"
+
+
 # --- --set ---------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +263,17 @@ def test_an_override_can_begin_a_section(tmp_path: Path) -> None:
     assert recipe.train.loss.beta_outcome == 0.1
     assert recipe.evaluate is not None
     assert (recipe.evaluate.num_problems, recipe.evaluate.k, recipe.evaluate.split) == (5, 2, "test")
+
+
+def test_an_override_can_begin_a_section_that_the_file_leaves_out_with_null(tmp_path: Path) -> None:
+    path = changed(tmp_path, "  optimizer: {lr: 1.0e-4}", "  optimizer: {lr: 1.0e-4}\n  lora: null\n  fp8: ~")
+    recipe = read_recipe(path, ["train.lora.rank=8"])
+    assert recipe.train.lora is not None
+    assert (recipe.train.lora.rank, recipe.train.fp8) == (8, None)
+    said = refusal(path, ["train.lora.dropout=0.1"])
+    assert said.startswith("--set train.lora.dropout=0.1: train.lora: dropout must be 0")
+    said = refusal(path, ["seed=null", "seed.x=1"])
+    assert said == "--set seed.x=1: seed: Input should be a valid integer"
 
 
 @pytest.mark.parametrize(

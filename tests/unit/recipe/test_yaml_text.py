@@ -180,3 +180,15 @@ def test_a_written_recipe_reads_the_same(tmp_path: Path) -> None:
         write_yaml(content, file)
     assert read_yaml(path.read_text(encoding="utf-8"))[0] == content
     assert yaml.safe_load(path.read_text(encoding="utf-8")) == content
+
+
+@pytest.mark.parametrize("other", ["*t", "{<<: *t}"], ids=["alias", "merge"])
+def test_an_override_changes_one_use_of_a_shared_section(tmp_path: Path, other: str) -> None:
+    shared = "&t\n  optimizer: {lr: 1.0e-4}\n  loss: {beta_step: 0.3}\n  global_batch_size: 8\n"
+    start = GOOD.index("train:\n")
+    text = f"{GOOD[:start]}train: {shared}warm_up: {{solutions: [a.jsonl], training: {other}}}\n"
+    recipe = read_recipe(write(tmp_path, text), ["train.optimizer.lr=0.5", "train.loss.beta_step=2"])
+    assert recipe.warm_up is not None
+    one, two = recipe.train, recipe.warm_up.training
+    assert (one.optimizer.lr, one.loss.beta_step) == (0.5, 2.0)
+    assert (two.optimizer.lr, two.loss.beta_step) == (1e-4, 0.3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,30 @@ from safetensors.torch import load_file, save_file
 
 from megatron_stepkto.base import dtypes
 from megatron_stepkto.base.errors import UserError
+from megatron_stepkto.base.examples import Examples
+from megatron_stepkto.base.records import write_records
 from megatron_stepkto.base.stage import Stage, run_stage
+from megatron_stepkto.cli import main as cli
 from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
+from megatron_stepkto.run import refusals
+from megatron_stepkto.run import stages as run_stages
 from megatron_stepkto.run.folder import Run, RunFolder
-from megatron_stepkto.run.pipeline import compared_rows
+from megatron_stepkto.run.pipeline import choose_problems, compared_rows, prepare, run_all
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
-from megatron_stepkto.run.stages import check_fits, merge_stage, problems_stage, sample_stage, training_of
+from megatron_stepkto.run.stages import (
+    check_fits,
+    dataset_stage,
+    merge_stage,
+    problems_stage,
+    sample_stage,
+    training_of,
+)
 from megatron_stepkto.sampling import draw
 from tests.builders import evaluation_row, write_adapter, write_llama
+from tests.unit.methods.test_select import sample
 
 
 def training(**changes: object) -> Training:
@@ -89,6 +103,90 @@ def test_compared_rows_are_found_on_disk(tmp_path: Path) -> None:
     for name in ("evaluate/M0", "methods/kto/evaluate/M1"):
         (tmp_path / name / "metrics.json").write_text(json.dumps(evaluation_row(name[-2:])))
     assert compared_rows(RunFolder(tmp_path)) == {"kto": [evaluation_row("M0"), evaluation_row("M1")]}
+
+
+def test_the_data_set_of_an_iteration_leaves_out_what_its_file_names(tmp_path: Path, repository: Path) -> None:
+    """The file is an input: its content counts, and only in its iteration."""
+    given = [f"output={tmp_path}", "problems.per_iteration=16"]
+
+    def build(t: int, *more: str, force: bool = False) -> list[str]:
+        dataset_stage(Run(read_recipe(repository / "recipes" / "mini_cpu.yaml", [*given, *more]), force=force), t)
+        return sorted(e.example_id for e in Examples.open(folder.stage("dataset", t) / "train"))
+
+    folder = RunFolder(tmp_path / "mini_cpu")
+    for t in (1, 2):
+        folder.judged(t).parent.mkdir(parents=True)
+        rows = [sample(p, n, n % 2, [n % 2], [5] * 3) for p in "pq" for n in range(2)]
+        write_records(folder.judged(t), rows)
+    assert build(1) == build(2) == ["p/0", "p/1", "q/0", "q/1"]
+    file = tmp_path / "bad.txt"
+    file.write_text("p/1\n")
+    exclude = f"dataset.exclude.2={file}"
+    assert build(1, exclude) == ["p/0", "p/1", "q/0", "q/1"]
+    with pytest.raises(UserError, match=r"inputs\.exclude: was None, is"):
+        build(2, exclude)
+    assert build(2, exclude, force=True) == build(2, exclude) == ["p/0", "q/0", "q/1"]
+    file.write_text("p/1\nq/0\n")
+    with pytest.raises(UserError, match=r"inputs\.exclude\.sha256"):
+        build(2, exclude)
+    file.unlink()
+    with pytest.raises(UserError, match="iteration 2 dataset: input exclude is missing"):
+        build(2, exclude)
+    with pytest.raises(UserError, match=r"dataset\.exclude\.0"):
+        build(2, f"dataset.exclude.0={file}")
+
+
+@pytest.mark.parametrize("compared", [None, "kto"])
+def test_the_advice_on_a_number_that_is_not_finite_is_commands_that_work(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, compared: str | None
+) -> None:
+    """Written as they stand: the data set without the records is made, and the training takes it."""
+    recipe_path, file = repository / "recipes" / "mini_cpu.yaml", tmp_path / "bad.txt"
+    file.write_text("p/1\n")
+    loaded = read_recipe(recipe_path, [f"output={tmp_path}"])
+    run = Run(loaded, compared=compared)
+    run.folder.judged(2).parent.mkdir(parents=True)
+    write_records(run.folder.judged(2), [sample(p, n, n % 2, [n % 2], [5] * 3) for p in "pq" for n in range(2)])
+    dataset_stage(run, 2)
+    trained: list[tuple[Run, int]] = []
+    whole: list[Run] = []
+    monkeypatch.setitem(run_stages.STAGES, "train", lambda run, t: trained.append((run, t)))
+    monkeypatch.setattr("megatron_stepkto.run.pipeline.run_all", lambda run, _: whole.append(run) or {"iterations": []})
+    monkeypatch.setattr("megatron_stepkto.report.page.write_report", lambda _: None)
+
+    def follow(command: str) -> None:
+        words = command.replace("RECIPE", str(recipe_path)).replace("FILE", str(file)).replace("=LR", "=1e-9").split()
+        assert words.pop(0) == "stepkto"
+        cli.main([*words, "--set", f"output={tmp_path}"])
+
+    advice = run_stages.not_finite(run, 2)
+    start, exclude, dataset, train = re.findall("`(.+?)`", advice.without_records)
+    for command in (dataset, train, f"{start} {exclude}", " ".join(re.findall("`(.+?)`", advice.lower_rate))):
+        follow(command)
+    examples = Examples.open(run.folder.stage("dataset", 2) / "train")
+    assert sorted(e.example_id for e in examples) == ["p/0", "q/0", "q/1"]
+    assert [(each.folder, t, each.force) for each, t in trained] == [(run.folder, 2, True)]
+    assert [each.recipe.dataset.exclude for each in whole] == [{"2": file}, {}]
+    assert [each.recipe.train.optimizer.lr == 1e-9 for each in whole] == [False, True]
+    assert all(each.force for each in whole)
+
+
+def test_a_summary_stays_until_a_stage_works(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(size: int, force: bool = False) -> Run:
+        changes = [f"output={tmp_path}", "iterations=1", f"problems.per_iteration={size}", "evaluate.num_problems=4"]
+        return Run(read_recipe(repository / "recipes" / "mini_cpu.yaml", changes), force=force)
+
+    monkeypatch.setattr(refusals, "machine_refusals", lambda *_, **__: [])
+    prepare(run(4))
+    choose_problems(run(4))
+    summary = run(4).folder.summary
+    summary.write_text("{}")
+    prepare(run(4))
+    with pytest.raises(UserError, match="was finished with another configuration"):
+        run_all(run(5), [])
+    assert summary.is_file(), "a refusal changes nothing"
+    problems_stage(run(5, force=True), 1)
+    assert not summary.exists(), "it is of stages that are no longer there"
 
 
 def test_a_run_with_adapters_trains_one_of_m0_and_reads_no_other_model(tmp_path: Path, repository: Path) -> None:
