@@ -42,7 +42,7 @@ class OutcomeMethod(Method):
 
     needs = "a sample with a judged outcome"
     loss_keys = frozenset({"beta_outcome", "desirable_weight_outcome", "undesirable_weight_outcome", "balance"})
-    dataset_keys = frozenset({"max_tokens", "max_examples_per_problem"})
+    dataset_keys = frozenset({"max_tokens", "max_examples_per_problem", "wrong_per_right"})
     metrics: ClassVar[Metrics] = {"loss_right": ("loss_right", "units"), "loss_wrong": ("loss_wrong", "units")}
     against_collapse = "loss.undesirable_weight_outcome, or raise loss.beta_outcome"
     contrasts = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,11 +52,15 @@ Candidates = dict[str, list[Candidate]]  # by problem
 
 
 def single_examples(chosen: Candidates, settings: recipe.Dataset, seed: int, *, kl_pairs: bool) -> list[Chosen]:
-    """One example per chosen sample, at most ``max_examples_per_problem`` of a problem.
+    """One example per chosen sample, as far as ``wrong_per_right`` and ``max_examples_per_problem`` allow.
 
     Args:
         chosen: samples by problem. kl_pairs: whether the loss reads a KL partner beside each.
     """
+    if settings.wrong_per_right is not None:
+        chosen = {
+            p: _balanced(samples, settings.wrong_per_right, _rng(seed, "wrong", p)) for p, samples in chosen.items()
+        }
     limit = settings.max_examples_per_problem
     if limit:
         chosen = {
@@ -65,6 +70,20 @@ def single_examples(chosen: Candidates, settings: recipe.Dataset, seed: int, *, 
     chosen = {problem: samples for problem, samples in chosen.items() if samples}
     partners = _kl_partners(chosen, settings, seed) if kl_pairs else {}
     return [Chosen(s, partners.get(s.sample_id)) for samples in chosen.values() for s in samples]
+
+
+def _balanced(samples: list[Candidate], wrong_per_right: float, rng: random.Random) -> list[Candidate]:
+    """Samples of one problem, with at most so many wrong ones for each right one, drawn at random.
+
+    Where a loss pushes every wrong solution of a hard problem away and pulls none, it teaches little of what is right
+    there (the advantage of such a group is 0 in GRPO; DAPO, arXiv 2503.14476, leaves it out).
+    """
+    wrong = [s for s in samples if s.outcome == 0]
+    most = math.floor(wrong_per_right * sum(s.outcome == 1 for s in samples))
+    if len(wrong) <= most:
+        return samples
+    kept = {s.sample_id for s in rng.sample(wrong, most)}
+    return [s for s in samples if s.outcome != 0 or s.sample_id in kept]
 
 
 def pair_examples(by_problem: Candidates, settings: recipe.Dataset, seed: int) -> list[Chosen]:

@@ -108,6 +108,9 @@ class Dataset(Section):
     exclude: dict[Annotated[str, AfterValidator(_iteration)], RecipePath] = Field(
         {}, description="by iteration, files of sample ids, one per line, that take no part"
     )
+    wrong_per_right: Added[float | None] = Field(
+        None, ge=0, description="wrong solutions kept of one problem, for each right one of it; null: all"
+    )
     max_examples_per_problem: int | None = Field(None, ge=1, description="examples kept of one problem; null: all")
     max_tokens: int | None = Field(
         None, ge=2, description="prompt + response; longer examples are dropped and counted; null: none"

@@ -284,3 +284,30 @@ def test_selection_is_the_same_in_every_run(method: Any) -> None:
     assert select(rows, settings, method, 3) == select(rows, settings, method, 3)
     if method != "rft":
         assert select(rows, settings, method, 3) != select(rows, settings, method, 4)
+
+
+def test_wrong_solutions_for_each_right_one() -> None:
+    """(right, wrong) of each problem, and an undecided sample, which is neither."""
+    made = {"none": (0, 8), "few": (1, 7), "most": (5, 3), "all": (8, 0)}
+    rows = [sample(p, n, int(n < right)) for p, (right, wrong) in made.items() for n in range(right + wrong)]
+    rows.append(sample("none", 8, None))
+
+    def counts(method: str, wrong_per_right: float | None) -> dict[str, list[int]]:
+        examples = select(group(*rows), Dataset(wrong_per_right=wrong_per_right), method, 0)
+        return {
+            p: [sum(e.problem_id == p and e.outcome == outcome for e in examples) for outcome in (1, 0, None)]
+            for p in made
+        }
+
+    assert counts("kto", None) == {"none": [0, 8, 0], "few": [1, 7, 0], "most": [5, 3, 0], "all": [8, 0, 0]}
+    assert counts("step_kto", 1) == {"none": [0, 0, 1], "few": [1, 1, 0], "most": [5, 3, 0], "all": [8, 0, 0]}
+    assert counts("kto", 0.5) == {"none": [0, 0, 0], "few": [1, 0, 0], "most": [5, 2, 0], "all": [8, 0, 0]}
+    assert counts("bco", 2)["few"] == [1, 2, 0]
+    assert counts("kto", 0)["most"] == [5, 0, 0]
+    # drawn at random: 21 of the 7 wrong ones' pairs, over seeds
+    drawn = {
+        tuple(sorted(e.example_id for e in select(group(*rows), Dataset(wrong_per_right=2), "kto", seed)
+                     if e.problem_id == "few" and e.outcome == 0))
+        for seed in range(20)
+    }  # fmt: skip
+    assert len(drawn) > 5

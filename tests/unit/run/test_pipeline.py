@@ -123,7 +123,7 @@ def test_the_data_set_of_an_iteration_leaves_out_what_its_file_names(tmp_path: P
     file.write_text("p/1\n")
     exclude = f"dataset.exclude.2={file}"
     assert build(1, exclude) == ["p/0", "p/1", "q/0", "q/1"]
-    with pytest.raises(UserError, match=r"inputs\.exclude: was None, is"):
+    with pytest.raises(UserError, match=r"inputs\.exclude: was not given, is"):
         build(2, exclude)
     assert build(2, exclude, force=True) == build(2, exclude) == ["p/0", "q/0", "q/1"]
     file.write_text("p/1\nq/0\n")
