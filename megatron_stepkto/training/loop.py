@@ -25,7 +25,6 @@ from megatron_stepkto.base.examples import Examples, Indices
 from megatron_stepkto.base.files import flush_tree, read_json, write_json
 from megatron_stepkto.base.packing import plan_updates
 from megatron_stepkto.base.processes import STOPPED
-from megatron_stepkto.base.progress import ProgressFile
 from megatron_stepkto.base.records import LogRatios, write_records
 from megatron_stepkto.checkpoints.adapter import Trained, check_adapter, read_adapter
 from megatron_stepkto.checkpoints.convert import COMPANIONS, LORA_SETTINGS
@@ -61,14 +60,13 @@ from megatron_stepkto.methods.objective import (
 )
 from megatron_stepkto.methods.registry import method_of
 from megatron_stepkto.training.job import Job, State, drop_checkpoint, finished_checkpoints, half_checkpoints
+from megatron_stepkto.training.journal import Journal
+from megatron_stepkto.training.not_finite import bad_pairs, bad_units, not_finite
 from megatron_stepkto.training.references import StepValues, find_references, per_step, per_token, score_documents
 from megatron_stepkto.training.rows import HeldOut, HeldOutRow, UpdateRow
 from megatron_stepkto.training.schedule import learning_rate
-from megatron_stepkto.training.tracking import Tracker
-from megatron_stepkto.training.watch import WINDOW, falling_below_zero
 
 LAGGED = ("batch", "running")  # estimators that read the log-ratios of earlier updates
-MAX_BLAMED = 20  # records named when a number is not finite
 # Examples whose log-ratios are written at the end, for the page: an eighth of those trained on, a few percent of the
 # training, but no fewer and no more than these.
 LOG_RATIOS = (100, 1000)
@@ -112,19 +110,16 @@ class Trainer:
         self.references: StepValues | None = None
         # of each example, its solution's and its KL pair's place among the documents with a reference, or -1
         self.solution_place, self.pair_place = (np.full(len(examples), -1) for _ in range(2))
-        self.progress = ProgressFile(job.progress)
         self.is_writer = dist.get_rank() == 0
-        self.notes: dict[str, Any] = {}
+        self.journal = Journal(job, writes=self.is_writer, against_collapse=self.method.against_collapse)
         if self.objective.balance:
-            self.notes["balance"] = balance_note(self.objective.balance)
+            balance = self.journal.notes["balance"] = balance_note(self.objective.balance)
             if self.is_writer:
-                print(balance_text(self.notes["balance"]), flush=True)  # into the log of this attempt
+                print(balance_text(balance), flush=True)  # into the log of this attempt
         self.batch_kl = dict.fromkeys(KL_SUMS, 0.0)  # what the next update reads, of LAGGED
-        self.right_history: list[float] = []
         self.saved = 0  # updates in the newest checkpoint
         self._asked = False  # this rank, by a signal, at any instant
         self._stop = False  # all ranks have agreed, in _meet: decisions that they take together look at this alone
-        self.tracker: Tracker | None = None
 
     # --- before the first update -----------------------------------------------------------------------------
 
@@ -148,14 +143,11 @@ class Trainer:
         self._measure_gap()
         self._find_references()
         done = self._resume()
-        if self.is_writer:
-            self.tracker = Tracker(
-                self.job.directory, self.settings.log, done, self.job.identity, self.settings.model_dump(mode="json")
-            )
+        self.journal.open(done)
         if done == 0:
             self._show_gradients()
         self._log_held_out(done)
-        self._report(done, len(self.updates), at_once=True)  # the first update may take minutes
+        self.journal.report(done, len(self.updates), at_once=True)  # the first update may take minutes
         with OneAhead(self._global_batch, self.updates[done:]) as prepared:
             for update in range(done, len(self.updates)):
                 self._update(update, prepared)
@@ -187,8 +179,7 @@ class Trainer:
         """Save a checkpoint and end, after ``update`` updates: a rank was asked to stop."""
         if update:
             self._checkpoint(update)
-        if self.tracker:
-            self.tracker.close()
+        self.journal.close()
         raise SystemExit(STOPPED)
 
     def _show_gradients(self) -> None:
@@ -212,10 +203,6 @@ class Trainer:
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         self._stop = bool(both[0].item())
         return float(both[1].item())
-
-    def _report(self, done: int, total: int, note: str = "", unit: str = "", *, at_once: bool = False) -> None:
-        if self.is_writer:
-            self.progress.report(done, total, note, unit=unit, at_once=at_once)
 
     def _score(
         self,
@@ -246,7 +233,7 @@ class Trainer:
 
         score_documents(
             self.engine, documents, what, take, known=known, after_part=after_part,
-            progress=lambda done, total: self._report(done, total, unit=f"tokens of {title}"),
+            progress=lambda done, total: self.journal.report(done, total, unit=f"tokens of {title}"),
         )  # fmt: skip
 
     def _score_steps(self, title: str, part: Part, update: int) -> Tensor:
@@ -275,9 +262,9 @@ class Trainer:
         documents = Documents([Part(self.examples, indices)])
         self._score("the comparison with the sampler", documents, per_token, take)
         mean = total / tokens
-        self.notes["gap"] = {"tokens": tokens, "mean": mean, "max": largest}
+        self.journal.notes["gap"] = {"tokens": tokens, "mean": mean, "max": largest}
         if mean > self.settings.max_gap:
-            self._warn(
+            self.journal.warn(
                 f"sampler and trainer disagree: mean |log-prob difference| {mean:.4f} nats over "
                 f"{tokens} tokens (train.max_gap is {self.settings.max_gap}); the model trained may not be "
                 "the model sampled: check dtype, RoPE settings and the prompt's tokens"
@@ -298,7 +285,7 @@ class Trainer:
                 )
             without = sum(not with_partner(self.examples, self.units[update].ravel()).size for update in self.updates)
             if without:
-                self._warn(
+                self.journal.warn(
                     f"{without} of {len(self.updates)} updates have no KL pair: their reference point is 0, not a "
                     "mean; raise dataset.kl_pair_share or train.global_batch_size"
                 )
@@ -331,19 +318,27 @@ class Trainer:
         batch = next(prepared)
         points, kl = self._reference_points(batch.kl_batches)
         if not all(map(math.isfinite, kl.values())):
-            self._not_finite(update, "the log-ratio over the KL pairs", "KL pairs", self._bad_pairs(batch.pairs))
+            blamed = bad_pairs(batch.pairs, self.engine, self.examples)
+            self._stop_not_finite(update, "the log-ratio over the KL pairs", blamed, "KL pairs")
         sums = self._accumulate(batch.batches, points)
         if not math.isfinite(sums["loss"]):
-            self._not_finite(update, "the loss", "records", self._bad_units(batch.units, points))
+            self._stop_not_finite(update, "the loss", self._bad_units(batch.units, points))
         lr = learning_rate(update, len(self.updates), self.settings.optimizer)
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
-            self._not_finite(update, "the gradient", "records", self._bad_units(batch.units, points))
+            self._stop_not_finite(update, "the gradient", self._bad_units(batch.units, points))
         if self.estimator in LAGGED:
             before = self.batch_kl if self.estimator == "running" else dict.fromkeys(KL_SUMS, 0.0)
             kl = self.batch_kl = {name: before[name] + sums[name] for name in KL_SUMS}
         memory = self._meet()
         self._log(update, sums, kl, points, grad_norm, lr, time.perf_counter() - begun, memory)
+
+    def _bad_units(self, units: Sequence[Sequence[Document]], points: ReferencePoints) -> list[str]:
+        return bad_units(units, self.engine, lambda batches: self._accumulate(batches, points)["loss"])
+
+    def _stop_not_finite(self, update: int, what: str, blamed: Sequence[str], records: str = "records") -> NoReturn:
+        self.engine.checkpoints.finish_saving(wait=True)
+        raise not_finite(self.job, update + 1, what, records, blamed)
 
     def _accumulate(self, batches: Sequence[MicroBatch], points: ReferencePoints) -> dict[str, float]:
         """Gradients of the mean loss over all ranks' ``batches``, in the engine; returns sums pooled over all ranks."""
@@ -384,41 +379,6 @@ class Trainer:
         sums["flops"] = sum(map(self.engine.update_flops, (d for batch in batches for d in batch.documents)))
         return self.engine.pool(sums)
 
-    # --- numbers that are not finite: all ranks see the same pooled value, so all come here together -----------
-
-    def _bad_units(self, units: Sequence[Sequence[Document]], points: ReferencePoints) -> list[str]:
-        """Records whose loss or gradient is not finite on its own, found by halving; the first ``MAX_BLAMED``."""
-        batches = pack_units(units, self.engine.slot())
-        if math.isfinite(self._accumulate(batches, points)["loss"]) and math.isfinite(self.engine.gradient_norm()):
-            return []
-        if len(units) == 1:
-            return [document.key for document in units[0]]
-        found: list[str] = []
-        for half in (units[: len(units) // 2], units[len(units) // 2 :]):
-            if len(found) < MAX_BLAMED:
-                found += self._bad_units(half, points)
-        return found
-
-    def _bad_pairs(self, pairs: Indices) -> list[str]:
-        documents = Documents([Part(self.examples, pairs, kl=True)])
-        found = StepValues(documents.num_steps)
-        score_documents(self.engine, documents, per_step, found.put)
-        return sorted(documents[index].key for index in np.flatnonzero(~found.are_finite()))
-
-    def _not_finite(self, update: int, what: str, records: str, blamed: Sequence[str]) -> NoReturn:
-        """Raises UserError. The weights are still those of the last update."""
-        self.engine.checkpoints.finish_saving(wait=True)
-        saved = finished_checkpoints(self.job.checkpoints)
-        more = " and maybe more" if len(blamed) >= MAX_BLAMED else ""
-        names = f"{records} concerned: {', '.join(dict.fromkeys(blamed[:MAX_BLAMED]))}{more}"
-        advice = self.job.advice
-        raise UserError(
-            f"update {update + 1}: {what} is not finite; "
-            f"{names if blamed else 'each record alone is finite: their sum overflows'}; last good "
-            f"checkpoint: {saved[-1][1] if saved else self.job.initial}; "
-            f"{f'{advice.without_records}; or ' if blamed else ''}{advice.lower_rate}"
-        )
-
     # --- log -------------------------------------------------------------------------------------------------
 
     def _log(
@@ -446,37 +406,16 @@ class Trainer:
             "tflops_per_rank": sums["flops"] / seconds / 1e12 / self.settings.parallel.ranks,
             "memory_gb": memory / 1e9,
         }
-        self._append(UpdateRow.model_validate(row))
-        self._watch_collapse(update, row["log_ratio_right"])
+        self.journal.append(UpdateRow.model_validate(row))
+        self.journal.watch_collapse(update + 1, row["log_ratio_right"])
         note = f"loss {row['loss']:.4f}  {sums['tokens'] / seconds:,.0f} tokens/s"
-        self._report(update + 1, len(self.updates), note)
-
-    def _watch_collapse(self, update: int, right: float | None) -> None:
-        """Warn once when right solutions are less likely than under the reference and still losing probability."""
-        if right is None or "collapse" in self.notes:
-            return
-        self.right_history = [*self.right_history, right][-3 * WINDOW :]
-        if (fell := falling_below_zero(self.right_history)) is not None:
-            before, now = fell
-            self.notes["collapse"] = {"update": update + 1, "log_ratio_right": now}
-            self._warn(
-                f"update {update + 1}: the log-ratio of right solutions is {now:.2f} nats and falling "
-                f"(it was {before:.2f}): right answers lose probability too. Lower optimizer.lr or "
-                f"{self.method.against_collapse}"
-            )
-
-    def _warn(self, message: str) -> None:
-        self.notes.setdefault("warnings", []).append(message)
-
-    def _append(self, row: UpdateRow | HeldOutRow) -> None:
-        if self.tracker:
-            self.tracker.log(row.model_dump(exclude_unset=True))
+        self.journal.report(update + 1, len(self.updates), note)
 
     def _log_held_out(self, update: int) -> None:
         """Log-ratios of right and wrong solutions and steps on examples that never train; where due, and once."""
         if not self.held_out or not self._due(update):
             return
-        measured = [self.tracker is not None and self.tracker.measured == update]
+        measured = [self.journal.has_held_out(update)]
         dist.broadcast_object_list(measured, src=0)  # only the writer sees the rows of an earlier attempt
         if measured[0]:
             return
@@ -485,7 +424,7 @@ class Trainer:
         found = self._score_steps("held-out examples", Part(self.held_out, indices), update)
         solutions = solutions_of_examples(self.held_out, indices, found - self.references.of(0, len(indices)))
         sums = {name: value.item() for name, value in reward_sums(solutions).items()}
-        self._append(HeldOutRow(update=update, held_out=HeldOut.model_validate(held_out_metrics_of(sums))))
+        self.journal.append(HeldOutRow(update=update, held_out=HeldOut.model_validate(held_out_metrics_of(sums))))
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
@@ -509,17 +448,8 @@ class Trainer:
                 "or remove the checkpoint to train from the start"
             )
         self.engine.checkpoints.load_state(directory)
-        self.batch_kl, self.right_history = state["batch_kl"], state["right_history"]
-        before, now = (notes.get("acceleration") for notes in (state["notes"], self.notes))
-        if before != now:
-            self._warn(
-                f"resumed after update {done} with other packages or on another kind of machine, which rounds "
-                f"differently: {now}; before: {before}"
-            )
-        warnings = dict.fromkeys([*state["notes"].get("warnings", []), *self.notes.get("warnings", [])])
-        self.notes = state["notes"] | self.notes  # the notes of this attempt replace those of earlier ones
-        if warnings:
-            self.notes["warnings"] = list(warnings)
+        self.batch_kl = state["batch_kl"]
+        self.journal.restore(done, state["right_history"], state["notes"])
         return done
 
     def _checkpoint(self, update: int) -> None:
@@ -533,8 +463,8 @@ class Trainer:
         state = {
             "base": self.job.base,
             "batch_kl": self.batch_kl,
-            "right_history": self.right_history,
-            "notes": copy.deepcopy(self.notes),
+            "right_history": self.journal.right_history,
+            "notes": copy.deepcopy(self.journal.notes),
         }
 
         def publish() -> None:
@@ -569,8 +499,7 @@ class Trainer:
 
     def _finish(self) -> None:
         self._log_ratios()
-        if self.tracker:
-            self.tracker.close()
+        self.journal.close()
         self.engine.checkpoints.finish_saving(wait=True)
         temporary = self.job.final.with_name(".final.partial")
         if self.is_writer and temporary.exists():
@@ -581,6 +510,6 @@ class Trainer:
                 about = Trained(lora=self.settings.lora.model_copy(update={"start": None}), base=self.job.base)
                 write_json(temporary / LORA_SETTINGS, about.model_dump(mode="json"))
             copy_companions(self.job.initial / COMPANIONS, temporary / COMPANIONS)
-            write_json(self.job.notes, self.notes)
+            write_json(self.job.notes, self.journal.notes)
             flush_tree(temporary)
             temporary.rename(self.job.final)

@@ -38,7 +38,7 @@ def main() -> None:
     line = describe(acceleration, machine)
     if device.type == "cpu":
         line += f"; matrix products by {onednn.matrix_products()}"
-    trainer.notes["acceleration"] = same_everywhere(line)
+    trainer.journal.notes["acceleration"] = same_everywhere(line)
     trainer.run()
     dist.barrier()
     dist.destroy_process_group()

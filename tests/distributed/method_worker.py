@@ -92,8 +92,7 @@ def attempt(job: Job, *, stop: bool) -> dict[str, Any]:
     except SystemExit as end:
         assert (stop, end.code) == (True, STOPPED)
     weights = whole_weights(trainer.engine)
-    if trainer.tracker:
-        trainer.tracker.close()
+    trainer.journal.close()
     del trainer
     gc.collect()
     parallel_state.destroy_model_parallel()

@@ -37,7 +37,7 @@ def main() -> None:
         job = Job.model_validate(read_json(Path(line.strip())))
         acceleration = choose(job.settings, machine)
         trainer = make_trainer(job, device, acceleration)
-        trainer.notes["acceleration"] = describe(acceleration, machine)
+        trainer.journal.notes["acceleration"] = describe(acceleration, machine)
         trainer.run()
         for number in (signal.SIGTERM, signal.SIGUSR1):  # the trainer's handlers hold it
             signal.signal(number, signal.SIG_DFL)

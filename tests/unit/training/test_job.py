@@ -69,7 +69,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatc
     trainer.engine = SimpleNamespace(checkpoints=SimpleNamespace(finish_saving=lambda *, wait: None, save_state=save))
     trainer.job = SimpleNamespace(checkpoints=tmp_path / "checkpoints", base="")
     trainer.settings = SimpleNamespace(keep_checkpoints=1, async_checkpoints=False)
-    trainer.is_writer, trainer.batch_kl, trainer.right_history, trainer.notes = True, {}, [], {}
+    trainer.is_writer, trainer.batch_kl = True, {}
+    trainer.journal = SimpleNamespace(right_history=[], notes={})
     trainer.saved = 0
     monkeypatch.setattr(files.os, "fsync", note)
     monkeypatch.setattr(Path, "rename", publish)
