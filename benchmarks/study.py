@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "reference: initial": ("train.reference=initial",),
     "drop after error": ("judge.after_first_error=drop",),
 }
-SHARED = ("evaluate/M0", "evaluate/problems", "iteration_1/problems", "iteration_1/sample")
+SHARED = ("evaluate/problems", "evaluate/M0", "iteration_1/problems", "iteration_1/sample")
 FIGURES = {
     "pass_at_1": "pass@1",
     "cot_pass_at_1": "CoT-pass@1",
@@ -58,9 +58,10 @@ def run(recipe: Path, seeds: list[int], names: list[str], output: Path) -> None:
             if (folder / "summary.json").is_file():
                 continue
             if name != "base" and not folder.exists():
-                judged_alike = not any(key.startswith("judge.") for key in VARIANTS[name])
-                for part in SHARED if judged_alike else SHARED[1:]:
-                    shutil.copytree(base / part, folder / part)
+                judges_otherwise = any(key.startswith("judge.") for key in VARIANTS[name])
+                for part in SHARED:
+                    if not (judges_otherwise and part == "evaluate/M0"):
+                        shutil.copytree(base / part, folder / part)
             print(f"{name}, seed {seed}", flush=True)
             sets = (*BUDGET, *VARIANTS[name], f"seed={seed}", f"name={folder.name}", f"output={output.resolve()}")
             command = [sys.executable, "-m", "megatron_stepkto", "run", str(recipe), *(f"--set={key}" for key in sets)]

@@ -205,6 +205,7 @@ def run_stage(
     force: bool = False,
     together: Callable[[], None] | None = None,
     check: Callable[[], None] | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run ``work`` unless the stage is finished; returns its manifest ({} where ``work`` did only a part).
 
@@ -214,6 +215,7 @@ def run_stage(
             One of them then does ``work``; the others find it done.
         check: called where the work is not done yet; raises UserError for what the work would refuse. A refusal here,
             or a missing input, leaves no folder behind.
+        begin: called when nothing refuses any more, before ``together`` and ``work``.
 
     Raises:
         UserError: another process is writing the directory, it holds the work of another key (without ``force``),
@@ -231,6 +233,8 @@ def run_stage(
             kept = "; nothing changed, so --force keeps it: remove the folder to redo it" if force else ""
             say(f"{stage.title}: already done ({stage.directory}){kept}")
             return done
+        if begin is not None:
+            begin()
         if together is None:
             return _finish(stage, key, work, held, begun)
     together()

@@ -139,7 +139,7 @@ def with_flipped_labels(sample: JudgedSample, share: float, seed: int) -> Judged
     """The sample as a judge that errs would have labelled it: each judged step's label is flipped with probability
     ``share``. The judged samples themselves keep the true labels, which figures are made of.
 
-    A hash of seed, sample and step decides: a larger share turns over the same labels and more.
+    A hash of seed, sample and step decides: a larger share flips the same labels and more.
     """
     if not share:
         return sample

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from megatron_stepkto.base.files import numbered
 from megatron_stepkto.base.stage import Result, Stage, run_stage
 from megatron_stepkto.recipe import keys as recipes
 
-R = TypeVar("R")
 StageName = Literal["problems", "sample", "judge", "dataset", "train", "convert"]
 
 
@@ -193,16 +192,9 @@ class Run:
         check: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         """``run_stage`` for a stage of this run. Where it works, an old summary would contradict it, and is removed."""
-
-        def first(act: Callable[[], R]) -> Callable[[], R]:
-            def acting() -> R:
-                self.folder.summary.unlink(missing_ok=True)
-                return act()
-
-            return acting
-
         manifest = run_stage(
-            self.known(stage), first(work), force=self.force, together=together and first(together), check=check
-        )
+            self.known(stage), work, force=self.force, together=together, check=check,
+            begin=lambda: self.folder.summary.unlink(missing_ok=True),
+        )  # fmt: skip
         self.finished.append((str(stage.directory.relative_to(self.base)), manifest))
         return manifest

@@ -16,7 +16,7 @@ from typing import Literal
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import find_files
 from megatron_stepkto.base.stage import MANIFEST, Stage
-from megatron_stepkto.recipe.keys import Import, Method, Recipe
+from megatron_stepkto.recipe.keys import Method, Recipe
 from megatron_stepkto.run.folder import Run
 from megatron_stepkto.run.stages import (
     check_fits,
@@ -99,7 +99,7 @@ def machine_refusals(
     """
     left = list(pending(run, compare))
     first = _first_of_each_kind(left)  # the later ones ask for the same
-    checks: list[tuple[str, Check]] = [("import", check) for check in _imports(run)]
+    checks: list[tuple[str, Check]] = [("inputs", check) for check in _files(run)]
     if environment != "sample":
         checks += [
             (item.title, check) for item in first if item.kind == "train" for check in _training(item, elsewhere)
@@ -153,21 +153,22 @@ def _collect(checks: Sequence[tuple[str, Check]]) -> list[str]:
 # --- checks of the stages --------------------------------------------------------------------------------------
 
 
-def _imports(run: Run) -> Iterator[Check]:
-    """One check for each file of judged solutions, until they are imported."""
-    if run.recipe.problems.source != "imports" or (run.folder.judged(1).parent / MANIFEST).is_file():
-        return
-    for number, each in enumerate(run.recipe.problems.imports):
-        yield partial(_check_import, run.recipe, number, each)
+def _files(run: Run) -> Iterator[Check]:
+    """One check for each file that a later stage reads: judged solutions, until they are imported; excluded samples."""
+    recipe = run.recipe
+    if recipe.problems.source == "imports" and not (run.folder.judged(1).parent / MANIFEST).is_file():
+        for number, each in enumerate(recipe.problems.imports):
+            key, what = f"problems.imports.{number}.path", f"a file of format {each.format}"
+            advice = "download it (docs/data.md says from where), or correct the path"
+            yield partial(_check_file, recipe, key, each.path, what, advice)
+    for iteration, path in recipe.dataset.exclude.items():
+        key = f"dataset.exclude.{iteration}"
+        yield partial(_check_file, recipe, key, path, "a file of sample ids", "correct the path, or remove the key")
 
 
-def _check_import(recipe: Recipe, number: int, given: Import) -> None:
-    if not given.path.exists():
-        key = f"problems.imports.{number}.path"
-        raise UserError(
-            f"{recipe.place(key)}: {key}: expected a file of format {given.format}, found none at {given.path}; "
-            "download it (docs/data.md says from where), or correct the path"
-        )
+def _check_file(recipe: Recipe, key: str, path: Path, what: str, advice: str) -> None:
+    if not path.exists():
+        raise UserError(f"{recipe.place(key)}: {key}: expected {what}, found none at {path}; {advice}")
 
 
 def _training(item: Pending, elsewhere: bool) -> Iterator[Check]:

@@ -48,7 +48,7 @@ def bad_pairs(pairs: Indices, engine: Engine, examples: Examples) -> list[str]:
 
 
 def not_finite(job: Job, update: int, what: str, records: str, blamed: Sequence[str]) -> UserError:
-    """The error to raise. The weights are still those before the update, and checkpoints are on the disk.
+    """The error to raise. The weights are those of the last update that ended, and its checkpoints are on the disk.
 
     Args:
         update: from 1. what: the number. records: what ``blamed`` names.

@@ -304,7 +304,7 @@ def test_wrong_solutions_for_each_right_one() -> None:
     assert counts("kto", 0.5) == {"none": [0, 0, 0], "few": [1, 0, 0], "most": [5, 2, 0], "all": [8, 0, 0]}
     assert counts("bco", 2)["few"] == [1, 2, 0]
     assert counts("kto", 0)["most"] == [5, 0, 0]
-    # drawn at random: 21 of the 7 wrong ones' pairs, over seeds
+    # drawn at random: of 7 wrong ones 21 pairs are possible
     drawn = {
         tuple(sorted(e.example_id for e in select(group(*rows), Dataset(wrong_per_right=2), "kto", seed)
                      if e.problem_id == "few" and e.outcome == 0))

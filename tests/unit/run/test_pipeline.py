@@ -132,6 +132,11 @@ def test_the_data_set_of_an_iteration_leaves_out_what_its_file_names(tmp_path: P
     file.unlink()
     with pytest.raises(UserError, match="iteration 2 dataset: input exclude is missing"):
         build(2, exclude)
+    missing = refusals.machine_refusals(Run(read_recipe(repository / "recipes" / "mini_cpu.yaml", [*given, exclude])))
+    assert missing[0] == (
+        f"inputs: --set {exclude}: dataset.exclude.2: expected a file of sample ids, found none at {file}; correct the "
+        "path, or remove the key"
+    ), "before anything is sampled"
     with pytest.raises(UserError, match=r"dataset\.exclude\.0"):
         build(2, f"dataset.exclude.0={file}")
 

@@ -72,7 +72,7 @@ def test_files_to_import_that_are_missing(repository: Path, tmp_path: Path, monk
         ("gsm8k_solutions", "samples/gsm8k_model_solutions.jsonl"),
     ]  # fmt: skip
     expected = [
-        f"{os.uname().nodename}: import: {path}:{1 + next(n for n, line in enumerate(lines) if file in line)}: "
+        f"{os.uname().nodename}: inputs: {path}:{1 + next(n for n, line in enumerate(lines) if file in line)}: "
         f"problems.imports.{number}.path: expected a file of format {kind}, found none at {tmp_path / file}; "
         "download it (docs/data.md says from where), or correct the path"
         for number, (kind, file) in enumerate(named)
