@@ -1,16 +1,18 @@
 """The knobs that the paper leaves open, and label noise, on the miniature: one knob changed at a time, several seeds.
 
-python -m benchmarks.study run [--recipe recipes/mini_cpu.yaml] [--seeds 0,1,2] [--only NAME,...] [--output runs/study]
-python -m benchmarks.study table [--against base] [--output runs/study]
+python -m benchmarks.study run [--recipe recipes/mini_cpu.yaml] [--seeds 0,1,2] [--only NAME,...] [--record FILE.csv]
+python -m benchmarks.study table [--against base] [--record FILE.csv]
 
 Every run has the same sample budget, which is smaller than the demo's: 160 problems an iteration. ``run`` goes on where
 it was stopped. Variants of one seed share M0, its evaluation and the first samples with that seed's base run.
-``table`` prints means over seeds, and writes ``study.svg``.
+The record has a line for each finished run, so that a study may be spread over days and machines. ``table`` prints
+means over its seeds, and draws ``FILE.svg``.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import shutil
@@ -19,6 +21,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_stepkto.base.files import atomic_writer
+from megatron_stepkto.base.locks import exclusive_lock
+
+SUMMARY = "summary.json"
 BUDGET = ("problems.per_iteration=160", "evaluate.num_problems=1000", "evaluate.k=1", "sample.workers=1")
 LOSS = "train.loss."
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -50,13 +56,15 @@ def folder_of(output: Path, variant: str, seed: int) -> Path:
     return output / f"{variant.replace('%', '').replace(': ', '_').replace(' ', '_')}-{seed}"
 
 
-def run(recipe: Path, seeds: list[int], names: list[str], output: Path) -> None:
+def run(recipe: Path, seeds: list[int], names: list[str], output: Path, record: Path) -> None:
+    """Run what the record lacks; the base run of a seed also where its folder, which the others share, is not here."""
     for seed in seeds:
-        base = folder_of(output, "base", seed)
-        for name in names:
+        base, recorded = folder_of(output, "base", seed), results(record)
+        missing = [name for name in names if seed not in recorded.get(name, {})]
+        if missing and not (base / SUMMARY).is_file():
+            missing = ["base", *(name for name in missing if name != "base")]
+        for name in missing:
             folder = folder_of(output, name, seed)
-            if (folder / "summary.json").is_file():
-                continue
             if name != "base" and not folder.exists():
                 judges_otherwise = any(key.startswith("judge.") for key in VARIANTS[name])
                 for part in SHARED:
@@ -64,22 +72,36 @@ def run(recipe: Path, seeds: list[int], names: list[str], output: Path) -> None:
                         shutil.copytree(base / part, folder / part)
             print(f"{name}, seed {seed}", flush=True)
             sets = (*BUDGET, *VARIANTS[name], f"seed={seed}", f"name={folder.name}", f"output={output.resolve()}")
-            command = [sys.executable, "-m", "megatron_stepkto", "run", str(recipe), *(f"--set={key}" for key in sets)]
-            if code := subprocess.call(command):
+            stepkto = [sys.executable, "-m", "megatron_stepkto"]
+            if code := subprocess.call([*stepkto, "run", str(recipe), *(f"--set={key}" for key in sets)]):
                 sys.exit(code)
+            rows = json.loads((folder / SUMMARY).read_text())["iterations"]
+            of_base = {"M0": rows[0]} if name == "base" else {}  # a variant that judges otherwise has its own
+            write_down(record, seed, {**of_base, name: rows[-1]})
 
 
-def results(output: Path) -> dict[str, dict[int, dict[str, float]]]:
+def write_down(record: Path, seed: int, rows: dict[str, dict[str, float]]) -> None:
+    """Add what one run measured; another process may run another seed."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(record.with_name(f".{record.name}.lock"), str(record), wait=True):
+        found = results(record)
+        for name, row in rows.items():
+            found.setdefault(name, {})[seed] = {key: 100 * row[key] for key in FIGURES}
+        with atomic_writer(record) as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow(["variant", "seed", *FIGURES])
+            for name in ("M0", *VARIANTS):
+                for number, row in sorted(found.get(name, {}).items()):
+                    lines.writerow([name, number, *(f"{row[key]:.4f}" for key in FIGURES)])
+
+
+def results(record: Path) -> dict[str, dict[int, dict[str, float]]]:
     """Percent, by variant and seed: the last model of each finished run; "M0" is the one that all start from."""
     found: dict[str, dict[int, dict[str, float]]] = {}
-    for variant in VARIANTS:
-        for folder in sorted(output.glob(folder_of(Path(), variant, 0).name[:-1] + "[0-9]*")):
-            if (folder / "summary.json").is_file():
-                rows = json.loads((folder / "summary.json").read_text())["iterations"]
-                seed = int(folder.name.rpartition("-")[2])
-                of_base = {"M0": rows[0]} if variant == "base" else {}  # a variant that judges otherwise has its own
-                for name, row in {**of_base, variant: rows[-1]}.items():
-                    found.setdefault(name, {})[seed] = {key: 100 * row[key] for key in FIGURES}
+    if record.is_file():
+        with record.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(row["variant"], {})[int(row["seed"])] = {key: float(row[key]) for key in FIGURES}
     return found
 
 
@@ -92,9 +114,9 @@ def difference(rows: dict[int, dict[str, float]], base: dict[int, dict[str, floa
     return f"{statistics.mean(gains):+.1f} ± {half:.1f}"
 
 
-def table(output: Path, against: str) -> str:
+def table(record: Path, against: str) -> str:
     """Markdown: means over seeds, and each variant's difference to the variant ``against``."""
-    found = results(output)
+    found = results(record)
     base = found.get(against, {})
     lines = [
         "| | seeds | " + " | ".join(f"{title} | Δ" for title in FIGURES.values()) + " |",
@@ -109,9 +131,9 @@ def table(output: Path, against: str) -> str:
     return "\n".join(lines)
 
 
-def drawing(output: Path) -> str:
+def drawing(record: Path) -> str:
     """SVG: a panel for each of two figures, a line for each variant, a dot for each seed, a bar at the mean."""
-    found = {name: rows for name, rows in results(output).items() if name != "M0"}
+    found = {name: rows for name, rows in results(record).items() if name != "M0"}
     width, left, line = 320, 150, 22
     height = 60 + line * len(found)
     parts = [
@@ -121,7 +143,8 @@ def drawing(output: Path) -> str:
     ]
     for panel, key in enumerate(DRAWN):
         values = [row[key] for rows in found.values() for row in rows.values()]
-        low, high = math.floor(min(values) / 5) * 5, math.ceil(max(values) / 5) * 5 or 5
+        low = math.floor(min(values) / 5) * 5
+        high = max(math.ceil(max(values) / 5) * 5, low + 5)
         begin = left + panel * (width + 40)
 
         def x(value: float, begin: int = begin, low: int = low, high: int = high) -> float:
@@ -152,14 +175,16 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default=",".join(VARIANTS), metavar="NAME,...")
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--record", type=Path, default=Path("runs/study/study.csv"))
     parser.add_argument("--against", default="base", choices=VARIANTS, help="what the table's differences are to")
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     if arguments.command == "run":
-        run(arguments.recipe, seeds, ["base", *(n for n in arguments.only.split(",") if n != "base")], arguments.output)
+        names = ["base", *(name for name in arguments.only.split(",") if name != "base")]
+        run(arguments.recipe, seeds, names, arguments.output, arguments.record)
     else:
-        print(table(arguments.output, arguments.against))
-        (arguments.output / "study.svg").write_text(drawing(arguments.output))
+        print(table(arguments.record, arguments.against))
+        arguments.record.with_suffix(".svg").write_text(drawing(arguments.record))
 
 
 if __name__ == "__main__":
