@@ -1,6 +1,7 @@
 """The knobs that the paper leaves open, and label noise, on the miniature: one knob changed at a time, several seeds.
 
-python -m benchmarks.study run [--recipe recipes/mini_cpu.yaml] [--seeds 0,1,2] [--only NAME,...] [--record FILE.csv]
+python -m benchmarks.study run [--recipe recipes/mini_cpu.yaml] [--seeds 0,1,2] [--only NAME,...] [--output runs/study]
+                               [--record FILE.csv]
 python -m benchmarks.study table [--against base] [--record FILE.csv]
 
 Every run has the same sample budget, which is smaller than the demo's: 160 problems an iteration. ``run`` goes on where
