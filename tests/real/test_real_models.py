@@ -50,7 +50,7 @@ def load(folder: Path) -> Any:
 def token_log_probs(model: Any, prompt: list[int], response: list[int]) -> Tensor:
     """[tokens of the response], nats."""
     ids = torch.tensor([[*prompt, *response]])
-    scores = model(ids, logits_to_keep=len(response) + 1).logits[0, :-1].log_softmax(-1)
+    scores = model(ids, logits_to_keep=len(response) + 1).logits[0, :-1].double().log_softmax(-1)
     return scores.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
