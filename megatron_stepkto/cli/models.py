@@ -61,6 +61,9 @@ def _add_measure_options(measure: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     measure.add_argument("--output", type=Path, required=True, metavar="DIR", help="for solutions and metrics")
     measure.add_argument("--limit", type=positive, metavar="N", help="take the first N problems of each SET")
+    measure.add_argument(
+        "--recipe", type=Path, metavar="RECIPE", help="take prompt, sample, judge and evaluate from a recipe"
+    )
     add_set(measure, "override a key of prompt, sample, judge or evaluate; repeatable")
     measure.add_argument("--force", action="store_true", help="replace an evaluation made with other settings")
     add_quarantine(measure)
@@ -74,8 +77,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     if arguments.limit:
         overrides.append(f"evaluate.num_problems={arguments.limit}")
     row = evaluate_folder(
-        arguments.model, arguments.data, arguments.output, overrides, force=arguments.force,
-        quarantine=arguments.quarantine,
+        arguments.model, arguments.data, arguments.output, overrides, recipe=arguments.recipe,
+        force=arguments.force, quarantine=arguments.quarantine,
     )  # fmt: skip
     rows = [{"k": row["k"], **inner, "name": name} for name, inner in row["by"]["data"].items()]
     sys.stdout.write(results_table({"iterations": rows}) + "\n")

@@ -1,4 +1,4 @@
-"""``stepkto measure MODEL --data FILE``: measure any Hugging Face folder, without a recipe or a run."""
+"""``stepkto measure MODEL --data FILE``: measure any Hugging Face folder, without a run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts, load_tokenize
 
 
 def evaluate_folder(
-    model: Path, data: Sequence[str], output: Path, overrides: Sequence[str], *, force: bool = False,
-    quarantine: Path | None = None,
+    model: Path, data: Sequence[str], output: Path, overrides: Sequence[str], *, recipe: Path | None = None,
+    force: bool = False, quarantine: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate ``model`` on the problems of all data sets together; returns the row of metrics.
+
+    The settings are those of ``recipe``, else defaults with the model's chat template, changed by ``overrides``.
 
     The folder ``output`` gets the problems, every judged solution, metrics.json and a manifest with the hashes of
     model and data, prompt, seed and versions. After a kill the same call resumes; of a
@@ -41,11 +43,14 @@ def evaluate_folder(
     if not data:
         raise UserError("--data is missing: name files of problems, or hub:math500 and the like to download them")
     chat = bool(load_tokenizer(model).chat_template)
-    settings = model_evaluation(model.resolve().name, chat, overrides)
+    settings = model_evaluation(model.resolve().name, chat, overrides, recipe)
     prompts = Prompts.of(settings.prompt, model)
     problems = _problems(data, quarantine, settings.evaluate.num_problems, prompts.check)
-    if chat and settings.prompt.chat:
-        say("prompts use the model's chat template; --set prompt.chat=false turns it off")
+    if recipe is None and chat and settings.prompt.chat:
+        say(
+            "prompts use the model's chat template; --set prompt.chat=false turns it off, --recipe RECIPE takes the "
+            "prompt that it was trained on"
+        )
     asked, results = output / "asked" / "problems.jsonl", output / "results"
     known = list(read_records(asked, Problem)) if asked.is_file() else None
     others = known not in (None, problems) and results.exists()  # a command that is refused leaves no results

@@ -19,12 +19,14 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe.command_keys import check_overrides
-from megatron_stepkto.recipe.keys import Judging, ProcessJudge, Recipe, nearest_place
+from megatron_stepkto.recipe.keys import Judging, ProcessJudge, Recipe, Sampling, nearest_place
 from megatron_stepkto.recipe.model_evaluation import ModelEvaluation
-from megatron_stepkto.recipe.section import without_tags
+from megatron_stepkto.recipe.section import training_only, without_tags
 from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 M = TypeVar("M", bound=BaseModel)
+# What an evaluation of other problems leaves out of a recipe: how training samples are drawn, and its own problems.
+_NOT_MEASURED = {"sample": training_only(Sampling), "evaluate": frozenset({"split", "num_problems"})}
 _VARIABLE = re.compile(r"(\$\$\{)|\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -143,23 +145,32 @@ def _override(tree: dict[str, Any], assignment: str, places: dict[tuple[str | in
         places.setdefault(path[:end], f"--set {_shortened(assignment)}")
 
 
-def model_evaluation(name: str, chat: bool, overrides: Sequence[str]) -> ModelEvaluation:
-    """The settings of an evaluation without a recipe: defaults, and ``--set section.key=value``.
+def model_evaluation(name: str, chat: bool, overrides: Sequence[str], recipe: Path | None = None) -> ModelEvaluation:
+    """The settings of an evaluation without a run: a recipe's sections or defaults, and ``--set section.key=value``.
+
+    Args:
+        chat: of the defaults; a recipe says itself whether it uses the chat template.
+        recipe: gives prompt, sample, judge and evaluate, but not which problems, nor how many.
 
     Raises:
         UserError: an unknown key, one that such an evaluation does not read, or a value that does not fit.
     """
+    places: dict[tuple[str | int, ...], str] = {(): "--set"}
     tree: dict[str, Any] = {
-        "name": name,
         "prompt": {"template": "boxed", "chat": chat},
         "sample": {"max_tokens": 2048, "gap_problems": 0},
         "judge": {"split": "blank_line", "process": "none"},
         "evaluate": {},
     }
-    places: dict[tuple[str | int, ...], str] = {(): "--set"}
+    if recipe is not None:
+        given, places = _read_tree(recipe, None)
+        tree |= {"prompt": {}} | {section: given[section] for section in tree if given.get(section) is not None}
+        for section, keys in _NOT_MEASURED.items():
+            if isinstance(tree[section], dict):
+                tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     for assignment in overrides:
         _override(tree, assignment, places)
-    settings = _validated(ModelEvaluation, tree, places, Path())
+    settings = _validated(ModelEvaluation, {"name": name, **tree}, places, recipe.parent if recipe else Path())
     check_overrides("measure", overrides)
     return settings
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
+from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.command_keys import is_read
 from megatron_stepkto.recipe.file import model_evaluation
@@ -131,3 +133,28 @@ def test_an_evaluation_without_a_recipe() -> None:
     assert plain["evaluate"] == {"split": "test", "k": 8, "temperature": 0.7, "top_p": 1.0, "num_problems": None}
     settings = model_evaluation("m", False, ["sample.workers=3", "sample.stall_timeout_s=5", "judge.workers=4"])
     assert recipe.deciding(settings) == recipe.deciding(model_evaluation("m", False, []))
+
+
+def test_an_evaluation_with_a_recipes_settings(tmp_path: Path) -> None:
+    """Its prompt, sampler, judge and k; neither its own problems nor what only training samples have."""
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        'prompt: {template: "{problem}\\n"}\n'
+        "sample: {max_tokens: 96, num_samples: 4, temperature: 0.5, gap_problems: 3, dtype: float32}\n"
+        "judge: {split: line, process: {kind: llm, base_url: http://a/v1, model: m, prompt: mine.txt}}\n"
+        "evaluate: {split: dev, num_problems: 30, k: 4}\n"
+    )
+    found = model_evaluation("m", True, ["evaluate.temperature=0.5"], path)
+    assert found.prompt == recipe.Prompt(template="{problem}\n", chat=False)
+    assert found.sample == recipe.Sampling(max_tokens=96, dtype="float32")
+    assert found.judge.process.prompt == tmp_path / "mine.txt"  # type: ignore[union-attr]
+    assert (found.evaluate.k, found.evaluate.temperature) == (4, 0.5)
+    assert (found.evaluate.split, found.evaluate.num_problems) == ("test", None)
+    path.write_text("problems: {source: imports}\n")  # an imported run has neither sample nor judge
+    default = model_evaluation("m", False, [])
+    found = model_evaluation("m", True, [], path)
+    assert (found.sample.max_tokens, found.judge) == (default.sample.max_tokens, default.judge)
+    assert found.prompt == recipe.Prompt()
+    path.write_text("name: x\nevaluate:\n  kk: 4\n")
+    with pytest.raises(UserError, match=r"r\.yaml:3: unknown key evaluate\.kk; did you mean k"):
+        model_evaluation("m", True, [], path)
