@@ -243,9 +243,17 @@ def _patch_optimizer() -> None:
     for module in (one, clip):
         _replace(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
         _replace(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
-    _replace(clip, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+    _replace(clip, "l2_norm_impl", _l2_norm)
     if hasattr(clip, "multi_tensor_scale_tensor_impl"):  # since Megatron-Core 0.17
         clip.multi_tensor_scale_tensor_impl = None
+
+
+def _l2_norm(_: int, __: torch.Tensor, tensor_lists: list[list[torch.Tensor]], *___: Any) -> tuple[torch.Tensor, None]:
+    """In pieces: on a CPU torch.norm adds squares in float32 one by one, and the norm of an embedding's 136M gradients
+    comes out 0.5% too small.
+    """
+    pieces = [piece for tensors in tensor_lists for tensor in tensors for piece in tensor.reshape(-1).split(1 << 16)]
+    return torch.norm(torch.stack([torch.norm(piece) for piece in pieces])).reshape(1), None
 
 
 def _called_from_megatron() -> bool:
