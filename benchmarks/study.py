@@ -47,7 +47,6 @@ FIGURES = {
     "pass_at_1": "pass@1",
     "cot_pass_at_1": "CoT-pass@1",
     "wrong_step_share_of_correct": "right answers with a wrong step",
-    "wrong_step_rate_in_correct": "wrong steps in right answers",
 }
 DRAWN = ("pass_at_1", "wrong_step_share_of_correct")
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5% quantile of Student's t by degrees of freedom
