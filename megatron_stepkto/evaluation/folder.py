@@ -48,8 +48,8 @@ def evaluate_folder(
     problems = _problems(data, quarantine, settings.evaluate.num_problems, prompts.check)
     if recipe is None and chat and settings.prompt.chat:
         say(
-            "prompts use the model's chat template; --set prompt.chat=false turns it off, --recipe RECIPE takes the "
-            "prompt that it was trained on"
+            "prompts use the model's chat template; --set prompt.chat=false turns it off, and --recipe RECIPE uses a "
+            "recipe's prompt"
         )
     asked, results = output / "asked" / "problems.jsonl", output / "results"
     known = list(read_records(asked, Problem)) if asked.is_file() else None

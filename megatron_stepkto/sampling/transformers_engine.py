@@ -121,8 +121,9 @@ class _SeededDraw:
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         import torch
 
-        # not log_softmax: on a CPU its float32 sum over 49,152 words is 1.4e-5 nats off, always to the same side
-        raw = scores.float() - scores.float().logsumexp(dim=-1, keepdim=True)
+        from megatron_stepkto.logprobs import log_softmax
+
+        raw = log_softmax(scores.float())
         drawn = torch.stack([self._perturb(*row) for row in zip(raw, self._requests, self._generators, strict=True)])
         ended = int(torch.isin(input_ids[:, -1], self._end_ids).sum()) if self.log_probs else 0  # they get padding
         self.log_probs.append(raw.gather(1, drawn.argmax(dim=-1, keepdim=True)).squeeze(1))
