@@ -8,6 +8,8 @@ PYTHON ?= python3.11
 # Used only if the default package index has no CPU build of torch.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+# Tests that run at the same time, because most leave a core idle.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,9 +42,9 @@ gsm8k: setup
 	$(BIN)/stepkto run recipes/gsm8k_offline_cpu.yaml
 
 test: setup
-	$(BIN)/python -m pytest -m "not long and not big_model" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not long and not big_model" $(PYTEST_ARGS)
 
-# With the tests that take about a minute or more each.
+# With the tests that take about a minute or more each. One at a time: some give a step of theirs a minute or two at most.
 test-all: setup
 	$(BIN)/python -m pytest -m "not big_model" $(PYTEST_ARGS)
 
@@ -52,7 +54,7 @@ real: setup
 	$(BIN)/python -m pytest tests/real $(PYTEST_ARGS)
 
 unit: setup
-	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) tests/unit $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_stepkto.base.progress import console
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SHARING = ("tests/slurm/", "tests/real/")  # folders whose tests share one cluster, one converted model
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a worker whole files, and of the folders ``SHARING`` all of them: what a fixture makes is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileOrFolder(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((folder for folder in SHARING if file.startswith(folder)), file)
+
+    config.option.loadscopereorder = False  # in the order of collection: unit/, with the short ones, is the last
+    return ByFileOrFolder(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-TIME_LIMIT_S = 400
+TIME_LIMIT_S = 900  # on a busy machine
 WORDS = 300
 MAX_TOKENS = 40
 # Two go on beyond the 32 positions that the scaled RoPEs were made for, one begins there.

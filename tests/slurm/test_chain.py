@@ -13,9 +13,9 @@ import pytest
 from megatron_stepkto.base.files import sha256_of
 from tests.slurm.cluster import Cluster, stepkto, write_site
 from tests.slurm.environments import make_environment
+from tests.slurm.runs import LIMIT_S
 
 pytestmark = [pytest.mark.slurm, pytest.mark.vllm, pytest.mark.distributed]
-LIMIT_S = 600
 SMALL = {
     "iterations": 2, "problems.per_iteration": 16, "sample.num_samples": 4, "sample.chunk_problems": 4,
     "sample.workers": 1, "train.global_batch_size": 16, "evaluate.num_problems": 20, "evaluate.k": 4,
