@@ -10,8 +10,8 @@ from typing import Any
 from megatron_stepkto.base.records import Problem, read_records
 
 
-def load(repository: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("word_problems", repository / "examples" / "word_problems.py")
+def load(repository: Path, name: str = "word_problems") -> Any:
+    spec = importlib.util.spec_from_file_location(name, repository / "examples" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
