@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from megatron_stepkto.problems.chained_arithmetic.generate import generate
 from megatron_stepkto.recipe import keys as recipe
 from tests.builders import write_examples
 from tests.distributed.test_against_transformers import run_train
+from tests.example_scripts import EXAMPLES, load_example
 
 pytestmark = pytest.mark.distributed
 
@@ -26,15 +25,10 @@ LINES, UPDATES, BATCH, SEED = 150, 3, 16, 3
 
 
 @pytest.fixture(scope="module")
-def example(repository: Path) -> Any:
-    path = repository / "examples" / f"step_kto_in_{LINES}_lines.py"
-    assert len(path.read_text().splitlines()) <= LINES
-    spec = importlib.util.spec_from_file_location("step_kto_example", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
+def example() -> Any:
+    name = f"step_kto_in_{LINES}_lines"
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= LINES
+    return load_example(name)
 
 
 def steps_of(solution: Any) -> list[TrainStep]:

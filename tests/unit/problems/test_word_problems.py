@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 from megatron_stepkto.base.records import Problem, read_records
-
-
-def load(repository: Path, name: str = "word_problems") -> Any:
-    spec = importlib.util.spec_from_file_location(name, repository / "examples" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.example_scripts import load_example
 
 
 def row(text: str, answer: str, operations: int = 1) -> dict[str, str]:
     return {"problem": text, "answer": answer, "solution": "<<1+1=2>>2\n" * operations + f"#### {answer}"}
 
 
-def test_files(repository: Path, tmp_path: Path) -> None:
+def test_files(tmp_path: Path) -> None:
     words = [row(f"Tom has {n} pens.", str(n)) for n in range(400)]
     words += [row("tom has 7  pens.", "7"), row("Ann has some.", "1"), row("Ann has some.", "2")]
     files = {
@@ -34,7 +25,7 @@ def test_files(repository: Path, tmp_path: Path) -> None:
     for name, rows in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(each) + "\n" for each in rows))
-    counts = load(repository).prepare(tmp_path, tmp_path / "out")
+    counts = load_example("word_problems").prepare(tmp_path, tmp_path / "out")
     assert counts == {"train": 100, "dev": 300, "sft": 102, "test": 1, "test_gsm8k": 2}
     made = {name: [p.problem for p in read_records(tmp_path / "out" / f"{name}.jsonl", Problem)] for name in counts}
     assert sorted([*made["train"], *made["dev"]]) == sorted(f"Tom has {n} pens." for n in range(400))
