@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_stepkto.cli.main import main
+from megatron_stepkto.__main__ import main
 
 if __name__ == "__main__":
     main(["plan", *sys.argv[1:]])
