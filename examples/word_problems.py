@@ -8,8 +8,8 @@ rows with ``problem``, ``answer`` and ``solution``. OUT gets:
 - train.jsonl  MAWPS and ASDiv, each text once, without those of which the set gives two answers
 - dev.jsonl    300 of them that do not train, to choose settings on
 - sft.jsonl    train.jsonl, and GSM8K's training problems of at most two annotated operations
-- test.jsonl   SVAMP
-- test_gsm8k.jsonl  GSM8K's test problems of at most two operations, for ``stepkto measure``
+- svamp.jsonl  to measure on
+- gsm8k_two_steps.jsonl  GSM8K's test problems of at most two operations, to measure on
 """
 
 from __future__ import annotations
@@ -50,8 +50,14 @@ def prepare(data: Path, out: Path) -> dict[str, int]:
         [problem for problem in read_rows(data / name, to_problem) if is_short(problem)]
         for name in ("problems/gsm8k_train.jsonl", "eval/gsm8k_test.jsonl")
     )
-    files = {"train": train, "dev": dev, "sft": [*train, *distinct(gsm8k)],
-             "test": list(read_rows(data / "eval" / "svamp.jsonl", to_problem)), "test_gsm8k": gsm8k_test}  # fmt: skip
+    svamp = list(read_rows(data / "eval" / "svamp.jsonl", to_problem))
+    files = {
+        "train": train,
+        "dev": dev,
+        "sft": [*train, *distinct(gsm8k)],
+        "svamp": svamp,
+        "gsm8k_two_steps": gsm8k_test,
+    }
     out.mkdir(parents=True, exist_ok=True)
     return {name: write_records(out / f"{name}.jsonl", problems) for name, problems in files.items()}
 

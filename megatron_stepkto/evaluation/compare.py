@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ class Difference:
 def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
     """Compare two evaluation folders: a run's (``runs/NAME/evaluate/M1``), or the output of ``stepkto measure``.
 
-    ``settings``: those that differ between the two evaluations; None where one has no manifest.
+    ``settings``: those that differ between the two evaluations; None where one has no manifest. ``by``: the same
+    comparison of each data set, where the evaluations are of several.
 
     Raises:
         UserError: a folder is not a finished evaluation, or the two are of different problems.
@@ -88,6 +89,20 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
             f"{first} and {second}: problem {changed[0]} (and {len(changed) - 1} more) differs in text or answer "
             "between them; evaluate both on the same data"
         )
+    sets: dict[str, list[tuple[ProblemResult, ProblemResult]]] = {}
+    for pair in pairs:
+        if (name := pair[1].data) is not None:
+            sets.setdefault(name, []).append(pair)
+    return {
+        "first": {"folder": str(first), "name": rows[0]["name"]},
+        "second": {"folder": str(second), "name": rows[1]["name"]},
+        "settings": _other_settings(first, second),
+        **_compared(pairs, rows),
+        "by": {"data": {name: _compared(sets[name], rows) for name in sorted(sets)}} if len(sets) > 1 else {},
+    }
+
+
+def _compared(pairs: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     differences = [_yes_or_no("pass@1", pairs, lambda r: r.greedy == 1)]
     if all(row.get("cot_pass_at_1") is not None for row in rows):
         throughout = "right answer, right steps"
@@ -99,13 +114,7 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
         _ratio("right with a wrong step", pairs, lambda r: (r.flawed, r.right_and_judged)),
         _ratio("wrong steps in right", pairs, lambda r: (r.wrong_steps, r.judged_steps)),
     ]
-    return {
-        "first": {"folder": str(first), "name": rows[0]["name"]},
-        "second": {"folder": str(second), "name": rows[1]["name"]},
-        "num_problems": len(pairs),
-        "settings": _other_settings(first, second),
-        "differences": [vars(difference) for difference in differences],
-    }
+    return {"num_problems": len(pairs), "differences": [vars(difference) for difference in differences]}
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -178,11 +187,21 @@ def _ratio(metric: str, pairs: Pairs, counts: Callable[[ProblemResult], tuple[in
 
 
 def comparison_table(comparison: dict[str, Any]) -> str:
+    """As it is printed: all problems, then each data set, where there are several."""
     table = Table(box=SIMPLE_HEAD, caption="second - first, [95% bootstrap over problems]; p: McNemar, exact")
     first, second = _headings(comparison["first"], comparison["second"])
     for heading in (f"{comparison['num_problems']:,} problems", first, second, "difference", "only one solves", "p"):
         table.add_column(heading, justify="left" if heading.endswith("problems") else "right")
-    for row in comparison["differences"]:
+    _add_rows(table, comparison["differences"])
+    for name, part in comparison["by"].get("data", {}).items():
+        table.add_section()
+        table.add_row(f"{name}: {part['num_problems']:,} problems")
+        _add_rows(table, part["differences"])
+    return "\n".join([table_text(table), *_notes(comparison)])
+
+
+def _add_rows(table: Table, differences: Sequence[Mapping[str, Any]]) -> None:
+    for row in differences:
         change = "–"
         if row["difference"] is not None and row["interval"] is not None:
             low, high = row["interval"]
@@ -191,7 +210,6 @@ def comparison_table(comparison: dict[str, Any]) -> str:
         paired = row["p_value"] is not None
         solved = f"{row['only_first']} | {row['only_second']}" if paired else ""
         table.add_row(row["metric"], *shares, change, solved, f"{row['p_value']:.3g}" if paired else "")
-    return "\n".join([table_text(table), *_notes(comparison)])
 
 
 def _headings(first: dict[str, str], second: dict[str, str]) -> tuple[str, str]:

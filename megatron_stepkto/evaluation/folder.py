@@ -17,7 +17,7 @@ from megatron_stepkto.evaluation.stage import OUTPUTS, SEED, evaluate_model, eva
 from megatron_stepkto.evaluation.table import METRICS, Row
 from megatron_stepkto.judging.section import judging_key
 from megatron_stepkto.judging.stage import check_judge
-from megatron_stepkto.problems.datasets import data_name, load_problems
+from megatron_stepkto.problems.datasets import load_problems, of_set, set_names
 from megatron_stepkto.recipe.file import model_evaluation
 from megatron_stepkto.recipe.keys import Sampling, deciding
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts, load_tokenizer
@@ -101,11 +101,8 @@ def _replace_problems(asked: Path, problems: list[Problem], check: Callable[[Pat
 
 def _problems(data: Sequence[str], quarantine: Path | None, limit: int | None, check: ProblemCheck) -> list[Problem]:
     """The first ``limit`` problems of each set, each with the name of its data set and an id that begins with it."""
-    names = [data_name(source) for source in data]
-    if len(set(names)) < len(names):
-        raise UserError(f"--data: two sets have the name {max(names, key=names.count)}; rename a file")
     return [
-        problem.model_copy(update={"problem_id": f"{name}/{problem.problem_id}", "data": name})
-        for name, source in zip(names, data, strict=True)
+        of_set(name, problem)
+        for name, source in zip(set_names(data, "--data"), data, strict=True)
         for problem in load_problems(source, quarantine=quarantine, limit=limit, check=check)
     ]

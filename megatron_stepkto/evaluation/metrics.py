@@ -20,6 +20,7 @@ class ProblemResult(Record):
     """One problem of an evaluation: what a paired comparison needs. Step counts are of the greedy solution if right."""
 
     problem_id: str
+    data: str | None = Field(None, description="the data set, where several are measured together")
     problem_sha256: str = Field(description="of the problem's text and answer")
     greedy: Label
     samples: int
@@ -45,6 +46,7 @@ def problem_results(
         results.append(
             ProblemResult(
                 problem_id=problem.problem_id,
+                data=(problem.model_extra or {}).get("data"),
                 problem_sha256=hashlib.sha256(text.encode()).hexdigest(),
                 greedy=solution.outcome,
                 samples=len(group),

@@ -81,6 +81,8 @@ class Row(Measures):
 def results_table(summary: Mapping[str, Any]) -> str:
     """The table that a run ends with: one line per model, with the methods compared where there are any.
 
+    Where the problems are of several data sets, each has its lines after those of all problems.
+
     Args:
         summary: ``{"method", "iterations": [row, ...], "methods": {method: [row, ...]}}`` (the last optional).
     """
@@ -88,20 +90,36 @@ def results_table(summary: Mapping[str, Any]) -> str:
     groups.update(summary.get("methods") or {})
     rows = [row for group in groups.values() for row in group]
     ks = sorted({row["k"] for row in rows})
-    table = Table(box=SIMPLE_HEAD, caption=CAPTION)
+    table = Table(box=SIMPLE_HEAD, caption=CAPTION, pad_edge=False)
     if len(groups) > 1:
         table.add_column("method")
     table.add_column("model")
     maj = f"maj@{ks[0]}" if len(ks) == 1 else "maj@k"
-    for heading in ("pass@1", "CoT-pass@1", maj, "right with a wrong step", "wrong steps in right", "n"):
-        # wide enough for "100.0% [98.5, 100.0]": a cell must not break between value and interval
-        table.add_column(heading, justify="right", min_width=None if heading in ("CoT-pass@1", "n") else 20)
-    for method, group in groups.items():
-        for row in group:
-            cells = [row["name"], *(_cell(row, key) for key in _COLUMNS), f"{row['num_problems']:,}"]
-            table.add_row(*([method] if len(groups) > 1 else []), *cells)
-        table.add_section()
+    for heading in ("pass@1", "CoT-\npass@1", maj, "right with\na wrong step", "wrong steps\nin right", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for data in ("", *data_sets(rows)):
+        if data:
+            table.add_row(*([""] if len(groups) > 1 else []), data)
+        for method, group in groups.items():
+            for row in group:
+                measures = of_data(row).get(data) if data else row
+                if measures is not None:
+                    cells = [row["name"], *(_cell(measures, key) for key in _COLUMNS), f"{measures['num_problems']:,}"]
+                    table.add_row(*([method] if len(groups) > 1 else []), *cells)
+            table.add_section()
     return table_text(table)
+
+
+def data_sets(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of rows of several data sets, the names of these."""
+    names = {name for row in rows for name in of_data(row)}
+    return sorted(names) if len(names) > 1 else []
+
+
+def of_data(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The measures of a row by data set."""
+    found: Mapping[str, Any] = (row.get("by") or {}).get("data", {})
+    return found
 
 
 def table_text(table: Table) -> str:
@@ -116,10 +134,14 @@ _COLUMNS = ("pass_at_1", "cot_pass_at_1", "maj_at_k", "wrong_step_share_of_corre
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
-    """ "47.2% [44.1, 50.3]"; a dash where nothing was counted."""
+    """ "47.2% [44.1, 50.3]"; a dash where nothing was counted. 18 characters at most: four of them fit on a line."""
     value, interval = row.get(key), row.get(f"{key}_interval")
     if value is None or interval is None:
         return "–"
     if key == "cot_pass_at_1":  # no room for its interval in 120 characters
-        return f"{100 * value:.1f}%"
-    return f"{100 * value:.1f}% [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+        return f"{_percent(value)}%"
+    return f"{_percent(value)}% [{_percent(interval[0])}, {_percent(interval[1])}]"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}".replace("100.0", "100")

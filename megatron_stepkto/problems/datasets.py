@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,15 @@ def to_problem(row: dict[str, Any]) -> Problem:
     )  # fmt: skip
 
 
+def as_problem(row: dict[str, Any]) -> Problem:
+    """A Problem record as it is, with all its keys; any other row by ``to_problem``.
+
+    Raises:
+        ValueError: the problem or its answer is missing.
+    """
+    return Problem.model_validate(row) if {"problem_id", "problem"} <= row.keys() else to_problem(row)
+
+
 def load_problems(
     source: str, *, quarantine: Path | None = None, limit: int | None = None, check: ProblemCheck | None = None
 ) -> list[Problem]:
@@ -135,6 +144,22 @@ def _hub(source: str, parse: Parse) -> Iterator[Problem]:
             raise UserError(f"{source}: row {number}: {reason}") from None
 
 
-def data_name(source: str) -> str:
-    """Name of a data set in tables and ids: the file's, or the one after ``hub:``."""
+def set_names(sources: Sequence[str], key: str) -> list[str]:
+    """Names of data sets in tables and ids: the file's, or the one after ``hub:``.
+
+    Raises:
+        UserError: two have the same; begins with ``key``, by which they were given.
+    """
+    names = [_name(source) for source in sources]
+    if len(set(names)) < len(names):
+        raise UserError(f"{key}: two sets have the name {max(names, key=names.count)}; rename a file")
+    return names
+
+
+def of_set(name: str, problem: Problem) -> Problem:
+    """A problem of one of several data sets that are measured together: in metrics, ``by`` tells them apart."""
+    return problem.model_copy(update={"problem_id": f"{name}/{problem.problem_id}", "data": name})
+
+
+def _name(source: str) -> str:
     return source.removeprefix(HUB).split(":")[0].split("/")[-1] if source.startswith(HUB) else Path(source).stem

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import Problem, bad_row, parse_rows, read_rows, write_records
 from megatron_stepkto.problems import overlap as contamination
 from megatron_stepkto.problems.chained_arithmetic.generate import Split, generate
-from megatron_stepkto.problems.datasets import to_problem
+from megatron_stepkto.problems.datasets import as_problem, of_set, set_names, to_problem
 from megatron_stepkto.problems.distinct import check_distinct
 from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.overlap import check_apart
@@ -41,25 +41,35 @@ def write_problems(
         {"problems": number written, and the counts of ``check_distinct`` for the whole file}.
 
     Raises:
-        UserError: a row is bad, a problem_id is duplicated, one text to train on has two answers, or a file has too
-            few problems.
+        UserError: a row is bad, a problem_id is duplicated, one text to train on has two answers, a file has too few
+            problems, or two evaluation sets have one name.
     """
     if source.source == "chained_arithmetic":
         assert count is not None
         problems = generate(split, count, stable_hash(seed, split, iteration) % 2**31)
         return {"problems": write_records(output, problems)}
-    path = getattr(source, split)
 
     def parse(row: dict[str, Any]) -> Problem:
-        return check(Problem.model_validate(row)) if check else Problem.model_validate(row)
+        return check(as_problem(row)) if check else as_problem(row)
 
-    problems = list(read_rows(path, parse, quarantine=quarantine))
-    repeated = check_distinct(problems, str(path), train=split == "train")
+    def read(path: Path) -> list[Problem]:
+        return list(read_rows(path, parse, quarantine=quarantine))
+
     if split == "train":
-        problems = take_turns(problems, count, seed, iteration)
-    elif count is not None and count > len(problems):
-        raise UserError(f"{path}: evaluate.num_problems is {count}, the file holds {len(problems)}; lower it")
-    return {"problems": write_records(output, problems[:count]), **repeated}
+        assert source.train is not None
+        problems = read(source.train)
+        counts = check_distinct(problems, str(source.train), train=True)
+        return {"problems": write_records(output, take_turns(problems, count, seed, iteration)), **counts}
+    paths = getattr(source, split)
+    names = set_names([str(path) for path in paths], f"problems.{split}")
+    problems, repeated = [], 0
+    for path, name in zip(paths, names, strict=True):
+        found = read(path)
+        if count is not None and count > len(found):
+            raise UserError(f"{path}: evaluate.num_problems is {count}, the file holds {len(found)}; lower it")
+        repeated += check_distinct(found, str(path), train=False).get("repeated_texts", 0)
+        problems += found[:count] if len(paths) == 1 else [of_set(name, problem) for problem in found[:count]]
+    return {"problems": write_records(output, problems), **({"repeated_texts": repeated} if repeated else {})}
 
 
 def take_turns(problems: list[Problem], count: int | None, seed: int, iteration: int) -> list[Problem]:
@@ -88,7 +98,7 @@ def check_training_problems(source: recipe.Problems, *, allow: bool, skip_bad: b
     files: list[_File] = (
         [(item.path, _imported(item.format)) for item in source.imports]
         if source.source == "imports"
-        else [(source.train, lambda row: [Problem.model_validate(row)])]  # type: ignore[list-item]
+        else [(source.train, lambda row: [as_problem(row)])]  # type: ignore[list-item]
     )
     return _check_apart(source, files, allow=allow, skip_bad=skip_bad)
 
@@ -107,12 +117,18 @@ def evaluation_sets(source: recipe.Problems, settings: dict[str, Any]) -> dict[s
     """
     if source.overlap != "exact":
         settings["overlap"] = source.overlap
-    files = {split: path for split in ("dev", "test") if (path := getattr(source, split))}
+    files = split_inputs(source, "dev") | split_inputs(source, "test")
     return files | {f"apart_from-{number}": path for number, path in enumerate(source.apart_from)}
 
 
+def split_inputs(source: recipe.Problems, split: Literal["dev", "test"]) -> dict[str, Path]:
+    """The files of an evaluation split, as inputs of the stage that reads them."""
+    paths = source.dev if split == "dev" else source.test
+    return {split if len(paths) == 1 else f"{split}-{number}": path for number, path in enumerate(paths)}
+
+
 def _check_apart(source: recipe.Problems, files: list[_File], *, allow: bool, skip_bad: bool) -> dict[str, object]:
-    sets = [path for path in (source.dev, source.test, *source.apart_from) if path]
+    sets = [*source.dev, *source.test, *source.apart_from]
     if not sets:
         return {}
     held_out = [text for path in sets for text in _texts(path, _any_layout, skip_bad=skip_bad)]

@@ -26,7 +26,7 @@ from megatron_stepkto.recipe.yaml_text import BadYAML, read_yaml
 
 M = TypeVar("M", bound=BaseModel)
 # What an evaluation of other problems leaves out of a recipe: how training samples are drawn, and its own problems.
-_NOT_MEASURED = {"sample": training_only(Sampling), "evaluate": frozenset({"split", "num_problems"})}
+_NOT_MEASURED = {"sample": training_only(Sampling), "evaluate": frozenset({"split", "num_problems", "models"})}
 _VARIABLE = re.compile(r"(\$\$\{)|\$\{(\w+)(?::-([^}]*))?\}")
 
 

@@ -23,7 +23,17 @@ from megatron_stepkto.recipe.judge_keys import (
     RuleJudge,
 )
 from megatron_stepkto.recipe.sample_keys import Sampling
-from megatron_stepkto.recipe.section import Added, Dtype, RecipePath, Section, TextPath, deciding, unkeyed
+from megatron_stepkto.recipe.section import (
+    Added,
+    Dtype,
+    RecipePath,
+    RecipePaths,
+    Section,
+    TextPath,
+    Unkeyed,
+    deciding,
+    unkeyed,
+)
 from megatron_stepkto.recipe.templates import TEMPLATES
 from megatron_stepkto.recipe.train_keys import FP8, Log, LoRA, Loss, Method, Optimizer, Parallel, Recompute, Training
 
@@ -52,8 +62,8 @@ class Problems(Section):
         description="built-in generator, JSON lines of problems, or solutions that were judged elsewhere"
     )
     train: RecipePath | None = Field(None, description="source: files: problems to train on")
-    dev: RecipePath | None = Field(None, description="source: files: problems to choose settings on")
-    test: RecipePath | None = Field(None, description="source: files: problems to report results on")
+    dev: RecipePaths = Field([], description="source: files: problems to choose settings on; one file or several")
+    test: RecipePaths = Field([], description="source: files: problems to report results on; one file or several")
     imports: list[Import] = Field([], description="source: imports: files of judged solutions")
     per_iteration: int | None = Field(None, ge=1, description="train problems per iteration; null: all of them")
     apart_from: list[RecipePath] = Field([], description="further evaluation sets that must be kept out of training")
@@ -130,10 +140,15 @@ class Measure(Section):
     k: int = Field(8, ge=1, description="samples per problem for maj@k and pass@k")
     temperature: float = Field(0.7, gt=0, description="sampling temperature of the k samples; pass@1 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling of the k samples; 1: off")
+    num_problems: int | None = Field(
+        None, ge=1, description="of each file of the split, the first ones that are measured on; null: all"
+    )
 
 
 class Evaluation(Measure):
-    num_problems: int = Field(ge=1, description="the first problems of the split that are measured on")
+    models: Unkeyed[Literal["all", "first_and_last"]] = Field(
+        "all", description="which of M0, M1, ... a run measures; stepkto evaluate measures any"
+    )
 
 
 def _supervised(training: Any) -> Any:
@@ -236,11 +251,21 @@ class Recipe(Section):
                 "with sample.quantization or sample.kv_cache_dtype the sampler is not quite the model that trains; "
                 "set sample.gap_problems to 1 or more: training then reports the gap and warns above train.max_gap"
             )
-        if self.evaluate and self.problems.source == "files" and getattr(self.problems, self.evaluate.split) is None:
+        if self.evaluate and self.problems.source == "files" and not getattr(self.problems, self.evaluate.split):
             raise ValueError(
                 f"evaluate.split is {self.evaluate.split}, so problems.{self.evaluate.split} must name a file"
             )
+        if self.evaluate and self.problems.source == "chained_arithmetic" and self.evaluate.num_problems is None:
+            raise ValueError(
+                "problems.source: chained_arithmetic needs evaluate.num_problems: the generator never ends"
+            )
         return self
+
+    def measured(self) -> list[int]:
+        """T of each M_T that a run measures."""
+        if self.evaluate is None:
+            return []
+        return [0, self.iterations] if self.evaluate.models == "first_and_last" else [*range(self.iterations + 1)]
 
     @property
     def run_dir(self) -> Path:

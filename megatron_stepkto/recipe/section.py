@@ -25,8 +25,15 @@ def _path(value: object) -> object:
     return Path(value)
 
 
+def _listed(value: object) -> object:
+    if value is None or isinstance(value, list):
+        return value or []
+    return [value]
+
+
 TextPath = Annotated[Path, BeforeValidator(_path)]
 RecipePath = Annotated[TextPath, AfterValidator(_resolve)]
+RecipePaths = Annotated[list[RecipePath], BeforeValidator(_listed)]  # a single path is a list of one
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 

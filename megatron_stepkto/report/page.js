@@ -17,7 +17,8 @@ function choices(parent, names, chosen, choose) {
 
 function drawCurves(parent) {
   const methods = Object.entries(data.evaluations);
-  const models = [...new Set(methods.flatMap(([, rows]) => rows.map((row) => row.name)))];
+  const names = new Set(methods.flatMap(([, rows]) => rows.map((row) => row.name)));
+  const models = [...names].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));  // methods may have measured others
   for (const metric of data.metrics) {
     const series = methods.map(([name, rows], index) => ({
       name: methods.length > 1 ? name : "",

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from megatron_stepkto.base.files import atomic_writer
 from megatron_stepkto.evaluation.statistics import Interval
-from megatron_stepkto.evaluation.table import Row
+from megatron_stepkto.evaluation.table import Row, data_sets
 from megatron_stepkto.report.collect import Report, collect
 from megatron_stepkto.run.folder import RunFolder
 
@@ -87,6 +87,7 @@ def render(report: Report) -> str:
         metrics=metrics_of(every_row),
         notes=notes(report),
         last_of_methods=last_of_methods(report),
+        data_sets=data_sets([row.model_dump(include={"by"}) for row in every_row]),
         # Hashes instead of 'unsafe-inline': text of a model that got past the escaping could still not run.
         policy=(
             f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "

@@ -63,9 +63,10 @@ def prepare_all(run: Run) -> None:
 
 
 def run_iterations(run: Run) -> list[dict[str, Any]]:
-    """Run all iterations of one method; returns the evaluation rows of M0, M1, ..."""
+    """Run all iterations of one method; returns the evaluation rows of the models that it measures."""
     last, samples = run.recipe.iterations, run.recipe.problems.source != "imports"
-    rows = [evaluate_stage(run, 0, sample_next=samples)] if run.recipe.evaluate else []
+    measured = run.recipe.measured()
+    rows = [evaluate_stage(run, 0, sample_next=samples)] if 0 in measured else []
     for t in range(1, last + 1):
         say(f"--- {run.title(t, f'of {last}')} ---")
         if samples:
@@ -75,7 +76,7 @@ def run_iterations(run: Run) -> list[dict[str, Any]]:
         dataset_stage(run, t)
         train_stage(run, t)
         convert_stage(run, t)
-        if run.recipe.evaluate:
+        if t in measured:
             rows.append(evaluate_stage(run, t, sample_next=samples and t < last))
     return rows
 
@@ -117,10 +118,9 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
 def compared_rows(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     """Rows of every compared method that the run holds, of earlier commands too; each begins with the shared M0."""
     found: dict[str, list[dict[str, Any]]] = {}
+    start = folder.evaluation(0) / METRICS
     for method in folder.others():
-        files = [method.evaluation(0) / METRICS]
-        while files[-1].is_file():
-            files.append(method.evaluation(len(files)) / METRICS)
-        if len(files) > 2:
-            found[str(method.compared)] = [dict(read_json(file, Row)) for file in files[:-1]]
+        own = [file for t in method.evaluated() if (file := method.evaluation(t) / METRICS).is_file()]
+        if own and start.is_file():
+            found[str(method.compared)] = [dict(read_json(file, Row)) for file in (start, *own)]
     return found

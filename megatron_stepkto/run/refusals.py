@@ -73,14 +73,15 @@ def pending(run: Run, compare: Sequence[Method] = ()) -> Iterator[Pending]:
 
 
 def _stages(recipe: Recipe) -> Iterator[tuple[Kind, int]]:
-    if recipe.evaluate:
+    measured = recipe.measured()
+    if 0 in measured:
         yield "evaluate", 0
     for t in range(1, recipe.iterations + 1):
         if recipe.problems.source != "imports":
             yield "sample", t
             yield "judge", t
         yield "train", t
-        if recipe.evaluate:
+        if t in measured:
             yield "evaluate", t
 
 

@@ -16,7 +16,7 @@ from megatron_stepkto.base.progress import warn
 from megatron_stepkto.base.stage import Result, Stage, input_hash, run_stage
 from megatron_stepkto.evaluation.table import METRICS, Row
 from megatron_stepkto.methods.dataset import build_dataset
-from megatron_stepkto.problems.source import check_training_problems, evaluation_sets, write_problems
+from megatron_stepkto.problems.source import check_training_problems, evaluation_sets, split_inputs, write_problems
 from megatron_stepkto.recipe import keys as recipes
 from megatron_stepkto.recipe.prompts import ProblemCheck, Prompts
 from megatron_stepkto.run.folder import Run, examples_at, model_name
@@ -67,14 +67,13 @@ def evaluation_problems_stage(run: Run) -> None:
     assert evaluation is not None
     source, split, count = run.recipe.problems, evaluation.split, evaluation.num_problems
     out = run.folder.evaluation_problems
-    file = getattr(source, split)
     settings = {"source": source.source, "split": split, "num_problems": count}
 
     def work() -> Result:
         # a fixed seed: every run of a recipe, whatever its own seed, is measured on the same problems
         return Result([out], write_problems(source, split, count, 0, 1, out, run.quarantine, _prompt_check(run)))
 
-    run.run(Stage("evaluation problems", out.parent, settings, {split: file} if file else {}), work)
+    run.run(Stage("evaluation problems", out.parent, settings, split_inputs(source, split)), work)
 
 
 # --- sample, judge, dataset ------------------------------------------------------------------------------------
@@ -343,7 +342,7 @@ def evaluation_of(run: Run, t: int) -> Stage:
     assert sampling is not None
     assert judging is not None
     settings = {
-        "evaluate": evaluation.model_dump(mode="json"),
+        "evaluate": recipes.deciding(evaluation),
         "sample": recipes.deciding(sampling, evaluation=True),
         "judge": judging_key(judging, run.model(t), run.folder.hashes),
         "prompt": run.recipe.prompt.model_dump(mode="json"),

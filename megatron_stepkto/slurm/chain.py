@@ -73,19 +73,19 @@ def chain(recipe: Recipe, site: Site) -> list[Step]:
         before = add("dataset", t, before, paths.stage("dataset", t), _cpu(site))
         before = add("train", t, before, paths.stage("train", t), _train(recipe, site))
         before = add("convert", t, before, paths.stage("convert", t), _cpu(site))
-        if recipe.evaluate:
+        if t in recipe.measured():
             measured.append(add("evaluate", t, before, paths.evaluation(t), _evaluate(recipe, site), *server))
     steps.append(Step("finish", "finish", measured or [before], [], _cpu(site)))
     return steps
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Is there a report, and a summary with a row per iteration?"""
+    """Is there a report, and a summary with a row per model that the run measures?"""
     paths = Run(recipe).folder
     if not (paths.summary.is_file() and paths.report.is_file()):
         return False
     rows = len(read_json(paths.summary, Summary)["iterations"])
-    return rows == (recipe.iterations + 1 if recipe.evaluate else 0)
+    return rows == len(recipe.measured())
 
 
 # --- flags of sbatch -------------------------------------------------------------------------------------------

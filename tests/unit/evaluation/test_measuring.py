@@ -12,7 +12,7 @@ from megatron_stepkto.answers.equivalence import EquivalenceChecker
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Judge, JudgedSample, Label, Problem, Step
 from megatron_stepkto.evaluation.majority import answer_comparison, majority_is_right
-from megatron_stepkto.evaluation.metrics import evaluation_row
+from megatron_stepkto.evaluation.metrics import evaluation_row, problem_results
 from megatron_stepkto.evaluation.statistics import clustered_share, plain_share, wilson_interval
 from megatron_stepkto.evaluation.table import Row, results_table
 
@@ -156,6 +156,9 @@ def test_answers_of_one_value_vote_together() -> None:
 # --- the row ---------------------------------------------------------------------------------------------------
 
 
+WIDE = ("maj_at_k", "wrong_step_share_of_correct", "wrong_step_rate_in_correct")
+
+
 def problems(count: int) -> list[Problem]:
     return [Problem(problem_id=f"p{n}", problem="?", answer="8") for n in range(count)]
 
@@ -228,13 +231,37 @@ def test_incomplete_samples_are_refused() -> None:
         evaluation_row("M0", "test", problems(1), [one, two], [one])
 
 
+def test_the_table_of_several_data_sets() -> None:
+    """amc: 2 of 2 right; math: 1 of 4. All problems come first, then each set by name."""
+    asked = [
+        problem.model_copy(update={"data": "amc" if number < 2 else "math"})
+        for number, problem in enumerate(problems(6))
+    ]
+    rows = [judged(problem.problem_id, "8", int(number < 3), (1,)) for number, problem in enumerate(asked)]
+    row = evaluation_row("M0", "test", asked, rows, rows)
+    assert [result.data for result in problem_results(asked, rows, rows, never)] == ["amc"] * 2 + ["math"] * 4
+    table = results_table({"method": "step_kto", "iterations": [row], "methods": {"kto": [row]}})
+    found = [line.split() for line in table.splitlines() if "%" in line or line.strip() in ("amc", "math")]
+    assert [(line[0], line[2], line[-1]) if len(line) > 1 else line[0] for line in found[:-1]] == [
+        ("step_kto", "50.0%", "6"), ("kto", "50.0%", "6"),
+        "amc", ("step_kto", "100%", "2"), ("kto", "100%", "2"),
+        "math", ("step_kto", "25.0%", "4"), ("kto", "25.0%", "4"),
+    ]  # fmt: skip
+    one = results_table({"iterations": [evaluation_row("M0", "test", asked[:2], rows[:2], rows[:2])]})
+    assert "amc" not in one, "one set needs no second line"
+
+
 def test_table_prints_percent_and_interval() -> None:
-    greedy = [judged(f"p{n}", "8", 1, (1,)) if n < 81 else judged(f"p{n}", "7", 0) for n in range(263)]
-    row = evaluation_row("M0", "test", problems(263), greedy, greedy)
-    text = results_table({"method": "step_kto", "iterations": [row], "methods": {"kto": [row]}})
-    assert text.count("30.8% [25.5, 36.6]") == 4  # pass@1 and maj@1, twice
-    assert text.count("30.8%") == 6  # and CoT-pass@1, without its interval
+    greedy = [judged(f"p{n}", "8", 1, (1,)) if n < 4081 else judged(f"p{n}", "7", 0) for n in range(13263)]
+    row = evaluation_row("M0", "test", problems(13263), greedy, greedy)
+    every = {**row, **{f"{key}{end}": row[f"pass_at_1{end}"] for key in WIDE for end in ("", "_interval")}}
+    text = results_table({"method": "step_kto", "iterations": [every], "methods": {"kto": [every]}})
+    assert text.count("30.8% [30.0, 31.6]") == 8, "no cell is cut, with the longest method, n and cells"
+    assert text.count("30.8%") == 10  # and CoT-pass@1, without its interval
+    assert text.count("13,263") == 2
     assert "maj@1" in text
     assert "step_kto" in text
     assert "kto" in text
     assert max(map(len, text.splitlines())) <= 120
+    certain = {**every, "pass_at_1": 1.0, "pass_at_1_interval": [0.9999, 1.0]}
+    assert "100% [100, 100]" in results_table({"iterations": [certain]})

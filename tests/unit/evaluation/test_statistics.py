@@ -148,6 +148,27 @@ def test_comparison_by_hand(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_comparison_of_each_data_set(tmp_path: Path) -> None:
+    """amc: only B solves 3 of 4; math: only A solves 2 of 6."""
+    one = [result(n, int(n >= 8), data="amc" if n < 4 else "math") for n in range(10)]
+    other = [result(n, int(n < 3), data="amc" if n < 4 else "math") for n in range(10)]
+    a, b = folder(tmp_path / "a", "M0", one), folder(tmp_path / "b", "M1", other)
+    found = compare_evaluations(a, b)
+    assert found["differences"][0]["difference"] == pytest.approx(0.1)
+    sets = found["by"]["data"]
+    assert {name: part["num_problems"] for name, part in sets.items()} == {"amc": 4, "math": 6}
+    assert [part["differences"][0]["difference"] for part in sets.values()] == pytest.approx([3 / 4, -2 / 6])
+    text = comparison_table(found)
+    places = [
+        text.index(words) for words in ("10 problems", "+10.0 [", "amc: 4 problems", "+75.0 [", "math: 6 problems")
+    ]
+    assert places == sorted(places)
+    assert max(map(len, text.splitlines())) <= 120
+    alike = [result(n, 1, data="amc") for n in range(4)]
+    a, b = folder(tmp_path / "c", "M0", alike), folder(tmp_path / "d", "M1", alike)
+    assert compare_evaluations(a, b)["by"] == {}
+
+
 def manifest(path: Path, model: str, **changes: Any) -> None:
     """As of an evaluation whose judge completes solutions with the measured model itself."""
     settings = {

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, read_records
-from megatron_stepkto.problems.source import check_training_problems, take_turns, write_problems
+from megatron_stepkto.problems.source import check_training_problems, split_inputs, take_turns, write_problems
 from megatron_stepkto.recipe.keys import Problems
 
 
@@ -83,6 +83,53 @@ def test_evaluation_takes_the_first_problems(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"test\.jsonl: evaluate\.num_problems is 9, the file holds 8; lower it"):
         write_problems(given, "test", 9, 0, 1, tmp_path / "more.jsonl")
     assert not (tmp_path / "more.jsonl").exists()
+
+
+def test_several_evaluation_sets_are_told_apart(tmp_path: Path) -> None:
+    """Ids begin with the file's name, as two sets may share some; the limit counts for each; each may not train."""
+    aime, amc = write(tmp_path / "aime.jsonl", problems(3)), write(tmp_path / "amc.jsonl", problems(9)[1:])
+    given = source(tmp_path, problems(12)[9:]).model_copy(update={"test": [amc, aime]})
+    out = tmp_path / "out.jsonl"
+    assert write_problems(given, "test", 2, 0, 1, out) == {"problems": 4}
+    written = list(read_records(out, Problem))
+    assert ids(written) == ["amc/p1", "amc/p2", "aime/p0", "aime/p1"]
+    assert [row.model_dump()["data"] for row in written] == ["amc", "amc", "aime", "aime"]
+    assert write_problems(given, "test", None, 0, 1, tmp_path / "all.jsonl") == {"problems": 11}
+    with pytest.raises(UserError, match=r"aime\.jsonl: evaluate\.num_problems is 4, the file holds 3; lower it"):
+        write_problems(given, "test", 4, 0, 1, tmp_path / "more.jsonl")
+    assert list(split_inputs(given, "test").values()) == [amc, aime]
+    for number, path in enumerate((amc, aime)):
+        trained = source(tmp_path, problems(2 + number)[1 + number :]).model_copy(update={"test": [path]})
+        with pytest.raises(UserError, match="1 training problems are also in an evaluation set"):
+            check_training_problems(trained, allow=False, skip_bad=False)
+
+
+def test_two_sets_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    files = [write(tmp_path / "amc.jsonl", problems(3)), write(tmp_path / "other" / "amc.jsonl", problems(3))]
+    given = source(tmp_path, problems(1)).model_copy(update={"dev": files})
+    with pytest.raises(UserError, match=r"problems\.dev: two sets have the name amc; rename a file"):
+        write_problems(given, "dev", None, 0, 1, tmp_path / "out.jsonl")
+
+
+def test_problems_as_their_publishers_ship_them(tmp_path: Path) -> None:
+    """MATH-500's rows to measure on, GSM8K's to train on; a Problem record keeps what only it has."""
+    math, gsm8k = tmp_path / "math500.jsonl", tmp_path / "gsm8k.jsonl"
+    math.write_text(json.dumps({"problem": "1 + 1?", "answer": "2", "unique_id": "test/1.json", "level": 3}) + "\n")
+    gsm8k.write_text(json.dumps({"question": "2 + 2?", "answer": "<<2+2=4>>4\n#### 4"}) + "\n")
+    given = Problems.model_validate({"source": "files", "train": gsm8k, "test": math})
+    out = tmp_path / "out.jsonl"
+    assert write_problems(given, "test", None, 0, 1, out) == {"problems": 1}
+    [row] = read_records(out, Problem)
+    assert (row.problem_id, row.answer, row.model_dump()["level"]) == ("test/1.json", "2", 3)
+    assert write_problems(given, "train", None, 0, 1, out) == {"problems": 1}
+    [row] = read_records(out, Problem)
+    assert (row.problem, row.answer, len(row.problem_id)) == ("2 + 2?", "4", 16)
+    assert check_training_problems(given, allow=False, skip_bad=False) == {}
+    record = {"problem_id": "a", "problem": "3?", "answer": None, "source": "mine"}
+    math.write_text(json.dumps(record) + "\n")
+    write_problems(given, "test", None, 0, 1, out)
+    assert json.loads(out.read_text()) == {**record, "solution": None, "split": None}
 
 
 @pytest.mark.parametrize("split", ["dev", "test"])

@@ -26,8 +26,8 @@ def test_files(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(each) + "\n" for each in rows))
     counts = load_example("word_problems").prepare(tmp_path, tmp_path / "out")
-    assert counts == {"train": 100, "dev": 300, "sft": 102, "test": 1, "test_gsm8k": 2}
+    assert counts == {"train": 100, "dev": 300, "sft": 102, "svamp": 1, "gsm8k_two_steps": 2}
     made = {name: [p.problem for p in read_records(tmp_path / "out" / f"{name}.jsonl", Problem)] for name in counts}
     assert sorted([*made["train"], *made["dev"]]) == sorted(f"Tom has {n} pens." for n in range(400))
     assert made["sft"] == [*made["train"], "Eve has 1.", "Eve has 2."]
-    assert made["test_gsm8k"] == ["Dan has 1.", "Dan has 2."]
+    assert made["gsm8k_two_steps"] == ["Dan has 1.", "Dan has 2."]

@@ -318,8 +318,8 @@ problems:
     )
     problems = read_recipe(write(tmp_path, text)).problems
     assert problems.train == tmp_path / "word/train.jsonl"
-    assert problems.dev == tmp_path / "other/word.jsonl"
-    assert problems.test == tmp_path / "word.jsonl"
+    assert problems.dev == [tmp_path / "other/word.jsonl"]
+    assert problems.test == [tmp_path / "word.jsonl"]
 
 
 def test_a_variable_is_read_like_any_other_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

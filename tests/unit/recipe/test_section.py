@@ -22,6 +22,7 @@ UNKEYED: dict[type[recipe.Section], set[str]] = {
     recipe.PRMJudge: {*SERVER, "served_name", "workers", "batch_tokens"},
     recipe.RewardModel: {"workers", "batch_tokens"},
     recipe.Judging: {"workers"},
+    recipe.Evaluation: {"models"},
     recipe.Training: {
         "parallel", "device", "micro_batch_tokens", "pad_documents_to", "recompute", "timeout_s", "max_gap",
         "checkpoint_every", "keep_checkpoints", "async_checkpoints", "log", "offload_layers",

@@ -238,6 +238,30 @@ def test_compared_methods_bring_their_last_model(run_dir: Path) -> None:
     assert "60.0%" in table
 
 
+def test_each_data_set_has_a_table(run_dir: Path) -> None:
+    def parts(name: str, share: float) -> dict[str, Any]:
+        whole = row(name, share, 0.5)
+        inner = {key: value for key, value in whole.items() if key not in ("name", "split", "k")}
+        sets = {"amc": {**inner, "pass_at_1": share / 2, "num_problems": 1}, "math": {**inner, "num_problems": 2}}
+        return {**whole, "by": {"data": sets}}
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    rows = {
+        "iterations": [parts("M0", 0.5), parts("M1", 0.75)],
+        "methods": {"kto": [parts("M0", 0.5), parts("M1", 0.7)]},
+    }
+    write_json(run_dir / "summary.json", {**summary, **rows})
+    html = write_report(run_dir).read_text()
+    tables = {name: html[html.index(f'id="{name}"') :].partition("</table>")[0] for name in
+              ("table", "table-1", "table-2", "methods-table-1", "methods-table-2")}  # fmt: skip
+    assert html.count("<h3>amc: 1 problems</h3>") == 2
+    assert ["75.0%" in tables["table"], "37.5%" in tables["table"]] == [True, False]
+    assert ["25.0%" in tables["table-1"], "37.5%" in tables["table-1"]] == [True, True]
+    assert ["75.0%" in tables["table-2"], "37.5%" in tables["table-2"]] == [True, False]
+    assert "kto M1" in tables["methods-table-1"] and "35.0%" in tables["methods-table-1"]
+    assert "70.0%" in tables["methods-table-2"]
+
+
 @pytest.mark.parametrize("create", [False, True])
 def test_no_run_is_a_user_error(tmp_path: Path, create: bool) -> None:
     folder = tmp_path / "nothing"

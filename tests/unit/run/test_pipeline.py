@@ -103,6 +103,10 @@ def test_compared_rows_are_found_on_disk(tmp_path: Path) -> None:
     for name in ("evaluate/M0", "methods/kto/evaluate/M1"):
         (tmp_path / name / "metrics.json").write_text(json.dumps(evaluation_row(name[-2:])))
     assert compared_rows(RunFolder(tmp_path)) == {"kto": [evaluation_row("M0"), evaluation_row("M1")]}
+    last = tmp_path / "methods/rft/evaluate/M3"  # M1 and M2 were not measured
+    last.mkdir(parents=True)
+    (last / "metrics.json").write_text(json.dumps(evaluation_row("M3")))
+    assert compared_rows(RunFolder(tmp_path))["rft"] == [evaluation_row("M0"), evaluation_row("M3")]
 
 
 def test_the_data_set_of_an_iteration_leaves_out_what_its_file_names(tmp_path: Path, repository: Path) -> None:

@@ -201,6 +201,12 @@ def test_what_is_finished_needs_nothing(repository: Path, tmp_path: Path, monkey
     finish(run, "iteration_2/train")
     assert kinds(run) == ["evaluate M2"]
     assert refusals.machine_refusals(run) == []
+    ends = Run(load(repository, tmp_path / "ends", "train.apex=required", "evaluate.models=first_and_last"))
+    assert [name for name in kinds(ends, "kto") if "evaluate" in name] == [
+        "evaluate M0",
+        "evaluate M2",
+        "kto evaluate M2",
+    ]
     # a compared method has trainings of its own, and shares the rest of the first iteration
     assert kinds(run, "kto")[:3] == ["evaluate M2", "kto iteration 1 train", "kto evaluate M1"]
 

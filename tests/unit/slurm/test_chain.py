@@ -48,6 +48,12 @@ def test_graph_of_two_iterations(site: Path, repository: Path, tmp_path: Path) -
         "convert_2": ["train_2"], "evaluate_2": ["convert_2"],
         "finish": ["evaluate_0", "evaluate_1", "evaluate_2"],
     }  # fmt: skip
+    ends = read_recipe(
+        repository / "recipes" / "mini_cpu.yaml",
+        ["iterations=2", f"output={tmp_path}", "evaluate.models=first_and_last"],
+    )
+    measured = {step.name: step.after for step in chain(ends, read_site(site)) if step.name.startswith(("ev", "fi"))}
+    assert measured == {"evaluate_0": ["prepare"], "evaluate_2": ["convert_2"], "finish": ["evaluate_0", "evaluate_2"]}
     run = recipe.run_dir
     assert not steps["judge_1"].is_done
     write_json(run / "iteration_1" / "judge" / "manifest.json", {})
