@@ -59,7 +59,7 @@ def settings(name: str, output: Path, device: str, short: bool) -> dict[str, Any
         keys |= {"warm_up.training.parallel": "{ranks: 1}", "warm_up.training.device": device, "train.dtype": dtype,
                  "warm_up.training.dtype": dtype, "warm_up.training.micro_batch_tokens": 8192,
                  "train.micro_batch_tokens": 8192, "problems.per_iteration": 48,
-                 "evaluate.num_problems": 64}  # fmt: skip
+                 "evaluate.num_problems": 32}  # fmt: skip  # of each of two sets
     if short:
         keys |= {"problems.per_iteration": 16, "evaluate.num_problems": 16, "sample.num_samples": 4}
         if name == "smollm2":
