@@ -73,10 +73,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _warm_up(arguments: argparse.Namespace) -> None:
-    from megatron_stepkto.run.pipeline import prepare
+    from megatron_stepkto.run.pipeline import warm_up_alone
 
     run = run_of(arguments, from_scratch=True)
-    prepare(run)
+    warm_up_alone(run)
     say(f"M0: {run.model(0)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,35 +32,54 @@ from megatron_stepkto.run.stages import (
 from megatron_stepkto.run.summary import Summary
 
 
-def prepare(run: Run) -> None:
-    """Make what the first iteration needs: M0 and the problems of the evaluation."""
+def prepare(run: Run, compare: Sequence[recipes.Method] = ()) -> None:
+    """Make what the recipe alone determines: the problems of the evaluation and of all iterations, then M0.
+
+    Problems come first: what they show must not be found after hours in which M0 was trained, or in the last iteration.
+
+    Raises:
+        UserError: a stage refuses its input, or ``check_prepared`` what was made for the stages that follow.
+    """
+    _prepare_evaluation(run)
+    if run.recipe.problems.source != "imports":
+        for t in range(1, run.recipe.iterations + 1):
+            problems_stage(replace(run, finished=[]), t)  # `run_iterations` names them, each in its place
+    known = run.blueprint.is_dir()
+    if known:
+        refusals.check_prepared(run, compare)
+    _make_m0(run)
+    if not known:
+        refusals.check_prepared(run, compare)
+
+
+def warm_up_alone(run: Run) -> None:
+    """Make M0, and before it what ``prepare`` would refuse of the evaluation's problems."""
+    _prepare_evaluation(run)
+    _make_m0(run)
+
+
+def _prepare_evaluation(run: Run) -> None:
     if run.makes_m0 and run.pretrained is None:
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
         import_stage(run)
-    if run.makes_m0:
-        warm_up.make_m0(run)
-    if run.model(0) != run.base_model:
-        merge_stage(run)
     if run.recipe.evaluate:
         evaluation_problems_stage(run)
 
 
-def choose_problems(run: Run) -> None:
-    """Choose the problems of all iterations now: a fault in the last ones must show before the first are sampled."""
-    if run.recipe.problems.source != "imports":
-        for t in range(1, run.recipe.iterations + 1):
-            problems_stage(run, t)
+def _make_m0(run: Run) -> None:
+    if run.makes_m0:
+        warm_up.make_m0(run)
+    if run.model(0) != run.base_model:
+        merge_stage(run)
 
 
 def prepare_all(run: Run) -> None:
-    """Make what depends on the recipe alone: M0, and the problems of every iteration and of the evaluation."""
+    """``prepare`` as a job of its own."""
     # training is another job's, with GPUs that this machine may not have; the packages are this job's
     refusals.refuse(refusals.machine_refusals(run, environment="train", elsewhere=True))
     prepare(run)
     input_hash(run.model(0), run.folder.hashes)
-    choose_problems(run)
-    refusals.check_prepared(run)
 
 
 def run_iterations(run: Run) -> list[dict[str, Any]]:
@@ -90,9 +110,7 @@ def run_all(run: Run, compare: list[recipes.Method]) -> dict[str, Any]:
     begun = time.time()
     refusals.refuse(refusals.machine_refusals(run, compare))
     with exclusive_lock(run.folder.lock, str(run.base)):
-        prepare(run)
-        choose_problems(replace(run, finished=[]))  # `run_iterations` names them, each in its place
-        refusals.check_prepared(run, compare)
+        prepare(run, compare)
         rows = run_iterations(run)
         for method in compare:
             run_iterations(replace(run, compared=method))

@@ -120,7 +120,7 @@ def _first_of_each_kind(left: Sequence[Pending]) -> list[Pending]:
 
 
 def check_prepared(run: Run, compare: Sequence[Method] = ()) -> None:
-    """Check what depends on M0 and the problems, once they exist: lengths, answers, the weights, the layout.
+    """Check what depends on the model and the problems, once they exist: lengths, answers, the weights, the layout.
 
     Raises:
         UserError: lists everything that is refused.
@@ -225,7 +225,7 @@ def _of_what_is_prepared(item: Pending) -> Iterator[Check]:
     from megatron_stepkto.judging.stage import check_answers_known
     from megatron_stepkto.sampling.draw import check_prompts
 
-    run, t, model = item.run, item.t, item.run.model(0)
+    run, t, model = item.run, item.t, item.run.blueprint
     judging = run.recipe.judge
     if item.kind == "sample":
         yield lambda: check_prompts(drawing_of(run, t, model).job)
@@ -245,7 +245,7 @@ def _check_lengths(run: Run, t: int) -> None:
     recipe, stage = run.recipe, sampling_of(run, t)
     assert recipe.sample is not None
     settings = recipe.train.model_copy(update={"method": run.method})
-    lengths = [len(prompt.token_ids) for prompt in drawing_of(run, t, run.model(0)).job.prompts]
+    lengths = [len(prompt.token_ids) for prompt in drawing_of(run, t, run.blueprint).job.prompts]
     where = str(stage.inputs["problems"])
     limit = recipe.dataset.max_tokens
     if limit is not None and limit <= min(lengths):

@@ -23,7 +23,7 @@ from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
 from megatron_stepkto.run import refusals
 from megatron_stepkto.run import stages as run_stages
 from megatron_stepkto.run.folder import Run, RunFolder
-from megatron_stepkto.run.pipeline import choose_problems, compared_rows, prepare, run_all
+from megatron_stepkto.run.pipeline import compared_rows, prepare, run_all
 from megatron_stepkto.run.stage_keys import dataset_key, training_key
 from megatron_stepkto.run.stages import (
     check_fits,
@@ -187,7 +187,6 @@ def test_a_summary_stays_until_a_stage_works(tmp_path: Path, repository: Path, m
 
     monkeypatch.setattr(refusals, "machine_refusals", lambda *_, **__: [])
     prepare(run(4))
-    choose_problems(run(4))
     summary = run(4).folder.summary
     summary.write_text("{}")
     prepare(run(4))

@@ -14,13 +14,15 @@ import torch
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import write_json
+from megatron_stepkto.base.records import write_records
 from megatron_stepkto.cli.main import main
 from megatron_stepkto.megatron import patches as cpu
+from megatron_stepkto.problems.chained_arithmetic.student import corpus
 from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Recipe
 from megatron_stepkto.run import refusals
 from megatron_stepkto.run.folder import Run
-from megatron_stepkto.run.pipeline import choose_problems, prepare
+from megatron_stepkto.run.pipeline import prepare
 from megatron_stepkto.run.stages import training_of
 from megatron_stepkto.training import requirements
 from megatron_stepkto.training.requirements import Ranks, check_devices, check_longest, check_packages
@@ -135,13 +137,32 @@ def test_what_the_problems_show(
     assert said.format(m0=m0, run=tmp_path / "mini_cpu") in found
 
 
+@pytest.mark.parametrize(
+    ("answer", "sets", "said"),
+    [
+        ("29", ["problems.per_iteration=5"], "problems.per_iteration is 5, the train file holds 4 problems; lower it"),
+        ("29", ["evaluate.num_problems=5"], "test.jsonl: evaluate.num_problems is 5, the file holds 4; lower it"),
+        ("29", ["sample.max_tokens=300"], "the prompt of problem test0 has "),
+        (None, [], "2 problems have no answer, such as"),
+    ],
+)
+def test_what_the_problems_show_is_said_before_m0_is_trained(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: str | None, sets: list[str], said: str
+) -> None:
+    solutions = tmp_path / "solutions.jsonl"
+    write_records(solutions, [problem.model_copy(update={"solution": text}) for problem, text in corpus(4, seed=5)])
+    training = "{method: rft, optimizer: {lr: 1.0e-3}, global_batch_size: 2, device: cpu}"
+    warm_up = f"warm_up={{solutions: [{solutions}], training: {training}}}"
+    found = refused(repository, tmp_path, capsys, *problem_files(tmp_path / "files", answer), warm_up, *sets)
+    assert said in found
+    assert not (tmp_path / "mini_cpu" / "M0" / "train").exists()
+
+
 def test_a_judge_of_rollouts_by_models_that_are_still_to_be_trained(repository: Path, tmp_path: Path) -> None:
     """The judge of iteration 2 completes with M1, whose folder is not there yet."""
     judge = "judge.process={kind: monte_carlo, sample: {max_tokens: 96, num_samples: 2, backend: transformers}}"
     run = Run(load(repository, tmp_path, *problem_files(tmp_path / "files", "29"), judge))
     prepare(run)
-    choose_problems(run)
-    refusals.check_prepared(run)
     assert [(item.kind, item.t) for item in refusals.pending(run)][-1] == ("evaluate", 2)
 
 
