@@ -26,7 +26,10 @@ def check_distinct(problems: Sequence[Problem], source: str, *, train: bool) -> 
     by_text: dict[str, list[Problem]] = {}
     for problem in problems:
         if problem.problem_id in seen:
-            raise UserError(f"{source}: problem_id {problem.problem_id} is duplicated; ids must be unique")
+            raise UserError(
+                f"{source}: problem_id {problem.problem_id} is duplicated; ids must be unique (a row without an id has "
+                "the hash of its text: remove the row that repeats one)"
+            )
         seen.add(problem.problem_id)
         by_text.setdefault(problem_id_of(problem.problem), []).append(problem)
     groups = [group for group in by_text.values() if len(group) > 1]

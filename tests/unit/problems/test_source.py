@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,24 @@ def test_several_evaluation_sets_are_told_apart(tmp_path: Path) -> None:
         trained = source(tmp_path, problems(2 + number)[1 + number :]).model_copy(update={"test": [path]})
         with pytest.raises(UserError, match="1 training problems are also in an evaluation set"):
             check_training_problems(trained, allow=False, skip_bad=False)
+
+
+def test_benchmarks_as_they_are_published(data_dir: Path, tmp_path: Path) -> None:
+    sets = {"math500": 500, "amc23": 40, "aime24": 30}
+    files = [data_dir / "eval" / f"{name}.jsonl" for name in sets]
+    given = source(tmp_path, problems(1)).model_copy(update={"test": files})
+    out = tmp_path / "out.jsonl"
+    assert write_problems(given, "test", None, 0, 1, out) == {"problems": 570}
+    written = list(read_records(out, Problem))
+    assert Counter(row.model_dump()["data"] for row in written) == sets
+    assert written[0].problem_id == "math500/test/precalculus/807.json"
+
+
+def test_a_row_that_repeats_the_text_of_another(tmp_path: Path) -> None:
+    given = source(tmp_path, problems(1), test=problems(1))
+    given.test[0].write_text((json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n") * 2)
+    with pytest.raises(UserError, match=r"is duplicated; ids must be unique \(a row without an id has the hash"):
+        write_problems(given, "test", None, 0, 1, tmp_path / "out.jsonl")
 
 
 def test_two_sets_of_one_name(tmp_path: Path) -> None:
