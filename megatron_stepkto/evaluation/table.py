@@ -129,7 +129,7 @@ def table_text(table: Table) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
-CAPTION = "[95% interval]; CoT-pass@1: answer and steps right; wrong steps: of greedy solutions whose answer is right"
+CAPTION = "[95% interval]; CoT-pass@1: answer and steps right; wrong steps: of right greedy solutions"
 _COLUMNS = ("pass_at_1", "cot_pass_at_1", "maj_at_k", "wrong_step_share_of_correct", "wrong_step_rate_in_correct")
 
 
