@@ -40,26 +40,29 @@ def prepare(run: Run, compare: Sequence[recipes.Method] = ()) -> None:
     Raises:
         UserError: a stage refuses its input, or ``check_prepared`` what was made for the stages that follow.
     """
-    _prepare_evaluation(run)
+    _prepare_data(run)
     if run.recipe.problems.source != "imports":
         for t in range(1, run.recipe.iterations + 1):
             problems_stage(replace(run, finished=[]), t)  # `run_iterations` names them, each in its place
-    known = run.blueprint.is_dir()
-    if known:
+    if not _makes_new_model(run):
         refusals.check_prepared(run, compare)
     _make_m0(run)
-    if not known:
+    if _makes_new_model(run):  # an M0 of an earlier attempt may be of another architecture
         refusals.check_prepared(run, compare)
 
 
 def warm_up_alone(run: Run) -> None:
-    """Make M0, and before it what ``prepare`` would refuse of the evaluation's problems."""
-    _prepare_evaluation(run)
+    """Make M0; faults of the evaluation's problems show first."""
+    _prepare_data(run)
     _make_m0(run)
 
 
-def _prepare_evaluation(run: Run) -> None:
-    if run.makes_m0 and run.pretrained is None:
+def _makes_new_model(run: Run) -> bool:
+    return run.makes_m0 and run.pretrained is None
+
+
+def _prepare_data(run: Run) -> None:
+    if _makes_new_model(run):
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
         import_stage(run)

@@ -20,7 +20,7 @@ from megatron_stepkto.recipe import file as recipe_file
 from megatron_stepkto.recipe import keys as recipe
 from megatron_stepkto.recipe.file import read_recipe
 from megatron_stepkto.recipe.keys import Loss, Optimizer, Parallel, Training
-from megatron_stepkto.run import refusals
+from megatron_stepkto.run import pipeline, refusals
 from megatron_stepkto.run import stages as run_stages
 from megatron_stepkto.run.folder import Run, RunFolder
 from megatron_stepkto.run.pipeline import compared_rows, prepare, run_all
@@ -107,6 +107,31 @@ def test_compared_rows_are_found_on_disk(tmp_path: Path) -> None:
     last.mkdir(parents=True)
     (last / "metrics.json").write_text(json.dumps(evaluation_row("M3")))
     assert compared_rows(RunFolder(tmp_path))["rft"] == [evaluation_row("M0"), evaluation_row("M3")]
+
+
+@pytest.mark.parametrize(
+    ("from_scratch", "sets", "expected"),
+    [
+        (False, [], ["evaluation", "problems 1", "problems 2", "check"]),
+        (False, ["warm_up={solutions: [s.jsonl], training: {optimizer: {lr: 1.0e-3}, global_batch_size: 2}}"],
+         ["evaluation", "problems 1", "problems 2", "check", "M0"]),
+        # what an earlier attempt left as M0 may be of another architecture
+        (True, [], ["tokenizer", "evaluation", "problems 1", "problems 2", "M0", "check"]),
+    ],
+)  # fmt: skip
+def test_problems_are_looked_at_before_m0_is_trained(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, from_scratch: bool, sets: list[str],
+    expected: list[str],
+) -> None:  # fmt: skip
+    done: list[str] = []
+    monkeypatch.setattr(pipeline.warm_up, "tokenizer_stage", lambda _: done.append("tokenizer"))
+    monkeypatch.setattr(pipeline.warm_up, "make_m0", lambda _: done.append("M0"))
+    monkeypatch.setattr(pipeline, "evaluation_problems_stage", lambda _: done.append("evaluation"))
+    monkeypatch.setattr(pipeline, "problems_stage", lambda _, t: done.append(f"problems {t}"))
+    monkeypatch.setattr(refusals, "check_prepared", lambda *_: done.append("check"))
+    given = read_recipe(repository / "recipes" / "mini_cpu.yaml", [f"output={tmp_path}", "iterations=2", *sets])
+    prepare(Run(given, from_scratch=from_scratch))
+    assert done == expected
 
 
 def test_the_data_set_of_an_iteration_leaves_out_what_its_file_names(tmp_path: Path, repository: Path) -> None:
