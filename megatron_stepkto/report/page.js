@@ -33,7 +33,7 @@ function drawCurves(parent) {
       }))],
     }));
     chart(parent, {
-      title: metric.title, about: metric.about, percent: true, format: percentText, series, xName: "model, one per iteration",
+      title: metric.title, about: metric.about, percent: true, format: percentText, series, xName: "model",
       ticks: models.map((label, x) => ({ x, label })), describe: (x) => models[x],
     });
   }

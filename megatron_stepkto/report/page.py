@@ -152,7 +152,7 @@ def finding(rows: Sequence[Row]) -> str | None:
         return None
     first, last = rows[0], rows[-1]
     parts = [
-        f"{name} {_verb(a, b)} from {percent(a)} to {percent(b)}"
+        f"{name} {_change(a, b)}"
         for name, a, b in (
             ("pass@1", first.pass_at_1, last.pass_at_1),
             (
@@ -169,10 +169,10 @@ def finding(rows: Sequence[Row]) -> str | None:
     return f"From {first.name} to {last.name}, " + " and ".join(parts) + problems + "."
 
 
-def _verb(before: float, after: float) -> str:
+def _change(before: float, after: float) -> str:
     if percent(before) == percent(after):
-        return "stayed"
-    return "rose" if after > before else "fell"
+        return f"stayed at {percent(after)}"
+    return f"{'rose' if after > before else 'fell'} from {percent(before)} to {percent(after)}"
 
 
 def percent(value: float | None) -> str:

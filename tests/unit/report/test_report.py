@@ -13,10 +13,11 @@ import pytest
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.base.records import Judge, JudgedSample, Label, LogRatios, Problem, Step, write_records
+from megatron_stepkto.evaluation.table import Row
 from megatron_stepkto.report.collect import collect
 from megatron_stepkto.report.curves import read_training, thin
 from megatron_stepkto.report.judge import agreement, calibration
-from megatron_stepkto.report.page import FOLDER, counts, duration, embed, write_report
+from megatron_stepkto.report.page import FOLDER, counts, duration, embed, finding, write_report
 from megatron_stepkto.report.solutions import (
     PositionShare,
     Solution,
@@ -236,6 +237,16 @@ def test_compared_methods_bring_their_last_model(run_dir: Path) -> None:
     table = html[html.index('id="methods-table"') :]
     assert '<th scope="row">kto M1</th>' in table
     assert "60.0%" in table
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [(0.5, "pass@1 stayed at 50.0%"), (0.25, "fell from 50.0% to 25.0%"), (0.75, "rose from 50.0% to 75")],
+)
+def test_the_finding(after: float, said: str) -> None:
+    found = finding([Row.model_validate(row("M0", 0.5, None)), Row.model_validate(row("M3", after, None))])
+    assert found is not None
+    assert said in found
 
 
 def test_each_data_set_has_a_table(run_dir: Path) -> None:
