@@ -12,7 +12,7 @@ from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import Problem, bad_row, parse_rows, read_rows, write_records
 from megatron_stepkto.problems import overlap as contamination
 from megatron_stepkto.problems.chained_arithmetic.generate import Split, generate
-from megatron_stepkto.problems.datasets import as_problem, of_set, set_names, to_problem
+from megatron_stepkto.problems.datasets import as_problem, of_set, set_names
 from megatron_stepkto.problems.distinct import check_distinct
 from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.overlap import check_apart
@@ -98,7 +98,7 @@ def check_training_problems(source: recipe.Problems, *, allow: bool, skip_bad: b
     files: list[_File] = (
         [(item.path, _imported(item.format)) for item in source.imports]
         if source.source == "imports"
-        else [(source.train, lambda row: [as_problem(row)])]  # type: ignore[list-item]
+        else [(source.train, _one_problem)]  # type: ignore[list-item]
     )
     return _check_apart(source, files, allow=allow, skip_bad=skip_bad)
 
@@ -107,7 +107,7 @@ def check_solutions_apart(
     source: recipe.Problems, files: Sequence[Path], *, allow: bool, skip_bad: bool
 ) -> dict[str, object]:
     """``check_training_problems`` for files of solutions that the warm-up trains on."""
-    return _check_apart(source, [(path, _any_layout) for path in files], allow=allow, skip_bad=skip_bad)
+    return _check_apart(source, [(path, _one_problem) for path in files], allow=allow, skip_bad=skip_bad)
 
 
 def evaluation_sets(source: recipe.Problems, settings: dict[str, Any]) -> dict[str, Path]:
@@ -131,13 +131,13 @@ def _check_apart(source: recipe.Problems, files: list[_File], *, allow: bool, sk
     sets = [*source.dev, *source.test, *source.apart_from]
     if not sets:
         return {}
-    held_out = [text for path in sets for text in _texts(path, _any_layout, skip_bad=skip_bad)]
+    held_out = [text for path in sets for text in _texts(path, _one_problem, skip_bad=skip_bad)]
     train = [text for path, parse in files for text in _texts(path, parse, skip_bad=skip_bad)]
     return check_apart(train, held_out, ngrams=source.overlap == "13gram", allow=allow)
 
 
-def _any_layout(row: dict[str, Any]) -> Iterable[Any]:
-    return [to_problem(row)]
+def _one_problem(row: dict[str, Any]) -> Iterable[Any]:
+    return [as_problem(row)]
 
 
 def _imported(name: str) -> Callable[[dict[str, Any]], Iterable[Any]]:

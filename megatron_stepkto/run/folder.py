@@ -173,10 +173,14 @@ class Run:
         return self.pretrained or self.base_model
 
     @property
+    def makes_new_model(self) -> bool:
+        """Whether M0 is trained from random weights, with a tokenizer that is made before it."""
+        return self.makes_m0 and self.pretrained is None
+
+    @property
     def tokenizer_folder(self) -> Path:
-        """The tokenizer of M0, and so of every M_t: a warm-up from random weights makes it before M0."""
-        makes_it = self.makes_m0 and self.pretrained is None
-        return self.folder.m0("tokenizer") / "model" if makes_it else self.blueprint
+        """The tokenizer of M0, and so of every M_t."""
+        return self.folder.m0("tokenizer") / "model" if self.makes_new_model else self.blueprint
 
     def title(self, t: int, stage: str) -> str:
         return f"{self.compared + ' ' if self.compared else ''}iteration {t} {stage}"

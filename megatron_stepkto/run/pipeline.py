@@ -44,10 +44,10 @@ def prepare(run: Run, compare: Sequence[recipes.Method] = ()) -> None:
     if run.recipe.problems.source != "imports":
         for t in range(1, run.recipe.iterations + 1):
             problems_stage(replace(run, finished=[]), t)  # `run_iterations` names them, each in its place
-    if not _makes_new_model(run):
+    if not run.makes_new_model:
         refusals.check_prepared(run, compare)
     _make_m0(run)
-    if _makes_new_model(run):  # an M0 of an earlier attempt may be of another architecture
+    if run.makes_new_model:  # an M0 of an earlier attempt may be of another architecture
         refusals.check_prepared(run, compare)
 
 
@@ -57,12 +57,8 @@ def warm_up_alone(run: Run) -> None:
     _make_m0(run)
 
 
-def _makes_new_model(run: Run) -> bool:
-    return run.makes_m0 and run.pretrained is None
-
-
 def _prepare_data(run: Run) -> None:
-    if _makes_new_model(run):
+    if run.makes_new_model:
         warm_up.tokenizer_stage(run)
     if run.recipe.problems.source == "imports":
         import_stage(run)
