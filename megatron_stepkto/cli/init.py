@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or hub:NAME[@REVISION] to download one")
     parser.add_argument("--problems", type=Path, required=True, metavar="FILE", help="problems with their answers")
     parser.add_argument(
-        "--test", type=Path, metavar="FILE",
-        help="problems to measure on (default: the test split of a folder, or a tenth of FILE, 500 at most)",
+        "--test", type=Path, action="append", default=[], metavar="FILE",
+        help="problems to measure on; repeatable (default: a folder's test split, or a tenth of FILE, 500 at most)",
     )  # fmt: skip
     parser.add_argument(
         "--gpus", type=not_negative, metavar="N", help="number of GPUs; 0: CPU only (default: this machine's)"
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     lines = make_recipe(
         Wish(
-            model=arguments.model, problems=arguments.problems, test=arguments.test, output=arguments.output,
+            model=arguments.model, problems=arguments.problems, tests=arguments.test, output=arguments.output,
             gpus=arguments.gpus, cluster=arguments.cluster, samples=arguments.samples, force=arguments.force,
         )
     )  # fmt: skip

@@ -49,8 +49,8 @@ class Found:
     """All that was looked up or measured.
 
     model: as the recipe names it. origin: ``hub:NAME@COMMIT``, or "". longest_prompt, positions: tokens. prompt_why:
-    how the prompt was chosen. files: (train, test) as the recipe names them, with the sizes. test_why: where the test
-    problems come from. pilot: None where nothing was sampled, ``sampler`` says why.
+    how the prompt was chosen. problems: files as the recipe names them, with their sizes; the first one trains, the
+    others measure. test_why: where these come from. pilot: None where nothing was sampled, ``sampler`` says why.
     """
 
     name: str
@@ -62,15 +62,22 @@ class Found:
     longest_prompt: int
     prompt: Prompt
     prompt_why: str
-    files: tuple[str, str]
-    num_train: int
-    num_test: int
+    problems: dict[str, int]
     train_why: str
     test_why: str
     target: Target
     sampler: Sampler
     pilot: Pilot | None
     judge: Judge
+
+    @property
+    def num_train(self) -> int:
+        return next(iter(self.problems.values()))
+
+    @property
+    def num_tests(self) -> list[int]:
+        """Of each file that measures."""
+        return list(self.problems.values())[1:]
 
 
 @dataclass
@@ -88,6 +95,7 @@ def draft(found: Found) -> Draft:
     max_tokens, tokens_why = _max_tokens(found, notes)
     cut = found.pilot.cut() if found.pilot else None
     gpu = found.target.cluster is not None
+    train, *tests = found.problems
     per_iteration, problems_why = _per_iteration(found, notes)
     evaluated, evaluated_why = _evaluated(found)
     evaluated_k = K if gpu else K_CPU
@@ -105,8 +113,9 @@ def draft(found: Found) -> Draft:
         Key("initial_model", found.model, found.origin),
         Key("problems", [
             Key("source", "files"),
-            Key("train", found.files[0], f"{found.num_train:,} problems, {found.train_why}"),
-            Key("test", found.files[1], f"{found.num_test:,} problems, {found.test_why}"),
+            Key("train", train, f"{found.num_train:,} problems, {found.train_why}"),
+            Key("test", tests[0] if len(tests) == 1 else tuple(tests),
+                f"{' and '.join(f'{number:,}' for number in found.num_tests)} problems, {found.test_why}"),
             Key("per_iteration", per_iteration, problems_why),
         ]),
         Key("prompt", _prompt(found.prompt), found.prompt_why),
@@ -225,17 +234,19 @@ def _per_iteration(found: Found, notes: Draft) -> tuple[int, str]:
     return min(count, found.num_train), why
 
 
-def _evaluated(found: Found) -> tuple[int, str]:
-    """Problems of an evaluation, one greedy solution and k others each."""
+def _evaluated(found: Found) -> tuple[int | None, str]:
+    """Problems of an evaluation, of each file; one greedy solution and k others each."""
+    smallest, files = min(found.num_tests), len(found.num_tests)
     if found.target.cluster:
-        return min(EVALUATED, found.num_test), ""
-    pilot, count, time = found.pilot, EVALUATED_UNMEASURED, ""
+        return (min(EVALUATED, smallest), "") if files == 1 else (None, "all of each file")
+    pilot, count, time = found.pilot, min(EVALUATED_UNMEASURED, smallest), ""
     if pilot and pilot.speed:
-        count, minutes = _problems_in(CPU_EVALUATION_S, pilot, 1 + K_CPU, EVALUATED_CPU, found.num_test)
-        time = f"about {minutes} min for each model; "
-    count = min(count, found.num_test)
-    points = round(100 / math.sqrt(count))  # 1.96 standard deviations where half are right
-    return count, f"{time}pass@1 to within {points} points"
+        seconds = CPU_EVALUATION_S / files
+        count, minutes = _problems_in(seconds, pilot, 1 + K_CPU, EVALUATED_CPU, smallest)
+        time = f"about {minutes * files} min for each model; "
+    of_each, of_all = ("", "") if files == 1 else ("of each file; ", " of all")
+    points = round(100 / math.sqrt(count * files))  # 1.96 standard deviations where half are right
+    return count, f"{of_each}{time}pass@1{of_all} to within {points} points"
 
 
 def _problems_in(

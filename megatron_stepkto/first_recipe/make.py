@@ -22,6 +22,7 @@ from megatron_stepkto.first_recipe.judge import reachable_judge
 from megatron_stepkto.first_recipe.machine import Sampler, find_target, sampler_here, sampling_keys
 from megatron_stepkto.first_recipe.pilot import Pilot, sample_some
 from megatron_stepkto.methods.registry import load_recipe
+from megatron_stepkto.problems.datasets import set_names
 from megatron_stepkto.problems.published import Published, hold_out, read_published, without
 from megatron_stepkto.recipe.keys import RUN_NAME, Prompt
 from megatron_stepkto.recipe.prompts import BadText, Prompts, load_tokenizer
@@ -37,11 +38,14 @@ DEFAULT_POSITIONS = 4096  # where config.json does not say
 
 @dataclass(frozen=True)
 class Wish:
-    """What the command line says. model: a folder or ``hub:NAME[@REVISION]``. gpus None: those of this machine."""
+    """What the command line says. model: a folder or ``hub:NAME[@REVISION]``. gpus None: those of this machine.
+
+    tests: files or folders to measure on; none: a part of ``problems``.
+    """
 
     model: str
     problems: Path
-    test: Path | None
+    tests: Sequence[Path]
     output: Path | None
     gpus: int | None
     cluster: str
@@ -67,23 +71,24 @@ def make_recipe(wish: Wish) -> list[str]:
     config, entries = read_model_config(model)
     positions = int(read_config(model).get("max_position_embeddings") or DEFAULT_POSITIONS)
     prompts = _candidates(model)
-    train, test, test_why, published = _problems(wish, Prompts.of(prompts[0][0], model), positions)
-    longest = max(_longest(Prompts.of(prompt, model), [*train, *test]) for prompt, _ in prompts)
+    problems = _problems(wish, Prompts.of(prompts[0][0], model), positions)
+    everything = [problem for each in problems.files.values() for problem in each]
+    longest = max(_longest(Prompts.of(prompt, model), everything) for prompt, _ in prompts)
     room = min(PILOT_TOKENS[target.cluster is not None and target.here], positions - longest)
     sampler = sampler_here(model, entries, room) if wish.samples else Sampler(None, "--samples 0")
-    (prompt, why), pilot, sampler = _try_prompts(model, prompts, train, wish.samples, sampler, room)
+    (prompt, why), pilot, sampler = _try_prompts(model, prompts, problems.files["train"], wish.samples, sampler, room)
     found = Found(
         name=path.stem if wish.output else name,
         model=_written(model, path.parent), origin=origin, config=config, entries=entries, positions=positions,
         longest_prompt=longest, prompt=prompt, prompt_why=why,
-        files=(f"{folder.name}/train.jsonl", f"{folder.name}/test.jsonl"), num_train=len(train), num_test=len(test),
-        train_why=f"from {wish.problems}", test_why=test_why, target=target, sampler=sampler, pilot=pilot,
+        problems={f"{folder.name}/{name}.jsonl": len(each) for name, each in problems.files.items()},
+        train_why=f"from {wish.problems}", test_why=problems.test_why, target=target, sampler=sampler, pilot=pilot,
         judge=reachable_judge(target.gpus),
     )  # fmt: skip
     made = draft(found)
     _check_free(path, folder, wish)
-    _write(path, folder, made.text, train, test, published.rejected)
-    return summary(made, found, path, _rejected_lines(published, folder / "quarantine.jsonl"))
+    _write(path, folder, made.text, problems)
+    return summary(made, found, path, _rejected_lines(problems.read, folder / "quarantine.jsonl"))
 
 
 def _name(wish: Wish) -> str:
@@ -102,8 +107,8 @@ def _check_name(path: Path) -> None:
 
 
 def _check_free(path: Path, folder: Path, wish: Wish) -> None:
-    for given in (wish.problems, wish.test):
-        if given is not None and any(given.resolve().is_relative_to(place.resolve()) for place in (path, folder)):
+    for given in (wish.problems, *wish.tests):
+        if any(given.resolve().is_relative_to(place.resolve()) for place in (path, folder)):
             raise UserError(f"{given}: would be overwritten by {path.name} or {folder.name}; name another --output")
     for existing in (path, folder):
         if existing.exists() and not wish.force:
@@ -135,10 +140,16 @@ def _written(model: Path, folder: Path) -> str:
 # --- problems --------------------------------------------------------------------------------------------------
 
 
-def _problems(
-    wish: Wish, prompts: Prompts, positions: int
-) -> tuple[list[Problem], list[Problem], str, Published]:  # fmt: skip
-    """(train, test, where the test problems come from, what was read of all files)."""
+@dataclass(frozen=True)
+class _Problems:
+    """files: by name without suffix, ``train`` first. test_why: where the others are from. read: what was read."""
+
+    files: dict[str, list[Problem]]
+    test_why: str
+    read: Published
+
+
+def _problems(wish: Wish, prompts: Prompts, positions: int) -> _Problems:
     if not wish.problems.exists():
         raise UserError(f"{wish.problems}: expected a file or folder of problems, found none")
     splits = splits_of(wish.problems)
@@ -150,30 +161,41 @@ def _problems(
         raise UserError(f"{wish.problems}: holds {' and '.join(sorted(splits))} problems alone; name those that train")
     check = _checker(prompts, positions)
     read = _read(train_files, check, "problems")
-    if wish.test is not None:
-        tests = splits_of(wish.test)
-        split = _held_out(tests)
-        test_files = tests[split] if split else [file for files in tests.values() for file in files]
-        why = f"from {wish.test}"
+    if wish.tests:
+        names = ["test"]
+        if len(wish.tests) > 1:
+            names = [f"test/{name}" for name in set_names([str(test) for test in wish.tests], "--test")]
+        test_files = dict(zip(names, map(_test_files, wish.tests), strict=True))
+        why = f"from {' and '.join(map(str, wish.tests))}"
     elif held_out is not None:
-        test_files, why = splits[held_out], f"split {held_out} of {wish.problems}"
+        test_files, why = {"test": splits[held_out]}, f"split {held_out} of {wish.problems}"
     else:
         count = max(1, min(HELD_OUT, int(HELD_OUT_SHARE * len(read.problems))))
         if len(read.problems) <= count:
             raise UserError(f"{wish.problems}: expected two problems or more, to train on and to test on, found one")
         train, test = hold_out(read.problems, count)
-        return train, test, f"held out of {wish.problems} by the hash of their texts", read
-    tested = _read(test_files, check, "test problems")
-    train = without(read.problems, tested.problems)
+        return _Problems(
+            {"train": train, "test": test}, f"held out of {wish.problems} by the hash of their texts", read
+        )
+    tested = {name: _read(files, check, "test problems") for name, files in test_files.items()}
+    train = without(read.problems, [problem for each in tested.values() for problem in each.problems])
     if overlapping := len(read.problems) - len(train):
         warn(f"{overlapping} training problems are also test problems, and were left out of training")
     if not train:
         raise UserError(f"{wish.problems}: all its problems are test problems; nothing is left to train on")
+    every = [read, *tested.values()]
     everything = replace(
-        read, rejected=read.rejected + tested.rejected, repeated=read.repeated + tested.repeated,
-        renamed=read.renamed or tested.renamed,
+        read, rejected=[row for each in every for row in each.rejected],
+        repeated=[row for each in every for row in each.repeated], renamed=any(each.renamed for each in every),
     )  # fmt: skip
-    return train, tested.problems, why, everything
+    return _Problems({"train": train, **{name: each.problems for name, each in tested.items()}}, why, everything)
+
+
+def _test_files(source: Path) -> list[Path]:
+    """The files of a folder's split that measures, or all of them."""
+    splits = splits_of(source)
+    split = _held_out(splits)
+    return list(splits[split]) if split else [file for files in splits.values() for file in files]
 
 
 def _held_out(splits: Mapping[str, Sequence[Path]]) -> str | None:
@@ -280,22 +302,17 @@ def _try_prompts(
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def _write(
-    path: Path,
-    folder: Path,
-    text: str,
-    train: Sequence[Problem],
-    test: Sequence[Problem],
-    rejected: list[dict[str, Any]],
-) -> None:
+def _write(path: Path, folder: Path, text: str, problems: _Problems) -> None:
     """The problem files, then the recipe, which is read once before it appears under its name."""
     before = folder.exists()
     draft_path = path.with_name(f".{path.name}")
     try:
-        for name, problems in (("train", train), ("test", test)):
-            write_records(folder / f"{name}.jsonl", problems)
         quarantine = folder / "quarantine.jsonl"
-        quarantine.unlink(missing_ok=True)
+        for earlier in (quarantine, folder / "test.jsonl", *(folder / "test").glob("*.jsonl")):
+            earlier.unlink(missing_ok=True)
+        for name, each in problems.files.items():
+            write_records(folder / f"{name}.jsonl", each)
+        rejected = problems.read.rejected
         for source in dict.fromkeys(row["file"] for row in rejected):
             set_aside(quarantine, Path(source), [row for row in rejected if row["file"] == source])
         with atomic_writer(draft_path) as file:
@@ -307,4 +324,5 @@ def _write(
         if not before:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    say(f"{folder}: {len(train):,} problems to train on, {len(test):,} to test on")
+    train, *tests = map(len, problems.files.values())
+    say(f"{folder}: {train:,} problems to train on, {sum(tests):,} to test on")

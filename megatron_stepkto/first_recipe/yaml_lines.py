@@ -48,9 +48,11 @@ def comment(text: str, indent: int = 0) -> list[str]:
 
 
 def scalar(value: Any) -> str:
-    """A value in YAML's flow style."""
+    """A value in YAML's flow style; a tuple is a list."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {scalar(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(scalar, value))}]"
     if isinstance(value, float):
         if value < 1e-2:
             digits, exponent = f"{value:.1e}".split("e")

@@ -33,7 +33,7 @@ def wish(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> W
     rows = [{"question": each.problem, "answer": f"So\n#### {each.answer}"} for each in problems]
     Path("chains.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]) + "{broken\n")
     return Wish(
-        model=str(repository / "recipes" / "mini_cpu_m0"), problems=Path("chains.jsonl"), test=None, output=None,
+        model=str(repository / "recipes" / "mini_cpu_m0"), problems=Path("chains.jsonl"), tests=(), output=None,
         gpus=0, cluster="h100", samples=0, force=False,
     )  # fmt: skip
 
@@ -185,8 +185,8 @@ def test_a_split_that_measures_does_not_train(wish: Wish, tmp_path: Path) -> Non
     table = json.loads(rows[29])
     with Path("mix/table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["question", "answer"], [table["question"], table["answer"]]])
-    for test, expected in ((None, rows[20:28]), (Path("full"), rows[30:])):
-        make_recipe(changed(wish, problems=Path("mix"), test=test, force=True))
+    for tests, expected in (((), rows[20:28]), ([Path("full")], rows[30:])):
+        make_recipe(changed(wish, problems=Path("mix"), tests=tests, force=True))
         written = {
             split: {
                 problem.problem for problem in read_records(Path(f"mini_cpu_m0_mix_problems/{split}.jsonl"), Problem)
@@ -201,6 +201,36 @@ def test_a_split_that_measures_does_not_train(wish: Wish, tmp_path: Path) -> Non
         make_recipe(changed(wish, problems=Path("full"), force=True))
 
 
+def test_several_sets_to_measure_on(wish: Wish, tmp_path: Path) -> None:
+    """Each has a file of its own, without which the run's tables could not tell them apart; none of them trains."""
+    rows = Path("chains.jsonl").read_text().splitlines()[:40]
+    sets = {"easy": rows[:6], "hard": rows[6:16]}
+    for name, lines in sets.items():
+        Path(f"{name}.jsonl").write_text("\n".join(lines) + "\n{broken\n")
+    make_recipe(wish)
+    tests = [Path("easy.jsonl"), Path("hard.jsonl")]
+    recipe, lines = made(changed(wish, tests=tests, force=True))
+    folder = tmp_path / "mini_cpu_m0_chains_problems"
+    assert not (folder / "test.jsonl").exists()  # of the recipe that was replaced
+    assert [Path(file).relative_to(folder) for file in recipe.problems.test] == [
+        Path("test/easy.jsonl"), Path("test/hard.jsonl"),
+    ]  # fmt: skip
+    for name, asked in sets.items():
+        written = [problem.problem for problem in read_records(folder / "test" / f"{name}.jsonl", Problem)]
+        assert written == [json.loads(row)["question"].strip() for row in asked]
+    assert len(list(read_records(folder / "train.jsonl", Problem))) == 24
+    for bad in ("easy.jsonl:7: broken JSON", "hard.jsonl:11: broken JSON"):
+        assert bad in "\n".join(lines)
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.num_problems == 6  # of each: the smaller set has no more
+    text = Path("mini_cpu_m0_chains.yaml").read_text()
+    assert "# 6 and 10 problems, from easy.jsonl and hard.jsonl" in text
+    assert "of each file; pass@1 of all to within 29 points" in text  # 100 / sqrt(12)
+    planned, _ = made(changed(wish, tests=tests, gpus=1, output=Path("planned.yaml")))
+    assert planned.evaluate is not None
+    assert planned.evaluate.num_problems is None
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -209,7 +239,8 @@ def test_a_split_that_measures_does_not_train(wish: Wish, tmp_path: Path) -> Non
         ({"model": "."}, "found no config.json in it"),
         ({"problems": Path("none.jsonl")}, "none.jsonl: expected a file or folder of problems, found none"),
         ({"problems": Path("other.jsonl")}, "other.jsonl:1: has words that the model's tokenizer does not know"),
-        ({"test": Path("chains.jsonl")}, "all its problems are test problems"),
+        ({"tests": [Path("chains.jsonl")]}, "all its problems are test problems"),
+        ({"tests": [Path("a/x.jsonl"), Path("b/x.jsonl")]}, "--test: two sets have the name x; rename a file"),
     ],
 )  # fmt: skip
 def test_refusals(wish: Wish, values: dict[str, object], message: str) -> None:
