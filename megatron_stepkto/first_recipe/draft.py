@@ -239,14 +239,14 @@ def _evaluated(found: Found) -> tuple[int | None, str]:
     smallest, files = min(found.num_tests), len(found.num_tests)
     if found.target.cluster:
         return (min(EVALUATED, smallest), "") if files == 1 else (None, "all of each file")
-    pilot, count, time = found.pilot, min(EVALUATED_UNMEASURED, smallest), ""
-    if pilot and pilot.speed:
-        seconds = CPU_EVALUATION_S / files
-        count, minutes = _problems_in(seconds, pilot, 1 + K_CPU, EVALUATED_CPU, smallest)
-        time = f"about {minutes * files} min for each model; "
+    available, time = smallest * files, ""
+    count = min(EVALUATED_UNMEASURED, available)
+    if (pilot := found.pilot) and pilot.speed:
+        count, minutes = _problems_in(CPU_EVALUATION_S, pilot, 1 + K_CPU, EVALUATED_CPU, available)
+        time = f"about {minutes} min for each model; "
     of_each, of_all = ("", "") if files == 1 else ("of each file; ", " of all")
-    points = round(100 / math.sqrt(count * files))  # 1.96 standard deviations where half are right
-    return count, f"{of_each}{time}pass@1{of_all} to within {points} points"
+    points = round(100 / math.sqrt(count))  # 1.96 standard deviations where half are right
+    return max(1, count // files), f"{of_each}{time}pass@1{of_all} to within {points} points"
 
 
 def _problems_in(
