@@ -1,7 +1,9 @@
 """``dtype: auto``: the number format in which a model computes on this machine, chosen before it is loaded.
 
-On a GPU the engine chooses. On a CPU it is the format of the weights where the processor has units for it, else
-float32: without such units bfloat16 is emulated, at a third of float32's speed or less.
+In a run it is the format that training computes in: the sampler is then the model that trains, and M0, whose folder
+may have another format than those that the run writes, is measured like the others. Elsewhere the engine chooses on a
+GPU, and on a CPU it is the format of the weights. A CPU without units for the format computes in float32: it would
+emulate bfloat16, at a third of float32's speed or less.
 """
 
 from __future__ import annotations
@@ -61,19 +63,24 @@ def gpu_bytes() -> int | None:
     return min((torch.cuda.get_device_properties(n).total_memory for n in range(gpu_count())), default=None)
 
 
-def choose_dtype(asked: str, model: Path, *, on_cpu: bool) -> Choice:
+def choose_dtype(asked: str, model: Path, *, on_cpu: bool, trained_in: str | None = None) -> Choice:
     """The dtype to load a model with.
 
     Args:
         asked: the recipe's value.
         model: Hugging Face folder; its config.json names the format of the weights.
+        trained_in: the run's train.dtype, for a model of a run.
     """
-    if asked != "auto" or not on_cpu:
+    if asked != "auto" or (trained_in is None and not on_cpu):
         return Choice(asked)
-    config = read_json(model / "config.json")
-    weights = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if weights == "float32":
-        return Choice("float32", "the format of the weights")
-    if UNITS.get(weights, set()) & cpu_flags():
-        return Choice(weights, "the format of the weights, for which this processor has units")
-    return Choice("float32", f"this processor has no units for {weights}, the format of the weights")
+    if trained_in is not None:
+        wanted, what = trained_in, "train.dtype"
+    else:
+        config = read_json(model / "config.json")
+        wanted = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        what = "the format of the weights"
+    if wanted == "float32" or not on_cpu:
+        return Choice(wanted, what)
+    if UNITS.get(wanted, set()) & cpu_flags():
+        return Choice(wanted, f"{what}, for which this processor has units")
+    return Choice("float32", f"this processor has no units for {wanted}, {what}")

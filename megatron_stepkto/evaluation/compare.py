@@ -96,7 +96,7 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
     return {
         "first": {"folder": str(first), "name": rows[0]["name"]},
         "second": {"folder": str(second), "name": rows[1]["name"]},
-        "settings": _other_settings(first, second),
+        "settings": _other_settings(first, second, rows),
         **_compared(pairs, rows),
         "by": {"data": {name: _compared(sets[name], rows) for name in sorted(sets)}} if len(sets) > 1 else {},
     }
@@ -127,10 +127,12 @@ def _row(folder: Path) -> dict[str, Any]:
     return dict(read_json(folder / METRICS, Row))
 
 
-def _other_settings(first: Path, second: Path) -> list[dict[str, Any]] | None:
+def _other_settings(first: Path, second: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
     one, other = _settings(first), _settings(second)
     if one is None or other is None:
         return None
+    if all(row.get("dtype") for row in rows):  # sample.dtype: auto may stand for two
+        one["sample.dtype"], other["sample.dtype"] = (row["dtype"] for row in rows)
     return [
         {"setting": name, "first": one.get(name), "second": other.get(name)}
         for name in sorted(one.keys() | other.keys())

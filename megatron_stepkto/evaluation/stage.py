@@ -38,8 +38,9 @@ def evaluation_drawing(
     prompts = read_prompts(problems, recipe.prompt, model)
     title = f"{name}: solving {evaluation.split} problems"
     return new_drawing(
-        model, name, prompts, passes, settings, SEED, directory, title=title, used_by=directory / METRICS
-    )
+        model, name, prompts, passes, settings, SEED, directory, title=title, used_by=directory / METRICS,
+        trained_in=recipe.train.dtype if isinstance(recipe, Recipe) else None,
+    )  # fmt: skip
 
 
 def evaluate_model(

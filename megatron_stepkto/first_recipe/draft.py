@@ -285,7 +285,7 @@ def _sample(found: Found, max_tokens: int, tokens_why: str) -> list[Key]:
             Key("backend", backend, why),
             *keys,
             Key("workers", _cpu_workers(), "an engine per core, two at most"),
-            Key("dtype", "auto", "that of the weights where the processor has units for it, else float32"),
+            Key("dtype", "auto", "train.dtype; bfloat16 rounds away small updates, but is faster on some processors"),
         ]
     workers, each = engines(found.config, found.entries, cluster)
     weights = 2 * model_parameters(found.entries) / 1e9

@@ -25,6 +25,7 @@ from megatron_stepkto.sampling.vllm_engine import vllm_build
 
 CPU_PARAMETERS = 1.5e9  # a larger model takes hours for a few solutions on processors
 CPU_RANKS = 2
+CPU_DTYPE, GPU_DTYPE = "float32", "bfloat16"  # of the training; most processors emulate bfloat16, many times slower
 CPU_SHARE = 0.7  # of a rank's memory; the rest is for the sampler's leftovers and the system
 
 
@@ -42,6 +43,11 @@ class Target:
     @property
     def gpus(self) -> int:
         return self.cluster.gpus if self.cluster else 0
+
+    @property
+    def dtype(self) -> str:
+        """In which the run trains."""
+        return GPU_DTYPE if self.cluster else CPU_DTYPE
 
 
 def find_target(gpus: int | None, preset: str) -> Target:
@@ -79,12 +85,12 @@ def cpu_layout(config: ModelConfig, entries: list[Entry], longest: int) -> Layou
         capacity, _ = rank_capacity(torch.device("cpu"), parallel.ranks)
         for multiple in (4, 2, 1):
             settings = _training(16).model_copy(
-                update={"dtype": "float32", "parallel": parallel, "micro_batch_tokens": longest * multiple}
+                update={"dtype": CPU_DTYPE, "parallel": parallel, "micro_batch_tokens": longest * multiple}
             )
             peak = stage_memory(config, entries, settings, 0, num_micro_batches=1, on_gpu=False).peak
             least = peak * parallel.ranks
             if peak <= CPU_SHARE * capacity:
-                keys = {"parallel": parallel.model_dump(exclude_defaults=True), "recompute": False, "dtype": "float32",
+                keys = {"parallel": parallel.model_dump(exclude_defaults=True), "recompute": False, "dtype": CPU_DTYPE,
                         "micro_batch_tokens": longest * multiple}  # fmt: skip
                 return Layout(keys, f"{_size(peak)} of this machine's {_size(capacity * parallel.ranks)} in each rank, "
                               "estimated")  # fmt: skip
@@ -100,7 +106,7 @@ def gpu_layout(
 ) -> tuple[Layout, Plan]:
     """The planner's fastest layout that fits. Raises UserError: none does."""
     case = Scenario(config, entries, cluster, work, Assumptions())
-    base = _training(work.global_batch).model_copy(update={"dtype": "bfloat16"})
+    base = _training(work.global_batch).model_copy(update={"dtype": GPU_DTYPE})
     plans = propose(case, base, longest)
     if not plans:
         raise UserError(nothing_fits(case, base, longest, "take a smaller model"))
@@ -124,7 +130,7 @@ class Sampler:
     why: str
 
 
-def sampler_here(model: Path, entries: list[Entry], max_tokens: int) -> Sampler:
+def sampler_here(model: Path, entries: list[Entry], max_tokens: int, target: Target) -> Sampler:
     """vLLM where it is installed and takes the model, else transformers; neither where the model is too large here."""
     parameters = model_parameters(entries)
     gpus = gpu_count()
@@ -139,7 +145,7 @@ def sampler_here(model: Path, entries: list[Entry], max_tokens: int) -> Sampler:
         return Sampler(None, f"{parameters / 1e9:.1f}B parameters do not fit here")
     reasons = []
     for backend in ("vllm", "transformers"):
-        settings = sampling_keys(backend, max_tokens)
+        settings = sampling_keys(backend, max_tokens, target.dtype if target.here else "auto")
         try:
             check_engines(settings, model)
         except UserError as error:
@@ -149,9 +155,9 @@ def sampler_here(model: Path, entries: list[Entry], max_tokens: int) -> Sampler:
     return Sampler(None, "; ".join(reasons))
 
 
-def sampling_keys(backend: Literal["vllm", "transformers"] | str, max_tokens: int) -> Sampling:
+def sampling_keys(backend: Literal["vllm", "transformers"] | str, max_tokens: int, dtype: str) -> Sampling:
     return Sampling.model_validate(
-        {"backend": backend, "max_tokens": max_tokens, "reproducible": False, "gap_problems": 0}
+        {"backend": backend, "max_tokens": max_tokens, "reproducible": False, "gap_problems": 0, "dtype": dtype}
     )
 
 

@@ -19,7 +19,7 @@ from megatron_stepkto.checkpoints.convert import read_model_config
 from megatron_stepkto.checkpoints.hub import HUB, fetch_model
 from megatron_stepkto.first_recipe.draft import Found, draft, summary
 from megatron_stepkto.first_recipe.judge import reachable_judge
-from megatron_stepkto.first_recipe.machine import Sampler, find_target, sampler_here, sampling_keys
+from megatron_stepkto.first_recipe.machine import Sampler, find_target, sampler_here
 from megatron_stepkto.first_recipe.pilot import Pilot, sample_some
 from megatron_stepkto.methods.registry import load_recipe
 from megatron_stepkto.problems.datasets import set_names
@@ -75,8 +75,8 @@ def make_recipe(wish: Wish) -> list[str]:
     everything = [problem for each in problems.files.values() for problem in each]
     longest = max(_longest(Prompts.of(prompt, model), everything) for prompt, _ in prompts)
     room = min(PILOT_TOKENS[target.cluster is not None and target.here], positions - longest)
-    sampler = sampler_here(model, entries, room) if wish.samples else Sampler(None, "--samples 0")
-    (prompt, why), pilot, sampler = _try_prompts(model, prompts, problems.files["train"], wish.samples, sampler, room)
+    sampler = sampler_here(model, entries, room, target) if wish.samples else Sampler(None, "--samples 0")
+    (prompt, why), pilot, sampler = _try_prompts(model, prompts, problems.files["train"], wish.samples, sampler)
     found = Found(
         name=path.stem if wish.output else name,
         model=_written(model, path.parent), origin=origin, config=config, entries=entries, positions=positions,
@@ -285,14 +285,12 @@ def _try_prompts(
     problems: Sequence[Problem],
     count: int,
     sampler: Sampler,
-    room: int,
 ) -> tuple[tuple[Prompt, str], Pilot | None, Sampler]:
     """The prompt with the most right answers, then with the most solutions that end, of those worth trying."""
     if sampler.settings is None:
         return prompts[0], None, sampler
     asked = sorted(problems, key=lambda problem: stable_hash("pilot", problem.problem_id))[:count]
-    settings = sampling_keys(sampler.settings.backend, room)
-    tried = [(sample_some(model, asked, prompt, settings), (prompt, why)) for prompt, why in prompts]
+    tried = [(sample_some(model, asked, prompt, sampler.settings), (prompt, why)) for prompt, why in prompts]
     pilot, (prompt, why) = max(tried, key=lambda each: (each[0].right, len(each[0].finished)))
     if len(tried) > 1:
         why += f": of {len(tried)} templates the one with most right answers ({pilot.right} of {pilot.count})"

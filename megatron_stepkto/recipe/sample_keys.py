@@ -36,7 +36,10 @@ class Sampling(Section):
     reproducible: Added[bool] = Field(
         True, description="one chunk at a time in an engine, so that a resumed run samples the same tokens"
     )
-    dtype: Dtype = Field("auto", description="auto: that of the weights; float32 on a CPU without instructions for it")
+    dtype: Dtype = Field(
+        "auto",
+        description="auto: train.dtype (in measure: that of the weights); float32 on a CPU without instructions for it",
+    )
     tensor_parallel: int = Field(1, ge=1, description="GPUs per engine")
     gpu_memory_utilization: Unkeyed[float | None] = Field(
         None, gt=0, le=1, description="share of a GPU's memory for weights and cache; null: vLLM's own (0.92)"

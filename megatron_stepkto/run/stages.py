@@ -104,7 +104,7 @@ def drawing_of(run: Run, t: int, model: Path) -> Drawing:
     )
     return new_drawing(
         model, model_name(t - 1), prompts, [pass_], sampling, stage.settings["seed"], stage.directory,
-        title=stage.title,
+        title=stage.title, trained_in=run.recipe.train.dtype,
     )  # fmt: skip
 
 
@@ -381,6 +381,7 @@ def evaluate_stage(run: Run, t: int, *, sample_next: bool = False) -> dict[str, 
 
     stage, model = evaluation_of(run, t), run.model(t)
     problems = stage.inputs["problems"]
+    shared = dict[str, Any]()
 
     def drawing() -> Drawing:
         return evaluation_drawing_of(run, t, model)
@@ -392,10 +393,14 @@ def evaluate_stage(run: Run, t: int, *, sample_next: bool = False) -> dict[str, 
 
     def work() -> Result:
         row = evaluate_model(model, model_name(t), problems, run.recipe, stage.directory, hashes=run.folder.hashes)
-        return Result([stage.directory / name for name in OUTPUTS], {"dtype": row.get("dtype")})
+        return Result([stage.directory / name for name in OUTPUTS], {"dtype": row.get("dtype"), **shared})
 
     def together() -> None:
-        draw_all([drawing(), *(begin_sampling(run, t + 1) if sample_next else ())])
+        others = begin_sampling(run, t + 1) if sample_next else []
+        drawn = draw_all([drawing(), *others])
+        for other in others:
+            if other.title in drawn:
+                shared["time_includes"] = other.title
 
     run.run(stage, work, together=together, check=check)
     return dict(read_json(stage.directory / METRICS, Row))

@@ -62,12 +62,12 @@ def read_prompts(problems: Path, prompt: recipe.Prompt, tokenizer_dir: Path) -> 
     return rows
 
 
-def sampling_dtype(settings: recipe.Sampling, model: Path) -> Choice:
-    """The dtype that ``sample.dtype`` means on this machine."""
+def sampling_dtype(settings: recipe.Sampling, model: Path, trained_in: str | None = None) -> Choice:
+    """The dtype that ``sample.dtype`` means on this machine. trained_in: see ``choose_dtype``."""
     if settings.dtype != "auto":
         return Choice(settings.dtype)
     on_cpu = vllm_build() == "cpu" if settings.backend == "vllm" else not gpu_count()
-    return choose_dtype(settings.dtype, model, on_cpu=on_cpu)
+    return choose_dtype(settings.dtype, model, on_cpu=on_cpu, trained_in=trained_in)
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class FixedDtype:
     choice: Choice
 
     @classmethod
-    def of(cls, settings: recipe.Sampling, model: Path, directory: Path) -> FixedDtype:
+    def of(cls, settings: recipe.Sampling, model: Path, directory: Path, trained_in: str | None = None) -> FixedDtype:
         """What the job in ``directory`` was begun with, else what it would begin with. Writes nothing."""
         path = directory / "dtype.json"
         begun = read_json_if_there(path) if settings.dtype == "auto" else None
-        return cls(path, Choice(**begun) if begun else sampling_dtype(settings, model))
+        return cls(path, Choice(**begun) if begun else sampling_dtype(settings, model, trained_in))
 
     def keep(self, title: str) -> None:
         """Fix the choice for all later processes, and say it, as the job begins."""
@@ -135,23 +135,24 @@ class Drawing:
         return DrawResult(paths, {**_count(job, paths), **speed})
 
 
-def draw_all(drawings: Sequence[Drawing]) -> None:
-    """Take part in several jobs, one after the other, until every chunk is sampled. One engine serves all of them
-    where ``EngineSettings.serve_both`` says so.
+def draw_all(drawings: Sequence[Drawing]) -> list[str]:
+    """Take part in several jobs, one after the other, until every chunk is sampled; returns the titles of those that
+    needed it. One engine serves all of them where ``EngineSettings.serve_both`` says so.
 
     Raises:
         UserError: the model does not fit the prompts or the machine, or the directory holds another job.
         StageFailed: a worker died; its log is named.
     """
-    begun = [drawing for drawing in drawings if _begin(drawing)]
-    while begun:
-        first = begun[0].job
-        group = [drawing for drawing in begun if EngineSettings.serve_both(first, drawing.job)]
-        begun = [drawing for drawing in begun if drawing not in group]
+    left = begun = [drawing for drawing in drawings if _begin(drawing)]
+    while left:
+        first = left[0].job
+        group = [drawing for drawing in left if EngineSettings.serve_both(first, drawing.job)]
+        left = [drawing for drawing in left if drawing not in group]
         _draw_missing(group)
     for drawing in drawings:
         if drawing.job.is_merged:  # by another process, while our workers' last reports created the folder again
             shutil.rmtree(drawing.job.chunk_dir, ignore_errors=True)
+    return [drawing.title for drawing in begun]
 
 
 def _begin(drawing: Drawing) -> bool:
@@ -172,11 +173,11 @@ def _begin(drawing: Drawing) -> bool:
 
 def new_drawing(
     model: Path, model_name: str, prompts: Sequence[PromptRow], passes: Sequence[Pass], settings: recipe.Sampling,
-    seed: int, directory: Path, *, title: str, used_by: Path | None = None,
+    seed: int, directory: Path, *, title: str, used_by: Path | None = None, trained_in: str | None = None,
 ) -> Drawing:  # fmt: skip
     """Every pass drawn from ``model``, in ``directory/<pass>.jsonl``; below ``directory/drawn`` where a file
-    ``used_by`` is made of them, which then go."""
-    dtype = FixedDtype.of(settings, model, directory)
+    ``used_by`` is made of them, which then go. trained_in: see ``choose_dtype``."""
+    dtype = FixedDtype.of(settings, model, directory, trained_in)
     job = Job(
         model=model, model_name=model_name, passes=list(passes), prompts=list(prompts),
         settings=settings.model_copy(update={"dtype": dtype.choice.dtype}), seed=seed,

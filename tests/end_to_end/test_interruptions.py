@@ -72,7 +72,7 @@ def kill_when(repository: Path, output: Path, seen: Callable[[], bool]) -> None:
 # Measurements of time and memory, places of files, and what exists only while a stage is under way.
 MEASURED = {
     "seconds", "seconds_of_this_command", "tokens_per_second", "tflops_per_rank", "memory_gb",
-    "engines", "engine_seconds", "engine_start_seconds", "tokens_per_second_per_engine", "path",
+    "engines", "engine_seconds", "engine_start_seconds", "tokens_per_second_per_engine", "time_includes", "path",
     "final", "trained",  # the trained folder's hash, as output and as input: it counts .metadata (see PASSING)
 }  # fmt: skip
 # .metadata: torch writes the folder's own path into it
@@ -109,8 +109,12 @@ def contents(run: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.long)], ids=["three kills", "nine"])
 def test_killed_in_every_stage_ends_as_undisturbed(repository: Path, tmp_path: Path, everywhere: bool) -> None:
     expected = run_to_end(repository, tmp_path / "undisturbed")
-    sampling = json.loads((tmp_path / "undisturbed/mini_cpu/iteration_1/sample/manifest.json").read_text())["counts"]
+    evaluating, sampling = (
+        json.loads((tmp_path / "undisturbed" / "mini_cpu" / stage / "manifest.json").read_text())["counts"]
+        for stage in ("evaluate/M0", "iteration_1/sample")
+    )
     assert sampling["engine_start_seconds"] == 0, "the engines that evaluated M0 sample for the first iteration"
+    assert evaluating["time_includes"] == "iteration 1 sample"
     output = tmp_path / "interrupted"  # as long a name: the size of a checkpoint counts its own path
     run = output / "mini_cpu"
     first = run / "iteration_1"

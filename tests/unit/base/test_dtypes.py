@@ -63,6 +63,13 @@ def test_auto_by_processor(
     assert choose_dtype("auto", model(tmp_path / "n"), on_cpu=True).dtype == "float32"
     assert choose_dtype("bfloat16", bfloat16, on_cpu=True).dtype == "bfloat16"  # as asked, however slow
     assert choose_dtype("auto", bfloat16, on_cpu=False).dtype == "auto"
+    # all models of a run alike, whatever their folders hold
+    for folder in (bfloat16, float16, tmp_path / "f"):
+        for on_cpu in (True, False):
+            assert choose_dtype("auto", folder, on_cpu=on_cpu, trained_in="float32").dtype == "float32"
+        assert choose_dtype("auto", folder, on_cpu=True, trained_in="bfloat16").dtype == of_bfloat16
+        assert choose_dtype("auto", folder, on_cpu=False, trained_in="bfloat16").dtype == "bfloat16"
+    assert choose_dtype("float16", bfloat16, on_cpu=True, trained_in="float32").dtype == "float16"
 
 
 def test_a_machine_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from pathlib import Path
@@ -204,6 +205,11 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     manifest(other, "a", judge={"process": {"kind": "monte_carlo", "model": {"sha256": "c"}}})
     [row] = compare_evaluations(one, other)["settings"]
     assert row == {"setting": "judge.process.model.sha256", "first": "the measured model", "second": "c"}
+    for path, dtype in ((one, "bfloat16"), (other, "float32")):  # what auto stood for
+        manifest(path, "a", sample={"max_tokens": 64, "dtype": "auto"})
+        write_json(path / "metrics.json", {**json.loads((path / "metrics.json").read_text()), "dtype": dtype})
+    [row] = compare_evaluations(one, other)["settings"]
+    assert row == {"setting": "sample.dtype", "first": "bfloat16", "second": "float32"}
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

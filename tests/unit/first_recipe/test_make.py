@@ -85,7 +85,7 @@ def pilot(lengths: tuple[int, ...], ended: int) -> Callable[..., Pilot]:
 
 
 def test_samples_decide_limits_steps_and_sizes(wish: Wish, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make, "sampler_here", lambda *_: Sampler(sampling_keys("vllm", 64), ""))
+    monkeypatch.setattr(make, "sampler_here", lambda *_: Sampler(sampling_keys("vllm", 64, "auto"), ""))
     monkeypatch.setattr(make, "sample_some", pilot((40, 30, 20, 30), 4))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     recipe, lines = made(changed(wish, samples=4))
@@ -115,7 +115,7 @@ def test_an_evaluation_on_processors_is_sized_by_the_measured_speed(
 
 
 def test_solutions_that_do_not_end_are_said(wish: Wish, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make, "sampler_here", lambda *_: Sampler(sampling_keys("vllm", 64), ""))
+    monkeypatch.setattr(make, "sampler_here", lambda *_: Sampler(sampling_keys("vllm", 64, "auto"), ""))
     monkeypatch.setattr(make, "sample_some", pilot((40, 150, 150, 150), 1))
     _, lines = made(changed(wish, samples=4))
     assert any("3 of 4 sampled solutions did not end within" in line for line in lines)

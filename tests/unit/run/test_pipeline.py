@@ -28,6 +28,9 @@ from megatron_stepkto.run.stage_keys import dataset_key, training_key
 from megatron_stepkto.run.stages import (
     check_fits,
     dataset_stage,
+    drawing_of,
+    evaluation_drawing_of,
+    evaluation_problems_stage,
     merge_stage,
     problems_stage,
     sample_stage,
@@ -295,10 +298,34 @@ def test_force_with_another_model_chooses_the_dtype_anew(
     monkeypatch.setattr(draw, "_draw_missing", stop)
     for model, force, dtype in ((None, False, "float32"), (halves, False, None), (halves, True, "bfloat16")):
         sets = [f"output={tmp_path}", "sample.dtype=auto", "problems.per_iteration=4"]
-        more = [] if model is None else [f"initial_model={model}"]
+        more = [] if model is None else [f"initial_model={model}", "train.dtype=bfloat16"]
         run = Run(read_recipe(repository / "recipes" / "mini_cpu.yaml", sets + more), force=force)
         problems_stage(run, 1)
         with pytest.raises(UserError if dtype is None else Stop):
             sample_stage(run, 1)
         if dtype is not None:
             assert json.loads((run.folder.stage("sample", 1) / "dtype.json").read_text())["dtype"] == dtype
+
+
+def test_all_models_of_a_run_are_sampled_in_one_dtype(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """M0 is a folder in bfloat16; those that training in float32 writes are in float32."""
+    monkeypatch.setattr(dtypes, "cpu_flags", lambda: {"avx512_bf16"})
+    halves = tmp_path / "halves"
+    shutil.copytree(repository / "recipes" / "mini_cpu_m0", halves)
+    config = json.loads((halves / "config.json").read_text())
+    (halves / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    for trained_in in ("float32", "bfloat16"):
+        sets = [f"output={tmp_path / trained_in}", "sample.dtype=auto", f"train.dtype={trained_in}",
+                "problems.per_iteration=4", "evaluate.num_problems=4"]  # fmt: skip
+        run = Run(read_recipe(repository / "recipes" / "mini_cpu.yaml", sets))
+        problems_stage(run, 1)
+        evaluation_problems_stage(run)
+        folders = (halves, repository / "recipes" / "mini_cpu_m0")
+        chosen = [
+            drawing.job.settings.dtype
+            for model in folders
+            for drawing in (drawing_of(run, 1, model), evaluation_drawing_of(run, 1, model))
+        ]
+        assert chosen == 4 * [trained_in]
