@@ -16,7 +16,10 @@ parquet, or a folder of them. Rows that cannot be used go to a quarantine file, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or hub:NAME[@REVISION] to download one")
-    parser.add_argument("--problems", type=Path, required=True, metavar="FILE", help="problems with their answers")
+    parser.add_argument(
+        "--problems", type=Path, action="append", required=True, metavar="FILE",
+        help="problems with their answers; repeatable",
+    )  # fmt: skip
     parser.add_argument(
         "--test", type=Path, action="append", default=[], metavar="FILE",
         help="problems to measure on; repeatable (default: a folder's test split, or a tenth of FILE, 500 at most)",

@@ -80,8 +80,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.data, arguments.output, overrides, recipe=arguments.recipe,
         force=arguments.force, quarantine=arguments.quarantine,
     )  # fmt: skip
-    rows = [{"k": row["k"], **inner, "name": name} for name, inner in row["by"]["data"].items()]
-    sys.stdout.write(results_table({"iterations": rows}) + "\n")
+    sys.stdout.write(results_table({"iterations": [row]}) + "\n")
     say(f"metrics by data set, subject and level: {arguments.output / 'results' / 'metrics.json'}")
 
 

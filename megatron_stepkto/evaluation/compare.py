@@ -75,23 +75,10 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
     first, second = (folder / "results" if (folder / "results").is_dir() else folder for folder in (first, second))
     rows = [_row(folder) for folder in (first, second)]
     results = [list(read_records(folder / "problems.jsonl", ProblemResult)) for folder in (first, second)]
-    known = {result.problem_id: result for result in results[0]}
-    missing = sorted(set(known) ^ {result.problem_id for result in results[1]})
-    if missing:
-        raise UserError(
-            f"{first} and {second} are of different problems: {len(missing)} are in one only, such as "
-            f"{', '.join(missing[:5])}; evaluate both on the same data"
-        )
-    pairs = [(known[result.problem_id], result) for result in results[1]]
-    changed = [one.problem_id for one, other in pairs if one.problem_sha256 != other.problem_sha256]
-    if changed:
-        raise UserError(
-            f"{first} and {second}: problem {changed[0]} (and {len(changed) - 1} more) differs in text or answer "
-            "between them; evaluate both on the same data"
-        )
+    pairs = _paired((first, second), results)
     sets: dict[str, list[tuple[ProblemResult, ProblemResult]]] = {}
     for pair in pairs:
-        if (name := pair[1].data) is not None:
+        if (name := pair[1].data or pair[0].data) is not None:
             sets.setdefault(name, []).append(pair)
     return {
         "first": {"folder": str(first), "name": rows[0]["name"]},
@@ -100,6 +87,36 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Any]:
         **_compared(pairs, rows),
         "by": {"data": {name: _compared(sets[name], rows) for name in sorted(sets)}} if len(sets) > 1 else {},
     }
+
+
+def _paired(
+    folders: tuple[Path, Path], results: Sequence[Sequence[ProblemResult]]
+) -> list[tuple[ProblemResult, ProblemResult]]:
+    """The results of each problem, by its text and answer; by its id where a text is there several times.
+
+    A problem of one file has another id in a run, and in an evaluation of several files, than alone.
+    """
+    texts, ids = (
+        [{str(getattr(result, key)): result for result in each} for each in results]
+        for key in ("problem_sha256", "problem_id")
+    )
+    if texts[0].keys() == texts[1].keys() and len(texts[0]) == len(results[0]) == len(results[1]):
+        return [(texts[0][key], result) for key, result in texts[1].items()]
+    named = " and ".join(map(str, folders))
+    missing = sorted(ids[0].keys() ^ ids[1].keys())
+    if missing:
+        raise UserError(
+            f"{named} are of different problems: {len(missing)} are in one only, such as "
+            f"{', '.join(missing[:5])}; evaluate both on the same data"
+        )
+    pairs = [(ids[0][key], result) for key, result in ids[1].items()]
+    changed = [one.problem_id for one, other in pairs if one.problem_sha256 != other.problem_sha256]
+    if changed:
+        raise UserError(
+            f"{named}: problem {changed[0]} (and {len(changed) - 1} more) differs in text or answer "
+            "between them; evaluate both on the same data"
+        )
+    return pairs
 
 
 def _compared(pairs: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

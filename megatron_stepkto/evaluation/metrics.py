@@ -12,8 +12,9 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import JudgedSample, Label, Problem, Record
 from megatron_stepkto.evaluation.majority import Same, majority_is_right
 from megatron_stepkto.evaluation.statistics import bootstrap_mean, clustered_share, pass_at_k, plain_share
+from megatron_stepkto.problems.datasets import DATA
 
-GROUPS = ("data", "subject", "level")  # keys of a problem by which an evaluation is also counted
+GROUPS = (DATA, "subject", "level")  # keys of a problem by which an evaluation is also counted
 
 
 class ProblemResult(Record):
@@ -46,7 +47,7 @@ def problem_results(
         results.append(
             ProblemResult(
                 problem_id=problem.problem_id,
-                data=(problem.model_extra or {}).get("data"),
+                data=(problem.model_extra or {}).get(DATA),
                 problem_sha256=hashlib.sha256(text.encode()).hexdigest(),
                 greedy=solution.outcome,
                 samples=len(group),

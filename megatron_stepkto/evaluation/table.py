@@ -93,7 +93,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
     table = Table(box=SIMPLE_HEAD, caption=CAPTION, pad_edge=False)
     if len(groups) > 1:
         table.add_column("method")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")  # a name that is cut could be another's
     maj = f"maj@{ks[0]}" if len(ks) == 1 else "maj@k"
     for heading in ("pass@1", "CoT-\npass@1", maj, "right with\na wrong step", "wrong steps\nin right", "n"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -48,7 +48,7 @@ def comment(text: str, indent: int = 0) -> list[str]:
 
 
 def scalar(value: Any) -> str:
-    """A value in YAML's flow style; a tuple is a list."""
+    """A value in YAML's flow style, as a recipe has it; a tuple is a list."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {scalar(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, tuple):
@@ -59,6 +59,7 @@ def scalar(value: Any) -> str:
             return f"{digits}e{int(exponent)}"  # YAML 1.1 needs the point
         return repr(value)
     if isinstance(value, str):
+        value = value.replace("${", "$${")  # no variable
         return (
             value if _PLAIN.fullmatch(value) and value.lower() not in _WORDS else json.dumps(value, ensure_ascii=False)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_stepkto.recipe.prompts import ProblemCheck
 Parse = Callable[[dict[str, Any]], Problem]
 
 HUB = "hub:"
+DATA = "data"  # key of a problem that is measured: the name of its data set, where there are several
 # short names after "hub:" -> repository, configuration, split
 KNOWN = {
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
@@ -145,21 +147,28 @@ def _hub(source: str, parse: Parse) -> Iterator[Problem]:
 
 
 def set_names(sources: Sequence[str], key: str) -> list[str]:
-    """Names of data sets in tables and ids: the file's, or the one after ``hub:``.
+    """Names of data sets in tables and ids: the file's without its suffix, the folder's, or the one after ``hub:``.
 
     Raises:
         UserError: two have the same; begins with ``key``, by which they were given.
     """
     names = [_name(source) for source in sources]
-    if len(set(names)) < len(names):
-        raise UserError(f"{key}: two sets have the name {max(names, key=names.count)}; rename a file")
+    twice = max(names, key=names.count, default="")
+    alike = [source for source, name in zip(sources, names, strict=True) if name == twice]
+    if len(set(alike)) < len(alike):
+        raise UserError(f"{key}: {alike[0]} is given twice; name it once")
+    if len(alike) > 1:
+        raise UserError(f"{key}: {' and '.join(alike)} would both be {twice} in tables and ids; rename one")
     return names
 
 
 def of_set(name: str, problem: Problem) -> Problem:
     """A problem of one of several data sets that are measured together: in metrics, ``by`` tells them apart."""
-    return problem.model_copy(update={"problem_id": f"{name}/{problem.problem_id}", "data": name})
+    return problem.model_copy(update={"problem_id": f"{name}/{problem.problem_id}", DATA: name})
 
 
 def _name(source: str) -> str:
-    return source.removeprefix(HUB).split(":")[0].split("/")[-1] if source.startswith(HUB) else Path(source).stem
+    if source.startswith(HUB):
+        return source.removeprefix(HUB).split(":")[0].split("/")[-1]
+    path = Path(os.path.abspath(source))  # the name of ``.``, too
+    return path.name if path.is_dir() else path.stem

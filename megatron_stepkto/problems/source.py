@@ -12,7 +12,7 @@ from megatron_stepkto.base.files import stable_hash
 from megatron_stepkto.base.records import Problem, bad_row, parse_rows, read_rows, write_records
 from megatron_stepkto.problems import overlap as contamination
 from megatron_stepkto.problems.chained_arithmetic.generate import Split, generate
-from megatron_stepkto.problems.datasets import as_problem, of_set, set_names
+from megatron_stepkto.problems.datasets import DATA, as_problem, of_set, set_names
 from megatron_stepkto.problems.distinct import check_distinct
 from megatron_stepkto.problems.imported.formats import importer_of
 from megatron_stepkto.problems.overlap import check_apart
@@ -50,6 +50,8 @@ def write_problems(
         return {"problems": write_records(output, problems)}
 
     def parse(row: dict[str, Any]) -> Problem:
+        if split != "train":
+            row = {key: value for key, value in row.items() if key != DATA}
         return check(as_problem(row)) if check else as_problem(row)
 
     def read(path: Path) -> list[Problem]:

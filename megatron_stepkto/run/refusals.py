@@ -155,8 +155,15 @@ def _collect(checks: Sequence[tuple[str, Check]]) -> list[str]:
 
 
 def _files(run: Run) -> Iterator[Check]:
-    """One check for each file that a later stage reads: judged solutions, until they are imported; excluded samples."""
+    """One check for each file that a later stage reads: problems; judged solutions, until they are imported; excluded
+    samples."""
     recipe = run.recipe
+    problems = recipe.problems
+    paths = {"train": problems.train} if problems.train else {}
+    for key in ("dev", "test", "apart_from"):
+        paths |= {f"{key}.{number}": path for number, path in enumerate(getattr(problems, key))}
+    for key, path in paths.items():
+        yield partial(_check_file, recipe, f"problems.{key}", path, "a file of problems", "correct the path")
     if recipe.problems.source == "imports" and not (run.folder.judged(1).parent / MANIFEST).is_file():
         for number, each in enumerate(recipe.problems.imports):
             key, what = f"problems.imports.{number}.path", f"a file of format {each.format}"

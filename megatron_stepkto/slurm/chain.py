@@ -11,7 +11,7 @@ from megatron_stepkto.base.stage import MANIFEST
 from megatron_stepkto.judging.process.interface import Resources
 from megatron_stepkto.judging.section import judging_resources
 from megatron_stepkto.recipe.keys import Recipe
-from megatron_stepkto.run.folder import Run
+from megatron_stepkto.run.folder import Run, model_name
 from megatron_stepkto.run.summary import Summary
 from megatron_stepkto.slurm.queue import comment
 from megatron_stepkto.slurm.site import Site
@@ -80,12 +80,12 @@ def chain(recipe: Recipe, site: Site) -> list[Step]:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Is there a report, and a summary with a row per model that the run measures?"""
+    """Is there a report, and a summary with a row for each model that the run measures?"""
     paths = Run(recipe).folder
     if not (paths.summary.is_file() and paths.report.is_file()):
         return False
-    rows = len(read_json(paths.summary, Summary)["iterations"])
-    return rows == len(recipe.measured())
+    rows = [row["name"] for row in read_json(paths.summary, Summary)["iterations"]]
+    return rows == [model_name(t) for t in recipe.measured()]
 
 
 # --- flags of sbatch -------------------------------------------------------------------------------------------

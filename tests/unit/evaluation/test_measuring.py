@@ -251,6 +251,20 @@ def test_the_table_of_several_data_sets() -> None:
     assert "amc" not in one, "one set needs no second line"
 
 
+def test_names_of_data_sets_are_not_cut() -> None:
+    """They break where the figures leave no room; two that begin alike must not look alike."""
+    names = [f"gsm8k_test_of_the_year_2024_{level}" for level in ("easy", "hard")]
+    asked = [each.model_copy(update={"data": names[number % 2]}) for number, each in enumerate(problems(4))]
+    rows = [judged(problem.problem_id, "8", 1, (1,)) for problem in asked]
+    row = evaluation_row("M0", "test", asked, rows, rows)
+    cells = {"": 0.308, "_interval": [0.3, 0.316]}
+    full = {**row, **{f"{key}{end}": value for key in WIDE for end, value in cells.items()}}
+    table = results_table({"method": "step_kto", "iterations": [full], "methods": {"kto": [full]}})
+    assert "…" not in table
+    text = "".join(word for line in table.splitlines() if "%" not in line for word in line.split())
+    assert all(name in text for name in names)
+
+
 def test_table_prints_percent_and_interval() -> None:
     greedy = [judged(f"p{n}", "8", 1, (1,)) if n < 4081 else judged(f"p{n}", "7", 0) for n in range(13263)]
     row = evaluation_row("M0", "test", problems(13263), greedy, greedy)

@@ -170,6 +170,24 @@ def test_comparison_of_each_data_set(tmp_path: Path) -> None:
     assert compare_evaluations(a, b)["by"] == {}
 
 
+def test_the_same_problems_under_other_ids(tmp_path: Path) -> None:
+    """A run keeps the ids of a single file; `measure`, and a run of several, put the file's name before them."""
+    rows = [result(n, n % 2, problem_sha256=str(n)) for n in range(8)]
+    renamed = [
+        row.model_copy(update={"problem_id": f"amc/{row.problem_id}", "data": "amc", "greedy": 1})
+        for row in reversed(rows)
+    ]
+    found = compare_evaluations(folder(tmp_path / "a", "M0", rows), folder(tmp_path / "b", "M1", renamed))
+    [solved, *_] = found["differences"]
+    assert (solved["difference"], solved["only_first"], solved["only_second"]) == (0.5, 0, 4)
+    twice = [row.model_copy(update={"problem_sha256": "a"}) for row in rows]  # then the ids must agree
+    with pytest.raises(UserError, match="are of different problems: 16 are in one only"):
+        compare_evaluations(
+            folder(tmp_path / "c", "M0", twice),
+            folder(tmp_path / "d", "M1", [row.model_copy(update={"problem_sha256": "a"}) for row in renamed]),
+        )
+
+
 def manifest(path: Path, model: str, **changes: Any) -> None:
     """As of an evaluation whose judge completes solutions with the measured model itself."""
     settings = {

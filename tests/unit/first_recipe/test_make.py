@@ -21,6 +21,7 @@ from megatron_stepkto.first_recipe.pilot import Pilot
 from megatron_stepkto.first_recipe.yaml_lines import Key, yaml_lines
 from megatron_stepkto.methods.registry import load_recipe
 from megatron_stepkto.problems.chained_arithmetic.generate import generate
+from megatron_stepkto.problems.source import check_training_problems
 from megatron_stepkto.recipe.keys import Recipe
 
 
@@ -33,7 +34,7 @@ def wish(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> W
     rows = [{"question": each.problem, "answer": f"So\n#### {each.answer}"} for each in problems]
     Path("chains.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]) + "{broken\n")
     return Wish(
-        model=str(repository / "recipes" / "mini_cpu_m0"), problems=Path("chains.jsonl"), tests=(), output=None,
+        model=str(repository / "recipes" / "mini_cpu_m0"), problems=[Path("chains.jsonl")], tests=(), output=None,
         gpus=0, cluster="h100", samples=0, force=False,
     )  # fmt: skip
 
@@ -124,11 +125,11 @@ def test_solutions_that_do_not_end_are_said(wish: Wish, monkeypatch: pytest.Monk
 def test_problems_are_never_overwritten(wish: Wish, tmp_path: Path) -> None:
     inside = tmp_path / "math_problems" / "train.jsonl"
     inside.parent.mkdir()
-    inside.write_bytes(wish.problems.read_bytes())
+    inside.write_bytes(wish.problems[0].read_bytes())
     for problems, output in ((inside, "math.yaml"), (inside.parent, "math.yaml"), (Path("x.yaml"), "x.yaml")):
         with pytest.raises(UserError, match=r"would be overwritten by .*; name another --output"):
-            make_recipe(changed(wish, problems=problems, output=Path(output), force=True))
-    assert inside.read_bytes() == wish.problems.read_bytes()
+            make_recipe(changed(wish, problems=[problems], output=Path(output), force=True))
+    assert inside.read_bytes() == wish.problems[0].read_bytes()
 
 
 @pytest.mark.parametrize("name", ["réseau.yaml", "two words.yaml", "recipe", "recipe.txt"])
@@ -144,10 +145,10 @@ def test_files_without_a_split_in_their_name_are_named(
 ) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
-    lines = wish.problems.read_text().splitlines(keepends=True)
+    lines = wish.problems[0].read_text().splitlines(keepends=True)
     (folder / "chains_train.jsonl").write_text("".join(lines[:20]))
     (folder / "further.jsonl").write_text("".join(lines[20:40]))
-    made(changed(wish, problems=folder, output=Path("mixed.yaml")))
+    made(changed(wish, problems=[folder], output=Path("mixed.yaml")))
     said = " ".join(capsys.readouterr().err.split())
     assert f"left out, as their names tell no split: {folder}/further.jsonl" in said
 
@@ -186,7 +187,7 @@ def test_a_split_that_measures_does_not_train(wish: Wish, tmp_path: Path) -> Non
     with Path("mix/table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["question", "answer"], [table["question"], table["answer"]]])
     for tests, expected in (((), rows[20:28]), ([Path("full")], rows[30:])):
-        make_recipe(changed(wish, problems=Path("mix"), tests=tests, force=True))
+        make_recipe(changed(wish, problems=[Path("mix")], tests=tests, force=True))
         written = {
             split: {
                 problem.problem for problem in read_records(Path(f"mini_cpu_m0_mix_problems/{split}.jsonl"), Problem)
@@ -198,7 +199,7 @@ def test_a_split_that_measures_does_not_train(wish: Wish, tmp_path: Path) -> Non
         assert written["train"] == asked[0] | {table["question"].strip()}
     with pytest.raises(UserError, match="holds test problems alone; name those that train"):
         Path("full/train.jsonl").unlink()
-        make_recipe(changed(wish, problems=Path("full"), force=True))
+        make_recipe(changed(wish, problems=[Path("full")], force=True))
 
 
 def test_several_sets_to_measure_on(wish: Wish, tmp_path: Path) -> None:
@@ -231,16 +232,67 @@ def test_several_sets_to_measure_on(wish: Wish, tmp_path: Path) -> None:
     assert planned.evaluate.num_problems is None
 
 
+def test_a_held_out_problem_does_not_train_in_other_letters(wish: Wish, tmp_path: Path) -> None:
+    """The run's own check takes both for one problem, and would refuse the recipe."""
+    rows = [json.loads(row) for row in Path("chains.jsonl").read_text().splitlines()[:40]]
+    spaced = [{**row, "question": row["question"].replace(" ", "  ").replace("has", "Has")} for row in rows]
+    Path("cased.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *spaced]))
+    smollm = changed(wish, problems=[Path("cased.jsonl")], output=Path("cased.yaml"))
+    recipe, _ = made(smollm)
+    assert check_training_problems(recipe.problems, allow=False, skip_bad=False) == {}
+
+
+def test_several_files_to_train_on(wish: Wish, tmp_path: Path) -> None:
+    rows = Path("chains.jsonl").read_text().splitlines(keepends=True)
+    Path("more").mkdir()
+    for name, part in (("first", rows[:20]), ("more/train", rows[20:30]), ("more/other", rows[30:40])):
+        Path(f"{name}.jsonl").write_text("".join(part))
+    make_recipe(changed(wish, problems=[Path("first.jsonl"), Path("more"), Path("more/other.jsonl")]))
+    folder = tmp_path / "mini_cpu_m0_first_problems"
+    read = [list(read_records(folder / f"{name}.jsonl", Problem)) for name in ("train", "test")]
+    assert {problem.problem for part in read for problem in part} == {
+        json.loads(row)["question"].strip() for row in rows[:40]
+    }
+
+
+def test_a_folder_of_tests_never_drops_a_file_without_a_word(wish: Wish, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Path("chains.jsonl").read_text().splitlines(keepends=True)
+    for folder in ("sets", "mixed"):
+        Path(folder).mkdir()
+    for name, part in (
+        ("sets/gsm8k_test", rows[:3]), ("sets/svamp", rows[3:8]), ("mixed/other", rows[:4]), ("mixed/train", rows[4:9]),
+    ):  # fmt: skip
+        Path(f"{name}.jsonl").write_text("".join(part))
+    for folder, number, said in (
+        (
+            "sets",
+            3,
+            "--test sets: took sets/gsm8k_test.jsonl; left out sets/svamp.jsonl: name each data set with --test",
+        ),
+        ("mixed", 4, "--test mixed: took mixed/other.jsonl; left out mixed/train.jsonl: name each"),
+    ):
+        recipe, _ = made(changed(wish, tests=[Path(folder)], force=True))
+        assert len(list(read_records(recipe.problems.test[0], Problem))) == number
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_name_that_looks_like_a_variable(wish: Wish) -> None:
+    for name, part in (("a${HOME}", slice(0, 3)), ("b", slice(3, 6))):
+        Path(f"{name}.jsonl").write_text("\n".join(Path("chains.jsonl").read_text().splitlines()[part]) + "\n")
+    recipe, _ = made(changed(wish, tests=[Path("a${HOME}.jsonl"), Path("b.jsonl")]))
+    assert [path.name for path in recipe.problems.test] == ["a${HOME}.jsonl", "b.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"model": "nowhere"}, "nowhere: expected a Hugging Face folder .* found no such folder"),
         ({"model": "org/name"}, "to download it, write hub:org/name"),
         ({"model": "."}, "found no config.json in it"),
-        ({"problems": Path("none.jsonl")}, "none.jsonl: expected a file or folder of problems, found none"),
-        ({"problems": Path("other.jsonl")}, "other.jsonl:1: has words that the model's tokenizer does not know"),
+        ({"problems": [Path("none.jsonl")]}, "none.jsonl: expected a file or folder of problems, found none"),
+        ({"problems": [Path("other.jsonl")]}, "other.jsonl:1: has words that the model's tokenizer does not know"),
         ({"tests": [Path("chains.jsonl")]}, "all its problems are test problems"),
-        ({"tests": [Path("a/x.jsonl"), Path("b/x.jsonl")]}, "--test: two sets have the name x; rename a file"),
+        ({"tests": [Path("a/x.jsonl"), Path("b/x.jsonl")]}, "--test: a/x.jsonl and b/x.jsonl would both be x in"),
     ],
 )  # fmt: skip
 def test_refusals(wish: Wish, values: dict[str, object], message: str) -> None:

@@ -200,7 +200,7 @@ def test_evaluate_a_folder(tmp_path: Path, repository: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "sums" in done.stdout
+    assert "mini_cpu_m0 " in done.stdout
     metrics = read_json(output / "results/metrics.json")
     assert (metrics["num_problems"], metrics["k"], list(metrics["by"])) == (6, 2, ["data", "level"])
     assert metrics["by"]["data"]["sums"]["pass_at_1"] == metrics["pass_at_1"]

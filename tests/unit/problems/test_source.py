@@ -12,6 +12,7 @@ import pytest
 
 from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.records import Problem, read_records
+from megatron_stepkto.problems.datasets import set_names
 from megatron_stepkto.problems.source import check_training_problems, split_inputs, take_turns, write_problems
 from megatron_stepkto.recipe.keys import Problems
 
@@ -105,6 +106,28 @@ def test_several_evaluation_sets_are_told_apart(tmp_path: Path) -> None:
             check_training_problems(trained, allow=False, skip_bad=False)
 
 
+def test_a_key_of_a_users_that_is_named_data(tmp_path: Path) -> None:
+    """It is not the name of a data set: it would cut the results, or fail at their end where it is no text."""
+    rows = [{"problem_id": f"p{n}", "problem": f"{n} + {n}?", "answer": str(2 * n), "data": {"x": n}} for n in range(3)]
+    given = source(tmp_path, problems(1), test=problems(1))
+    given.test[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    write_problems(given, "test", None, 0, 1, out)
+    assert ["data" in row.model_dump() for row in read_records(out, Problem)] == 3 * [False]
+
+
+def test_names_of_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("aime.2024", "aime.2025"):
+        Path(folder).mkdir()
+    given = ["aime.2024", "aime.2025", "math.500.jsonl", "hub:amc23", "aime.2024/..", "hub:org/hmmt:main:test"]
+    assert set_names(given, "--data") == ["aime.2024", "aime.2025", "math.500", "amc23", tmp_path.name, "hmmt"]
+    with pytest.raises(UserError, match=r"--data: a/x\.jsonl and b/x\.jsonl would both be x in tables and ids; rename"):
+        set_names(["y.jsonl", "a/x.jsonl", "b/x.jsonl"], "--data")
+    with pytest.raises(UserError, match=r"--data: x\.jsonl is given twice; name it once"):
+        set_names(["x.jsonl", "x.jsonl"], "--data")
+
+
 def test_benchmarks_as_they_are_published(data_dir: Path, tmp_path: Path) -> None:
     sets = {"math500": 500, "amc23": 40, "aime24": 30}
     files = [data_dir / "eval" / f"{name}.jsonl" for name in sets]
@@ -127,7 +150,7 @@ def test_two_sets_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     files = [write(tmp_path / "amc.jsonl", problems(3)), write(tmp_path / "other" / "amc.jsonl", problems(3))]
     given = source(tmp_path, problems(1)).model_copy(update={"dev": files})
-    with pytest.raises(UserError, match=r"problems\.dev: two sets have the name amc; rename a file"):
+    with pytest.raises(UserError, match=r"problems\.dev: .*/amc\.jsonl and .*/other/amc\.jsonl would both be amc"):
         write_problems(given, "dev", None, 0, 1, tmp_path / "out.jsonl")
 
 

@@ -62,6 +62,8 @@ LLM = "judge.process={kind: llm, base_url: 'http://127.0.0.1:PORT/v1', model: m%
         (["train.recompute={modules: [moe]}"],
          "iteration 1 train: --set train.recompute={modules: [moe]}: train.recompute.modules names moe, which the mod"),
         (["train.log.wandb=mine"], "iteration 1 train: train.log.wandb is set, but the package wandb is not installed"),
+        (["problems={source: files, per_iteration: 4, train: recipe.yaml, test: [recipe.yaml, none.jsonl]}"],
+         "problems.test.1: expected a file of problems, found none at "),
         (["train.device=cuda"], "iteration 1 train: torch sees 0 GPUs, the layout needs 2 on this node"),
         (["train.parallel={ranks: 3, tensor: 3}"],
          "iteration 1 train: --set train.parallel={ranks: 3, tensor: 3}: train.parallel.tensor = 3 does not divide"),

@@ -18,11 +18,12 @@ from megatron_stepkto.base.errors import UserError
 from megatron_stepkto.base.files import write_json
 from megatron_stepkto.cli.main import main
 from megatron_stepkto.recipe.file import read_recipe
-from megatron_stepkto.slurm.chain import Step, chain, command, folder
+from megatron_stepkto.slurm.chain import Step, chain, command, folder, is_finished
 from megatron_stepkto.slurm.checks import check_site
 from megatron_stepkto.slurm.commands import _state
 from megatron_stepkto.slurm.queue import Queued, comment
 from megatron_stepkto.slurm.site import read_site
+from tests.builders import evaluation_row
 from tests.slurm.cluster import free_ports
 
 JUDGES_OF_REAL = {  # GPUs of the judge's job, and whether it starts a server
@@ -55,6 +56,12 @@ def test_graph_of_two_iterations(site: Path, repository: Path, tmp_path: Path) -
     measured = {step.name: step.after for step in chain(ends, read_site(site)) if step.name.startswith(("ev", "fi"))}
     assert measured == {"evaluate_0": ["prepare"], "evaluate_2": ["convert_2"], "finish": ["evaluate_0", "evaluate_2"]}
     run = recipe.run_dir
+    write_json(run / "summary.json", {"recipe": "x", "iterations": [evaluation_row(name) for name in ("M0", "M1")]})
+    (run / "report.html").touch()
+    assert not is_finished(ends), "a summary of an earlier end: M1, not M2"
+    write_json(run / "summary.json", {"recipe": "x", "iterations": [evaluation_row(name) for name in ("M0", "M2")]})
+    assert is_finished(ends)
+    assert not is_finished(recipe)
     assert not steps["judge_1"].is_done
     write_json(run / "iteration_1" / "judge" / "manifest.json", {})
     assert steps["judge_1"].is_done
