@@ -210,7 +210,7 @@ def comparison_table(comparison: dict[str, Any]) -> str:
     table = Table(box=SIMPLE_HEAD, caption="second - first, [95% bootstrap over problems]; p: McNemar, exact")
     first, second = _headings(comparison["first"], comparison["second"])
     for heading in (f"{comparison['num_problems']:,} problems", first, second, "difference", "only one solves", "p"):
-        table.add_column(heading, justify="left" if heading.endswith("problems") else "right")
+        table.add_column(heading, justify="left" if heading.endswith("problems") else "right", overflow="fold")
     _add_rows(table, comparison["differences"])
     for name, part in comparison["by"].get("data", {}).items():
         table.add_section()
