@@ -278,17 +278,22 @@ def test_a_model_that_does_not_fit_the_layout_is_refused_before_sampling(tmp_pat
         check_fits(model, with_layout(3, 1, 3))
 
 
-def test_force_with_another_model_chooses_the_dtype_anew(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def halves(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The miniature's M0 in bfloat16, on a processor that has units for it."""
     monkeypatch.setattr(dtypes, "cpu_flags", lambda: {"avx512_bf16"})
-    halves = tmp_path / "halves"
-    shutil.copytree(repository / "recipes" / "mini_cpu_m0", halves)
-    weights = {name: weight.bfloat16() for name, weight in load_file(halves / "model.safetensors").items()}
-    save_file(weights, halves / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((halves / "config.json").read_text())
-    (halves / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    folder = tmp_path / "halves"
+    shutil.copytree(repository / "recipes" / "mini_cpu_m0", folder)
+    weights = {name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return folder
 
+
+def test_force_with_another_model_chooses_the_dtype_anew(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halves: Path
+) -> None:
     class Stop(Exception):
         pass
 
@@ -307,15 +312,8 @@ def test_force_with_another_model_chooses_the_dtype_anew(
             assert json.loads((run.folder.stage("sample", 1) / "dtype.json").read_text())["dtype"] == dtype
 
 
-def test_all_models_of_a_run_are_sampled_in_one_dtype(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_models_of_a_run_are_sampled_in_one_dtype(repository: Path, tmp_path: Path, halves: Path) -> None:
     """M0 is a folder in bfloat16; those that training in float32 writes are in float32."""
-    monkeypatch.setattr(dtypes, "cpu_flags", lambda: {"avx512_bf16"})
-    halves = tmp_path / "halves"
-    shutil.copytree(repository / "recipes" / "mini_cpu_m0", halves)
-    config = json.loads((halves / "config.json").read_text())
-    (halves / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     for trained_in in ("float32", "bfloat16"):
         sets = [f"output={tmp_path / trained_in}", "sample.dtype=auto", f"train.dtype={trained_in}",
                 "problems.per_iteration=4", "evaluate.num_problems=4"]  # fmt: skip
